@@ -1,0 +1,233 @@
+//! Frames of the WebSocket between a client and an edge: JSON texts, told apart by `type`.
+//!
+//! Order of a session: the client sends [`ClientFrame::Hello`] and nothing before it; the edge answers `welcome` or a
+//! fatal `error`. From then on both directions are independent.
+//!
+//! **Staging.** What the edge sends between two `commit`s belongs together: a client stages `rows` (with `last: false`),
+//! `confirmed` and `scope_removed`, and applies them with the position in one local transaction when `commit`, or
+//! `rows` with `last: true`, arrives. A `rows` frame with an `index` not above the previous one of the same LSN starts that
+//! transaction anew: what was staged of it is dropped.
+//!
+//! **Snapshots** are a bracket: from `snapshot_begin` to `snapshot_end` neither `commit` nor `last` applies anything.
+//! Everything sent since the last commit (what was staged before `snapshot_begin` included) is applied at
+//! `snapshot_end` as one local transaction: first the named scopes' rows are replaced by the snapshot's, then the staged
+//! frames take effect in the order in which they came, then the position is taken.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::change::{Change, TableChanges};
+use crate::code::Code;
+use crate::position::{Lsn, Position};
+use crate::schema::Schema;
+use crate::stream::{Failure, TransactionResult};
+use crate::subject::Scope;
+
+/// Largest frame that an edge accepts after `hello`, in bytes.
+pub const MAX_FRAME_BYTES: usize = 512 * 1024;
+/// Largest `hello`, in bytes: the only frame before authentication.
+pub const MAX_HELLO_BYTES: usize = 16 * 1024;
+/// Most changes in one client transaction.
+pub const MAX_TRANSACTION_CHANGES: usize = 1_000;
+/// Most transactions of a client between submission and `accepted`.
+pub const SUBMIT_WINDOW: u32 = 256;
+
+/// What a client sends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ClientFrame {
+    /// First frame of a session.
+    Hello(Hello),
+    /// One local transaction.
+    Submit(Submit),
+}
+
+/// Who the client is and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Hello {
+    /// Protocol version that the client speaks.
+    pub protocol: u32,
+    /// The installation: UUIDv7 made at first start.
+    pub client_id: Uuid,
+    /// Random id of this copy of the store, to tell a restored or cloned one.
+    pub instance: Uuid,
+    /// JSON Web Token whose `sub` is the user id.
+    pub token: String,
+    /// Version of the schema that the store has, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schema: Option<String>,
+    /// Where the client's rows stand; absent: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<Position>,
+    /// Scopes whose rows the client holds at that position.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scopes: Vec<Scope>,
+    /// Highest `client_seq` that the client knows to be confirmed.
+    pub confirmed_seq: u64,
+}
+
+/// One local transaction on its way to Postgres.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Submit {
+    /// `client_seq`: 1, 2, 3 … without gaps.
+    pub seq: u64,
+    /// 1 for the first attempt.
+    pub attempt: u32,
+    /// The changes, in the order in which they were made; 1 to [`MAX_TRANSACTION_CHANGES`].
+    pub changes: Vec<Change>,
+    /// W3C trace context of the local write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+/// What an edge sends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ServerFrame {
+    /// Answer to `hello`.
+    Welcome(Welcome),
+    /// Every submission up to and including `seq` is stored on the broker. The client still keeps its entries.
+    Accepted {
+        /// Highest `client_seq` stored.
+        seq: u64,
+    },
+    /// A hint: these transactions are committed or rejected in Postgres. Only `confirmed` settles them.
+    Results {
+        /// One entry a transaction.
+        results: Vec<TransactionResult>,
+    },
+    /// A snapshot of these scopes follows, staged until `snapshot_end`.
+    SnapshotBegin {
+        /// The scopes, each to be replaced whole.
+        scopes: Vec<Scope>,
+    },
+    /// Rows of a snapshot.
+    SnapshotRows {
+        /// Upserts only.
+        changes: Vec<TableChanges>,
+    },
+    /// The snapshot is complete: replace the scopes' rows, apply the `rows` sent since `snapshot_begin` on top, and
+    /// take the position, in one local transaction.
+    SnapshotEnd {
+        /// The state that results is Postgres' at this position.
+        position: Position,
+    },
+    /// Row changes of a committed transaction.
+    Rows(Rows),
+    /// The transactions of this client up to `seq` are settled by what is staged with it.
+    Confirmed(Confirmed),
+    /// Apply what is staged.
+    Commit {
+        /// The position that the client then has.
+        position: Position,
+    },
+    /// The user lost this scope: with the next commit, rows that no other held scope holds leave the store.
+    ScopeRemoved {
+        /// The lost scope.
+        scope: Scope,
+    },
+    /// Something was refused.
+    Error(ErrorFrame),
+}
+
+/// The session's terms.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Welcome {
+    /// Protocol version of the edge.
+    pub protocol: u32,
+    /// Random id of the session, for logs.
+    pub session: Uuid,
+    /// The user that the token names.
+    pub user_id: String,
+    /// The synced tables; absent when the client's version is current.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schema: Option<Schema>,
+    /// Limits that the client keeps to.
+    pub limits: Limits,
+    /// Last `client_seq` in the ledger: the client goes on submitting after it.
+    pub last_seq: u64,
+    /// The outbound stream's epoch.
+    pub epoch: Uuid,
+    /// Whether the client's rows are kept and brought up to date, or replaced by snapshots of every scope.
+    pub resume: Resume,
+}
+
+/// How the client's rows are brought up to date.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Resume {
+    /// From its position on; scopes that are new to it come as snapshots.
+    CatchUp,
+    /// Every scope comes as a snapshot. Scopes that are not among them are gone.
+    Snapshot,
+}
+
+/// Limits of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Most transactions submitted and not yet accepted.
+    pub window: u32,
+    /// Largest frame, in bytes.
+    pub frame_bytes: usize,
+    /// Most changes in one transaction.
+    pub transaction_changes: usize,
+    /// The client must be heard within this time (milliseconds); a WebSocket ping suffices.
+    pub heartbeat_ms: u64,
+}
+
+/// Row changes of a committed transaction, of one scope.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rows {
+    /// Sequence of the message in the outbound stream.
+    pub seq: u64,
+    /// Commit LSN of the transaction.
+    pub lsn: Lsn,
+    /// Index of the message within the transaction.
+    pub index: u32,
+    /// Whether the transaction is complete with this frame.
+    pub last: bool,
+    /// Epoch of the outbound stream.
+    pub epoch: Uuid,
+    /// Commit time: microseconds since 1970.
+    pub at: u64,
+    /// W3C trace context of the transaction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    /// The changes, in commit order.
+    pub changes: Vec<TableChanges>,
+}
+
+/// What became of this client's transactions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Confirmed {
+    /// All up to and including this `client_seq` are settled.
+    pub seq: u64,
+    /// Those among them that failed, as far as the client has not been told before; the others are applied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Failure>,
+}
+
+/// A refusal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ErrorFrame {
+    /// What it is.
+    pub code: Code,
+    /// What to do about it, for people; not part of the compatibility promise.
+    pub message: String,
+    /// The submission that it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
+    /// Try again no sooner than this (milliseconds).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+    /// Whether the edge closes the session after this frame.
+    pub fatal: bool,
+}

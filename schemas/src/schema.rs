@@ -1,0 +1,67 @@
+//! The synced tables as clients see them.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// All synced tables under a version. Rows on the wire are arrays in the order of [`TableSchema::columns`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Schema {
+    /// Hash of the tables below (16 hexadecimal digits).
+    pub version: String,
+    /// The tables, by name.
+    pub tables: Vec<TableSchema>,
+}
+
+impl Schema {
+    /// The table of that name.
+    pub fn table(&self, name: &str) -> Option<&TableSchema> {
+        self.tables.iter().find(|table| table.name == name)
+    }
+}
+
+/// One synced table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TableSchema {
+    /// Its name, the same in Postgres and in the local store.
+    pub name: String,
+    /// Its columns in wire order.
+    pub columns: Vec<ColumnSchema>,
+    /// Indexes into `columns` of the primary key, in key order.
+    pub key: Vec<usize>,
+    /// The scopes that a row belongs to. A row leaves the client when the client holds none of them.
+    pub scopes: Vec<TableScope>,
+}
+
+impl TableSchema {
+    /// Index of the column of that name.
+    pub fn column(&self, name: &str) -> Option<usize> {
+        self.columns.iter().position(|column| column.name == name)
+    }
+}
+
+/// One column.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ColumnSchema {
+    /// Its name.
+    pub name: String,
+    /// Postgres' name of its type, such as `timestamp with time zone`.
+    pub r#type: String,
+    /// Whether it may be null.
+    pub nullable: bool,
+    /// Whether clients may set it.
+    pub writable: bool,
+}
+
+/// How a row's scope is read off it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TableScope {
+    /// Kind of scope, such as `project`; `user` and `global` are built in.
+    pub kind: String,
+    /// Index of the column that holds the scope's id; absent for `global`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<usize>,
+}

@@ -1,0 +1,162 @@
+//! Messages on the broker, and the origin record that rides in the WAL.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::change::{Change, TableChanges};
+use crate::code::Code;
+use crate::position::Lsn;
+
+/// Largest message that a service publishes, in bytes; larger transactions are cut into several.
+pub const MAX_MESSAGE_BYTES: usize = 512 * 1024;
+
+/// Payload on `ms.changes.{partition}`: what waited in an edge's lane when it published.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangesMessage {
+    /// In the order of arrival; the submissions of one client are in the order of their `seq`.
+    pub submissions: Vec<Submission>,
+}
+
+/// One client transaction with the identity that the edge vouches for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Submission {
+    /// The installation.
+    pub client_id: Uuid,
+    /// The user, from the token.
+    pub user_id: String,
+    /// Id of the client's copy of its store.
+    pub instance: Uuid,
+    /// `client_seq`.
+    pub seq: u64,
+    /// 1 for the first attempt.
+    pub attempt: u32,
+    /// The changes, in the order in which they were made.
+    pub changes: Vec<Change>,
+    /// W3C trace context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+/// What became of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Every change took effect.
+    Applied,
+    /// Some columns lost to newer ones.
+    Merged,
+    /// All of it lost to newer changes.
+    Superseded,
+    /// Nothing of it took effect; see [`Failure`].
+    Rejected,
+}
+
+/// Payload on `ms.results.{client_id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResultsMessage {
+    /// One entry a transaction, by rising `seq`.
+    pub results: Vec<TransactionResult>,
+}
+
+/// Verdict of one transaction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TransactionResult {
+    /// `client_seq`.
+    pub seq: u64,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// Why it was rejected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}
+
+/// Why a transaction was rejected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Failure {
+    /// `client_seq` of the transaction.
+    pub seq: u64,
+    /// The change that failed.
+    pub change_id: Uuid,
+    /// Why.
+    pub code: Code,
+    /// For people; at most [`MAX_FAILURE_MESSAGE_BYTES`].
+    pub message: String,
+}
+
+/// Longest text in a [`Failure`], in bytes.
+pub const MAX_FAILURE_MESSAGE_BYTES: usize = 500;
+
+/// Prefix of the transactional `pg_logical_emit_message` that carries an [`OriginRecord`].
+pub const ORIGIN_PREFIX: &str = "millstream.origin";
+
+/// Which clients' transactions a Postgres transaction settles.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OriginRecord {
+    /// One entry a client.
+    pub clients: Vec<OriginEntry>,
+    /// W3C trace context of the transaction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+/// What a Postgres transaction settles for one client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OriginEntry {
+    /// The client.
+    pub client_id: Uuid,
+    /// Its transactions up to and including this `client_seq` are settled.
+    pub seq: u64,
+    /// Those that failed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Failure>,
+}
+
+/// Payload on `ms.wal.{scope}`: the JSON array of these. The rest of the message is in its headers, [`header`].
+pub type WalPayload = Vec<TableChanges>;
+
+/// Header names of messages in `MS_WAL`.
+pub mod header {
+    /// Epoch of the stream's history (UUID).
+    pub const EPOCH: &str = "Ms-Epoch";
+    /// Commit LSN of the transaction.
+    pub const LSN: &str = "Ms-Lsn";
+    /// LSN just behind the transaction's commit record.
+    pub const END_LSN: &str = "Ms-End-Lsn";
+    /// Commit LSN of the transaction published before this one, `0/0` for the first of an epoch.
+    pub const PREVIOUS: &str = "Ms-Previous-Lsn";
+    /// Transaction id (32 bits, as in the WAL).
+    pub const XID: &str = "Ms-Xid";
+    /// Index of the message within the transaction: 0, 1, 2 …
+    pub const INDEX: &str = "Ms-Index";
+    /// `1` on the last message of the transaction, `0` on the others.
+    pub const LAST: &str = "Ms-Last";
+    /// Commit time: microseconds since 1970.
+    pub const AT: &str = "Ms-At";
+    /// On the last message: the clients that the transaction settles, a JSON array of [`super::OriginEntry`].
+    pub const ORIGIN: &str = "Ms-Origin";
+    /// Schema version under which rows were encoded.
+    pub const SCHEMA: &str = "Ms-Schema";
+    /// W3C trace context.
+    pub const TRACEPARENT: &str = "traceparent";
+}
+
+/// Answer on [`crate::subject::WATERMARK`]: every transaction that committed before `lsn` is in the stream, at or
+/// before message `seq`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Watermark {
+    /// Epoch of the outbound stream.
+    pub epoch: Uuid,
+    /// Everything before this LSN is published.
+    pub lsn: Lsn,
+    /// Last sequence of the outbound stream when that was so.
+    pub seq: u64,
+}

@@ -1,0 +1,13 @@
+//! Which tables are synced, by whom they may be read, and by whom written: `millstream.toml` held against the
+//! database's own catalog.
+//!
+//! - [`Config`]: the file, as written
+//! - [`Catalog`]: the file resolved against the database, with types, keys and column order
+
+mod config;
+mod load;
+mod model;
+
+pub use config::{Config, ConfigError, MembershipConfig, OneOrMany, ScopeConfig, TableConfig, TableScopeConfig};
+pub use load::CatalogError;
+pub use model::{Catalog, Column, Membership, Table, WriteRules};

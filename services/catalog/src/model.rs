@@ -1,0 +1,162 @@
+//! The catalog: the synced tables with everything that the services need to know of them.
+
+use std::collections::HashMap;
+
+use millstream_schemas::{ColumnSchema, Scope, Schema, TableSchema, TableScope};
+
+/// The synced tables, as declared in `millstream.toml` and found in the database. Immutable; shared in an `Arc`.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    /// Hash of what clients see of the tables (16 hexadecimal digits).
+    pub version: String,
+    /// The tables, by name.
+    pub tables: Vec<Table>,
+    pub(crate) by_name: HashMap<String, usize>,
+    pub(crate) by_oid: HashMap<u32, usize>,
+}
+
+impl Catalog {
+    /// The synced table of that name.
+    pub fn table(&self, name: &str) -> Option<&Table> {
+        self.by_name.get(name).map(|&index| &self.tables[index])
+    }
+
+    /// The synced table with that object id (for a partitioned table: of its root).
+    pub fn table_by_oid(&self, oid: u32) -> Option<&Table> {
+        self.by_oid.get(&oid).map(|&index| &self.tables[index])
+    }
+
+    /// The tables that grant membership in scopes.
+    pub fn memberships(&self) -> impl Iterator<Item = (&Table, &Membership)> {
+        self.tables.iter().flat_map(|table| table.memberships.iter().map(move |membership| (table, membership)))
+    }
+
+    /// What clients are told.
+    pub fn schema(&self) -> Schema {
+        Schema { version: self.version.clone(), tables: self.tables.iter().map(Table::schema).collect() }
+    }
+}
+
+/// One synced table.
+#[derive(Clone, Debug)]
+pub struct Table {
+    /// Object id.
+    pub oid: u32,
+    /// Its name: the same in Postgres, on the wire and in local stores.
+    pub name: String,
+    /// `"schema"."name"`, quoted for SQL.
+    pub sql_name: String,
+    /// The synced columns in wire order (the table's own order, without generated columns).
+    pub columns: Vec<Column>,
+    /// Indexes into `columns` of the primary key, in key order.
+    pub key: Vec<usize>,
+    /// The scopes that each row belongs to.
+    pub scopes: Vec<TableScope>,
+    /// Memberships that rows of this table grant; such rows are published in `user:{user}` too.
+    pub memberships: Vec<Membership>,
+    /// Who may write.
+    pub write: WriteRules,
+    /// Whether an update's old row is complete in the WAL (`REPLICA IDENTITY FULL`).
+    pub identity_full: bool,
+}
+
+impl Table {
+    /// Index of the column of that name.
+    pub fn column(&self, name: &str) -> Option<usize> {
+        self.columns.iter().position(|column| column.name == name)
+    }
+
+    /// The scopes of a row, given its values in column order. Null scope columns give no scope.
+    pub fn row_scopes<'a>(&'a self, row: impl Fn(usize) -> Option<&'a str>) -> Vec<Scope> {
+        let mut scopes: Vec<Scope> = Vec::with_capacity(self.scopes.len() + self.memberships.len());
+        let mut add = |scope: Scope| {
+            if !scopes.contains(&scope) {
+                scopes.push(scope);
+            }
+        };
+        for scope in &self.scopes {
+            match scope.column {
+                None => add(Scope::global()),
+                Some(column) => {
+                    if let Some(id) = row(column) {
+                        add(Scope::new(scope.kind.clone(), id));
+                    }
+                }
+            }
+        }
+        for membership in &self.memberships {
+            if let Some(user) = row(membership.user) {
+                add(Scope::user(user));
+            }
+        }
+        scopes
+    }
+
+    /// What clients are told. Rows that grant membership also belong to their user's scope.
+    pub fn schema(&self) -> TableSchema {
+        let mut scopes = self.scopes.clone();
+        for membership in &self.memberships {
+            let scope = TableScope { kind: millstream_schemas::subject::USER_KIND.into(), column: Some(membership.user) };
+            if !scopes.contains(&scope) {
+                scopes.push(scope);
+            }
+        }
+        TableSchema {
+            name: self.name.clone(),
+            columns: self
+                .columns
+                .iter()
+                .map(|column| ColumnSchema {
+                    name: column.name.clone(),
+                    r#type: column.sql_type.clone(),
+                    nullable: column.nullable,
+                    writable: column.writable,
+                })
+                .collect(),
+            key: self.key.clone(),
+            scopes,
+        }
+    }
+}
+
+/// One column.
+#[derive(Clone, Debug)]
+pub struct Column {
+    /// Its name.
+    pub name: String,
+    /// The name, quoted for SQL.
+    pub sql_name: String,
+    /// Its type as `format_type` writes it, fit for a cast.
+    pub sql_type: String,
+    /// Object id of the type.
+    pub type_oid: u32,
+    /// Whether it may be null.
+    pub nullable: bool,
+    /// Whether clients may set it (key columns: on insert only).
+    pub writable: bool,
+}
+
+/// A row of the table makes `user` a member of the scope `kind:{scope column}`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// Kind of the scope.
+    pub kind: String,
+    /// Index of the column with the user id.
+    pub user: usize,
+    /// Index of the column with the scope's id.
+    pub scope: usize,
+}
+
+/// SQL predicates, one an operation; an operation without one is refused to every client.
+///
+/// A predicate sees `new` (insert, update), `old` (update, delete) and `auth` (`auth.user_id text`,
+/// `auth.client_id uuid`), and is evaluated in the statement that does the write.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WriteRules {
+    /// May this row be inserted?
+    pub insert: Option<String>,
+    /// May this row be changed so?
+    pub update: Option<String>,
+    /// May this row be deleted?
+    pub delete: Option<String>,
+}

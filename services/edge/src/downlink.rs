@@ -1,0 +1,276 @@
+//! What a session sends its client of the outbound stream: pure, `message in -> frames out`.
+//!
+//! The shell feeds the stream's messages in order. Whether a client may see one is decided here and nowhere else, for
+//! live messages, catch-up and the look-back of a snapshot alike: the message's scope must be held, and a transaction
+//! that the scope's snapshot already contains is skipped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use axum::extract::ws::Utf8Bytes;
+use millstream_schemas::frame::{Confirmed, ServerFrame};
+use millstream_schemas::stream::{Failure, Watermark};
+use millstream_schemas::{Lsn, Position, Scope};
+use uuid::Uuid;
+
+use crate::fence::Fence;
+use crate::message::Message;
+
+/// A frame on its way to the client.
+#[derive(Clone, Debug)]
+pub enum Out {
+    /// Encoded once, shared by every session that gets it.
+    Shared(Utf8Bytes),
+    /// For this session alone.
+    Own(ServerFrame),
+}
+
+/// What the shell does after a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Feed the next message.
+    Continue,
+    /// The user's memberships moved: read them, call [`Downlink::authorized`], then feed the same message again.
+    Reauthorize,
+    /// The stream began a new history: the session ends.
+    EpochChanged,
+}
+
+/// The outbound half of a session.
+#[derive(Debug)]
+pub struct Downlink {
+    client_id: Uuid,
+    user_scope: Scope,
+    /// Names of the tables that grant memberships.
+    membership_tables: Arc<[String]>,
+    /// Sequence of the last message fed.
+    cursor: u64,
+    /// Position of the last message fed, for commits.
+    position: Position,
+    /// Inside a transaction of which the end has not been fed.
+    open: bool,
+    /// Scopes held, each with the snapshot that its rows came from, if this session sent one.
+    scopes: BTreeMap<Scope, Option<Arc<Fence>>>,
+    /// The snapshot in which memberships were read last.
+    authorization: Arc<Fence>,
+    reauthorize: bool,
+    /// Behind which LSN the open snapshot bracket ends.
+    bracket: Option<Lsn>,
+    /// Something was sent that takes effect with the next commit.
+    staged: bool,
+    /// Highest `client_seq` confirmed to the client.
+    confirmed: u64,
+    /// The ledger as read at some fence, to be confirmed once the stream passes it.
+    ledger: Option<(Lsn, Confirmed)>,
+    watermark: Option<Watermark>,
+}
+
+impl Downlink {
+    /// A session that stands at `position` and holds `scopes` there.
+    pub fn new(
+        client_id: Uuid,
+        user_id: &str,
+        membership_tables: Arc<[String]>,
+        position: Position,
+        scopes: impl IntoIterator<Item = Scope>,
+        authorization: Arc<Fence>,
+    ) -> Self {
+        Downlink {
+            client_id,
+            user_scope: Scope::user(user_id),
+            membership_tables,
+            cursor: position.seq,
+            position,
+            open: false,
+            scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
+            authorization,
+            reauthorize: false,
+            bracket: None,
+            staged: false,
+            confirmed: 0,
+            ledger: None,
+            watermark: None,
+        }
+    }
+
+    /// Sequence of the last message fed.
+    pub fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    /// Continue behind `seq` after a catch-up that fetched everything relevant up to it.
+    pub fn skip_to(&mut self, seq: u64) {
+        self.cursor = self.cursor.max(seq);
+    }
+
+    /// The scopes that the session delivers.
+    pub fn scopes(&self) -> impl Iterator<Item = &Scope> {
+        self.scopes.keys()
+    }
+
+    /// Whether something waits for the stream to pass an LSN, so that a watermark would help on a quiet database.
+    pub fn waits(&self) -> bool {
+        self.bracket.is_some() || self.ledger.is_some()
+    }
+
+    /// The ledger was read at `fence`: confirm it once everything that it speaks of has been sent.
+    pub fn ledger(&mut self, fence: Lsn, seq: u64, failed: Vec<Failure>) {
+        if seq > 0 {
+            self.ledger = Some((fence, Confirmed { seq, failed }));
+        }
+    }
+
+    /// One message of the stream, in order.
+    pub fn message(&mut self, message: &Message, out: &mut Vec<Out>) -> Next {
+        if message.epoch() != self.position.epoch {
+            return Next::EpochChanged;
+        }
+        if self.moves_membership(message) {
+            self.reauthorize = true;
+        }
+        if message.last && self.reauthorize {
+            // Before the transaction takes effect: a revoked scope ends with it, a granted one begins with it.
+            return Next::Reauthorize;
+        }
+        if message.last {
+            self.confirm(message, out);
+        }
+        let delivered = self.delivers(message);
+        if delivered {
+            out.push(Out::Shared(message.frame()));
+            self.staged = true;
+        }
+        self.cursor = message.position.seq;
+        self.position = message.position;
+        self.open = !message.last;
+        if message.last && self.bracket.is_none() {
+            if self.staged && !delivered {
+                out.push(Out::Own(ServerFrame::Commit { position: self.position }));
+            }
+            self.staged = false;
+        }
+        Next::Continue
+    }
+
+    fn delivers(&self, message: &Message) -> bool {
+        match message.scope.as_ref().and_then(|scope| self.scopes.get(scope)) {
+            None => false,
+            Some(None) => true,
+            Some(Some(snapshot)) => !snapshot.sees(message.xid, message.lsn()),
+        }
+    }
+
+    fn moves_membership(&self, message: &Message) -> bool {
+        #[derive(serde::Deserialize)]
+        struct Table<'a> {
+            #[serde(borrow)]
+            table: std::borrow::Cow<'a, str>,
+        }
+        message.scope.as_ref() == Some(&self.user_scope)
+            && !self.authorization.sees(message.xid, message.lsn())
+            // Unreadable counts as moved: reading memberships once too often harms nobody.
+            && serde_json::from_slice::<Vec<Table<'_>>>(&message.payload).map_or(true, |changes| {
+                changes.iter().any(|change| self.membership_tables.iter().any(|name| *name == change.table))
+            })
+    }
+
+    fn confirm(&mut self, message: &Message, out: &mut Vec<Out>) {
+        for entry in &message.origin {
+            if entry.client_id == self.client_id && entry.seq > self.confirmed {
+                self.confirmed = entry.seq;
+                out.push(Out::Own(ServerFrame::Confirmed(Confirmed { seq: entry.seq, failed: entry.failed.clone() })));
+                self.staged = true;
+            }
+        }
+    }
+
+    /// The end of a transaction whose last message is of a scope that a catch-up does not fetch.
+    pub fn end_of_group(&mut self, out: &mut Vec<Out>) {
+        self.open = false;
+        if self.staged && self.bracket.is_none() {
+            out.push(Out::Own(ServerFrame::Commit { position: self.position }));
+            self.staged = false;
+        }
+    }
+
+    /// Memberships as read in a snapshot. Lost scopes end here; the returned ones are new and need a snapshot.
+    pub fn authorized(&mut self, scopes: &BTreeSet<Scope>, fence: Arc<Fence>, out: &mut Vec<Out>) -> Vec<Scope> {
+        self.reauthorize = false;
+        self.authorization = fence;
+        let lost: Vec<Scope> = self.scopes.keys().filter(|scope| !scopes.contains(scope)).cloned().collect();
+        for scope in lost {
+            self.scopes.remove(&scope);
+            self.removed(scope, out);
+        }
+        scopes.iter().filter(|scope| !self.scopes.contains_key(scope)).cloned().collect()
+    }
+
+    /// Tells the client that it may not hold a scope.
+    pub fn removed(&mut self, scope: Scope, out: &mut Vec<Out>) {
+        out.push(Out::Own(ServerFrame::ScopeRemoved { scope }));
+        self.staged = true;
+    }
+
+    /// A snapshot of these scopes has been sent from `snapshot_begin` to its last row. Sends what it lacks of the past,
+    /// and leaves the bracket open until the stream has passed its fence.
+    pub fn joined(
+        &mut self,
+        scopes: impl IntoIterator<Item = Scope>,
+        fence: &Arc<Fence>,
+        look_back: &[Arc<Message>],
+        out: &mut Vec<Out>,
+    ) {
+        let joining: BTreeMap<Scope, Option<Arc<Fence>>> =
+            scopes.into_iter().map(|scope| (scope, Some(fence.clone()))).collect();
+        for message in look_back {
+            let joins = message.scope.as_ref().is_some_and(|scope| joining.contains_key(scope));
+            if joins && message.epoch() == self.position.epoch && !fence.sees(message.xid, message.lsn()) {
+                out.push(Out::Shared(message.frame()));
+            }
+        }
+        self.scopes.extend(joining);
+        self.bracket = Some(self.bracket.map_or(fence.lsn, |open| open.max(fence.lsn)));
+        self.staged = true;
+    }
+
+    /// Everything before an LSN is known to be published.
+    pub fn watermark(&mut self, watermark: Watermark) {
+        if watermark.epoch == self.position.epoch {
+            self.watermark = Some(watermark);
+        }
+    }
+
+    /// Between messages: confirms and closes what the stream has passed by now.
+    pub fn settle(&mut self, out: &mut Vec<Out>) {
+        if self.open {
+            return;
+        }
+        if let Some((fence, _)) = &self.ledger
+            && self.passed(*fence)
+            && let Some((_, confirmed)) = self.ledger.take()
+        {
+            self.confirmed = self.confirmed.max(confirmed.seq);
+            out.push(Out::Own(ServerFrame::Confirmed(confirmed)));
+            self.staged = true;
+        }
+        match self.bracket {
+            Some(fence) if self.passed(fence) => {
+                self.bracket = None;
+                self.staged = false;
+                out.push(Out::Own(ServerFrame::SnapshotEnd { position: self.position }));
+            }
+            Some(_) => {}
+            None if self.staged => {
+                self.staged = false;
+                out.push(Out::Own(ServerFrame::Commit { position: self.position }));
+            }
+            None => {}
+        }
+    }
+
+    /// Whether every transaction that committed before `lsn` has been fed.
+    fn passed(&self, lsn: Lsn) -> bool {
+        self.position.lsn >= lsn
+            || self.watermark.is_some_and(|watermark| watermark.lsn >= lsn && self.cursor >= watermark.seq)
+    }
+}

@@ -1,0 +1,164 @@
+//! Tests of the downlink: scripted messages in, readable frames out.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use millstream_schemas::frame::ServerFrame;
+use millstream_schemas::stream::{OriginEntry, Watermark};
+use millstream_schemas::{Lsn, Position, Scope};
+use uuid::Uuid;
+
+use crate::downlink::{Downlink, Next, Out};
+use crate::fence::Fence;
+use crate::message::{Message, tests::message};
+
+const CLIENT: Uuid = Uuid::from_u128(7);
+
+fn project(id: &str) -> Scope {
+    Scope::new("project", id)
+}
+
+/// A snapshot that sees every transaction below `xmax` committed before `lsn` (tests use xid = LSN).
+fn fence(xmax: u64, lsn: u64) -> Arc<Fence> {
+    Arc::new(Fence::parse(&format!("{xmax}:{xmax}:"), &Lsn(0x10_0000 + lsn).to_string()).unwrap())
+}
+
+/// Messages whose LSN is `0x10_0000 + n` and whose xid is `n`.
+fn msg(seq: u64, n: u64, index: u32, last: bool, scope: Option<Scope>) -> Message {
+    let mut message = message(seq, 0x10_0000 + n, index, last, scope);
+    message.xid = n as u32;
+    message
+}
+
+fn downlink(scopes: &[Scope]) -> Downlink {
+    let position = Position { epoch: Uuid::nil(), seq: 10, lsn: Lsn(0x10_0000) };
+    let tables: Arc<[String]> = Arc::from(["members".to_owned()]);
+    Downlink::new(CLIENT, "alice", tables, position, scopes.iter().cloned(), fence(0, 0x100))
+}
+
+fn words(out: Vec<Out>) -> String {
+    let word = |frame: Out| match frame {
+        Out::Shared(text) => match serde_json::from_str(&text).unwrap() {
+            ServerFrame::Rows(rows) => format!("rows{}{}", rows.seq, if rows.last { "!" } else { "" }),
+            other => panic!("{other:?}"),
+        },
+        Out::Own(ServerFrame::Commit { position }) => format!("commit{}", position.seq),
+        Out::Own(ServerFrame::Confirmed(confirmed)) => format!("confirmed{}", confirmed.seq),
+        Out::Own(ServerFrame::SnapshotEnd { position }) => format!("end{}", position.seq),
+        Out::Own(ServerFrame::ScopeRemoved { scope }) => format!("-{scope}"),
+        Out::Own(other) => panic!("{other:?}"),
+    };
+    out.into_iter().map(word).collect::<Vec<_>>().join(" ")
+}
+
+fn feed(downlink: &mut Downlink, message: Message) -> String {
+    let mut out = Vec::new();
+    assert_eq!(downlink.message(&message, &mut out), Next::Continue);
+    downlink.settle(&mut out);
+    words(out)
+}
+
+fn origin(mut message: Message, client: Uuid, seq: u64) -> Message {
+    message.origin = vec![OriginEntry { client_id: client, seq, failed: Vec::new() }];
+    message
+}
+
+#[test]
+fn only_held_scopes_are_sent_and_transactions_end_once() {
+    let mut link = downlink(&[project("a"), Scope::global()]);
+    assert_eq!(feed(&mut link, msg(11, 1, 0, true, Some(project("a")))), "rows11!");
+    assert_eq!(feed(&mut link, msg(12, 2, 0, true, Some(project("b")))), "");
+    assert_eq!(feed(&mut link, msg(13, 3, 0, false, Some(project("a")))), "rows13");
+    assert_eq!(feed(&mut link, msg(14, 3, 1, true, Some(project("b")))), "commit14");
+    assert_eq!(feed(&mut link, msg(15, 4, 0, false, Some(project("b")))), "");
+    assert_eq!(feed(&mut link, msg(16, 4, 1, true, Some(Scope::global()))), "rows16!");
+}
+
+#[test]
+fn confirmation_comes_before_what_applies_it() {
+    let mut link = downlink(&[project("a")]);
+    assert_eq!(feed(&mut link, origin(msg(11, 1, 0, true, Some(project("a"))), CLIENT, 1)), "confirmed1 rows11!");
+    assert_eq!(feed(&mut link, origin(msg(12, 2, 0, true, None), CLIENT, 2)), "confirmed2 commit12");
+    assert_eq!(feed(&mut link, origin(msg(13, 3, 0, true, None), Uuid::nil(), 9)), "");
+    assert_eq!(feed(&mut link, origin(msg(14, 4, 0, true, None), CLIENT, 2)), "", "said before");
+}
+
+#[test]
+fn the_ledger_is_confirmed_behind_its_fence() {
+    let mut link = downlink(&[]);
+    link.ledger(Lsn(0x10_0000 + 0x200), 5, Vec::new());
+    assert!(link.waits());
+    assert_eq!(feed(&mut link, msg(11, 0x1FF, 0, true, None)), "");
+    assert_eq!(feed(&mut link, msg(12, 0x200, 0, true, None)), "confirmed5 commit12");
+    assert!(!link.waits());
+}
+
+#[test]
+fn a_watermark_passes_the_fence_on_a_quiet_database() {
+    let mut link = downlink(&[]);
+    link.ledger(Lsn(0x10_0000 + 0x200), 5, Vec::new());
+    let mut out = Vec::new();
+    let mark = Watermark { epoch: Uuid::nil(), lsn: Lsn(0x10_0000 + 0x200), seq: 11 };
+    link.watermark(Watermark { epoch: CLIENT, ..mark });
+    link.settle(&mut out);
+    link.watermark(mark);
+    link.settle(&mut out);
+    assert!(out.is_empty(), "message 11 has not been fed");
+    assert_eq!(feed(&mut link, msg(11, 1, 0, true, None)), "confirmed5 commit11");
+}
+
+#[test]
+fn a_snapshot_joins_without_gap_or_repeat() {
+    let mut link = downlink(&[project("a")]);
+    // The snapshot sees xids below 0x50 and lies before 0x10_0060; 0x55 was published already but is invisible to it.
+    let snapshot = fence(0x50, 0x60);
+    let back = [Arc::new(msg(8, 0x49, 0, true, Some(project("b")))), Arc::new(msg(9, 0x55, 0, true, Some(project("b"))))];
+    let mut out = Vec::new();
+    link.joined([project("b")], &snapshot, &back, &mut out);
+    assert_eq!(words(out), "rows9!");
+    assert_eq!(feed(&mut link, msg(11, 0x4A, 0, true, Some(project("b")))), "", "in the snapshot");
+    assert_eq!(feed(&mut link, msg(12, 0x56, 0, true, Some(project("b")))), "rows12!");
+    assert_eq!(feed(&mut link, msg(13, 0x57, 0, true, Some(project("a")))), "rows13!");
+    assert_eq!(feed(&mut link, msg(14, 0x80, 0, false, Some(project("b")))), "rows14");
+    assert_eq!(feed(&mut link, msg(15, 0x80, 1, true, None)), "end15");
+    assert_eq!(feed(&mut link, msg(16, 0x81, 0, true, Some(project("b")))), "rows16!");
+}
+
+#[test]
+fn memberships_are_read_before_the_transaction_takes_effect() {
+    let mut link = downlink(&[project("a"), Scope::user("alice")]);
+    let grant = |seq, n, last| {
+        let mut message = msg(seq, n, 0, last, Some(Scope::user("alice")));
+        message.payload = Bytes::from_static(br#"[{"table":"members","op":"upsert","rows":[["b","alice","owner"]]}]"#);
+        message
+    };
+    let mut out = Vec::new();
+    assert_eq!(link.message(&grant(11, 0x200, false), &mut out), Next::Continue);
+    let last = origin(msg(12, 0x200, 1, true, Some(project("b"))), CLIENT, 1);
+    assert_eq!(link.message(&last, &mut out), Next::Reauthorize);
+    assert_eq!(words(std::mem::take(&mut out)), "rows11");
+    let snapshot = fence(0x201, 0x300);
+    let scopes: BTreeSet<Scope> = [Scope::user("alice"), project("b")].into();
+    assert_eq!(link.authorized(&scopes, snapshot.clone(), &mut out), [project("b")]);
+    link.joined([project("b")], &snapshot, &[], &mut out);
+    assert_eq!(link.message(&last, &mut out), Next::Continue);
+    link.settle(&mut out);
+    assert_eq!(words(std::mem::take(&mut out)), "-project:a confirmed1", "the rest waits for the fence");
+    assert_eq!(feed(&mut link, msg(13, 0x300, 0, true, None)), "end13");
+    assert_eq!(feed(&mut link, msg(14, 0x301, 0, true, Some(project("a")))), "", "revoked");
+    // A membership that the authorisation already saw is not read again.
+    assert_eq!(feed(&mut link, grant(15, 0x200 - 1, true)), "rows15!");
+    // Private rows of other tables in the user's scope are no membership.
+    let mut private = msg(16, 0x400, 0, true, Some(Scope::user("alice")));
+    private.payload = Bytes::from_static(br#"[{"table":"notes","op":"upsert","rows":[["1"]]}]"#);
+    assert_eq!(feed(&mut link, private), "rows16!");
+}
+
+#[test]
+fn another_epoch_ends_the_session() {
+    let mut link = downlink(&[]);
+    let mut message = msg(11, 1, 0, true, None);
+    message.position.epoch = CLIENT;
+    assert_eq!(link.message(&message, &mut Vec::new()), Next::EpochChanged);
+}

@@ -1,0 +1,120 @@
+//! Lanes: one task for each partition, which publishes what waits as one message and goes on when that is acknowledged.
+//!
+//! One publish in flight keeps the order exact whatever fails: an unknown outcome is published again, and the ledger
+//! makes the repeat harmless. Packing what waits makes up for it, since a single server fsyncs each message.
+
+use std::time::Duration;
+
+use async_nats::jetstream::context::PublishErrorKind;
+use bytes::Bytes;
+use millstream_runtime::backoff::Backoff;
+use millstream_runtime::nats::Nats;
+use millstream_runtime::shutdown::Shutdown;
+use millstream_schemas::stream::MAX_MESSAGE_BYTES;
+use millstream_schemas::subject::{self, PARTITIONS};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+/// Submissions waiting in one lane; when it is full, sessions answer `overloaded`.
+const LANE_QUEUE: usize = 1024;
+/// Bytes around the submissions of a message.
+const ENVELOPE_BYTES: usize = 64;
+
+/// A submission, encoded, and where to say that it is stored.
+pub struct Item {
+    /// JSON of a `Submission`.
+    pub submission: Vec<u8>,
+    /// Its `client_seq`.
+    pub seq: u64,
+    /// Gets `seq` once the broker has it.
+    pub stored: mpsc::Sender<u64>,
+}
+
+/// The lane does not take more at the moment.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// All lanes of an edge. Cheap to clone.
+#[derive(Clone)]
+pub struct Lanes(Vec<mpsc::Sender<Item>>);
+
+impl Lanes {
+    /// Starts the tasks.
+    pub fn start(nats: &Nats, shutdown: &Shutdown) -> Lanes {
+        let lane = |partition| {
+            let (sender, receiver) = mpsc::channel(LANE_QUEUE);
+            tokio::spawn(run(nats.clone(), subject::changes(partition), receiver, shutdown.clone()));
+            sender
+        };
+        Lanes((0..PARTITIONS).map(lane).collect())
+    }
+
+    /// Queues a submission of this client.
+    ///
+    /// # Errors
+    /// [`Full`]: try again later.
+    pub fn submit(&self, client: Uuid, item: Item) -> Result<(), Full> {
+        self.0[usize::from(subject::partition(client))].try_send(item).map_err(|_| Full)
+    }
+}
+
+async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<Item>, shutdown: Shutdown) {
+    let mut carried: Option<Item> = None;
+    loop {
+        let first = match carried.take() {
+            Some(item) => item,
+            None => tokio::select! {
+                item = queue.recv() => match item {
+                    Some(item) => item,
+                    None => return,
+                },
+                // What is queued but not stored is the clients' still.
+                () = shutdown.requested() => return,
+            },
+        };
+        let mut body = Vec::with_capacity(first.submission.len() + ENVELOPE_BYTES);
+        body.extend_from_slice(br#"{"submissions":["#);
+        body.extend_from_slice(&first.submission);
+        let mut items = vec![first];
+        while let Ok(item) = queue.try_recv() {
+            if body.len() + item.submission.len() + ENVELOPE_BYTES > MAX_MESSAGE_BYTES {
+                carried = Some(item);
+                break;
+            }
+            body.push(b',');
+            body.extend_from_slice(&item.submission);
+            items.push(item);
+        }
+        body.extend_from_slice(b"]}");
+        if !publish(&nats, &subject, body.into(), &shutdown).await {
+            return;
+        }
+        for item in items {
+            // A session that is gone, or has hundreds of acks unread, learns from the ledger when it connects again.
+            let _ = item.stored.try_send(item.seq);
+        }
+    }
+}
+
+/// Publishes until it is acknowledged; false on shutdown.
+async fn publish(nats: &Nats, subject: &str, body: Bytes, shutdown: &Shutdown) -> bool {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    loop {
+        let attempt = async {
+            nats.jetstream.publish(subject.to_owned(), body.clone()).await?.await
+        };
+        let error = tokio::select! {
+            result = attempt => match result {
+                Ok(_) => return true,
+                Err(error) => error,
+            },
+            () = shutdown.requested() => return false,
+        };
+        let kind: PublishErrorKind = error.kind();
+        tracing::warn!(subject, ?kind, %error, "publishing again");
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next()) => {}
+            () = shutdown.requested() => return false,
+        }
+    }
+}

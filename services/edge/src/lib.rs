@@ -1,0 +1,255 @@
+//! The edge: the WebSocket service. It holds no truth; any edge can serve any client.
+//!
+//! - [`session`](self): one socket, from `hello` to its end: the shell
+//! - `downlink`: which messages of the outbound stream a client gets, and when they take effect (pure)
+//! - `hub`, `tail`: one own tail of the stream, a ring of recent messages, and who is woken by which
+//! - `catchup`: older messages of single scopes
+//! - `snapshot`, `fence`: what is read from Postgres, and how it joins the stream exactly
+//! - `watermark`: how far replication has published, on a quiet database
+//! - `lane`: submissions to the broker, in order
+//! - `token`: who the user is
+
+mod catchup;
+mod downlink;
+#[cfg(test)]
+mod downlink_tests;
+mod fence;
+mod hub;
+mod lane;
+mod message;
+mod session;
+mod snapshot;
+mod tail;
+mod token;
+mod watermark;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::extract::ws::WebSocketUpgrade;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use futures_util::StreamExt;
+use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
+use millstream_runtime::backoff::Backoff;
+use millstream_runtime::health::{self, Health};
+use millstream_runtime::nats::{self, Nats};
+use millstream_runtime::postgres;
+use millstream_runtime::shutdown::Shutdown;
+use millstream_schemas::frame::MAX_FRAME_BYTES;
+use millstream_schemas::stream::ResultsMessage;
+use millstream_schemas::subject::RESULTS_SUBJECTS;
+use sqlx::PgPool;
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+
+pub use token::{AUDIENCE, MIN_SECRET_BYTES};
+
+/// Connections to Postgres: sessions that open, and snapshots.
+const POSTGRES_CONNECTIONS: u32 = 16;
+/// Snapshots at once; below the number of connections, so that sessions without one still open.
+const SNAPSHOTS: usize = 8;
+/// Catch-ups at once: hundreds of direct gets at a time make the broker time out.
+const CATCH_UPS: usize = 16;
+/// Largest message that is read off a socket before the session can refuse it politely.
+const HARD_FRAME_BYTES: usize = 2 * MAX_FRAME_BYTES;
+/// An idle socket keeps this much; the library's default is 128 KiB.
+const SOCKET_READ_BUFFER: usize = 4096;
+/// How long sessions get to say goodbye.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// What the edge is told at start.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Address of the WebSocket, and of /livez and /readyz
+    #[arg(long, env = "MILLSTREAM_EDGE_LISTEN", default_value = "127.0.0.1:4800")]
+    pub listen: SocketAddr,
+    /// The declaration of what is synced
+    #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
+    pub config: PathBuf,
+    /// File with the secret that session tokens are signed with (HS256, at least 32 bytes);
+    /// MILLSTREAM_TOKEN_SECRET may hold the secret itself
+    #[arg(long, env = "MILLSTREAM_TOKEN_SECRET_FILE")]
+    pub token_secret_file: Option<PathBuf>,
+    /// The broker
+    #[command(flatten)]
+    pub nats: nats::Args,
+    /// The database
+    #[command(flatten)]
+    pub postgres: postgres::Args,
+}
+
+/// Why the edge cannot run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The secret for tokens is missing or too short.
+    #[error("{0}")]
+    Secret(String),
+    /// See [`ConfigError`].
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// See [`CatalogError`].
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The database URL is malformed.
+    #[error("DATABASE_URL cannot be used")]
+    Database(#[source] sqlx::Error),
+    /// See [`nats::Error`].
+    #[error(transparent)]
+    Nats(#[from] nats::Error),
+    /// The address is taken.
+    #[error("cannot listen on {listen}")]
+    Listen {
+        /// The address.
+        listen: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// What all sessions share.
+pub(crate) struct Edge {
+    catalog: Arc<Catalog>,
+    membership_tables: Arc<[String]>,
+    pool: PgPool,
+    nats: Nats,
+    hub: Arc<hub::Hub>,
+    lanes: lane::Lanes,
+    watermarks: watermark::Watermarks,
+    verifier: token::Verifier,
+    snapshots: Semaphore,
+    catch_ups: Semaphore,
+    shutdown: Shutdown,
+}
+
+/// Runs until shutdown.
+///
+/// # Errors
+/// The configuration cannot be used, or the broker refuses us. Faults that may pass are waited for.
+pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
+    let secret = secret(&args)?;
+    let config = Config::read(&args.config)?;
+    let health = Health::new();
+    health.set_ready("catalog", false);
+    health.set_ready("stream", false);
+    let pool = postgres::pool(&args.postgres, "edge", POSTGRES_CONNECTIONS).map_err(Error::Database)?;
+    let nats = tokio::select! {
+        nats = nats::connect(&args.nats, "edge") => nats?,
+        () = shutdown.requested() => return Ok(()),
+    };
+    let Some(catalog) = catalog(&pool, &config, &shutdown).await? else { return Ok(()) };
+    health.set_ready("catalog", true);
+
+    let hub = Arc::new(hub::Hub::default());
+    let watermarks = watermark::Watermarks::default();
+    tokio::spawn(tail::run(nats.clone(), hub.clone(), health.clone(), shutdown.clone()));
+    tokio::spawn(watermarks.clone().run(nats.clone(), shutdown.clone()));
+    tokio::spawn(results(nats.clone(), hub.clone(), shutdown.clone()));
+
+    let edge = Arc::new(Edge {
+        membership_tables: catalog.memberships().map(|(table, _)| table.name.clone()).collect(),
+        catalog: Arc::new(catalog),
+        pool,
+        lanes: lane::Lanes::start(&nats, &shutdown),
+        nats,
+        hub: hub.clone(),
+        watermarks,
+        verifier: token::Verifier::new(&secret),
+        snapshots: Semaphore::new(SNAPSHOTS),
+        catch_ups: Semaphore::new(CATCH_UPS),
+        shutdown: shutdown.clone(),
+    });
+    let router = Router::new().route("/", get(upgrade)).with_state(edge).merge(health.router());
+    let address = health::serve(args.listen, router, shutdown.clone())
+        .await
+        .map_err(|source| Error::Listen { listen: args.listen, source })?;
+    tracing::info!(%address, "edge listens");
+
+    shutdown.requested().await;
+    let drained = async {
+        while hub.sessions() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN, drained).await;
+    Ok(())
+}
+
+fn secret(args: &Args) -> Result<Vec<u8>, Error> {
+    let secret = match (&args.token_secret_file, std::env::var("MILLSTREAM_TOKEN_SECRET")) {
+        (Some(path), _) => std::fs::read_to_string(path)
+            .map_err(|error| Error::Secret(format!("cannot read the token secret file {}: {error}", path.display())))?,
+        (None, Ok(secret)) => secret,
+        (None, Err(_)) => {
+            return Err(Error::Secret(
+                "set MILLSTREAM_TOKEN_SECRET_FILE (or MILLSTREAM_TOKEN_SECRET) to the secret of session tokens".into(),
+            ));
+        }
+    };
+    let secret = secret.trim().as_bytes().to_vec();
+    if secret.len() < MIN_SECRET_BYTES {
+        return Err(Error::Secret(format!("the token secret has {} bytes; {MIN_SECRET_BYTES} are needed", secret.len())));
+    }
+    Ok(secret)
+}
+
+/// Loads the catalog, waiting for Postgres; none on shutdown.
+async fn catalog(pool: &PgPool, config: &Config, shutdown: &Shutdown) -> Result<Option<Catalog>, Error> {
+    let mut backoff = Backoff::dependency();
+    loop {
+        let load = async {
+            let mut connection = pool.acquire().await.map_err(CatalogError::Query)?;
+            Catalog::load(&mut connection, config).await
+        };
+        match load.await {
+            Ok(catalog) => return Ok(Some(catalog)),
+            Err(CatalogError::Query(error)) => tracing::warn!(%error, "waiting for Postgres"),
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next()) => {}
+            () = shutdown.requested() => return Ok(None),
+        }
+    }
+}
+
+/// Hands the executor's hints to the sessions that they are for.
+async fn results(nats: Nats, hub: Arc<hub::Hub>, shutdown: Shutdown) {
+    let mut messages = match nats.client.subscribe(RESULTS_SUBJECTS).await {
+        Ok(messages) => messages,
+        Err(error) => {
+            tracing::error!(%error, "results are not delivered early; confirmations are");
+            return;
+        }
+    };
+    loop {
+        let message = tokio::select! {
+            message = messages.next() => message,
+            () = shutdown.requested() => return,
+        };
+        let Some(message) = message else { return };
+        let client = message.subject.rsplit('.').next().and_then(|token| token.parse::<Uuid>().ok());
+        match (client, serde_json::from_slice::<ResultsMessage>(&message.payload)) {
+            (Some(client), Ok(results)) => hub.results(client, &results.results),
+            _ => tracing::warn!(subject = %message.subject, "a result cannot be read"),
+        }
+    }
+}
+
+async fn upgrade(State(edge): State<Arc<Edge>>, upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>) -> Response {
+    match upgrade {
+        Ok(upgrade) => upgrade
+            .read_buffer_size(SOCKET_READ_BUFFER)
+            .write_buffer_size(0)
+            .max_frame_size(HARD_FRAME_BYTES)
+            .max_message_size(HARD_FRAME_BYTES)
+            .on_upgrade(move |socket| session::serve(edge, socket)),
+        Err(_) => (StatusCode::UPGRADE_REQUIRED, "a Millstream edge speaks WebSocket here\n").into_response(),
+    }
+}

@@ -1,0 +1,338 @@
+//! What a session reads from Postgres: who may read what, the client's ledger, and snapshots of scopes. All of it in one
+//! `REPEATABLE READ` transaction whose visibility the session knows ([`Fence`]).
+//!
+//! Rows come by `COPY … TO STDOUT`, whose text form is that of the WAL decoder, and are re-framed as they stream: memory
+//! does not grow with the scope.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use futures_util::TryStreamExt;
+use millstream_catalog::{Catalog, Table};
+use millstream_schemas::frame::ServerFrame;
+use millstream_schemas::stream::Failure;
+use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
+use millstream_schemas::{Code, Scope};
+use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use crate::fence::{Fence, InvalidFence};
+
+/// A frame of snapshot rows is sent when it has grown to this many bytes.
+const ROWS_FRAME_BYTES: usize = 128 * 1024;
+/// Most failures told at once; a client that has more asks again by connecting again.
+const MAX_FAILURES: i64 = 1_000;
+
+/// Why Postgres could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// A statement failed.
+    #[error("cannot {doing}")]
+    Query {
+        /// What was being done.
+        doing: &'static str,
+        /// Why.
+        source: sqlx::Error,
+    },
+    /// See [`InvalidFence`].
+    #[error(transparent)]
+    Fence(#[from] InvalidFence),
+    /// The session that wanted it is gone.
+    #[error("the session ended during its snapshot")]
+    Gone,
+}
+
+fn query(doing: &'static str) -> impl FnOnce(sqlx::Error) -> SnapshotError {
+    move |source| SnapshotError::Query { doing, source }
+}
+
+/// A read-only transaction at one instant.
+pub struct Snapshot {
+    transaction: Transaction<'static, Postgres>,
+    /// What it sees.
+    pub fence: Fence,
+}
+
+/// A client's ledger row.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// The user that the client id is bound to; none if it is new.
+    pub user_id: Option<String>,
+    /// Last `client_seq` taken into account.
+    pub last_seq: u64,
+    /// Failed transactions behind the `client_seq` that the client knows to be confirmed.
+    pub failed: Vec<Failure>,
+}
+
+impl Snapshot {
+    /// Begins the transaction.
+    ///
+    /// # Errors
+    /// Postgres cannot be reached.
+    pub async fn begin(pool: &PgPool) -> Result<Snapshot, SnapshotError> {
+        let mut transaction = pool
+            .begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            .await
+            .map_err(query("begin a snapshot"))?;
+        let row = sqlx::query("SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text")
+            .fetch_one(&mut *transaction)
+            .await
+            .map_err(query("read the snapshot's visibility"))?;
+        let fence = Fence::parse(row.get(0), row.get(1))?;
+        Ok(Snapshot { transaction, fence })
+    }
+
+    /// The scopes that a user may read. The only place that decides it.
+    ///
+    /// # Errors
+    /// Postgres failed.
+    pub async fn scopes(&mut self, catalog: &Catalog, user_id: &str) -> Result<BTreeSet<Scope>, SnapshotError> {
+        let mut scopes = BTreeSet::from([Scope::global(), Scope::user(user_id)]);
+        for (table, membership) in catalog.memberships() {
+            let (user, scope) = (&table.columns[membership.user], &table.columns[membership.scope]);
+            // Identifiers come quoted from the catalog.
+            let sql = format!(
+                "SELECT DISTINCT {scope}::text FROM {table} WHERE {user} = $1::text::{user_type} AND {scope} IS NOT NULL",
+                scope = scope.sql_name,
+                table = table.sql_name,
+                user = user.sql_name,
+                user_type = user.sql_type,
+            );
+            let ids: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql))
+                .bind(user_id)
+                .fetch_all(&mut *self.transaction)
+                .await
+                .map_err(query("read memberships"))?;
+            scopes.extend(ids.into_iter().map(|id| Scope::new(membership.kind.clone(), id)));
+        }
+        Ok(scopes)
+    }
+
+    /// The client's ledger row, with the failures behind `confirmed_seq`.
+    ///
+    /// # Errors
+    /// Postgres failed.
+    pub async fn ledger(&mut self, client_id: Uuid, confirmed_seq: u64) -> Result<Ledger, SnapshotError> {
+        let row = sqlx::query("SELECT user_id, last_seq FROM millstream.clients WHERE client_id = $1")
+            .bind(client_id)
+            .fetch_optional(&mut *self.transaction)
+            .await
+            .map_err(query("read the ledger"))?;
+        let Some(row) = row else { return Ok(Ledger::default()) };
+        let failed = sqlx::query(
+            "SELECT seq, change_id, code, message FROM millstream.changes_history
+             WHERE client_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+        )
+        .bind(client_id)
+        .bind(i64::try_from(confirmed_seq).unwrap_or(i64::MAX))
+        .bind(MAX_FAILURES)
+        .fetch_all(&mut *self.transaction)
+        .await
+        .map_err(query("read the client's failures"))?;
+        let failure = |row: &sqlx::postgres::PgRow| Failure {
+            seq: row.get::<i64, _>("seq").cast_unsigned(),
+            change_id: row.get("change_id"),
+            code: row.get::<&str, _>("code").parse().unwrap_or(Code::Internal),
+            message: row.get("message"),
+        };
+        Ok(Ledger {
+            user_id: Some(row.get("user_id")),
+            last_seq: row.get::<i64, _>("last_seq").cast_unsigned(),
+            failed: failed.iter().map(failure).collect(),
+        })
+    }
+
+    /// Sends the rows of these scopes as frames, and ends the transaction.
+    ///
+    /// # Errors
+    /// Postgres failed, or the receiver is gone.
+    pub async fn rows(
+        mut self,
+        catalog: &Catalog,
+        scopes: &[Scope],
+        frames: &mpsc::Sender<String>,
+    ) -> Result<(), SnapshotError> {
+        let mut ids: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for scope in scopes {
+            ids.entry(&scope.kind).or_default().push(&scope.id);
+        }
+        for table in &catalog.tables {
+            for (kind, column) in scope_columns(table) {
+                let Some(ids) = ids.get(kind) else { continue };
+                self.table(table, column, ids, frames).await?;
+            }
+        }
+        self.transaction.commit().await.map_err(query("end a snapshot"))
+    }
+
+    async fn table(
+        &mut self,
+        table: &Table,
+        column: Option<usize>,
+        ids: &[&str],
+        frames: &mpsc::Sender<String>,
+    ) -> Result<(), SnapshotError> {
+        // COPY takes no parameters: the ids are bound to a setting of this transaction, which the statement reads.
+        sqlx::query("SELECT set_config('millstream.scope_ids', $1::text[]::text, true)")
+            .bind(ids)
+            .execute(&mut *self.transaction)
+            .await
+            .map_err(query("set a snapshot's scopes"))?;
+        let columns: Vec<&str> = table.columns.iter().map(|column| column.sql_name.as_str()).collect();
+        let mut sql = format!("COPY (SELECT {} FROM {}", columns.join(", "), table.sql_name);
+        if let Some(column) = column.map(|index| &table.columns[index]) {
+            let _ = write!(
+                sql,
+                " WHERE {} = ANY (current_setting('millstream.scope_ids')::text[]::{}[])",
+                column.sql_name, column.sql_type
+            );
+        }
+        sql.push_str(") TO STDOUT");
+        let mut lines = Lines::default();
+        let mut frame = RowsFrame::new(&table.name);
+        {
+            let mut copy = self.transaction.copy_out_raw(&sql).await.map_err(query("copy a table's rows"))?;
+            while let Some(chunk) = copy.try_next().await.map_err(query("copy a table's rows"))? {
+                lines.push(&chunk, |line| frame.row(line));
+                if frame.text.len() >= ROWS_FRAME_BYTES {
+                    frames.send(frame.take()).await.map_err(|_| SnapshotError::Gone)?;
+                }
+            }
+        }
+        if frame.rows > 0 {
+            frames.send(frame.take()).await.map_err(|_| SnapshotError::Gone)?;
+        }
+        Ok(())
+    }
+}
+
+/// How a table's rows are found by scope: kinds with their column. Membership rows are in their user's scope too.
+fn scope_columns(table: &Table) -> impl Iterator<Item = (&str, Option<usize>)> {
+    let declared = table.scopes.iter().map(|scope| {
+        let kind = if scope.column.is_none() { GLOBAL_KIND } else { scope.kind.as_str() };
+        (kind, scope.column)
+    });
+    declared.chain(table.memberships.iter().map(|membership| (USER_KIND, Some(membership.user))))
+}
+
+/// Cuts a COPY stream into lines.
+#[derive(Default)]
+struct Lines {
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    fn push(&mut self, chunk: &[u8], mut line: impl FnMut(&[u8])) {
+        let mut chunk = chunk;
+        while let Some(end) = chunk.iter().position(|&byte| byte == b'\n') {
+            if self.rest.is_empty() {
+                line(&chunk[..end]);
+            } else {
+                self.rest.extend_from_slice(&chunk[..end]);
+                line(&self.rest);
+                self.rest.clear();
+            }
+            chunk = &chunk[end + 1..];
+        }
+        self.rest.extend_from_slice(chunk);
+    }
+}
+
+/// A frame `snapshot_rows` of one table, written as its rows come.
+struct RowsFrame {
+    head: String,
+    text: String,
+    rows: usize,
+    value: Vec<u8>,
+}
+
+impl RowsFrame {
+    fn new(table: &str) -> Self {
+        let name = serde_json::Value::from(table);
+        let head = format!(r#"{{"type":"snapshot_rows","changes":[{{"table":{name},"op":"upsert","rows":["#);
+        RowsFrame { text: head.clone(), head, rows: 0, value: Vec::new() }
+    }
+
+    /// Appends a row in COPY's text format (PostgreSQL documentation, "COPY", "Text Format").
+    fn row(&mut self, line: &[u8]) {
+        if self.rows > 0 {
+            self.text.push(',');
+        }
+        self.rows += 1;
+        self.text.push('[');
+        for (index, field) in line.split(|&byte| byte == b'\t').enumerate() {
+            if index > 0 {
+                self.text.push(',');
+            }
+            if field == br"\N" {
+                self.text.push_str("null");
+                continue;
+            }
+            self.value.clear();
+            let mut bytes = field.iter();
+            while let Some(&byte) = bytes.next() {
+                self.value.push(match byte {
+                    b'\\' => match bytes.next() {
+                        Some(b'b') => 8,
+                        Some(b'f') => 12,
+                        Some(b'n') => b'\n',
+                        Some(b'r') => b'\r',
+                        Some(b't') => b'\t',
+                        Some(b'v') => 11,
+                        Some(&other) => other,
+                        None => b'\\',
+                    },
+                    other => other,
+                });
+            }
+            // The connection's encoding is UTF-8.
+            let value = String::from_utf8_lossy(&self.value);
+            match serde_json::to_string(&value) {
+                Ok(json) => self.text.push_str(&json),
+                Err(_) => self.text.push_str("null"),
+            }
+        }
+        self.text.push(']');
+    }
+
+    fn take(&mut self) -> String {
+        self.rows = 0;
+        let mut text = std::mem::replace(&mut self.text, self.head.clone());
+        text.push_str("]}]}");
+        text
+    }
+}
+
+/// The frame that opens a snapshot.
+pub fn begin_frame(scopes: &[Scope]) -> ServerFrame {
+    ServerFrame::SnapshotBegin { scopes: scopes.to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copy_lines_become_rows() {
+        let mut frame = RowsFrame::new("ta\"sks");
+        let mut lines = Lines::default();
+        for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "3\t\"q\"\tt", "\n"] {
+            lines.push(chunk.as_bytes(), |line| frame.row(line));
+        }
+        let text = frame.take();
+        let ServerFrame::SnapshotRows { changes } = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
+        assert_eq!(changes[0].table, "ta\"sks");
+        let rows: Vec<Vec<Option<&str>>> =
+            changes[0].rows.iter().map(|row| row.iter().map(Option::as_deref).collect()).collect();
+        assert_eq!(
+            rows,
+            [
+                vec![Some("1"), Some("plain"), None],
+                vec![Some("2"), Some("ta\tb\\n\nend"), Some("")],
+                vec![Some("3"), Some("\"q\""), Some("t")],
+            ]
+        );
+        assert_eq!(frame.rows, 0);
+    }
+}

@@ -1,0 +1,112 @@
+//! `/livez` (the process answers) and `/readyz` (all that it needs is there), and an HTTP server with header timeouts.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+
+use crate::shutdown::Shutdown;
+
+/// A connection must have sent its request's headers within this time.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where the process answers about its health.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Address of /livez and /readyz
+    #[arg(long = "health-listen", env = "MILLSTREAM_HEALTH_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+}
+
+/// What the process needs, and which of it is there. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Health(Arc<Mutex<BTreeMap<&'static str, bool>>>);
+
+impl Health {
+    /// Nothing needed yet.
+    pub fn new() -> Self {
+        Health::default()
+    }
+
+    /// Says that `part` is there, or not. A part counts from its first mention.
+    pub fn set_ready(&self, part: &'static str, ready: bool) {
+        let before = self.parts().insert(part, ready);
+        if before != Some(ready) {
+            tracing::debug!(part, ready, "readiness");
+        }
+    }
+
+    fn parts(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, bool>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether every part is there.
+    pub fn is_ready(&self) -> bool {
+        let parts = self.parts();
+        !parts.is_empty() && parts.values().all(|ready| *ready)
+    }
+
+    /// Routes `/livez` and `/readyz`; the latter names each part.
+    pub fn router(&self) -> Router {
+        let health = self.clone();
+        let ready = move || {
+            let health = health.clone();
+            async move {
+                let text: String = health
+                    .parts()
+                    .iter()
+                    .map(|(part, ready)| format!("{part}: {}\n", if *ready { "ok" } else { "not ready" }))
+                    .collect();
+                (if health.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text)
+            }
+        };
+        Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(ready))
+    }
+}
+
+/// Binds and serves a router in the background until shutdown; returns the bound address.
+///
+/// # Errors
+/// The address cannot be bound.
+pub async fn serve(listen: SocketAddr, router: Router, shutdown: Shutdown) -> std::io::Result<SocketAddr> {
+    let listener = TcpListener::bind(listen).await?;
+    let address = listener.local_addr()?;
+    tokio::spawn(accept(listener, router, shutdown));
+    Ok(address)
+}
+
+/// An accept loop of our own, since `axum::serve` has no header timeout: silent and dribbling connections would stay for ever.
+async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown) {
+    loop {
+        let stream = tokio::select! {
+            () = shutdown.requested() => return,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of file descriptors, most likely: others may close meanwhile.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        // A frame is one small write: waiting to fill a packet only adds latency.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let mut server = hyper::server::conn::http1::Builder::new();
+        server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        let connection = server.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended");
+            }
+        });
+    }
+}

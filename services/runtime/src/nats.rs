@@ -1,0 +1,277 @@
+//! The broker: connecting, and the three streams. One deploy step declares the streams; every service verifies them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
+use async_nats::jetstream::{self, Context};
+use millstream_schemas::subject;
+
+/// Oldest server that group-commits its fsyncs and has atomic batches without their early faults.
+const MINIMUM_SERVER: (u64, u64, u64) = (2, 15, 1);
+/// Time for one request to the JetStream API.
+const API_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pings find a half-open connection.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// Longest pause between attempts to reconnect.
+const RECONNECT_CAP: Duration = Duration::from_secs(2);
+
+/// How to reach the broker.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// NATS server URL, or several separated by commas
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
+    pub nats_url: String,
+    /// File with the seed of this service's nkey; MILLSTREAM_NATS_SEED may hold the seed itself
+    #[arg(long, env = "MILLSTREAM_NATS_SEED_FILE")]
+    pub nats_seed_file: Option<PathBuf>,
+}
+
+/// A connection, and JetStream over it.
+#[derive(Clone, Debug)]
+pub struct Nats {
+    /// Core NATS.
+    pub client: async_nats::Client,
+    /// JetStream.
+    pub jetstream: Context,
+}
+
+/// Why the broker cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The seed file cannot be read.
+    #[error("cannot read the nkey seed file {}; create keys with `millstream keys DIR`", path.display())]
+    Seed {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The URL is malformed or the server refuses us.
+    #[error("cannot connect to NATS at {url}")]
+    Connect {
+        /// Where.
+        url: String,
+        /// Why.
+        source: async_nats::ConnectError,
+    },
+    /// The server is too old.
+    #[error(
+        "NATS server {found} is too old: 2.15.1 or newer is needed, since older ones cannot fsync each message at speed"
+    )]
+    TooOld {
+        /// Its version.
+        found: String,
+    },
+    /// The stream does not exist or cannot be asked for.
+    #[error("cannot read stream {name}; `millstream setup` declares the streams")]
+    Stream {
+        /// Its name.
+        name: &'static str,
+        /// Why.
+        source: jetstream::context::GetStreamError,
+    },
+    /// The stream cannot be created or updated.
+    #[error("cannot declare stream {name}")]
+    Declare {
+        /// Its name.
+        name: &'static str,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The stream is not as it must be for the guarantees to hold.
+    #[error("stream {name} has {what}; `millstream setup` puts it right where NATS allows that")]
+    Mismatch {
+        /// Its name.
+        name: &'static str,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+/// Connects as `service`: inboxes are under `_INBOX_{service}`, so that no other service can read the replies. Waits
+/// for the server for as long as it takes.
+///
+/// # Errors
+/// The seed cannot be read, the server refuses the connection's parameters, or it is too old.
+pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> {
+    let seed = match (&args.nats_seed_file, std::env::var("MILLSTREAM_NATS_SEED")) {
+        (Some(path), _) => {
+            Some(std::fs::read_to_string(path).map_err(|source| Error::Seed { path: path.clone(), source })?)
+        }
+        (None, Ok(seed)) => Some(seed),
+        (None, Err(_)) => None,
+    };
+    let mut options = async_nats::ConnectOptions::new();
+    if let Some(seed) = seed {
+        options = options.nkey(seed.trim().to_owned());
+    }
+    let options = options
+        .name(format!("millstream-{service}"))
+        .custom_inbox_prefix(format!("_INBOX_{service}"))
+        .retry_on_initial_connect()
+        .ping_interval(PING_INTERVAL)
+        .reconnect_delay_callback(|attempts| {
+            Duration::from_millis(50).saturating_mul(1 << attempts.min(6)).min(RECONNECT_CAP)
+        })
+        .event_callback(|event| async move {
+            match event {
+                async_nats::Event::Connected => tracing::info!("connected to NATS"),
+                // Also the only place where a missing permission shows itself.
+                event => tracing::warn!(%event, "NATS connection"),
+            }
+        });
+    let client = options
+        .connect(&args.nats_url)
+        .await
+        .map_err(|source| Error::Connect { url: args.nats_url.clone(), source })?;
+    while client.connection_state() != State::Connected || client.server_info().version.is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let found = client.server_info().version;
+    if version(&found).is_none_or(|version| version < MINIMUM_SERVER) {
+        return Err(Error::TooOld { found });
+    }
+    let jetstream = jetstream::ContextBuilder::new().timeout(API_TIMEOUT).build(client.clone());
+    Ok(Nats { client, jetstream })
+}
+
+fn version(text: &str) -> Option<(u64, u64, u64)> {
+    let mut parts = text.split(['.', '-']).map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next()??, parts.next()??))
+}
+
+/// What the streams may hold.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct StreamArgs {
+    /// Copies of each stream: 1 on a single server, 3 in a cluster
+    #[arg(long, env = "MILLSTREAM_STREAM_REPLICAS", default_value_t = 1)]
+    pub replicas: usize,
+    /// Bytes of submitted changes that may wait for Postgres; when full, edges push back
+    #[arg(long, env = "MILLSTREAM_CHANGES_MAX_BYTES", default_value_t = 1 << 30)]
+    pub changes_max_bytes: i64,
+    /// Bytes of committed transactions kept for clients that return
+    #[arg(long, env = "MILLSTREAM_WAL_MAX_BYTES", default_value_t = 4 << 30)]
+    pub wal_max_bytes: i64,
+    /// Hours for which committed transactions are kept for clients that return
+    #[arg(long, env = "MILLSTREAM_WAL_MAX_HOURS", default_value_t = 7 * 24)]
+    pub wal_max_hours: u64,
+}
+
+/// Consumers a stream may have: each is an edge's tail or an executor's cursor.
+const MAX_CONSUMERS: i32 = 1_000;
+/// Bytes of results kept for reading by stream.
+const RESULTS_MAX_BYTES: i64 = 64 << 20;
+
+fn configurations(args: &StreamArgs) -> [(&'static str, Config); 3] {
+    let base = |name: &str, subjects: &str| Config {
+        name: name.to_owned(),
+        subjects: vec![subjects.to_owned()],
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        num_replicas: args.replicas,
+        max_consumers: MAX_CONSUMERS,
+        // A window of broker-side deduplication that nothing relies on costs memory: the shortest there is.
+        duplicate_window: Duration::from_millis(100),
+        ..Config::default()
+    };
+    [
+        (
+            subject::CHANGES_STREAM,
+            // Discarding old messages would drop accepted changes, and so would an age: a full stream pushes back.
+            Config {
+                discard: DiscardPolicy::New,
+                max_bytes: args.changes_max_bytes,
+                ..base(subject::CHANGES_STREAM, subject::CHANGES_SUBJECTS)
+            },
+        ),
+        (
+            subject::WAL_STREAM,
+            Config {
+                discard: DiscardPolicy::Old,
+                max_bytes: args.wal_max_bytes,
+                max_age: Duration::from_secs(args.wal_max_hours * 3600),
+                allow_direct: true,
+                allow_atomic_publish: true,
+                deny_delete: true,
+                ..base(subject::WAL_STREAM, subject::WAL_SUBJECTS)
+            },
+        ),
+        (
+            subject::RESULTS_STREAM,
+            Config {
+                discard: DiscardPolicy::Old,
+                storage: StorageType::Memory,
+                max_bytes: RESULTS_MAX_BYTES,
+                max_age: Duration::from_secs(24 * 3600),
+                ..base(subject::RESULTS_STREAM, subject::RESULTS_SUBJECTS)
+            },
+        ),
+    ]
+}
+
+/// Creates the streams, or updates their limits. The deploy step; services only verify.
+///
+/// # Errors
+/// The broker refuses, for example to change the storage of an existing stream.
+pub async fn declare_streams(jetstream: &Context, args: &StreamArgs) -> Result<(), Error> {
+    for (name, config) in configurations(args) {
+        match jetstream.get_stream(name).await {
+            Ok(_) => {
+                jetstream.update_stream(config).await.map_err(|error| Error::Declare { name, source: error.into() })?;
+            }
+            Err(_) => {
+                jetstream.create_stream(config).await.map_err(|error| Error::Declare { name, source: error.into() })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The stream, checked to be as the guarantees need it.
+///
+/// # Errors
+/// It does not exist, or is configured otherwise.
+pub async fn stream(jetstream: &Context, name: &'static str) -> Result<Stream, Error> {
+    let stream = jetstream.get_stream(name).await.map_err(|source| Error::Stream { name, source })?;
+    let found = &stream.cached_info().config;
+    let mismatch = |what: String| Err(Error::Mismatch { name, what });
+    if found.retention != RetentionPolicy::Limits {
+        return mismatch(format!("retention {:?} instead of limits", found.retention));
+    }
+    match name {
+        subject::CHANGES_STREAM => {
+            if found.discard != DiscardPolicy::New || found.max_age != Duration::ZERO {
+                return mismatch("a discard policy or age that would drop accepted changes".to_owned());
+            }
+            if found.storage != StorageType::File || !found.subjects.iter().any(|s| s == subject::CHANGES_SUBJECTS) {
+                return mismatch("other storage than file, or lacks its subjects".to_owned());
+            }
+        }
+        subject::WAL_STREAM => {
+            if !found.allow_direct || !found.allow_atomic_publish {
+                return mismatch("no direct get or no atomic publish".to_owned());
+            }
+            if found.storage != StorageType::File || !found.subjects.iter().any(|s| s == subject::WAL_SUBJECTS) {
+                return mismatch("other storage than file, or lacks its subjects".to_owned());
+            }
+        }
+        _ => {}
+    }
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(version("2.15.1").unwrap() >= MINIMUM_SERVER);
+        assert!(version("2.15.10-RC.1").unwrap() >= MINIMUM_SERVER);
+        assert!(version("2.9.10").unwrap() < MINIMUM_SERVER);
+        assert_eq!(version("dev"), None);
+    }
+}

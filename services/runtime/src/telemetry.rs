@@ -1,0 +1,128 @@
+//! Logs on stderr, and traces over OTLP where an endpoint is configured.
+//!
+//! Logs are JSON when stderr is not a terminal, unless `MILLSTREAM_LOG_FORMAT` says `text`; `RUST_LOG` selects levels.
+//! Traces are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` (or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`) is set; the standard
+//! `OTEL_*` variables apply. Trace context crosses processes as a W3C `traceparent`.
+
+use std::io::IsTerminal;
+
+use opentelemetry::trace::{TraceContextExt, TracerProvider};
+use opentelemetry::{Context, SpanId, TraceFlags, TraceId, trace::SpanContext, trace::TraceState};
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+
+/// Flushes traces when dropped.
+#[must_use]
+pub struct Guard(Option<SdkTracerProvider>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(provider) = self.0.take()
+            && let Err(error) = provider.shutdown()
+        {
+            eprintln!("traces were not flushed: {error}");
+        }
+    }
+}
+
+/// Sets up logs and traces for the process; call once, in `main`.
+pub fn init(service: &'static str) -> Guard {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn"));
+    let text = match std::env::var("MILLSTREAM_LOG_FORMAT").as_deref() {
+        Ok("text") => true,
+        Ok("json") => false,
+        _ => std::io::stderr().is_terminal(),
+    };
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(!text);
+    let log = if text {
+        let ansi = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        log.with_ansi(ansi).compact().boxed()
+    } else {
+        log.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
+    };
+    let provider = tracer_provider(service);
+    let traces = provider.as_ref().map(|provider| {
+        // Spans are exported at info and above whatever the log filter says of events.
+        tracing_opentelemetry::layer()
+            .with_tracer(provider.tracer("millstream"))
+            .with_filter(tracing_subscriber::filter::LevelFilter::INFO)
+    });
+    tracing_subscriber::registry().with(log.with_filter(filter)).with(traces).init();
+    Guard(provider)
+}
+
+fn tracer_provider(service: &'static str) -> Option<SdkTracerProvider> {
+    let configured = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+    if !configured {
+        return None;
+    }
+    // The blocking HTTP client refuses to be built inside an async runtime's thread.
+    let built = std::thread::spawn(|| opentelemetry_otlp::SpanExporter::builder().with_http().build()).join();
+    let exporter = match built {
+        Ok(Ok(exporter)) => exporter,
+        Ok(Err(error)) => {
+            eprintln!("traces are off: {error}");
+            return None;
+        }
+        Err(_) => return None,
+    };
+    // OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the default name.
+    let mut resource = opentelemetry_sdk::Resource::builder();
+    if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
+        resource = resource.with_service_name(format!("millstream-{service}"));
+    }
+    Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build())
+}
+
+/// The W3C `traceparent` of the current span; none where traces are off or the span is not sampled.
+pub fn traceparent() -> Option<String> {
+    let context = tracing::Span::current().context();
+    let span = context.span();
+    let span = span.span_context();
+    (span.is_valid() && span.is_sampled())
+        .then(|| format!("00-{}-{}-{:02x}", span.trace_id(), span.span_id(), span.trace_flags().to_u8()))
+}
+
+/// Makes `span` a child of the remote span that `traceparent` names. Malformed text is ignored: it is a hint.
+pub fn set_parent(span: &tracing::Span, traceparent: Option<&str>) {
+    if let Some(remote) = traceparent.and_then(parse) {
+        // An error means that no trace layer is there to take it.
+        let _ = span.set_parent(Context::new().with_remote_span_context(remote));
+    }
+}
+
+fn parse(traceparent: &str) -> Option<SpanContext> {
+    let mut parts = traceparent.split('-');
+    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    if version.len() != 2 || version == "ff" || trace.len() != 32 || span.len() != 16 || flags.len() != 2 {
+        return None;
+    }
+    let context = SpanContext::new(
+        TraceId::from_hex(trace).ok()?,
+        SpanId::from_hex(span).ok()?,
+        TraceFlags::new(u8::from_str_radix(flags, 16).ok()?),
+        true,
+        TraceState::NONE,
+    );
+    context.is_valid().then_some(context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_well_formed_parents_count() {
+        let ok = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert!(parse(ok).is_some_and(|context| context.is_sampled() && context.is_remote()));
+        for bad in ["", "00", "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", &ok.replace('4', "x"),
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01", &ok[..40]] {
+            assert!(parse(bad).is_none(), "{bad}");
+        }
+    }
+}

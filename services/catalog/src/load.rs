@@ -89,7 +89,11 @@ async fn table(
 
     let (columns, numbers) = columns(connection, oid, name, declared).await?;
     let key_numbers: Option<Vec<i16>> =
-        sqlx::query_scalar("SELECT indkey::int2[] FROM pg_index WHERE indrelid = $1::int8::oid AND indisprimary")
+        // By way of text: an int2vector counts from 0, which sqlx does not decode.
+        sqlx::query_scalar(
+            "SELECT string_to_array(indkey::text, ' ')::int2[] FROM pg_index \
+             WHERE indrelid = $1::int8::oid AND indisprimary",
+        )
             .bind(oid)
             .fetch_optional(&mut *connection)
             .await

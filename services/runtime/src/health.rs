@@ -19,6 +19,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where the process answers about its health.
 #[derive(Clone, Debug, clap::Args)]
+// Several structs of this name meet in one command; a group is named after its struct.
+#[group(skip)]
 pub struct Args {
     /// Address of /livez and /readyz
     #[arg(long = "health-listen", env = "MILLSTREAM_HEALTH_LISTEN", default_value = "127.0.0.1:0")]

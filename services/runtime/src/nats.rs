@@ -19,6 +19,8 @@ const RECONNECT_CAP: Duration = Duration::from_secs(2);
 
 /// How to reach the broker.
 #[derive(Clone, Debug, clap::Args)]
+// Several structs of this name meet in one command; a group is named after its struct.
+#[group(skip)]
 pub struct Args {
     /// NATS server URL, or several separated by commas
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]

@@ -7,6 +7,8 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
 /// How to reach Postgres.
 #[derive(Clone, clap::Args)]
+// Several structs of this name meet in one command; a group is named after its struct.
+#[group(skip)]
 pub struct Args {
     /// Connection URL, postgres://user:password@host:port/database; better in the environment than in argv
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]

@@ -1,0 +1,379 @@
+//! `millstream client`: a client of one's own, online and offline.
+
+mod output;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use millstream_client::{Client, Error as SdkError, State, Status};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::exit::Exit;
+use crate::stack::DEV_DATA;
+use crate::token;
+
+/// Status events are quiet for this long after a catch-up.
+const QUIET: Duration = Duration::from_millis(150);
+/// Transactions in `error` that `status` shows.
+const MAX_FAILED_SHOWN: usize = 20;
+
+/// Flags of `millstream client`.
+#[derive(clap::Args)]
+#[command(before_help = "Examples:
+  millstream client --store a.db --user alice sql \"SELECT title, done FROM tasks\"
+  millstream client --store a.db --user alice sql \"UPDATE tasks SET done = 1 WHERE title = 'Buy milk'\"
+  millstream client --store a.db --user alice sql \"INSERT INTO projects (id, name) VALUES (millstream_uuid(), 'Attic')\"
+  millstream client --store b.db --user bob watch tasks
+  millstream client --store a.db --offline sql \"DELETE FROM comments\"      queued, sent when next online
+  millstream client --store a.db --user alice -o json status")]
+#[command(after_help = "Exit status: 0 done (applied, or queued while offline), 1 failed or rejected, 3 wrong \
+configuration, 4 the edge is needed and not there. Data goes to stdout, the rest to stderr.")]
+pub struct Args {
+    /// The local SQLite store; created when missing
+    #[arg(long, env = "MILLSTREAM_STORE")]
+    pub store: PathBuf,
+    /// URL of the edge
+    #[arg(long, env = "MILLSTREAM_EDGE", default_value = "ws://127.0.0.1:4800")]
+    pub edge: String,
+    /// Do not connect
+    #[arg(long)]
+    pub offline: bool,
+    /// Act as this user, with a token made with dev mode's secret
+    #[arg(long, conflicts_with = "token_file")]
+    pub user: Option<String>,
+    /// File with a session token
+    #[arg(long, env = "MILLSTREAM_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    /// The session token itself: by the environment only
+    #[arg(long = "token", env = "MILLSTREAM_TOKEN", hide = true, hide_env_values = true)]
+    pub token: Option<String>,
+    /// Data folder of dev mode, for --user
+    #[arg(long, env = "MILLSTREAM_DEV_DATA", default_value = DEV_DATA)]
+    pub data: PathBuf,
+    /// Seconds to wait for the connection, and for the verdict on a write
+    #[arg(long, default_value_t = 5.0)]
+    pub wait: f64,
+    /// How to print data
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    #[allow(missing_docs, reason = "the variants carry the help")]
+    pub command: Command,
+}
+
+/// How data is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// JSON.
+    Json,
+}
+
+/// What to do.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Read, or write: several statements are one transaction
+    Sql {
+        /// SQLite statements; millstream_uuid() makes an id
+        #[arg(required = true)]
+        statements: Vec<String>,
+    },
+    /// Show a table or query now and whenever it changes, until Ctrl-C
+    Watch {
+        /// Name of a table, or a SELECT
+        query: String,
+        /// End after so many times
+        #[arg(long)]
+        times: Option<u64>,
+    },
+    /// Connection, queue, failures, position
+    Status,
+}
+
+/// The client failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No way to say who one is.
+    #[error("who are you? Give --user, --token-file or MILLSTREAM_TOKEN; or --offline")]
+    NoUser,
+    /// The token file.
+    #[error("cannot read the token file {path}")]
+    TokenFile {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The token cannot be made.
+    #[error("no token for this user")]
+    Token(#[source] token::Error),
+    /// A flag.
+    #[error("{0}")]
+    Flag(&'static str),
+    /// The store or a statement.
+    #[error("{action}")]
+    Client {
+        /// What was done.
+        action: &'static str,
+        /// Why it failed.
+        source: Box<SdkError>,
+    },
+    /// A new store needs the edge once.
+    #[error("this store has no tables yet, and the edge at {edge} is not reachable ({reason}): connect once first")]
+    Empty {
+        /// Where.
+        edge: String,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl Error {
+    fn client(action: &'static str) -> impl FnOnce(SdkError) -> Error {
+        move |source| Error::Client { action, source: Box::new(source) }
+    }
+
+    /// The exit code.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::NoUser | Error::TokenFile { .. } | Error::Token(_) | Error::Flag(_) => Exit::Config,
+            Error::Client { .. } => Exit::Failed,
+            Error::Empty { .. } => Exit::Dependency,
+        }
+    }
+}
+
+/// Runs `millstream client`.
+pub async fn run(args: Args) -> Result<Exit, Error> {
+    let wait = Duration::try_from_secs_f64(args.wait).map_err(|_| Error::Flag("--wait must be a number of seconds"))?;
+    let mut builder = Client::builder(args.store.clone());
+    if !args.offline {
+        builder = builder.edge(args.edge.clone()).token(token(&args)?);
+    }
+    let client = builder.open().await.map_err(Error::client("cannot open the store"))?;
+    let session = Session { client: &client, args: &args, deadline: Instant::now() + wait, wait };
+    let outcome = session.run().await;
+    let closed = client.close().await.map_err(Error::client("cannot close the store"));
+    let exit = outcome?;
+    closed?;
+    Ok(exit)
+}
+
+fn token(args: &Args) -> Result<String, Error> {
+    if let Some(user) = &args.user {
+        let secret = token::Secret { secret_file: None, secret: None, data: args.data.clone() };
+        let secret = secret.read().map_err(Error::Token)?;
+        return token::mint(&secret, user, token::DEFAULT_LIFE).map_err(Error::Token);
+    }
+    if let Some(path) = &args.token_file {
+        let token = std::fs::read_to_string(path).map_err(|source| Error::TokenFile { path: path.clone(), source })?;
+        return Ok(token.trim().to_owned());
+    }
+    args.token.clone().filter(|token| !token.is_empty()).ok_or(Error::NoUser)
+}
+
+struct Session<'a> {
+    client: &'a Client,
+    args: &'a Args,
+    /// For the connection.
+    deadline: Instant,
+    /// For verdicts, from the write on.
+    wait: Duration,
+}
+
+impl Session<'_> {
+    async fn run(&self) -> Result<Exit, Error> {
+        match &self.args.command {
+            Command::Sql { statements } => match statements.as_slice() {
+                [statement] if reads(statement) => self.read(statement).await,
+                statements => self.write(statements.to_vec()).await,
+            },
+            Command::Watch { query, times } => self.watch(query, *times).await,
+            Command::Status => self.status().await,
+        }
+    }
+
+    async fn read(&self, statement: &str) -> Result<Exit, Error> {
+        self.tables().await?;
+        self.caught_up().await;
+        let rows = self.client.query(statement, ()).await.map_err(Error::client("the query failed"))?;
+        output::rows(&rows, self.args.output);
+        Ok(Exit::Ok)
+    }
+
+    async fn write(&self, statements: Vec<String>) -> Result<Exit, Error> {
+        self.tables().await?;
+        let write = self
+            .client
+            .tx(move |transaction| {
+                let mut rows = 0;
+                for statement in &statements {
+                    rows += transaction.execute(statement, ())?;
+                }
+                Ok(rows)
+            })
+            .await
+            .map_err(Error::client("the write failed"))?;
+        let (rows, seq) = (*write.value(), write.seq());
+        let mut written = output::Written { state: output::WriteState::Unchanged, rows, seq, code: None, message: None };
+        if seq.is_some() {
+            written.state = output::WriteState::Queued;
+            let verdict = tokio::select! {
+                biased;
+                verdict = timeout(self.wait, write.confirmed()) => verdict.ok(),
+                () = self.unreachable() => None,
+            };
+            match verdict {
+                Some(Ok(())) => written.state = output::WriteState::Applied,
+                Some(Err(SdkError::Rejected { code, message, .. })) => {
+                    written.state = output::WriteState::Rejected;
+                    written.code = Some(code.to_string());
+                    written.message = Some(message);
+                }
+                Some(Err(error)) => return Err(Error::client("the verdict is not known")(error)),
+                None => {}
+            }
+        }
+        output::written(&written, self.args.output);
+        Ok(if written.state == output::WriteState::Rejected { Exit::Failed } else { Exit::Ok })
+    }
+
+    async fn watch(&self, query: &str, times: Option<u64>) -> Result<Exit, Error> {
+        self.tables().await?;
+        let sql = match is_name(query) {
+            true => format!("SELECT * FROM \"{query}\""),
+            false => query.to_owned(),
+        };
+        let mut rows = self.client.watch(&sql, ());
+        let mut shown = 0;
+        while times.is_none_or(|times| shown < times) {
+            let next = tokio::select! {
+                next = rows.next() => next,
+                _ = tokio::signal::ctrl_c() => break,
+            };
+            let Some(next) = next else { break };
+            let next = next.map_err(Error::client("the query failed"))?;
+            if shown > 0 && self.args.output == Output::Text {
+                println!();
+            }
+            output::rows(&next, self.args.output);
+            shown += 1;
+        }
+        Ok(Exit::Ok)
+    }
+
+    async fn status(&self) -> Result<Exit, Error> {
+        self.caught_up().await;
+        let failed = self.client.failed().await.map_err(Error::client("cannot read the queue"))?;
+        let status = self.client.status().borrow().clone();
+        output::status(&status, &failed, MAX_FAILED_SHOWN, self.args.output);
+        Ok(Exit::Ok)
+    }
+
+    /// A new store has no tables before its first connection.
+    async fn tables(&self) -> Result<(), Error> {
+        if self.client.status().borrow().schema.is_some() {
+            return Ok(());
+        }
+        let empty = |reason: String| Error::Empty { edge: self.args.edge.clone(), reason };
+        if self.args.offline {
+            return Err(empty("--offline".into()));
+        }
+        tokio::select! {
+            biased;
+            ready = timeout_at(self.deadline, self.client.ready()) => match ready {
+                Ok(ready) => ready.map_err(Error::client("the first snapshot failed")),
+                Err(_) => Err(empty(why(&self.client.status().borrow()))),
+            },
+            () = self.unreachable() => Err(empty(why(&self.client.status().borrow()))),
+        }
+    }
+
+    /// Waits until the edge's news are in, as far as one can tell, or until that is of no use.
+    async fn caught_up(&self) {
+        let mut status = self.client.status();
+        let settled = |status: &Status| {
+            unreachable(status) || status.state == State::Connected && status.has_synced && !status.downloading
+        };
+        if self.args.offline || !matches!(timeout_at(self.deadline, status.wait_for(settled)).await, Ok(Ok(_))) {
+            return;
+        }
+        // What was missed arrives right after the welcome.
+        while status.borrow_and_update().state == State::Connected && Instant::now() < self.deadline {
+            if timeout(QUIET, status.changed()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Resolves when waiting for the edge has become pointless.
+    async fn unreachable(&self) {
+        if !self.args.offline && self.client.status().wait_for(unreachable).await.is_err() {
+            // The client is closed; whoever waits with us hears of it.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Whether the last attempt to connect failed. A client that has not tried yet, or lets another process do it, may still
+/// get through.
+fn unreachable(status: &Status) -> bool {
+    match status.state {
+        State::Offline => status.retry_at.is_some() || status.last_error.is_some(),
+        State::NeedsAuth | State::Error | State::Closed => true,
+        _ => false,
+    }
+}
+
+fn why(status: &Status) -> String {
+    match (&status.last_error, &status.reason) {
+        (Some(error), _) => format!("{}: {}", error.code, error.message),
+        (None, Some(reason)) => reason.clone(),
+        (None, None) => "no answer".into(),
+    }
+}
+
+/// Whether a statement only reads, by its first word. `WITH` may begin either.
+fn reads(statement: &str) -> bool {
+    let mut words = statement
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| !word.is_empty())
+        .map(str::to_ascii_lowercase);
+    match words.next().as_deref() {
+        Some("select" | "values" | "explain" | "pragma") => true,
+        Some("with") => !words.any(|word| matches!(word.as_str(), "insert" | "update" | "delete" | "replace")),
+        _ => false,
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_is_told_from_writing() {
+        let check = |statement: &str, expected: bool| assert_eq!(reads(statement), expected, "{statement}");
+        check("SELECT 1", true);
+        check("  select * from tasks", true);
+        check("VALUES (1)", true);
+        check("WITH a AS (SELECT 1) SELECT * FROM a", true);
+        check("WITH a AS (SELECT 1) INSERT INTO t SELECT * FROM a", false);
+        check("update tasks set done = 1", false);
+        check("DELETE FROM tasks", false);
+        check("", false);
+    }
+
+    #[test]
+    fn names_are_told_from_queries() {
+        assert!(is_name("tasks"));
+        assert!(!is_name("SELECT * FROM tasks"));
+        assert!(!is_name("a\"b"));
+        assert!(!is_name(""));
+    }
+}

@@ -1,0 +1,24 @@
+//! The command `millstream` as a library: dev mode, the private [`stack`] that system tests run on, the deploy step,
+//! the command line client, the bench.
+//!
+//! - [`stack`]: Postgres, NATS and the services as child processes, each of which can be killed and started again
+//! - [`dev`]: the stack with an example and logs
+//! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
+//! - [`process`]: child processes that do not outlive us
+//! - [`setup`], [`keys`]: the deploy step
+//! - [`client`], [`token`], [`healthcheck`], [`bench`]: for developers and operators
+//! - [`exit`]: exit codes
+
+pub mod bench;
+pub mod binaries;
+pub mod client;
+pub mod dev;
+pub mod exit;
+pub mod fetch;
+pub mod healthcheck;
+pub mod keys;
+pub mod logs;
+pub mod process;
+pub mod setup;
+pub mod stack;
+pub mod token;

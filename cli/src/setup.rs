@@ -1,0 +1,409 @@
+//! `millstream setup`: the deploy step. Runs the migrations, makes the services' roles with what they may do and no
+//! more, keeps the publication in line with `millstream.toml`, and declares the streams. Doing it again changes nothing.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use millstream_catalog::{Catalog, Config, Table};
+use millstream_runtime::{nats, postgres};
+use sqlx::migrate::Migrator;
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
+
+use crate::keys::Role;
+
+/// The publication that replication reads.
+pub const PUBLICATION: &str = "millstream";
+/// Keeps two deployments from changing roles and grants at the same time.
+const ADVISORY_LOCK: i64 = 0x6d69_6c6c_7374_7231;
+/// How often Postgres is asked again while it is not there.
+const RETRY: Duration = Duration::from_millis(250);
+/// A lock that the application holds must not let a deployment wait for ever, with all others queueing behind it.
+const LOCK_TIMEOUT: &str = "SET lock_timeout = '10s'";
+
+/// The numbered SQL of the schema `millstream`, part of this program.
+static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
+
+/// Flags of `millstream setup`.
+#[derive(clap::Args, Clone)]
+#[command(after_help = "Needs a Postgres user that owns the application's tables and may create roles; needs the NATS \
+key `setup.nk` that `millstream keys` makes. Roles get a password only where one is given.")]
+pub struct Args {
+    /// The synced tables
+    #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
+    pub config: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened flags carry their own help")]
+    pub postgres: postgres::Args,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened flags carry their own help")]
+    pub nats: nats::Args,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened flags carry their own help")]
+    pub streams: nats::StreamArgs,
+    /// Seconds to wait for Postgres and for NATS
+    #[arg(long, env = "MILLSTREAM_SETUP_WAIT_S", default_value_t = 60)]
+    pub wait: u64,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened flags carry their own help")]
+    pub passwords: Passwords,
+}
+
+/// Passwords of the services' Postgres roles, each by the environment or by a file.
+#[derive(clap::Args, Clone, Default)]
+pub struct Passwords {
+    /// Password of millstream_edge: by the environment only
+    #[arg(long, env = "MILLSTREAM_EDGE_PASSWORD", hide = true, hide_env_values = true)]
+    pub edge_password: Option<String>,
+    /// File with the password of millstream_edge (or MILLSTREAM_EDGE_PASSWORD)
+    #[arg(long, env = "MILLSTREAM_EDGE_PASSWORD_FILE")]
+    pub edge_password_file: Option<PathBuf>,
+    /// Password of millstream_changes: by the environment only
+    #[arg(long, env = "MILLSTREAM_CHANGES_PASSWORD", hide = true, hide_env_values = true)]
+    pub changes_password: Option<String>,
+    /// File with the password of millstream_changes (or MILLSTREAM_CHANGES_PASSWORD)
+    #[arg(long, env = "MILLSTREAM_CHANGES_PASSWORD_FILE")]
+    pub changes_password_file: Option<PathBuf>,
+    /// Password of millstream_replication: by the environment only
+    #[arg(long, env = "MILLSTREAM_REPLICATION_PASSWORD", hide = true, hide_env_values = true)]
+    pub replication_password: Option<String>,
+    /// File with the password of millstream_replication (or MILLSTREAM_REPLICATION_PASSWORD)
+    #[arg(long, env = "MILLSTREAM_REPLICATION_PASSWORD_FILE")]
+    pub replication_password_file: Option<PathBuf>,
+}
+
+/// The deploy step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A password file.
+    #[error("cannot read the password file {path}")]
+    Password {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Postgres cannot be reached.
+    #[error("cannot connect to Postgres")]
+    Connect(#[source] sqlx::Error),
+    /// Postgres refused a step.
+    #[error("Postgres: {action}")]
+    Postgres {
+        /// Which step.
+        action: String,
+        /// Why.
+        source: sqlx::Error,
+    },
+    /// The migrations.
+    #[error("the migrations failed")]
+    Migrations(#[source] sqlx::migrate::MigrateError),
+    /// `millstream.toml` itself.
+    #[error("the configuration is not usable")]
+    Config(#[source] millstream_catalog::ConfigError),
+    /// `millstream.toml` against the database.
+    #[error("the configuration does not fit the database")]
+    Catalog(#[source] millstream_catalog::CatalogError),
+    /// NATS.
+    #[error("NATS")]
+    Nats(#[source] nats::Error),
+    /// NATS does not answer.
+    #[error("no answer from NATS at {url} within {seconds} s")]
+    NatsSilent {
+        /// Where.
+        url: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+}
+
+impl Error {
+    /// Whether something that is not ours was not there, rather than something being wrong.
+    pub fn is_dependency(&self) -> bool {
+        matches!(self, Error::Connect(_) | Error::NatsSilent { .. })
+    }
+
+    /// Whether a configuration is wrong.
+    pub fn is_config(&self) -> bool {
+        matches!(self, Error::Config(_) | Error::Catalog(_) | Error::Password { .. })
+    }
+}
+
+/// Runs `millstream setup`.
+pub async fn run(args: Args) -> Result<(), Error> {
+    let config = Config::read(&args.config).map_err(Error::Config)?;
+    let wait = Duration::from_secs(args.wait);
+    let passwords = [
+        (Role::Edge, password(args.passwords.edge_password, args.passwords.edge_password_file)?),
+        (Role::Changes, password(args.passwords.changes_password, args.passwords.changes_password_file)?),
+        (Role::Replication, password(args.passwords.replication_password, args.passwords.replication_password_file)?),
+    ];
+    let mut connection = connect(&args.postgres, wait).await?;
+    let tables = database(&mut connection, &config, &passwords).await?;
+    // The transaction is over; a connection that does not close well loses nothing.
+    let _closed = connection.close().await;
+    eprintln!("Postgres: schema millstream, roles, publication with {tables} tables");
+    streams(&args.nats, &args.streams, wait).await?;
+    eprintln!("NATS: streams declared");
+    Ok(())
+}
+
+fn password(value: Option<String>, file: Option<PathBuf>) -> Result<Option<String>, Error> {
+    let value = match file {
+        Some(path) => Some(std::fs::read_to_string(&path).map_err(|source| Error::Password { path, source })?),
+        None => value,
+    };
+    Ok(value.map(|value| value.trim().to_owned()).filter(|value| !value.is_empty()))
+}
+
+/// Connects, again and again while Postgres is not there.
+pub async fn connect(args: &postgres::Args, wait: Duration) -> Result<PgConnection, Error> {
+    let options = postgres::options(args, "setup").map_err(Error::Connect)?;
+    let deadline = Instant::now() + wait;
+    loop {
+        match PgConnection::connect_with(&options).await {
+            Ok(connection) => return Ok(connection),
+            Err(error) if Instant::now() >= deadline || !is_absence(&error) => return Err(Error::Connect(error)),
+            Err(_) => tokio::time::sleep(RETRY).await,
+        }
+    }
+}
+
+/// Whether the server is not there or still starting, as opposed to refusing us.
+pub(crate) fn is_absence(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) => true,
+        // 57P03: starting up or shutting down; 53300: too many connections.
+        sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
+        _ => false,
+    }
+}
+
+/// The Postgres half: migrations, roles, grants, publication. Returns the number of synced tables.
+pub async fn database(
+    connection: &mut PgConnection,
+    config: &Config,
+    passwords: &[(Role, Option<String>)],
+) -> Result<usize, Error> {
+    let mut migrations = Migrator::with_migrations(MIGRATIONS.iter().cloned().collect());
+    migrations.dangerous_set_table_name("millstream.migrations");
+    migrations.create_schema("millstream");
+    migrations.run_direct(None, connection, false).await.map_err(Error::Migrations)?;
+    let catalog = Catalog::load(connection, config).await.map_err(Error::Catalog)?;
+
+    let failed = |action: &str| {
+        let action = action.to_owned();
+        move |source| Error::Postgres { action, source }
+    };
+    connection.execute(LOCK_TIMEOUT).await.map_err(failed("lock timeout"))?;
+    let mut transaction = connection.begin().await.map_err(failed("begin"))?;
+    sqlx::query("SELECT pg_advisory_xact_lock($1)")
+        .bind(ADVISORY_LOCK)
+        .execute(&mut *transaction)
+        .await
+        .map_err(failed("lock"))?;
+    for (role, password) in passwords {
+        make_role(&mut transaction, *role, password.as_deref()).await?;
+    }
+    let sequences = owned_sequences(&mut transaction, &catalog).await.map_err(failed("list sequences"))?;
+    let functions = emit_functions(&mut transaction).await.map_err(failed("list functions"))?;
+    let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)")
+        .bind(PUBLICATION)
+        .fetch_one(&mut *transaction)
+        .await
+        .map_err(failed("look for the publication"))?;
+    let schemas = schemas(&mut transaction, &catalog).await.map_err(failed("list schemas"))?;
+    let statements = grants(&catalog.tables, &schemas, &sequences, &functions)
+        .into_iter()
+        .chain(publication(&catalog.tables, exists));
+    for statement in statements {
+        let action = statement.clone();
+        transaction
+            .execute(AssertSqlSafe(statement))
+            .await
+            .map_err(|source| Error::Postgres { action, source })?;
+    }
+    transaction.commit().await.map_err(failed("commit"))?;
+    Ok(catalog.tables.len())
+}
+
+/// The NATS half: the streams.
+pub async fn streams(nats: &nats::Args, streams: &nats::StreamArgs, wait: Duration) -> Result<(), Error> {
+    // A refused key shows only as an endless wait.
+    let connected = tokio::time::timeout(wait, nats::connect(nats, Role::Setup.name())).await;
+    let nats = connected
+        .map_err(|_| Error::NatsSilent { url: nats.nats_url.clone(), seconds: wait.as_secs() })?
+        .map_err(Error::Nats)?;
+    nats::declare_streams(&nats.jetstream, streams).await.map_err(Error::Nats)
+}
+
+/// The Postgres role of a service.
+pub fn role_name(role: Role) -> String {
+    format!("millstream_{}", role.name())
+}
+
+async fn make_role(connection: &mut PgConnection, role: Role, password: Option<&str>) -> Result<(), Error> {
+    let name = role_name(role);
+    let failed = |source| Error::Postgres { action: format!("role {name}"), source };
+    let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)")
+        .bind(&name)
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(failed)?;
+    if !exists {
+        connection.execute(AssertSqlSafe(format!("CREATE ROLE {name} LOGIN"))).await.map_err(failed)?;
+    }
+    if role == Role::Replication {
+        connection.execute(AssertSqlSafe(format!("ALTER ROLE {name} REPLICATION"))).await.map_err(failed)?;
+    }
+    if let Some(password) = password {
+        // The server quotes it: utility statements take no parameters.
+        let statement: String = sqlx::query_scalar("SELECT format('ALTER ROLE %I LOGIN PASSWORD %L', $1, $2)")
+            .bind(&name)
+            .bind(password)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(failed)?;
+        connection.execute(AssertSqlSafe(statement)).await.map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// The sequences behind `serial` columns, quoted: inserting needs the right to use them.
+async fn owned_sequences(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
+    let oids: Vec<i64> = catalog.tables.iter().map(|table| i64::from(table.oid)).collect();
+    sqlx::query_scalar(
+        "SELECT DISTINCT d.objid::regclass::text FROM pg_depend d JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S' \
+         WHERE d.classid = 'pg_class'::regclass AND d.deptype = 'a' AND d.refobjid::int8 = ANY($1) ORDER BY 1",
+    )
+    .bind(oids)
+    .fetch_all(connection)
+    .await
+}
+
+/// The schemas of the synced tables, quoted.
+async fn schemas(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
+    let oids: Vec<i64> = catalog.tables.iter().map(|table| i64::from(table.oid)).collect();
+    sqlx::query_scalar(
+        "SELECT DISTINCT relnamespace::regnamespace::text FROM pg_class WHERE oid::int8 = ANY($1) ORDER BY 1",
+    )
+    .bind(oids)
+    .fetch_all(connection)
+    .await
+}
+
+/// The variants of `pg_logical_emit_message` (17 added an argument), with argument types.
+async fn emit_functions(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'pg_logical_emit_message' \
+         AND pronamespace = 'pg_catalog'::regnamespace ORDER BY 1",
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// What each service may do.
+fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions: &[String]) -> Vec<String> {
+    let (edge, changes, replication) =
+        (role_name(Role::Edge), role_name(Role::Changes), role_name(Role::Replication));
+    let mut statements = vec![
+        format!("GRANT USAGE ON SCHEMA millstream TO {edge}, {changes}, {replication}"),
+        format!("GRANT SELECT ON millstream.clients, millstream.changes_history TO {edge}"),
+        format!(
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON millstream.partitions, millstream.members, millstream.clients, \
+             millstream.changes_history TO {changes}"
+        ),
+        format!("GRANT SELECT, INSERT, UPDATE ON millstream.epoch TO {replication}"),
+    ];
+    for schema in schemas {
+        statements.push(format!("GRANT USAGE ON SCHEMA {schema} TO {edge}, {changes}, {replication}"));
+    }
+    for table in tables {
+        let name = &table.sql_name;
+        statements.push(format!("GRANT SELECT ON {name} TO {edge}, {changes}, {replication}"));
+        // What an earlier configuration allowed is taken back.
+        statements.push(format!("REVOKE INSERT, UPDATE, DELETE ON {name} FROM {changes}"));
+        let allowed = [
+            ("INSERT", &table.write.insert),
+            ("UPDATE", &table.write.update),
+            ("DELETE", &table.write.delete),
+        ];
+        let verbs: Vec<&str> = allowed.iter().filter(|(_, rule)| rule.is_some()).map(|(verb, _)| *verb).collect();
+        if !verbs.is_empty() {
+            statements.push(format!("GRANT {} ON {name} TO {changes}", verbs.join(", ")));
+        }
+    }
+    for sequence in sequences {
+        statements.push(format!("GRANT USAGE ON SEQUENCE {sequence} TO {changes}"));
+    }
+    // Only the executor may say which clients a transaction settles.
+    for function in functions {
+        statements.push(format!("REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC"));
+        statements.push(format!("GRANT EXECUTE ON FUNCTION {function} TO {changes}"));
+    }
+    statements
+}
+
+fn publication(tables: &[Table], exists: bool) -> Vec<String> {
+    let names: Vec<&str> = tables.iter().map(|table| table.sql_name.as_str()).collect();
+    let names = names.join(", ");
+    let options = "publish = 'insert, update, delete, truncate', publish_via_partition_root = true";
+    if exists {
+        vec![
+            format!("ALTER PUBLICATION {PUBLICATION} SET TABLE {names}"),
+            format!("ALTER PUBLICATION {PUBLICATION} SET ({options})"),
+        ]
+    } else {
+        vec![format!("CREATE PUBLICATION {PUBLICATION} FOR TABLE {names} WITH ({options})")]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millstream_catalog::WriteRules;
+
+    use super::*;
+
+    fn table(write: WriteRules) -> Table {
+        Table {
+            oid: 1,
+            name: "tasks".into(),
+            sql_name: "\"public\".\"tasks\"".into(),
+            columns: Vec::new(),
+            key: Vec::new(),
+            scopes: Vec::new(),
+            memberships: Vec::new(),
+            write,
+            identity_full: false,
+        }
+    }
+
+    #[test]
+    fn only_declared_operations_are_granted() {
+        let check = |write: WriteRules, expected: Option<&str>| {
+            let statements = grants(&[table(write)], &[], &[], &[]);
+            let granted = statements.iter().find(|statement| {
+                statement.starts_with("GRANT") && statement.contains("tasks") && !statement.contains("SELECT")
+            });
+            assert_eq!(granted.map(String::as_str), expected);
+        };
+        check(WriteRules::default(), None);
+        let rule = Some("true".to_owned());
+        check(
+            WriteRules { insert: rule.clone(), update: None, delete: rule.clone() },
+            Some("GRANT INSERT, DELETE ON \"public\".\"tasks\" TO millstream_changes"),
+        );
+    }
+
+    #[test]
+    fn the_publication_is_made_once() {
+        let tables = [table(WriteRules::default())];
+        assert!(publication(&tables, false)[0].starts_with("CREATE PUBLICATION millstream FOR TABLE \"public\""));
+        assert!(publication(&tables, true).iter().all(|statement| statement.starts_with("ALTER PUBLICATION")));
+    }
+
+    #[test]
+    fn absence_is_told_from_refusal() {
+        assert!(is_absence(&sqlx::Error::Io(std::io::ErrorKind::ConnectionRefused.into())));
+        assert!(!is_absence(&sqlx::Error::RowNotFound));
+    }
+}

@@ -1,0 +1,89 @@
+//! When to connect again: exponential back-off with full jitter.
+//!
+//! Source of "full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+
+/// Bound of the first wait, in milliseconds.
+pub const BASE_MS: u64 = 500;
+/// Bound of the longest wait, in milliseconds; a server's `retry_after` may exceed it.
+pub const CAP_MS: u64 = 60_000;
+/// A connection that lasted this long counts as healthy and resets the back-off, in milliseconds.
+pub const HEALTHY_MS: u64 = 30_000;
+/// Longest `retry_after` that is honoured, in milliseconds: a server's mistake must not silence a client for days.
+pub const RETRY_AFTER_CAP_MS: u64 = 3_600_000;
+
+/// The waits between attempts. Never gives up.
+#[derive(Clone, Debug, Default)]
+pub struct Backoff {
+    failures: u32,
+    connected_at: Option<u64>,
+}
+
+impl Backoff {
+    /// A fresh back-off.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A session began at `now_ms`.
+    pub fn connected(&mut self, now_ms: u64) {
+        self.connected_at = Some(now_ms);
+    }
+
+    /// The attempt or session failed: how long to wait, in milliseconds.
+    ///
+    /// `random` is uniform in `0.0..1.0`. A server's `retry_after_ms` is the least wait; jitter comes on top, so that
+    /// clients that were turned away together do not come back together.
+    pub fn failed(&mut self, now_ms: u64, random: f64, retry_after_ms: Option<u64>) -> u64 {
+        if let Some(since) = self.connected_at.take()
+            && now_ms.saturating_sub(since) >= HEALTHY_MS
+        {
+            self.failures = 0;
+        }
+        let bound = BASE_MS.saturating_mul(1 << self.failures.min(16)).min(CAP_MS);
+        self.failures = self.failures.saturating_add(1);
+        let jitter = (bound as f64 * random.clamp(0.0, 1.0)) as u64;
+        retry_after_ms.unwrap_or(0).min(RETRY_AFTER_CAP_MS) + jitter
+    }
+
+    /// Start over, because something says that the network is back.
+    pub fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_double_up_to_the_cap_and_jitter_fills_them() {
+        let mut backoff = Backoff::new();
+        let bounds: Vec<u64> = (0..10).map(|_| backoff.failed(0, 1.0, None)).collect();
+        assert_eq!(bounds, [500, 1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000, 60_000]);
+        assert_eq!(backoff.failed(0, 0.0, None), 0);
+        assert_eq!(backoff.failed(0, 0.5, None), 30_000);
+        for _ in 0..100 {
+            backoff.failed(0, 1.0, None);
+        }
+        assert_eq!(backoff.failed(0, 1.0, None), CAP_MS);
+    }
+
+    #[test]
+    fn retry_after_is_the_least_wait() {
+        assert_eq!(Backoff::new().failed(0, 0.0, Some(2_500)), 2_500);
+        assert_eq!(Backoff::new().failed(0, 1.0, Some(2_500)), 3_000);
+        assert_eq!(Backoff::new().failed(0, 0.0, Some(u64::MAX)), RETRY_AFTER_CAP_MS);
+    }
+
+    #[test]
+    fn only_a_healthy_session_resets() {
+        let mut backoff = Backoff::new();
+        backoff.failed(0, 1.0, None);
+        backoff.connected(0);
+        assert_eq!(backoff.failed(HEALTHY_MS - 1, 1.0, None), 1000);
+        backoff.connected(100_000);
+        assert_eq!(backoff.failed(100_000 + HEALTHY_MS, 1.0, None), 500);
+        backoff.reset();
+        assert_eq!(backoff.failed(0, 1.0, None), 500);
+    }
+}

@@ -1,0 +1,17 @@
+//! Outbox, replica, rebase and trigger SQL: pure, shared by every client.
+//!
+//! Nothing here does I/O, knows the time or makes randomness: the caller brings them. The parts:
+//!
+//! - [`trigger`]: the SQLite tables, and the triggers that record local writes in `local_changes`
+//! - [`outbox`]: what is sent when, so that every local transaction arrives in order and none is lost
+//! - [`replica`]: staging of what the edge sends, until it can be applied whole
+//! - [`rebase`]: the visible row, from the confirmed row and the changes that are still under way
+//! - [`backoff`]: when to connect again
+//! - [`status`]: what a client tells about itself
+
+pub mod backoff;
+pub mod outbox;
+pub mod rebase;
+pub mod replica;
+pub mod status;
+pub mod trigger;

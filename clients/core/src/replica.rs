@@ -1,0 +1,214 @@
+//! Staging of what the edge sends, until it can be applied whole.
+//!
+//! The rule is in [`millstream_schemas::frame`]: what comes between two commits belongs together, a repeated index starts
+//! its transaction anew, and a snapshot is staged until its end. Transactions that are ready at the same time leave as
+//! one [`Batch`], for one local transaction: that is what makes catching up fast.
+
+use millstream_schemas::frame::{Confirmed, Resume, Rows, ServerFrame};
+use millstream_schemas::{Lsn, Position, Scope, TableChanges};
+
+/// What the store does, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Forget the rows that an earlier snapshot, cut before its end, left in the staging area.
+    ClearStage,
+    /// Put rows of a snapshot into the staging area.
+    Stage(Vec<TableChanges>),
+    /// Apply in one local transaction.
+    Apply(Batch),
+}
+
+/// Steps of one local transaction, with the position that the store then has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// Where the rows stand afterwards.
+    pub position: Option<Position>,
+    /// Newest commit time among the transactions, in microseconds since 1970; 0 if there is none.
+    pub at: u64,
+    /// Number of server transactions with rows.
+    pub transactions: u64,
+    /// Trace contexts of the transactions; at most [`MAX_TRACES`].
+    pub traceparents: Vec<String>,
+}
+
+/// Most trace contexts that a batch carries; those beyond are not continued.
+pub const MAX_TRACES: usize = 64;
+
+/// Part of a [`Batch`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Row changes, in commit order.
+    Rows(Vec<TableChanges>),
+    /// This client's transactions are settled.
+    Confirmed(Confirmed),
+    /// The scope was lost.
+    ScopeRemoved(Scope),
+    /// The rows of these scopes are those in the staging area.
+    Snapshot {
+        /// The scopes.
+        scopes: Vec<Scope>,
+        /// Whether every other scope is gone.
+        full: bool,
+    },
+}
+
+/// The edge broke the protocol: the session ends and the next one starts afresh.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the edge sent {0}")]
+pub struct ProtocolError(pub &'static str);
+
+#[derive(Debug)]
+enum Staged {
+    Rows(Rows),
+    Confirmed(Confirmed),
+    ScopeRemoved(Scope),
+}
+
+/// The staging of one session.
+#[derive(Debug, Default)]
+pub struct Replica {
+    staged: Vec<Staged>,
+    staged_bytes: usize,
+    /// LSN and index of the last `rows` of a transaction that is not complete.
+    open: Option<(Lsn, u32)>,
+    /// Scopes of the snapshot under way.
+    snapshot: Option<Vec<Scope>>,
+    /// The next snapshot replaces every scope.
+    full: bool,
+    work: Vec<Work>,
+    work_bytes: usize,
+}
+
+impl Replica {
+    /// The staging of a session that began with this `resume`.
+    pub fn new(resume: Resume) -> Self {
+        Replica { full: resume == Resume::Snapshot, ..Self::default() }
+    }
+
+    /// Whether a snapshot is arriving.
+    pub fn in_snapshot(&self) -> bool {
+        self.snapshot.is_some() || self.full
+    }
+
+    /// Encoded size of what waits to be taken, in bytes; the caller stops reading when it is too much.
+    pub fn ready_bytes(&self) -> usize {
+        self.work_bytes
+    }
+
+    /// Encoded size of what is staged in memory, in bytes.
+    pub fn staged_bytes(&self) -> usize {
+        self.staged_bytes
+    }
+
+    /// What is ready for the store.
+    pub fn take(&mut self) -> Vec<Work> {
+        self.work_bytes = 0;
+        std::mem::take(&mut self.work)
+    }
+
+    /// Takes a frame of `bytes` encoded bytes. Frames that are not the replica's come back.
+    pub fn handle(&mut self, frame: ServerFrame, bytes: usize) -> Result<Option<ServerFrame>, ProtocolError> {
+        match frame {
+            ServerFrame::Rows(rows) => self.rows(rows, bytes),
+            ServerFrame::Confirmed(confirmed) => self.stage(Staged::Confirmed(confirmed), bytes),
+            ServerFrame::ScopeRemoved { scope } => self.stage(Staged::ScopeRemoved(scope), bytes),
+            ServerFrame::Commit { position } => {
+                self.open = None;
+                if self.snapshot.is_none() {
+                    self.commit(position);
+                }
+            }
+            ServerFrame::SnapshotBegin { scopes } => {
+                if self.snapshot.replace(scopes).is_some() {
+                    return Err(ProtocolError("snapshot_begin within a snapshot"));
+                }
+                self.work.push(Work::ClearStage);
+            }
+            ServerFrame::SnapshotRows { changes } => {
+                if self.snapshot.is_none() {
+                    return Err(ProtocolError("snapshot_rows outside a snapshot"));
+                }
+                self.work_bytes += bytes;
+                match self.work.last_mut() {
+                    Some(Work::Stage(earlier)) => earlier.extend(changes),
+                    _ => self.work.push(Work::Stage(changes)),
+                }
+            }
+            ServerFrame::SnapshotEnd { position } => {
+                let scopes = self.snapshot.take().ok_or(ProtocolError("snapshot_end outside a snapshot"))?;
+                let full = std::mem::take(&mut self.full);
+                // A batch of its own: the staging area must not be filled again before this is applied.
+                self.work.push(Work::Apply(Batch { steps: vec![Step::Snapshot { scopes, full }], ..Batch::default() }));
+                self.commit(position);
+            }
+            other => return Ok(Some(other)),
+        }
+        Ok(None)
+    }
+
+    fn stage(&mut self, item: Staged, bytes: usize) {
+        self.staged_bytes += bytes;
+        self.staged.push(item);
+    }
+
+    fn rows(&mut self, rows: Rows, bytes: usize) {
+        if self.open.is_some_and(|(lsn, index)| lsn == rows.lsn && rows.index <= index) {
+            // The earlier attempt at this transaction was cut.
+            self.staged.retain(|item| !matches!(item, Staged::Rows(earlier) if earlier.lsn == rows.lsn));
+        }
+        let position = Position { epoch: rows.epoch, seq: rows.seq, lsn: rows.lsn };
+        let last = rows.last;
+        self.open = (!last).then_some((rows.lsn, rows.index));
+        self.stage(Staged::Rows(rows), bytes);
+        if last && self.snapshot.is_none() {
+            self.commit(position);
+        }
+    }
+
+    /// Everything staged is ready, but for the rows of a transaction that is not complete.
+    fn commit(&mut self, position: Position) {
+        let open = self.open.map(|(lsn, _)| lsn);
+        let mut rest = Vec::new();
+        let mut batch = match self.work.pop() {
+            Some(Work::Apply(batch)) => batch,
+            other => {
+                self.work.extend(other);
+                Batch::default()
+            }
+        };
+        let mut transaction = None;
+        for item in self.staged.drain(..) {
+            match item {
+                Staged::Rows(rows) if Some(rows.lsn) == open => rest.push(Staged::Rows(rows)),
+                Staged::Rows(rows) => {
+                    batch.at = batch.at.max(rows.at);
+                    if transaction.replace(rows.lsn) != Some(rows.lsn) {
+                        batch.transactions += 1;
+                        if let Some(traceparent) = rows.traceparent
+                            && batch.traceparents.len() < MAX_TRACES
+                        {
+                            batch.traceparents.push(traceparent);
+                        }
+                    }
+                    match batch.steps.last_mut() {
+                        Some(Step::Rows(earlier)) => earlier.extend(rows.changes),
+                        _ => batch.steps.push(Step::Rows(rows.changes)),
+                    }
+                }
+                Staged::Confirmed(confirmed) => batch.steps.push(Step::Confirmed(confirmed)),
+                Staged::ScopeRemoved(scope) => batch.steps.push(Step::ScopeRemoved(scope)),
+            }
+        }
+        batch.position = Some(position);
+        self.work.push(Work::Apply(batch));
+        self.work_bytes += self.staged_bytes;
+        self.staged_bytes = 0;
+        self.staged = rest;
+    }
+}
+
+#[cfg(test)]
+#[path = "replica_tests.rs"]
+mod tests;

@@ -1,0 +1,131 @@
+use super::*;
+use millstream_schemas::TableOp;
+use uuid::Uuid;
+
+fn position(seq: u64) -> Position {
+    Position { epoch: Uuid::nil(), seq, lsn: Lsn(seq) }
+}
+
+fn changes(names: &[&str]) -> Vec<TableChanges> {
+    let one = |name: &&str| TableChanges { table: (*name).into(), op: TableOp::Upsert, columns: None, rows: vec![] };
+    names.iter().map(one).collect()
+}
+
+fn rows(lsn: u64, index: u32, last: bool, name: &str) -> ServerFrame {
+    ServerFrame::Rows(Rows {
+        seq: lsn,
+        lsn: Lsn(lsn),
+        index,
+        last,
+        epoch: Uuid::nil(),
+        at: lsn,
+        traceparent: None,
+        changes: changes(&[name]),
+    })
+}
+
+fn confirmed(seq: u64) -> ServerFrame {
+    ServerFrame::Confirmed(Confirmed { seq, failed: vec![] })
+}
+
+fn commit(seq: u64) -> ServerFrame {
+    ServerFrame::Commit { position: position(seq) }
+}
+
+fn scope() -> Scope {
+    Scope::new("project", "1")
+}
+
+/// Runs the frames; the works are written as one line each.
+#[track_caller]
+fn check(resume: Resume, frames: Vec<ServerFrame>, expected: &[&str]) {
+    let mut replica = Replica::new(resume);
+    for frame in frames {
+        assert_eq!(replica.handle(frame, 10).unwrap(), None);
+    }
+    let names = |changes: &[TableChanges]| changes.iter().map(|c| c.table.clone()).collect::<Vec<_>>().join("+");
+    let lines: Vec<String> = replica
+        .take()
+        .iter()
+        .map(|work| match work {
+            Work::ClearStage => "clear".into(),
+            Work::Stage(changes) => format!("stage {}", names(changes)),
+            Work::Apply(batch) => {
+                let steps: Vec<String> = batch
+                    .steps
+                    .iter()
+                    .map(|step| match step {
+                        Step::Rows(changes) => names(changes),
+                        Step::Confirmed(confirmed) => format!("confirmed {}", confirmed.seq),
+                        Step::ScopeRemoved(scope) => format!("lost {scope}"),
+                        Step::Snapshot { full, .. } => format!("snapshot{}", if *full { " full" } else { "" }),
+                    })
+                    .collect();
+                format!("{} @{}", steps.join(", "), batch.position.unwrap().seq)
+            }
+        })
+        .collect();
+    assert_eq!(lines, expected);
+}
+
+#[test]
+fn nothing_is_ready_before_the_last_flag() {
+    check(Resume::CatchUp, vec![rows(5, 0, false, "a"), confirmed(3)], &[]);
+    check(Resume::CatchUp, vec![rows(5, 0, false, "a"), confirmed(3), rows(5, 1, true, "b")], &["a, confirmed 3, b @5"]);
+}
+
+#[test]
+fn commit_applies_what_is_staged() {
+    check(Resume::CatchUp, vec![confirmed(3), commit(9)], &["confirmed 3 @9"]);
+    let lost = ServerFrame::ScopeRemoved { scope: scope() };
+    check(Resume::CatchUp, vec![rows(5, 0, false, "a"), lost, commit(6)], &["a, lost project:1 @6"]);
+}
+
+#[test]
+fn a_cut_transaction_starts_anew() {
+    let frames = vec![rows(5, 0, false, "a"), rows(5, 1, false, "b"), rows(5, 0, false, "c"), rows(5, 1, true, "d")];
+    check(Resume::CatchUp, frames, &["c+d @5"]);
+}
+
+#[test]
+fn ready_transactions_merge() {
+    check(Resume::CatchUp, vec![rows(5, 0, true, "a"), rows(6, 0, true, "b"), confirmed(1), commit(7)], &["a+b, confirmed 1 @7"]);
+}
+
+#[test]
+fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
+    let frames = vec![
+        ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+        ServerFrame::SnapshotRows { changes: changes(&["s"]) },
+        rows(5, 0, true, "a"),
+        ServerFrame::SnapshotRows { changes: changes(&["t"]) },
+        confirmed(2),
+        rows(6, 0, false, "b"),
+        ServerFrame::SnapshotEnd { position: position(5) },
+        rows(6, 1, true, "c"),
+    ];
+    check(Resume::Snapshot, frames.clone(), &["clear", "stage s+t", "snapshot full, a, confirmed 2, b+c @6"]);
+    check(Resume::CatchUp, frames, &["clear", "stage s+t", "snapshot, a, confirmed 2, b+c @6"]);
+}
+
+#[test]
+fn a_second_snapshot_waits_for_the_first() {
+    let snapshot = |name: &str, seq| {
+        vec![
+            ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+            ServerFrame::SnapshotRows { changes: changes(&[name]) },
+            ServerFrame::SnapshotEnd { position: position(seq) },
+        ]
+    };
+    let frames = [snapshot("s", 5), snapshot("t", 6)].concat();
+    check(Resume::CatchUp, frames, &["clear", "stage s", "snapshot @5", "clear", "stage t", "snapshot @6"]);
+}
+
+#[test]
+fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
+    let mut replica = Replica::new(Resume::CatchUp);
+    let accepted = ServerFrame::Accepted { seq: 1 };
+    assert_eq!(replica.handle(accepted.clone(), 1).unwrap(), Some(accepted));
+    assert!(replica.handle(ServerFrame::SnapshotRows { changes: vec![] }, 1).is_err());
+    assert!(replica.handle(ServerFrame::SnapshotEnd { position: position(1) }, 1).is_err());
+}

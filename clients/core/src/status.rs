@@ -1,0 +1,97 @@
+//! What a client tells about itself: one struct, the same fields in every SDK.
+
+use millstream_schemas::Position;
+use serde::Serialize;
+use uuid::Uuid;
+
+/// Where the connection stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Not connected; the next attempt is at `retry_at`, if there is one.
+    #[default]
+    Offline,
+    /// Connecting or waiting for the edge's welcome.
+    Connecting,
+    /// In session with an edge.
+    Connected,
+    /// The edge refused the token; a new one is asked for.
+    NeedsAuth,
+    /// The edge refused the client for a reason that waiting alone does not cure; see `last_error`.
+    Error,
+    /// The client was closed.
+    Closed,
+}
+
+/// Which process of those that share a store does the syncing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// This one.
+    Leader,
+    /// Another one; this one records, and the leader sends.
+    #[default]
+    Follower,
+}
+
+/// Local transactions that are not settled yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Pending {
+    /// Number of transactions recorded and not confirmed.
+    pub count: u64,
+    /// How many of them the broker has.
+    pub accepted: u64,
+    /// When the oldest was recorded: milliseconds since 1970.
+    pub oldest_at: Option<u64>,
+}
+
+/// The last thing that went wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LastError {
+    /// A stable code: from the protocol's list, or `socket`, `timeout`, `store`, `token`.
+    pub code: String,
+    /// For people.
+    pub message: String,
+}
+
+/// The status of a client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Status {
+    /// Where the connection stands.
+    pub state: State,
+    /// Why, where that is not obvious.
+    pub reason: Option<String>,
+    /// Next attempt to connect: milliseconds since 1970.
+    pub retry_at: Option<u64>,
+    /// Whether the store holds the rows of a first snapshot.
+    pub has_synced: bool,
+    /// When server rows were last applied: milliseconds since 1970.
+    pub last_synced_at: Option<u64>,
+    /// Local transactions under way.
+    pub pending: Pending,
+    /// Transactions that were rejected and wait for a retry or a person.
+    pub failed: u64,
+    /// Whether transactions wait for the broker's acceptance while connected.
+    pub uploading: bool,
+    /// Whether a snapshot is arriving.
+    pub downloading: bool,
+    /// Whether this process does the syncing.
+    pub role: Role,
+    /// Where the client's rows stand.
+    pub position: Option<Position>,
+    /// The user that the edge knows.
+    pub user_id: Option<String>,
+    /// The installation.
+    pub client_id: Uuid,
+    /// Highest settled transaction.
+    pub confirmed_seq: u64,
+    /// Version of the installed schema.
+    pub schema: Option<String>,
+    /// Server transactions applied since this client was opened.
+    pub applied_transactions: u64,
+    /// Sessions that ended since this client was opened.
+    pub reconnects: u64,
+    /// The last thing that went wrong; cleared by a welcome.
+    pub last_error: Option<LastError>,
+}

@@ -1,0 +1,353 @@
+//! SQLite tables and triggers, generated from the schema.
+//!
+//! A synced table is a real SQLite table. Its columns have the affinity of their Postgres type and neither NOT NULL nor
+//! foreign keys, because the server's truth may arrive in any order. Three triggers a table record what the app writes:
+//! the change in `local_changes`, and the row as the server knows it in `millstream_base`, in the app's own transaction.
+//!
+//! The triggers are silent while the store itself writes: `millstream_tx()` is null then. They call these functions of
+//! the store's connection: `millstream_tx()`, `millstream_uuid()`, `millstream_now()`, `millstream_traceparent()`.
+//!
+//! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
+//! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
+
+use millstream_schemas::TableSchema;
+
+/// Tables of the store itself.
+pub const STORE_TABLES: &str = "
+CREATE TABLE IF NOT EXISTS local_changes (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    tx INTEGER NOT NULL,
+    change_id TEXT NOT NULL UNIQUE,
+    tbl TEXT NOT NULL,
+    key TEXT NOT NULL,
+    op TEXT NOT NULL CHECK (op IN ('insert', 'update', 'delete')),
+    columns TEXT NOT NULL,
+    vals TEXT NOT NULL,
+    previous TEXT,
+    stamp INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('pending', 'sending', 'accepted', 'retry_wait', 'error', 'held', 'confirmed')),
+    attempts INTEGER NOT NULL DEFAULT 0,
+    next_attempt INTEGER,
+    last_error_code TEXT,
+    last_error TEXT,
+    traceparent TEXT,
+    recorded_at INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS local_changes_by_tx ON local_changes (tx);
+CREATE INDEX IF NOT EXISTS local_changes_open ON local_changes (tbl, key) WHERE state IN ('pending', 'sending', 'accepted');
+CREATE INDEX IF NOT EXISTS local_changes_failed ON local_changes (tx) WHERE state IN ('retry_wait', 'error');
+CREATE TABLE IF NOT EXISTS millstream_base (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS millstream_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS millstream_scopes (kind TEXT NOT NULL, id TEXT NOT NULL, replaced INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (kind, id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
+";
+
+/// Names that synced tables may not have.
+pub fn is_reserved(table: &str) -> bool {
+    let name = table.to_ascii_lowercase();
+    name == "local_changes" || name.starts_with("millstream_") || name.starts_with("sqlite_")
+}
+
+/// How SQLite stores a Postgres type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// 0 and 1; `f` and `t` on the wire.
+    Bool,
+    /// 64 bits.
+    Integer,
+    /// 64 bits; `NaN`, which SQLite lacks, stays text.
+    Real,
+    /// Bytes; `\x…` on the wire.
+    Bytes,
+    /// Everything else, as Postgres writes it: exact for `numeric`, times, JSON and arrays.
+    Text,
+}
+
+impl Kind {
+    /// Of a type as `format_type` names it.
+    pub fn of(postgres_type: &str) -> Kind {
+        match postgres_type {
+            "boolean" => Kind::Bool,
+            "smallint" | "integer" | "bigint" => Kind::Integer,
+            "real" | "double precision" => Kind::Real,
+            "bytea" => Kind::Bytes,
+            _ => Kind::Text,
+        }
+    }
+
+    /// The declared type. `INT`, because `INTEGER` would make a sole key column an alias of the rowid, which SQLite fills in.
+    fn declaration(self) -> &'static str {
+        match self {
+            Kind::Bool | Kind::Integer => "INT",
+            Kind::Real => "REAL",
+            Kind::Bytes => "BLOB",
+            Kind::Text => "TEXT",
+        }
+    }
+}
+
+/// An identifier, quoted.
+pub fn quote(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A text literal.
+pub fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// SQL that gives the Postgres text form of a stored value.
+pub fn text_expr(kind: Kind, value: &str) -> String {
+    match kind {
+        Kind::Bool => format!(
+            "CASE WHEN {value} IS NULL THEN NULL WHEN {value} IN (1, 't', 'true') THEN 't' WHEN {value} IN (0, 'f', 'false') THEN 'f' ELSE CAST({value} AS TEXT) END"
+        ),
+        Kind::Integer | Kind::Text => format!("CAST({value} AS TEXT)"),
+        // SQLite's cast keeps 15 digits: 17 where that is not exact, and whole numbers as Postgres writes them.
+        Kind::Real => format!(
+            "CASE WHEN typeof({value}) <> 'real' THEN CAST({value} AS TEXT) \
+             WHEN abs({value}) < 1e15 AND {value} = CAST({value} AS INTEGER) THEN CAST(CAST({value} AS INTEGER) AS TEXT) \
+             WHEN CAST(CAST({value} AS TEXT) AS REAL) = {value} THEN CAST({value} AS TEXT) \
+             ELSE printf('%!.17g', {value}) END"
+        ),
+        Kind::Bytes => format!("CASE WHEN {value} IS NULL THEN NULL ELSE '\\x' || lower(hex({value})) END"),
+    }
+}
+
+/// SQL of the `CREATE TABLE`.
+pub fn create_table(table: &TableSchema) -> String {
+    let columns: Vec<String> = table
+        .columns
+        .iter()
+        .map(|column| format!("{} {}", quote(&column.name), Kind::of(&column.r#type).declaration()))
+        .collect();
+    let key: Vec<String> = table.key.iter().map(|&index| quote(&table.columns[index].name)).collect();
+    format!("CREATE TABLE {} ({}, PRIMARY KEY ({}))", quote(&table.name), columns.join(", "), key.join(", "))
+}
+
+/// SQL of an `ALTER TABLE … ADD COLUMN`.
+pub fn add_column(table: &TableSchema, column: usize) -> String {
+    let column = &table.columns[column];
+    let declaration = Kind::of(&column.r#type).declaration();
+    format!("ALTER TABLE {} ADD COLUMN {} {declaration}", quote(&table.name), quote(&column.name))
+}
+
+/// SQL that drops the triggers of a table, if they exist.
+pub fn drop_triggers(table: &str) -> String {
+    ["insert", "update", "delete"]
+        .map(|op| format!("DROP TRIGGER IF EXISTS {};", quote(&format!("millstream_{op}_{table}"))))
+        .join("\n")
+}
+
+/// SQL that gives the key as the JSON array that `local_changes` and `millstream_base` hold. `prefix` is `NEW.`, `OLD.` or empty.
+pub fn key_expr(table: &TableSchema, prefix: &str) -> String {
+    let parts: Vec<String> =
+        table.key.iter().map(|&index| format!("json_quote({})", column_text(table, index, prefix))).collect();
+    format!("'[' || {} || ']'", parts.join(" || ',' || "))
+}
+
+/// SQL that gives the row as a JSON object of text values.
+pub fn row_expr(table: &TableSchema, prefix: &str) -> String {
+    let parts: Vec<String> = (0..table.columns.len())
+        .map(|index| format!("{} || json_quote({})", name_literal(table, index, ":"), column_text(table, index, prefix)))
+        .collect();
+    format!("'{{' || {} || '}}'", parts.join(" || ',' || "))
+}
+
+fn column_text(table: &TableSchema, index: usize, prefix: &str) -> String {
+    let column = &table.columns[index];
+    text_expr(Kind::of(&column.r#type), &format!("{prefix}{}", quote(&column.name)))
+}
+
+/// The column's name as JSON, within an SQL literal.
+fn name_literal(table: &TableSchema, index: usize, suffix: &str) -> String {
+    let name = serde_json::Value::String(table.columns[index].name.clone()).to_string();
+    literal(&format!("{name}{suffix}"))
+}
+
+/// A JSON array of those parts whose condition holds: each part is (condition, JSON expression).
+fn json_list(parts: &[(String, String)]) -> String {
+    if parts.is_empty() {
+        return "'[]'".into();
+    }
+    let parts: Vec<String> =
+        parts.iter().map(|(when, json)| format!("CASE WHEN {when} THEN ',' || {json} ELSE '' END")).collect();
+    format!("'[' || substr({}, 2) || ']'", parts.join(" || "))
+}
+
+fn refuse(message: &str, when: &str) -> String {
+    format!("  SELECT RAISE(ABORT, {}) WHERE {when};\n", literal(&format!("millstream: {message}")))
+}
+
+fn keep_base(table: &TableSchema, key: &str, row: &str) -> String {
+    let name = literal(&table.name);
+    format!(
+        "  INSERT INTO millstream_base (tbl, key, row) SELECT {name}, {key}, {row} \
+         WHERE NOT EXISTS (SELECT 1 FROM millstream_base WHERE tbl = {name} AND key = {key});\n"
+    )
+}
+
+fn record(table: &TableSchema, op: &str, key: &str, columns: &str, values: &str, previous: &str) -> String {
+    format!(
+        "  INSERT INTO local_changes (tx, change_id, tbl, key, op, columns, vals, previous, stamp, state, traceparent, recorded_at)\n  \
+         VALUES (millstream_tx(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {previous}, millstream_now(), 'pending', millstream_traceparent(), millstream_now());\n",
+        literal(&table.name)
+    )
+}
+
+fn trigger(table: &TableSchema, op: &str, when: &str, body: &str) -> String {
+    format!(
+        "CREATE TRIGGER {} AFTER {} ON {} WHEN millstream_tx() IS NOT NULL{when} BEGIN\n{body}END;",
+        quote(&format!("millstream_{op}_{}", table.name)),
+        op.to_uppercase(),
+        quote(&table.name)
+    )
+}
+
+/// SQL of the three triggers of a table.
+pub fn create_triggers(table: &TableSchema) -> String {
+    [insert_trigger(table), update_trigger(table), delete_trigger(table)].join("\n")
+}
+
+fn insert_trigger(table: &TableSchema) -> String {
+    let new = |index: usize| format!("NEW.{}", quote(&table.columns[index].name));
+    let mut body = String::new();
+    let mut columns = Vec::new();
+    let mut values = Vec::new();
+    for (index, column) in table.columns.iter().enumerate() {
+        let is_key = table.key.contains(&index);
+        if is_key {
+            let message = format!("key column \"{}\" of \"{}\" is null", column.name, table.name);
+            body += &refuse(&message, &format!("{} IS NULL", new(index)));
+        } else if !column.writable {
+            let message = format!("column \"{}\" of \"{}\" is not writable: the server fills it", column.name, table.name);
+            body += &refuse(&message, &format!("{} IS NOT NULL", new(index)));
+            continue;
+        }
+        let when = format!("{} IS NOT NULL", new(index));
+        columns.push((when.clone(), name_literal(table, index, "")));
+        values.push((when, format!("json_quote({})", column_text(table, index, "NEW."))));
+    }
+    let key = key_expr(table, "NEW.");
+    body += &keep_base(table, &key, "NULL");
+    body += &record(table, "insert", &key, &json_list(&columns), &json_list(&values), "NULL");
+    trigger(table, "insert", "", &body)
+}
+
+fn update_trigger(table: &TableSchema) -> String {
+    let changed = |index: usize| {
+        let name = quote(&table.columns[index].name);
+        format!("OLD.{name} IS NOT NEW.{name}")
+    };
+    let mut body = String::new();
+    let (mut columns, mut values, mut previous) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, column) in table.columns.iter().enumerate() {
+        if table.key.contains(&index) {
+            let message = format!("key column \"{}\" of \"{}\" cannot be changed", column.name, table.name);
+            body += &refuse(&message, &changed(index));
+        } else if !column.writable {
+            let message = format!("column \"{}\" of \"{}\" is not writable", column.name, table.name);
+            body += &refuse(&message, &changed(index));
+        } else {
+            columns.push((changed(index), name_literal(table, index, "")));
+            values.push((changed(index), format!("json_quote({})", column_text(table, index, "NEW."))));
+            previous.push((changed(index), format!("json_quote({})", column_text(table, index, "OLD."))));
+        }
+    }
+    let key = key_expr(table, "OLD.");
+    body += &keep_base(table, &key, &row_expr(table, "OLD."));
+    body += &record(table, "update", &key, &json_list(&columns), &json_list(&values), &json_list(&previous));
+    let any: Vec<String> = (0..table.columns.len()).map(changed).collect();
+    trigger(table, "update", &format!(" AND ({})", any.join(" OR ")), &body)
+}
+
+fn delete_trigger(table: &TableSchema) -> String {
+    let key = key_expr(table, "OLD.");
+    let row = row_expr(table, "OLD.");
+    let body = keep_base(table, &key, &row) + &record(table, "delete", &key, "'[]'", "'[]'", &row);
+    trigger(table, "delete", "", &body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use millstream_schemas::ColumnSchema;
+    use rusqlite::Connection;
+
+    fn table(columns: &[(&str, &str, bool)]) -> TableSchema {
+        TableSchema {
+            name: "it's".into(),
+            columns: columns
+                .iter()
+                .map(|&(name, r#type, writable)| ColumnSchema {
+                    name: name.into(),
+                    r#type: r#type.into(),
+                    nullable: true,
+                    writable,
+                })
+                .collect(),
+            key: vec![0],
+            scopes: vec![],
+        }
+    }
+
+    #[test]
+    fn names_with_quotes_stay_names() {
+        let table = table(&[("i\"d", "uuid", true), ("a'b", "text", true)]);
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(STORE_TABLES).unwrap();
+        connection.execute_batch(&create_table(&table)).unwrap();
+        connection.execute_batch(&create_triggers(&table)).unwrap();
+        connection.execute_batch(&drop_triggers(&table.name)).unwrap();
+    }
+
+    #[track_caller]
+    fn check(kind: Kind, stored: &str, expected: Option<&str>) {
+        let connection = Connection::open_in_memory().unwrap();
+        let sql = format!("SELECT {} FROM (SELECT {stored} AS v)", text_expr(kind, "v"));
+        let text: Option<String> = connection.query_row(&sql, [], |row| row.get(0)).unwrap();
+        assert_eq!(text.as_deref(), expected, "{stored}");
+    }
+
+    #[test]
+    fn values_leave_in_postgres_text_form() {
+        for kind in [Kind::Bool, Kind::Integer, Kind::Real, Kind::Bytes, Kind::Text] {
+            check(kind, "NULL", None);
+        }
+        check(Kind::Bool, "1", Some("t"));
+        check(Kind::Bool, "0", Some("f"));
+        check(Kind::Bool, "'true'", Some("t"));
+        check(Kind::Integer, "9223372036854775807", Some("9223372036854775807"));
+        check(Kind::Real, "0.1", Some("0.1"));
+        check(Kind::Real, "0.1 + 0.2", Some("0.30000000000000004"));
+        check(Kind::Real, "3.0", Some("3"));
+        check(Kind::Real, "-2.5", Some("-2.5"));
+        check(Kind::Real, "'NaN'", Some("NaN"));
+        check(Kind::Real, "9e999", Some("Inf"));
+        check(Kind::Bytes, "x'00FFab'", Some("\\x00ffab"));
+        check(Kind::Bytes, "x''", Some("\\x"));
+        check(Kind::Text, "'1.50'", Some("1.50"));
+    }
+
+    #[test]
+    fn types_map_to_affinities() {
+        let table = table(&[
+            ("id", "bigint", true),
+            ("b", "boolean", true),
+            ("r", "real", true),
+            ("n", "numeric(10,2)", true),
+            ("y", "bytea", true),
+            ("l", "integer[]", true),
+        ]);
+        assert_eq!(
+            create_table(&table),
+            r#"CREATE TABLE "it's" ("id" INT, "b" INT, "r" REAL, "n" TEXT, "y" BLOB, "l" TEXT, PRIMARY KEY ("id"))"#
+        );
+    }
+
+    #[test]
+    fn reserved_names() {
+        assert!(is_reserved("local_changes") && is_reserved("Millstream_meta") && is_reserved("sqlite_x"));
+        assert!(!is_reserved("tasks"));
+    }
+}

@@ -1,0 +1,235 @@
+//! Opening a client.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use millstream_client_core::outbox::Outbox;
+use millstream_client_core::status::Status;
+use millstream_client_store::Store;
+use millstream_schemas::Schema;
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::bus::{self, Control, Progress, WriterCommand};
+use crate::changes::{ChangesWorker, closed};
+use crate::client::{Client, Inner};
+use crate::sync::SyncWorker;
+use crate::watch::Readers;
+use crate::writer::{SystemHost, Writer};
+use crate::{Error, Result};
+
+/// How long settled entries stay in the queue, unless the app says otherwise. If the server is restored to an earlier
+/// point, what it lost of them is submitted again.
+const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Time between looks for other processes' commits.
+const POLL: Duration = Duration::from_millis(100);
+
+/// An error of the app's own.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+type TokenFuture = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
+
+/// Where tokens come from.
+#[derive(Clone)]
+pub(crate) enum Token {
+    None,
+    Fixed(String),
+    Asked(Arc<dyn Fn() -> TokenFuture + Send + Sync>),
+}
+
+impl Token {
+    pub async fn get(&self) -> Result<String, BoxError> {
+        match self {
+            Token::None => Err("no token was given to the client".into()),
+            Token::Fixed(token) => Ok(token.clone()),
+            Token::Asked(ask) => ask().await,
+        }
+    }
+}
+
+/// Gives the trace context of the current span.
+pub(crate) type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+/// Makes the span of an apply, given the trace context of what is applied.
+pub(crate) type ApplySpan = Arc<dyn Fn(Option<&str>) -> tracing::Span + Send + Sync>;
+
+/// Settings of a client.
+#[must_use = "`open` opens the client"]
+pub struct Builder {
+    path: PathBuf,
+    edge: Option<String>,
+    token: Token,
+    schema: Option<Schema>,
+    traceparent: Option<Traceparent>,
+    apply_span: Option<ApplySpan>,
+    retention: Duration,
+    paused: bool,
+}
+
+impl Builder {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Builder {
+            path,
+            edge: None,
+            token: Token::None,
+            schema: None,
+            traceparent: None,
+            apply_span: None,
+            retention: RETENTION,
+            paused: false,
+        }
+    }
+
+    /// URL of the edge's WebSocket, `ws://…` or `wss://…`. Without one the client only records.
+    pub fn edge(mut self, url: impl Into<String>) -> Self {
+        self.edge = Some(url.into());
+        self
+    }
+
+    /// A token that does not change.
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.token = Token::Fixed(token.into());
+        self
+    }
+
+    /// Asked for a token before each attempt to connect.
+    pub fn token_fn<F, Fut>(mut self, ask: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<String, BoxError>> + Send + 'static,
+    {
+        self.token = Token::Asked(Arc::new(move || Box::pin(ask())));
+        self
+    }
+
+    /// The schema to begin with, so that the tables exist before the first connection. A store that has one keeps it.
+    pub fn schema(mut self, schema: Schema) -> Self {
+        self.schema = Some(schema);
+        self
+    }
+
+    /// Gives the W3C trace context of a local write; called within the write's span.
+    pub fn traceparent_fn(mut self, get: impl Fn() -> Option<String> + Send + Sync + 'static) -> Self {
+        self.traceparent = Some(Arc::new(get));
+        self
+    }
+
+    /// Makes a span that lasts while server transactions are applied, given their trace context.
+    pub fn apply_span_fn(mut self, make: impl Fn(Option<&str>) -> tracing::Span + Send + Sync + 'static) -> Self {
+        self.apply_span = Some(Arc::new(make));
+        self
+    }
+
+    /// How long settled entries stay in the queue.
+    pub fn retention(mut self, retention: Duration) -> Self {
+        self.retention = retention;
+        self
+    }
+
+    /// Do not connect before [`Client::resume`].
+    pub fn paused(mut self) -> Self {
+        self.paused = true;
+        self
+    }
+
+    /// Opens the store, creating it if need be, and starts the workers.
+    pub async fn open(self) -> Result<Client> {
+        let path = self.path.clone();
+        let schema = self.schema.clone();
+        let open = move || -> Result<Store> {
+            let mut store = Store::open(&path.to_string_lossy(), Arc::new(SystemHost))?;
+            if let Some(schema) = schema
+                && store.schema().is_none()
+            {
+                store.install(&schema)?;
+            }
+            Ok(store)
+        };
+        let store = tokio::task::spawn_blocking(open).await.map_err(|_| Error::Closed)??;
+        let info = store.info()?;
+
+        let (commands, command_queue) = mpsc::channel(bus::WRITER_QUEUE);
+        let (changes, change_queue) = mpsc::channel(bus::CHANGES_QUEUE);
+        let (frames, frame_queue) = mpsc::channel(bus::SYNC_QUEUE);
+        let (notices, _) = broadcast::channel(bus::NOTICES);
+        let mut initial = Status::default();
+        initial.client_id = info.client_id;
+        initial.has_synced = info.position.is_some();
+        initial.schema = info.schema.clone();
+        let (status, _) = watch::channel(initial);
+        let (control, control_receiver) = watch::channel(Control { paused: self.paused, ..Control::default() });
+        let progress = Arc::new(Progress::default());
+
+        let writer = Writer {
+            store,
+            commands: command_queue,
+            changes: changes.clone(),
+            notices: notices.clone(),
+            status: status.clone(),
+            progress: Arc::clone(&progress),
+            retention: self.retention,
+            waiting: BTreeMap::new(),
+            last_seq: info.last_seq,
+            polls: 0,
+        };
+        std::thread::Builder::new().name("millstream-writer".into()).spawn(move || writer.run()).map_err(Error::Start)?;
+
+        let outbox = ChangesWorker {
+            events: change_queue,
+            writer: commands.clone(),
+            sync: frames,
+            status: status.clone(),
+            progress,
+            control: control_receiver.clone(),
+            outbox: Outbox::new(info.last_seq, info.confirmed_seq),
+        };
+        let sync = SyncWorker {
+            path: self.path.clone(),
+            edge: self.edge,
+            token: self.token,
+            apply_span: self.apply_span,
+            writer: commands.clone(),
+            changes,
+            frames: frame_queue,
+            status: status.clone(),
+            control: control_receiver.clone(),
+            session: 0,
+            welcomed: false,
+        };
+        let tasks: Vec<JoinHandle<()>> = vec![
+            tokio::spawn(outbox.run()),
+            tokio::spawn(sync.run()),
+            tokio::spawn(poll(commands.clone(), control_receiver)),
+        ];
+        Ok(Client {
+            inner: Arc::new(Inner {
+                writer: commands,
+                readers: Arc::new(Readers::new(self.path)),
+                notices,
+                status,
+                control,
+                traceparent: self.traceparent,
+                tasks: Mutex::new(tasks),
+            }),
+        })
+    }
+}
+
+/// Asks the writer to look around.
+async fn poll(writer: mpsc::Sender<WriterCommand>, mut control: watch::Receiver<Control>) {
+    let mut ticks = interval(POLL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = closed(&mut control) => return,
+            _ = ticks.tick() => {
+                // A busy writer looks around at the next tick.
+                let _ = writer.try_send(WriterCommand::Poll);
+            }
+        }
+    }
+}

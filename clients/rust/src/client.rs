@@ -1,0 +1,287 @@
+//! The client.
+
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use millstream_client_core::status::{State, Status};
+use millstream_client_store::{self as store, FailedWrite, QueueEntry, Store, Written};
+use serde::de::DeserializeOwned;
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::builder::{Builder, Traceparent};
+use crate::bus::{Control, Done, Job, Notice, Reply, WriterCommand};
+use crate::watch::{Readers, Watch, typed};
+use crate::{Error, IntoParams, Result, Rows};
+
+/// A local store that is kept in sync with Postgres. Cheap to clone; the last clone's end stops the workers.
+#[derive(Clone)]
+pub struct Client {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub writer: mpsc::Sender<WriterCommand>,
+    pub readers: Arc<Readers>,
+    pub notices: broadcast::Sender<Notice>,
+    pub status: watch::Sender<Status>,
+    /// Its end tells the workers that the client is gone.
+    pub control: watch::Sender<Control>,
+    pub traceparent: Option<Traceparent>,
+    pub tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.readers.close();
+    }
+}
+
+impl Client {
+    /// Begins to open the store at `path`, a file that is created if need be. Beside it lie SQLite's own files and `<path>-lock`.
+    pub fn builder(path: impl Into<PathBuf>) -> Builder {
+        Builder::new(path.into())
+    }
+
+    /// Waits until the tables exist and hold the rows of a first snapshot; at once if they ever did.
+    pub async fn ready(&self) -> Result<()> {
+        let mut status = self.status();
+        let ready = |status: &Status| (status.has_synced && status.schema.is_some()) || status.state == State::Closed;
+        let state = status.wait_for(ready).await.map_err(|_| Error::Closed)?.state;
+        if state == State::Closed { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Executes one statement in a transaction of its own. Returns once the rows and their queue entry are durable; the
+    /// value is the number of rows changed.
+    pub async fn execute(&self, sql: &str, params: impl IntoParams) -> Result<Write<usize>> {
+        let sql = sql.to_owned();
+        let params = params.into_params();
+        self.tx(move |tx| tx.execute(&sql, params)).await
+    }
+
+    /// Runs a transaction on the writer's thread: all its rows and queue entries, or, if the closure gives an error, none.
+    pub async fn tx<T, F>(&self, work: F) -> Result<Write<T>>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Tx<'_, '_>) -> Result<T> + Send + 'static,
+    {
+        let span = tracing::info_span!("millstream.write", change.seq = tracing::field::Empty);
+        let traceparent = self.inner.traceparent.as_ref().and_then(|get| span.in_scope(|| get()));
+        let (reply, answer) = oneshot::channel();
+        let job = move |store: &mut Store| {
+            let written = store.write(traceparent.as_deref(), |tx| work(&mut Tx { tx }));
+            let (result, recorded) = match written {
+                Ok(Written { value, recorded }) => (Ok((value, recorded.as_ref().map(|recorded| recorded.seq))), recorded),
+                Err(error) => (Err(error), None),
+            };
+            let reply = Box::new(move |failed: Option<Error>| {
+                // The app may have stopped waiting; its transaction stands all the same.
+                let _ = reply.send(match failed {
+                    None => result,
+                    Some(error) => result.and(Err(error)),
+                });
+            });
+            Done { recorded, reply }
+        };
+        let recorded = span.clone();
+        async {
+            self.command(WriterCommand::Write(Job(Box::new(job)))).await?;
+            let (value, seq) = answer.await.map_err(|_| Error::Closed)??;
+            if let Some(seq) = seq {
+                recorded.record("change.seq", seq);
+            }
+            Ok(Write { value, seq, writer: self.inner.writer.clone() })
+        }
+        .instrument(span)
+        .await
+    }
+
+    /// Reads.
+    pub async fn query(&self, sql: &str, params: impl IntoParams) -> Result<Rows> {
+        self.inner.readers.query(sql.to_owned(), params.into_params()).await
+    }
+
+    /// Reads rows as values of a type; see [`Rows::deserialize`].
+    pub async fn query_as<T: DeserializeOwned>(&self, sql: &str, params: impl IntoParams) -> Result<Vec<T>> {
+        self.query(sql, params).await?.deserialize()
+    }
+
+    /// The query's rows: at once, and again whenever a table that it reads has changed, by whomever. Changes that come
+    /// while the app is busy with earlier rows are taken together. Ends after an error, and with the client.
+    pub fn watch(&self, sql: &str, params: impl IntoParams) -> Watch<Rows> {
+        // Subscribed before the first query runs, so that no change falls between the two.
+        let notices = self.inner.notices.subscribe();
+        crate::watch::watch(Arc::clone(&self.inner.readers), notices, sql.to_owned(), params.into_params())
+    }
+
+    /// As [`Client::watch`], with rows as values of a type.
+    pub fn watch_as<T: DeserializeOwned + 'static>(&self, sql: &str, params: impl IntoParams) -> Watch<Vec<T>> {
+        typed(self.watch(sql, params))
+    }
+
+    /// The client's status, and its changes.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.inner.status.subscribe()
+    }
+
+    /// The installation's id.
+    pub fn client_id(&self) -> Uuid {
+        self.inner.status.borrow().client_id
+    }
+
+    /// Waits until every transaction recorded so far is settled, applied or rejected.
+    pub async fn flush(&self, timeout: Duration) -> Result<()> {
+        let settled = self.ask(|reply| WriterCommand::Settled(None, reply));
+        match tokio::time::timeout(timeout, settled).await {
+            Err(_) => Err(Error::Timeout),
+            Ok(Err(Error::Rejected { .. })) => Ok(()),
+            Ok(result) => result,
+        }
+    }
+
+    /// The transactions that the server rejected, oldest first: waiting for their next attempt, or for a person.
+    pub async fn failed(&self) -> Result<Vec<FailedWrite>> {
+        self.ask(WriterCommand::Failed).await
+    }
+
+    /// The newest entries of the queue, settled ones included, newest last.
+    pub async fn queue(&self, limit: usize) -> Result<Vec<QueueEntry>> {
+        self.ask(|reply| WriterCommand::Queue(limit, reply)).await
+    }
+
+    /// Submits a failed transaction again, with the same change ids, as a new transaction at the end of the queue.
+    pub async fn retry(&self, seq: u64) -> Result<Write<()>> {
+        let seq = self.ask(|reply| WriterCommand::Retry(seq, reply)).await?;
+        Ok(Write { value: (), seq: Some(seq), writer: self.inner.writer.clone() })
+    }
+
+    /// Forgets a failed transaction.
+    pub async fn discard(&self, seq: u64) -> Result<()> {
+        self.ask(|reply| WriterCommand::Discard(seq, reply)).await
+    }
+
+    /// Goes offline, until [`Client::resume`]. Writes are recorded meanwhile.
+    pub fn pause(&self) {
+        self.inner.control.send_modify(|control| control.paused = true);
+    }
+
+    /// Connects now, without waiting for the back-off: after [`Client::pause`], or when the system says that the network is back.
+    pub fn resume(&self) {
+        self.inner.control.send_modify(|control| {
+            control.paused = false;
+            control.kicks += 1;
+        });
+    }
+
+    /// Cuts the connection, as a bad network would; the client connects again by itself.
+    pub fn drop_connection(&self) {
+        self.inner.control.send_modify(|control| control.cuts += 1);
+    }
+
+    /// Stops the workers and closes the store. What is in the queue is sent when the store is opened again.
+    pub async fn close(self) -> Result<()> {
+        self.inner.control.send_modify(|control| control.closed = true);
+        let tasks = std::mem::take(&mut *self.inner.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        for task in tasks {
+            // A task that panicked has ended too.
+            let _ = task.await;
+        }
+        self.inner.readers.close();
+        let (reply, answer) = oneshot::channel();
+        if self.inner.writer.send(WriterCommand::Close(reply)).await.is_ok() {
+            let _ = answer.await;
+        }
+        self.inner.status.send_modify(|status| {
+            status.state = State::Closed;
+            status.retry_at = None;
+        });
+        Ok(())
+    }
+
+    async fn command(&self, command: WriterCommand) -> Result<()> {
+        self.inner.writer.send(command).await.map_err(|_| Error::Closed)
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> WriterCommand) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.command(command(reply)).await?;
+        answer.await.map_err(|_| Error::Closed)?
+    }
+}
+
+/// A transaction that is durable in the store.
+#[derive(Clone)]
+pub struct Write<T> {
+    value: T,
+    seq: Option<u64>,
+    writer: mpsc::Sender<WriterCommand>,
+}
+
+impl<T> Write<T> {
+    /// What the transaction gave.
+    pub fn value(&self) -> &T {
+        &self.value
+    }
+
+    /// What the transaction gave.
+    pub fn into_value(self) -> T {
+        self.value
+    }
+
+    /// Its `client_seq`; none if it changed no synced row.
+    pub fn seq(&self) -> Option<u64> {
+        self.seq
+    }
+
+    /// Waits until it is settled: confirmed by the server's outbound stream, or rejected ([`Error::Rejected`]).
+    pub async fn confirmed(&self) -> Result<()> {
+        let Some(seq) = self.seq else { return Ok(()) };
+        let (reply, answer) = oneshot::channel();
+        self.writer.send(WriterCommand::Settled(Some(seq), reply)).await.map_err(|_| Error::Closed)?;
+        answer.await.map_err(|_| Error::Closed)?
+    }
+}
+
+impl<T> Deref for Write<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+/// The app's transaction under way.
+pub struct Tx<'a, 'b> {
+    tx: &'a mut store::Tx<'b>,
+}
+
+impl Tx<'_, '_> {
+    /// Executes one statement; gives the number of rows it changed.
+    pub fn execute(&mut self, sql: &str, params: impl IntoParams) -> Result<usize> {
+        Ok(self.tx.execute(sql, &params.into_params())?)
+    }
+
+    /// Reads, seeing the transaction's own writes.
+    pub fn query(&mut self, sql: &str, params: impl IntoParams) -> Result<Rows> {
+        Ok(self.tx.query(sql, &params.into_params())?.into())
+    }
+
+    /// Reads rows as values of a type; see [`Rows::deserialize`].
+    pub fn query_as<T: DeserializeOwned>(&mut self, sql: &str, params: impl IntoParams) -> Result<Vec<T>> {
+        self.query(sql, params)?.deserialize()
+    }
+
+    /// Runs a part that can fail on its own: its writes and queue entries go when it does.
+    pub fn savepoint<T>(&mut self, part: impl FnOnce(&mut Tx<'_, '_>) -> Result<T>) -> Result<T> {
+        self.tx.savepoint(|tx| part(&mut Tx { tx }))
+    }
+
+    /// A new UUIDv7.
+    pub fn uuid(&self) -> Uuid {
+        self.tx.uuid()
+    }
+}

@@ -1,0 +1,87 @@
+//! Errors of the SDK.
+
+use millstream_client_store::StoreError;
+use millstream_schemas::{Code, Retry};
+use uuid::Uuid;
+
+/// Result of the SDK's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the SDK.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The local store failed, or refused a statement.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The server rejected the transaction; its rows show the server's state again.
+    #[error("the server rejected transaction {seq}: {code}: {message}")]
+    Rejected {
+        /// Its `client_seq`.
+        seq: u64,
+        /// The change that failed.
+        change_id: Uuid,
+        /// Why.
+        code: Code,
+        /// For people.
+        message: String,
+    },
+    /// The time given was not enough.
+    #[error("timed out")]
+    Timeout,
+    /// The client was closed.
+    #[error("the client is closed")]
+    Closed,
+    /// The store turned out to be a copy of another installation's and goes on under a new identity; the fate of this
+    /// transaction shows in the queue.
+    #[error("the store was found to be a copy and has a new identity now")]
+    NewIdentity,
+    /// A row does not fit the type asked for.
+    #[error("a row does not fit the type: {0}")]
+    Decode(String),
+    /// The transaction that this write shared its commit with failed.
+    #[error("the commit failed: {0}")]
+    Commit(String),
+    /// The writer thread could not be started.
+    #[error("starting the writer failed")]
+    Start(#[source] std::io::Error),
+    /// The app's closure gave this error; the transaction was rolled back.
+    #[error("{0}")]
+    App(String),
+}
+
+impl Error {
+    /// An error of the app's own, to leave a transaction with.
+    pub fn app(message: impl Into<String>) -> Self {
+        Error::App(message.into())
+    }
+
+    /// A stable word for the kind of error; for a rejection the server's code.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::Store(StoreError::NotWritable(_)) => "not_writable",
+            Error::Store(StoreError::TooManyChanges { .. } | StoreError::TooManyBytes { .. }) => "too_large",
+            Error::Store(StoreError::Statement(_)) => "statement",
+            Error::Store(StoreError::NotFailed(_)) => "not_failed",
+            Error::Store(_) => "store",
+            Error::Rejected { code, .. } => code.as_str(),
+            Error::Timeout => "timeout",
+            Error::Closed => "closed",
+            Error::NewIdentity => "new_identity",
+            Error::Decode(_) => "decode",
+            Error::Commit(_) => "commit",
+            Error::Start(_) => "start",
+            Error::App(_) => "app",
+        }
+    }
+
+    /// Whether the same call may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Error::Store(error) => error.is_retryable(),
+            Error::Rejected { code, .. } => code.retry() == Retry::Automatic,
+            Error::Timeout | Error::Commit(_) => true,
+            _ => false,
+        }
+    }
+}

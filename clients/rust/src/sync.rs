@@ -1,0 +1,486 @@
+//! The sync worker: the one socket. Connects, authenticates, keeps the session alive, and connects again.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::{FutureExt, SinkExt, StreamExt};
+use millstream_client_core::backoff::Backoff;
+use millstream_client_core::replica::{ProtocolError, Replica, Work};
+use millstream_client_core::status::{LastError, Role, State, Status};
+use millstream_client_store::Applied;
+use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, MAX_FRAME_BYTES, ServerFrame, Welcome};
+use millstream_schemas::{Code, PROTOCOL_VERSION, Retry};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{self, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_tls_with_config};
+
+use crate::builder::{ApplySpan, Token};
+use crate::bus::{Control, Ledger, ToChanges, ToSync, WriterCommand};
+use crate::changes::closed;
+use crate::{Result, leader};
+
+/// To connect, TLS included.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// From `hello` to `welcome`. The edge may have to wait for Postgres.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
+/// For the app to give a token.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Between pings.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// A connection this long silent is dead: the edge answers pings.
+const SILENCE: Duration = Duration::from_secs(30);
+/// For a write to the socket to be taken.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// Before a client that the edge refuses for good asks again, in milliseconds.
+const REFUSED_WAIT_MS: u64 = 60_000;
+/// Largest message that is read, in bytes. Edges send frames of [`MAX_FRAME_BYTES`] and a little more for what is around them.
+const MAX_READ_BYTES: usize = 32 * MAX_FRAME_BYTES;
+/// Encoded bytes that may wait for the writer before the socket is not read any more.
+const MAX_READY_BYTES: usize = 8 * 1024 * 1024;
+/// Most frames taken from the socket at once, before they go to the writer.
+const DRAIN: usize = 4_096;
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+pub(crate) struct SyncWorker {
+    pub path: PathBuf,
+    pub edge: Option<String>,
+    pub token: Token,
+    pub apply_span: Option<ApplySpan>,
+    pub writer: mpsc::Sender<WriterCommand>,
+    pub changes: mpsc::Sender<ToChanges>,
+    pub frames: mpsc::Receiver<ToSync>,
+    pub status: watch::Sender<Status>,
+    pub control: watch::Receiver<Control>,
+    pub session: u64,
+    pub welcomed: bool,
+}
+
+/// Why a session ended.
+#[derive(Debug)]
+struct End {
+    then: Then,
+    code: String,
+    message: String,
+    retry_after_ms: Option<u64>,
+}
+
+/// What follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    /// Connect again with back-off.
+    Again,
+    /// Connect again now: the store changed what it says in `hello`.
+    Now,
+    /// Connect again with another token.
+    Auth,
+    /// The edge will not have this client as it is; ask again now and then.
+    Refused,
+    /// The app wanted it.
+    Interrupted,
+    /// The client is gone.
+    Gone,
+}
+
+impl End {
+    fn new(then: Then, code: &str, message: impl Into<String>) -> End {
+        End { then, code: code.to_owned(), message: message.into(), retry_after_ms: None }
+    }
+
+    fn socket(message: impl std::fmt::Display) -> End {
+        End::new(Then::Again, "socket", message.to_string())
+    }
+
+    fn gone() -> End {
+        End::new(Then::Gone, "closed", "the client is closed")
+    }
+
+    fn error(frame: ErrorFrame) -> End {
+        let then = match (frame.code, frame.code.retry()) {
+            (Code::BadToken | Code::TokenExpired, _) => Then::Auth,
+            (_, Retry::Automatic) => Then::Again,
+            (_, Retry::Manual | Retry::Never) => Then::Refused,
+        };
+        End { then, code: frame.code.to_string(), message: frame.message, retry_after_ms: frame.retry_after_ms }
+    }
+}
+
+impl From<ProtocolError> for End {
+    fn from(error: ProtocolError) -> End {
+        End::new(Then::Again, "protocol", error.to_string())
+    }
+}
+
+impl SyncWorker {
+    /// Runs until the client is closed or gone.
+    pub async fn run(mut self) {
+        let mut control = self.control.clone();
+        let Some(edge) = self.edge.clone() else { return };
+        let _leadership = tokio::select! {
+            leadership = leader::lead(&self.path) => leadership,
+            () = closed(&mut control) => return,
+        };
+        self.status.send_modify(|status| status.role = Role::Leader);
+        let start = Instant::now();
+        let now = || start.elapsed().as_millis() as u64;
+        let mut backoff = Backoff::new();
+        loop {
+            if control.wait_for(|control| control.closed || !control.paused).await.is_err() || control.borrow().closed {
+                return;
+            }
+            let before = control.borrow_and_update().clone();
+            self.status.send_modify(|status| {
+                status.state = State::Connecting;
+                status.retry_at = None;
+            });
+            self.welcomed = false;
+            let end = tokio::select! {
+                end = self.session(&edge) => end,
+                () = interrupted(&mut control, &before, true) => End::new(Then::Interrupted, "interrupted", "the app wanted it"),
+            };
+            if self.changes.send(ToChanges::Disconnected).await.is_err() || end.then == Then::Gone {
+                return;
+            }
+            if self.welcomed {
+                backoff.connected(now());
+            }
+            let wait = self.ended(&end, |retry_after| backoff.failed(now(), rand::random(), retry_after));
+            let before = control.borrow().clone();
+            if wait > 0 && !before.closed {
+                tokio::select! {
+                    () = sleep(Duration::from_millis(wait)) => {}
+                    () = interrupted(&mut control, &before, false) => backoff.reset(),
+                }
+            }
+        }
+    }
+
+    /// Tells of the end of a session; gives the wait before the next, in milliseconds.
+    fn ended(&self, end: &End, mut backoff: impl FnMut(Option<u64>) -> u64) -> u64 {
+        let wait = match end.then {
+            Then::Again | Then::Auth => backoff(end.retry_after_ms),
+            Then::Refused => backoff(Some(end.retry_after_ms.unwrap_or(REFUSED_WAIT_MS))),
+            Then::Now | Then::Interrupted | Then::Gone => 0,
+        };
+        if matches!(end.then, Then::Now | Then::Interrupted) {
+            tracing::debug!(session.end = %end.message, "session ended");
+        } else {
+            tracing::info!(session.end = %end.message, error.code = %end.code, retry.wait_ms = wait, "session ended");
+        }
+        self.status.send_modify(|status| {
+            status.state = match end.then {
+                Then::Auth => State::NeedsAuth,
+                Then::Refused => State::Error,
+                _ => State::Offline,
+            };
+            status.reason = Some(end.message.clone());
+            status.retry_at = (wait > 0).then(|| wall_ms() + wait);
+            status.uploading = false;
+            status.downloading = false;
+            status.reconnects += u64::from(self.welcomed);
+            if !matches!(end.then, Then::Now | Then::Interrupted) {
+                status.last_error = Some(LastError { code: end.code.clone(), message: end.message.clone() });
+            }
+        });
+        wait
+    }
+
+    /// One session, from the token to the end.
+    async fn session(&mut self, edge: &str) -> End {
+        let token = match timeout(TOKEN_TIMEOUT, self.token.get()).await {
+            Ok(Ok(token)) => token,
+            Ok(Err(error)) => return End::new(Then::Auth, "token", error.to_string()),
+            Err(_) => return End::new(Then::Auth, "token", "the app gave no token in time"),
+        };
+        let mut socket = match timeout(CONNECT_TIMEOUT, connect(edge)).await {
+            Ok(Ok(socket)) => socket,
+            Ok(Err(error)) => return End::socket(error),
+            Err(_) => return End::socket("connecting took too long"),
+        };
+        match self.welcome(&mut socket, token).await {
+            Ok(welcome) => self.serve(&mut socket, welcome).await,
+            Err(end) => end,
+        }
+    }
+
+    /// Asks the writer; its end is the client's end.
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T>>) -> WriterCommand) -> Result<T, End> {
+        let (reply, answer) = oneshot::channel();
+        self.writer.send(command(reply)).await.map_err(|_| End::gone())?;
+        match answer.await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(End::new(Then::Again, "store", error.to_string())),
+            Err(_) => Err(End::gone()),
+        }
+    }
+
+    /// `hello` and `welcome`.
+    async fn welcome(&mut self, socket: &mut Socket, token: String) -> Result<Welcome, End> {
+        let info = self.ask(WriterCommand::Info).await?;
+        let hello = ClientFrame::Hello(Hello {
+            protocol: PROTOCOL_VERSION,
+            client_id: info.client_id,
+            instance: info.instance,
+            token,
+            schema: info.schema,
+            position: info.position,
+            scopes: if info.position.is_some() { info.scopes } else { Vec::new() },
+            confirmed_seq: info.confirmed_seq,
+        });
+        let text = serde_json::to_string(&hello).map_err(End::socket)?;
+        let exchange = async {
+            socket.send(Message::text(text)).await.map_err(End::socket)?;
+            loop {
+                match socket.next().await {
+                    Some(Ok(Message::Text(text))) => return decode(&text),
+                    Some(Ok(Message::Close(frame))) => return Err(closed_by(frame)),
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => return Err(End::socket(error)),
+                    None => return Err(End::socket("the edge closed the connection")),
+                }
+            }
+        };
+        let frame = timeout(WELCOME_TIMEOUT, exchange).await.map_err(|_| End::socket("no welcome came in time"))??;
+        let mut welcome = match frame {
+            ServerFrame::Welcome(welcome) => welcome,
+            ServerFrame::Error(error) => return Err(End::error(error)),
+            _ => return Err(End::new(Then::Again, "protocol", "the edge sent something before its welcome")),
+        };
+        if let Some(schema) = welcome.schema.take() {
+            let stale = self.ask(|reply| WriterCommand::Install(Box::new(schema), reply)).await?;
+            if stale && info.position.is_some() {
+                return Err(End::new(Then::Now, "schema", "the schema changed such that a snapshot is needed"));
+            }
+        }
+        let last_seq = welcome.last_seq;
+        match self.ask(|reply| WriterCommand::Ledger { last_seq, reply }).await? {
+            Ledger::Continue => Ok(welcome),
+            Ledger::NewIdentity => Err(End::new(Then::Now, "new_identity", "the store has a new identity")),
+        }
+    }
+
+    /// The session proper.
+    async fn serve(&mut self, socket: &mut Socket, welcome: Welcome) -> End {
+        self.session += 1;
+        self.welcomed = true;
+        tracing::info!(session.id = %welcome.session, session.resume = ?welcome.resume, ledger.last_seq = welcome.last_seq, "connected");
+        self.status.send_modify(|status| {
+            status.state = State::Connected;
+            status.reason = None;
+            status.user_id = Some(welcome.user_id.clone());
+            status.last_error = None;
+        });
+        let connected =
+            ToChanges::Connected { session: self.session, last_seq: welcome.last_seq, window: welcome.limits.window };
+        if self.changes.send(connected).await.is_err() {
+            return End::gone();
+        }
+        let mut replica = Replica::new(welcome.resume);
+        let mut performing: Option<Performing> = None;
+        // The edge may want to hear from us sooner than we would ping.
+        let every = PING_INTERVAL.min(Duration::from_millis(welcome.limits.heartbeat_ms / 3).max(Duration::from_secs(1)));
+        let mut ping = interval(every);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        loop {
+            let reading = replica.ready_bytes() < MAX_READY_BYTES;
+            let step = tokio::select! {
+                message = socket.next(), if reading => {
+                    heard = Instant::now();
+                    self.receive(socket, message, &mut replica).await
+                }
+                frame = self.frames.recv() => match frame {
+                    Some(frame) => self.send(socket, frame).await,
+                    None => Err(End::gone()),
+                },
+                applied = performed(&mut performing), if performing.is_some() => {
+                    performing = None;
+                    self.applied(applied).await
+                }
+                _ = ping.tick() => {
+                    if reading && heard.elapsed() > SILENCE {
+                        Err(End::new(Then::Again, "silent", "the edge was silent for too long"))
+                    } else {
+                        if !reading {
+                            // We do not listen: silence means nothing.
+                            heard = Instant::now();
+                        }
+                        flush(socket, [Message::Ping(Default::default())]).await
+                    }
+                }
+            };
+            if let Err(end) = step {
+                return end;
+            }
+            if performing.is_none() {
+                let works = replica.take();
+                if !works.is_empty() {
+                    performing = match self.perform(works).await {
+                        Ok(started) => Some(started),
+                        Err(end) => return end,
+                    };
+                }
+            }
+            let downloading = replica.in_snapshot();
+            self.status.send_if_modified(|status| std::mem::replace(&mut status.downloading, downloading) != downloading);
+        }
+    }
+
+    /// Takes a message, and those that are there already: what is ready together is applied together.
+    async fn receive(
+        &mut self,
+        socket: &mut Socket,
+        first: Option<Result<Message, tungstenite::Error>>,
+        replica: &mut Replica,
+    ) -> Result<(), End> {
+        let mut message = first;
+        for taken in 1.. {
+            match message {
+                Some(Ok(Message::Text(text))) => {
+                    if let Some(frame) = replica.handle(decode(&text)?, text.len())? {
+                        self.handle(frame).await?;
+                    }
+                }
+                Some(Ok(Message::Close(frame))) => return Err(closed_by(frame)),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(End::socket(error)),
+                None => return Err(End::socket("the edge closed the connection")),
+            }
+            if taken == DRAIN || replica.ready_bytes() >= MAX_READY_BYTES {
+                break;
+            }
+            message = match socket.next().now_or_never() {
+                Some(message) => message,
+                None => break,
+            };
+        }
+        Ok(())
+    }
+
+    async fn handle(&mut self, frame: ServerFrame) -> Result<(), End> {
+        let event = match frame {
+            ServerFrame::Accepted { seq } => ToChanges::Accepted { seq },
+            // A hint that may be lost: nothing depends on it.
+            ServerFrame::Results { .. } => return Ok(()),
+            ServerFrame::Error(error) if error.fatal => return Err(End::error(error)),
+            ServerFrame::Error(error) => {
+                tracing::warn!(error.code = %error.code, error.message = %error.message, change.seq = error.seq, "the edge refused a submission");
+                self.status.send_modify(|status| {
+                    status.last_error = Some(LastError { code: error.code.to_string(), message: error.message.clone() });
+                });
+                ToChanges::Refused { retry_after_ms: error.retry_after_ms }
+            }
+            _ => return Err(End::new(Then::Again, "protocol", "the edge sent a frame out of place")),
+        };
+        self.changes.send(event).await.map_err(|_| End::gone())
+    }
+
+    async fn send(&mut self, socket: &mut Socket, first: ToSync) -> Result<(), End> {
+        let mut frames = Vec::new();
+        let mut frame = Some(first);
+        while let Some(ToSync { session, text }) = frame {
+            // The outbox heard of the new session only after it had made frames for the old one.
+            if session == self.session {
+                frames.push(Message::text(text));
+            }
+            frame = self.frames.try_recv().ok();
+        }
+        flush(socket, frames).await
+    }
+
+    async fn perform(&self, works: Vec<Work>) -> Result<Performing, End> {
+        let spans = match &self.apply_span {
+            None => Vec::new(),
+            Some(span) => {
+                let applies = works.iter().filter_map(|work| if let Work::Apply(batch) = work { Some(batch) } else { None });
+                applies.flat_map(|batch| &batch.traceparents).map(|parent| span(Some(parent))).collect()
+            }
+        };
+        let (reply, answer) = oneshot::channel();
+        self.writer.send(WriterCommand::Perform(works, reply)).await.map_err(|_| End::gone())?;
+        Ok(Performing { answer, _spans: spans })
+    }
+
+    async fn applied(&self, applied: Option<Result<Applied>>) -> Result<(), End> {
+        match applied {
+            Some(Ok(applied)) => self
+                .changes
+                .send(ToChanges::Confirmed { seq: applied.confirmed_seq })
+                .await
+                .map_err(|_| End::gone()),
+            // Nothing of the batch was applied, nor its position taken: the next session starts before it.
+            Some(Err(error)) => {
+                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+                Err(End::new(Then::Again, "store", format!("{error}{cause}")))
+            }
+            None => Err(End::gone()),
+        }
+    }
+}
+
+/// A batch at the writer, with the spans that last until it is applied.
+struct Performing {
+    answer: oneshot::Receiver<Result<Applied>>,
+    _spans: Vec<tracing::Span>,
+}
+
+async fn performed(performing: &mut Option<Performing>) -> Option<Result<Applied>> {
+    match performing {
+        Some(performing) => (&mut performing.answer).await.ok(),
+        None => std::future::pending().await,
+    }
+}
+
+async fn connect(edge: &str) -> Result<Socket, tungstenite::Error> {
+    if edge.starts_with("wss:") {
+        // Fails if the app chose a provider already: then that one is used.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+    let config =
+        WebSocketConfig::default().max_message_size(Some(MAX_READ_BYTES)).max_frame_size(Some(MAX_READ_BYTES));
+    // Without Nagle's algorithm: a frame must not wait for the acknowledgement of the one before.
+    connect_async_tls_with_config(edge, Some(config), true, None).await.map(|(socket, _)| socket)
+}
+
+async fn flush(socket: &mut Socket, messages: impl IntoIterator<Item = Message>) -> Result<(), End> {
+    let sending = async {
+        for message in messages {
+            socket.feed(message).await?;
+        }
+        socket.flush().await
+    };
+    match timeout(SEND_TIMEOUT, sending).await {
+        Ok(result) => result.map_err(End::socket),
+        Err(_) => Err(End::socket("the edge takes nothing")),
+    }
+}
+
+fn decode(text: &str) -> Result<ServerFrame, End> {
+    serde_json::from_str(text).map_err(|error| End::new(Then::Again, "protocol", format!("a frame does not read: {error}")))
+}
+
+fn closed_by(frame: Option<tungstenite::protocol::CloseFrame>) -> End {
+    match frame {
+        Some(frame) => End::socket(format_args!("the edge closed the connection: {} {}", frame.code, frame.reason)),
+        None => End::socket("the edge closed the connection"),
+    }
+}
+
+/// Resolves when the app wants something else than before; `session`: also when it wants the socket cut.
+async fn interrupted(control: &mut watch::Receiver<Control>, before: &Control, session: bool) {
+    let wants = |control: &Control| {
+        control.closed
+            || control.paused != before.paused
+            || (session && control.cuts != before.cuts)
+            || (!session && control.kicks != before.kicks)
+    };
+    // An error means that the client is gone.
+    let _ = control.wait_for(wants).await;
+}
+
+fn wall_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}

@@ -1,0 +1,163 @@
+//! Reading: a few read-only connections, and queries that run again when their tables change.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::stream::{BoxStream, StreamExt, unfold};
+use millstream_client_store::Reader;
+use tokio::sync::{Semaphore, broadcast};
+
+use crate::bus::Notice;
+use crate::writer::SystemHost;
+use crate::{Error, Result, Rows, SqlValue};
+
+/// Most queries that run at the same time.
+const READERS: usize = 4;
+
+/// A watched query: a stream of its results. Drop it to stop.
+pub type Watch<T> = BoxStream<'static, Result<T>>;
+
+/// The reading connections.
+pub(crate) struct Readers {
+    path: PathBuf,
+    idle: Mutex<Vec<Reader>>,
+    permits: Semaphore,
+}
+
+impl Readers {
+    pub fn new(path: PathBuf) -> Self {
+        Readers { path, idle: Mutex::new(Vec::new()), permits: Semaphore::new(READERS) }
+    }
+
+    /// No more queries.
+    pub fn close(&self) {
+        self.permits.close();
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Runs `work` with a connection, on a thread for blocking work.
+    pub async fn with<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Reader) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let _permit = self.permits.acquire().await.map_err(|_| Error::Closed)?;
+        let readers = Arc::clone(self);
+        let run = move || {
+            let idle = readers.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let reader = match idle {
+                Some(reader) => reader,
+                None => Reader::open(&readers.path.to_string_lossy(), Arc::new(SystemHost))?,
+            };
+            let result = work(&reader);
+            if !readers.permits.is_closed() {
+                readers.idle.lock().unwrap_or_else(PoisonError::into_inner).push(reader);
+            }
+            result
+        };
+        // It can only be cancelled by a runtime that is shutting down.
+        tokio::task::spawn_blocking(run).await.map_err(|_| Error::Closed)?
+    }
+
+    pub async fn query(self: &Arc<Self>, sql: String, params: Vec<SqlValue>) -> Result<Rows> {
+        self.with(move |reader| Ok(Rows::from(reader.query(&sql, &params)?))).await
+    }
+}
+
+/// Rows of a watched query, again and again.
+pub(crate) fn watch(
+    readers: Arc<Readers>,
+    notices: broadcast::Receiver<Notice>,
+    sql: String,
+    params: Vec<SqlValue>,
+) -> Watch<Rows> {
+    struct Watching {
+        readers: Arc<Readers>,
+        notices: broadcast::Receiver<Notice>,
+        sql: String,
+        params: Vec<SqlValue>,
+        tables: Option<BTreeSet<String>>,
+        ended: bool,
+    }
+
+    let state = Watching { readers, notices, sql, params, tables: None, ended: false };
+    unfold(state, |mut watch| async move {
+        if watch.ended {
+            return None;
+        }
+        if let Some(tables) = &watch.tables
+            && !changed(&mut watch.notices, tables).await
+        {
+            return None;
+        }
+        let (sql, params) = (watch.sql.clone(), watch.params.clone());
+        let result = watch
+            .readers
+            .with(move |reader| {
+                // The tables are asked for again each time: a view or the schema may have changed.
+                Ok((reader.tables(&sql)?, Rows::from(reader.query(&sql, &params)?)))
+            })
+            .await;
+        let item = match result {
+            Ok((tables, rows)) => {
+                watch.tables = Some(tables);
+                Ok(rows)
+            }
+            Err(Error::Closed) => return None,
+            Err(error) => {
+                watch.ended = true;
+                Err(error)
+            }
+        };
+        Some((item, watch))
+    })
+    .boxed()
+}
+
+/// Waits until one of the tables changed; takes all notices that are there. False: the client is gone.
+async fn changed(notices: &mut broadcast::Receiver<Notice>, tables: &BTreeSet<String>) -> bool {
+    use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+    let concerns = |notice: &Notice| match notice {
+        Notice::Any => true,
+        Notice::Tables(written) => written.iter().any(|table| tables.contains(table)),
+    };
+    loop {
+        match notices.recv().await {
+            Ok(notice) if concerns(&notice) => break,
+            Ok(_) => {}
+            Err(RecvError::Lagged(_)) => break,
+            Err(RecvError::Closed) => return false,
+        }
+    }
+    // What is queued is covered by the query that follows.
+    loop {
+        match notices.try_recv() {
+            Ok(_) | Err(TryRecvError::Lagged(_)) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return true,
+        }
+    }
+}
+
+/// The rows of a watch as values of a type.
+pub(crate) fn typed<T: serde::de::DeserializeOwned + 'static>(rows: Watch<Rows>) -> Watch<Vec<T>> {
+    rows.map(|rows| rows.and_then(|rows| rows.deserialize())).boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn notices_are_coalesced_and_filtered() {
+        let (sender, mut receiver) = broadcast::channel(8);
+        let notice = |table: &str| Notice::Tables(Arc::new(BTreeSet::from([table.to_owned()])));
+        let tables = BTreeSet::from(["tasks".to_owned()]);
+        for table in ["other", "tasks", "tasks", "other"] {
+            sender.send(notice(table)).unwrap();
+        }
+        assert!(changed(&mut receiver, &tables).await);
+        assert!(receiver.is_empty());
+        drop(sender);
+        assert!(!changed(&mut receiver, &tables).await);
+    }
+}

@@ -1,0 +1,374 @@
+//! The writer: the thread that owns the store.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use millstream_client_core::outbox::Entry;
+use millstream_client_core::replica::Work;
+use millstream_client_core::status::Status;
+use millstream_client_store::{Applied, FailedWrite, Host, Recorded, Store, StoreError, Verdict};
+use millstream_schemas::stream::Failure;
+use tokio::sync::{broadcast, mpsc, watch};
+use uuid::Uuid;
+
+use crate::bus::{Done, Job, Ledger, Notice, Progress, Reply, ToChanges, WriterCommand};
+use crate::{Error, Result};
+
+/// Most writes that share a commit.
+const GROUP: usize = 64;
+/// Polls between looks for due retries.
+const RETRY_POLLS: u64 = 5;
+/// Polls between writes of the entries' states.
+const MARK_POLLS: u64 = 20;
+/// Polls between prunings of settled entries.
+const PRUNE_POLLS: u64 = 6_000;
+
+/// The system's clock and ids.
+pub(crate) struct SystemHost;
+
+impl Host for SystemHost {
+    fn now_micros(&self) -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+    }
+
+    fn uuid(&self) -> Uuid {
+        Uuid::now_v7()
+    }
+}
+
+pub(crate) struct Writer {
+    pub store: Store,
+    pub commands: mpsc::Receiver<WriterCommand>,
+    pub changes: mpsc::Sender<ToChanges>,
+    pub notices: broadcast::Sender<Notice>,
+    pub status: watch::Sender<Status>,
+    pub progress: Arc<Progress>,
+    pub retention: Duration,
+    pub waiting: BTreeMap<u64, Vec<Reply<()>>>,
+    pub last_seq: u64,
+    pub polls: u64,
+}
+
+impl Writer {
+    /// Runs until the client is closed or gone.
+    pub fn run(mut self) {
+        if let Err(error) = self.refresh() {
+            self.report(&error);
+        }
+        let mut next = None;
+        while let Some(command) = next.take().or_else(|| self.commands.blocking_recv()) {
+            match command {
+                WriterCommand::Write(job) => next = self.write(job),
+                WriterCommand::Close(reply) => {
+                    let _ = self.store.flush_marks();
+                    for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
+                        let _ = reply.send(Err(Error::Closed));
+                    }
+                    // The file is closed before the app hears of it, so that it may open it again at once.
+                    drop(self.store);
+                    let _ = reply.send(());
+                    return;
+                }
+                other => self.other(other),
+            }
+        }
+    }
+
+    fn other(&mut self, command: WriterCommand) {
+        match command {
+            // Handled by `run`.
+            WriterCommand::Write(_) | WriterCommand::Close(_) => {}
+            WriterCommand::Settled(seq, reply) => self.settled(seq, reply),
+            WriterCommand::Failed(reply) => answer(reply, self.store.failed()),
+            WriterCommand::Queue(limit, reply) => answer(reply, self.store.entries(limit)),
+            WriterCommand::Retry(seq, reply) => {
+                let result = self.store.retry(seq).map(|recorded| {
+                    let seq = recorded.seq;
+                    self.recorded(recorded);
+                    seq
+                });
+                self.publish();
+                self.refresh_or_report();
+                answer(reply, result);
+            }
+            WriterCommand::Discard(seq, reply) => {
+                let result = self.store.discard(seq);
+                self.refresh_or_report();
+                answer(reply, result);
+            }
+            WriterCommand::Load { after, limit, reply } => answer(reply, self.store.recorded_after(after, limit)),
+            WriterCommand::Perform(works, reply) => {
+                let result = self.perform(&works);
+                answer(reply, result);
+            }
+            WriterCommand::Install(schema, reply) => {
+                let result = self.store.install(&schema);
+                let _ = self.notices.send(Notice::Any);
+                self.refresh_or_report();
+                answer(reply, result);
+            }
+            WriterCommand::Ledger { last_seq, reply } => {
+                let result = self.ledger(last_seq);
+                answer(reply, result);
+            }
+            WriterCommand::Info(reply) => answer(reply, self.store.info()),
+            WriterCommand::Poll => {
+                if let Err(error) = self.poll() {
+                    self.report(&error);
+                }
+            }
+        }
+    }
+
+    /// Runs a write, and with it those that wait behind it: they share one commit, as a database groups its commits.
+    /// Gives back the command that ended the group.
+    fn write(&mut self, first: Job) -> Option<WriterCommand> {
+        let mut jobs = vec![first];
+        let mut next = None;
+        while jobs.len() < GROUP
+            && let Ok(command) = self.commands.try_recv()
+        {
+            match command {
+                WriterCommand::Write(job) => jobs.push(job),
+                other => {
+                    next = Some(other);
+                    break;
+                }
+            }
+        }
+        if jobs.len() == 1 {
+            let dones: Vec<Done> = jobs.into_iter().map(|Job(job)| job(&mut self.store)).collect();
+            self.done(dones, None);
+        } else {
+            let mut dones = Vec::with_capacity(jobs.len());
+            let result = self.store.group(|store| dones.extend(jobs.into_iter().map(|Job(job)| job(store))));
+            self.done(dones, result.err());
+        }
+        next
+    }
+
+    fn done(&mut self, dones: Vec<Done>, failed: Option<StoreError>) {
+        if let Some(error) = failed {
+            self.report(&error);
+            for done in dones {
+                (done.reply)(Some(Error::Commit(error.to_string())));
+            }
+            return;
+        }
+        self.publish();
+        // The frame leaves first: it is what others wait for.
+        let mut replies = Vec::with_capacity(dones.len());
+        for done in dones {
+            if let Some(recorded) = done.recorded {
+                self.recorded(recorded);
+            }
+            replies.push(done.reply);
+        }
+        for reply in replies {
+            reply(None);
+        }
+    }
+
+    /// Hands a durable transaction to the changes worker. Its state in `local_changes` stays `pending` for now: writing
+    /// `sending` first would cost another fsync, and a transaction sent twice is told apart by the server's ledger. A
+    /// full channel loses nothing either: the outbox reads from the store what it was not told.
+    fn recorded(&mut self, recorded: Recorded) {
+        self.last_seq = self.last_seq.max(recorded.seq);
+        let (last, at) = (self.last_seq, recorded.at / 1_000);
+        let _ = self.changes.try_send(ToChanges::Recorded(Entry { seq: recorded.seq, text: recorded.text }));
+        self.status.send_modify(|status| {
+            status.pending.count = last.saturating_sub(status.confirmed_seq);
+            status.pending.oldest_at.get_or_insert(at);
+        });
+    }
+
+    fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
+        let (sent, accepted) =
+            (self.progress.sent.load(Ordering::Relaxed), self.progress.accepted.load(Ordering::Relaxed));
+        self.store.mark(sent, accepted);
+        let applied = self.store.perform(works)?;
+        self.publish();
+        self.settle(applied.confirmed_seq, &applied.failures);
+        self.refresh()?;
+        self.status.send_modify(|status| {
+            status.last_synced_at = Some(SystemHost.now_micros() / 1_000);
+            status.applied_transactions += applied.transactions;
+        });
+        Ok(applied)
+    }
+
+    /// Answers those who wait for transactions up to `seq`.
+    fn settle(&mut self, seq: u64, failures: &[Failure]) {
+        let open = self.waiting.split_off(&(seq + 1));
+        let settled = std::mem::replace(&mut self.waiting, open);
+        let failures: HashMap<u64, &Failure> = failures.iter().map(|failure| (failure.seq, failure)).collect();
+        for (seq, replies) in settled {
+            for reply in replies {
+                let _ = reply.send(match failures.get(&seq) {
+                    None => Ok(()),
+                    Some(failure) => Err(Error::Rejected {
+                        seq,
+                        change_id: failure.change_id,
+                        code: failure.code,
+                        message: failure.message.clone(),
+                    }),
+                });
+            }
+        }
+    }
+
+    fn settled(&mut self, seq: Option<u64>, reply: Reply<()>) {
+        match seq {
+            None => {
+                let confirmed = self.status.borrow().confirmed_seq;
+                if self.last_seq <= confirmed {
+                    let _ = reply.send(Ok(()));
+                } else {
+                    self.waiting.entry(self.last_seq).or_default().push(reply);
+                }
+            }
+            Some(seq) => match self.store.verdict(seq) {
+                Ok(Verdict::Open) => self.waiting.entry(seq).or_default().push(reply),
+                verdict => answer(reply, verdict.map_err(Error::from).and_then(settled)),
+            },
+        }
+    }
+
+    fn ledger(&mut self, last_seq: u64) -> Result<Ledger, StoreError> {
+        let info = self.store.info()?;
+        if last_seq > info.last_seq {
+            tracing::warn!(
+                ledger.last_seq = last_seq,
+                store.last_seq = info.last_seq,
+                "the server knows more of this installation than its store: the store is a copy; taking a new identity"
+            );
+            self.store.become_new()?;
+            for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
+                let _ = reply.send(Err(Error::NewIdentity));
+            }
+            self.last_seq = 0;
+            self.refresh()?;
+            return Ok(Ledger::NewIdentity);
+        }
+        if last_seq < info.confirmed_seq {
+            tracing::warn!(
+                ledger.last_seq = last_seq,
+                store.confirmed_seq = info.confirmed_seq,
+                "the server went back: submitting again what it lost"
+            );
+            self.store.rewind(last_seq)?;
+            self.publish();
+            self.refresh()?;
+        }
+        Ok(Ledger::Continue)
+    }
+
+    fn poll(&mut self) -> Result<(), StoreError> {
+        self.polls += 1;
+        if self.store.changed_elsewhere()? {
+            let _ = self.notices.send(Notice::Any);
+            self.refresh()?;
+            let seqs: Vec<u64> = self.waiting.keys().copied().collect();
+            for seq in seqs {
+                let verdict = self.store.verdict(seq)?;
+                if verdict != Verdict::Open {
+                    for reply in self.waiting.remove(&seq).unwrap_or_default() {
+                        answer(reply, settled(verdict.clone()));
+                    }
+                }
+            }
+        }
+        if self.polls.is_multiple_of(RETRY_POLLS) && self.status.borrow().failed > 0 {
+            let due = self.store.retry_due()?;
+            if !due.is_empty() {
+                due.into_iter().for_each(|recorded| self.recorded(recorded));
+                self.publish();
+                self.refresh()?;
+            }
+        }
+        if self.polls.is_multiple_of(MARK_POLLS) && self.status.borrow().pending.count > 0 {
+            let (sent, accepted) =
+                (self.progress.sent.load(Ordering::Relaxed), self.progress.accepted.load(Ordering::Relaxed));
+            if sent > 0 {
+                self.store.mark(sent, accepted);
+                self.store.flush_marks()?;
+            }
+        }
+        if self.polls % PRUNE_POLLS == 1 {
+            let before = SystemHost.now_micros().saturating_sub(self.retention.as_micros() as u64);
+            let pruned = self.store.prune(before)?;
+            tracing::debug!(queue.pruned = pruned, "pruned settled entries");
+        }
+        // Whatever event was lost, the outbox hears of it within a poll.
+        let confirmed = self.status.borrow().confirmed_seq;
+        let _ = self.changes.try_send(ToChanges::Known { last: self.last_seq, confirmed });
+        Ok(())
+    }
+
+    /// Brings the status up to the store.
+    fn refresh(&mut self) -> Result<(), StoreError> {
+        let info = self.store.info()?;
+        self.last_seq = info.last_seq;
+        let accepted = self.progress.accepted.load(Ordering::Relaxed).min(info.last_seq);
+        self.status.send_modify(|status| {
+            status.client_id = info.client_id;
+            status.position = info.position;
+            status.has_synced = info.position.is_some();
+            status.schema = info.schema;
+            status.confirmed_seq = info.confirmed_seq;
+            status.failed = info.failed;
+            status.pending.count = info.last_seq.saturating_sub(info.confirmed_seq);
+            status.pending.accepted = accepted.saturating_sub(info.confirmed_seq);
+            status.pending.oldest_at = info.oldest_pending.map(|at| at / 1_000);
+        });
+        Ok(())
+    }
+
+    fn refresh_or_report(&mut self) {
+        if let Err(error) = self.refresh() {
+            self.report(&error);
+        }
+    }
+
+    fn publish(&mut self) {
+        let tables = self.store.take_written();
+        if !tables.is_empty() {
+            // Without a watch nobody listens.
+            let _ = self.notices.send(Notice::Tables(Arc::new(tables)));
+        }
+    }
+
+    fn report(&self, error: &StoreError) {
+        tracing::error!(error.message = %error, error.cause = ?std::error::Error::source(error), "the store failed");
+        let message = match std::error::Error::source(error) {
+            Some(cause) => format!("{error}: {cause}"),
+            None => error.to_string(),
+        };
+        self.status.send_modify(|status| {
+            status.last_error = Some(crate::LastError { code: "store".into(), message });
+        });
+    }
+}
+
+fn settled(verdict: Verdict) -> Result<()> {
+    match verdict {
+        Verdict::Open | Verdict::Confirmed => Ok(()),
+        Verdict::Failed(failed) => Err(rejected(*failed)),
+    }
+}
+
+fn rejected(failed: FailedWrite) -> Error {
+    Error::Rejected {
+        seq: failed.seq,
+        change_id: failed.change_id,
+        code: failed.code.unwrap_or(millstream_schemas::Code::Internal),
+        message: failed.message,
+    }
+}
+
+/// The asker may have gone.
+fn answer<T, E: Into<Error>>(reply: Reply<T>, result: Result<T, E>) {
+    let _ = reply.send(result.map_err(Into::into));
+}

@@ -1,0 +1,279 @@
+//! An edge in miniature: a real WebSocket server that speaks the real frames, over a ledger and a log in memory.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use futures_util::{SinkExt, StreamExt};
+use millstream_schemas::frame::{
+    ClientFrame, Confirmed, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, Resume, Rows, ServerFrame,
+    Submit, Welcome,
+};
+use millstream_schemas::stream::Failure;
+use millstream_schemas::{
+    Code, ColumnSchema, Lsn, Operation, PROTOCOL_VERSION, Position, Row, Schema, Scope, TableChanges, TableOp, TableSchema,
+    TableScope,
+};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::broadcast;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use uuid::Uuid;
+
+pub const TOKEN: &str = "good";
+
+#[derive(Default)]
+pub struct State {
+    pub ledger: HashMap<Uuid, u64>,
+    pub tasks: BTreeMap<String, Row>,
+    pub log: Vec<Rows>,
+    pub failures: HashMap<Uuid, Vec<Failure>>,
+    /// Every submission in the order of arrival.
+    pub received: Vec<u64>,
+    pub connections: usize,
+    /// The socket is cut after so many submissions of a connection.
+    pub cut_after: Option<usize>,
+    /// Refuse the next submissions with `overloaded`, so many times.
+    pub overloaded: usize,
+    /// Frames are sent twice.
+    pub twice: bool,
+    pub epoch: Uuid,
+    pub traceparents: Vec<Option<String>>,
+}
+
+#[derive(Clone)]
+pub struct Edge {
+    pub url: String,
+    state: Arc<Mutex<State>>,
+    news: broadcast::Sender<(Uuid, Rows, Confirmed)>,
+    acceptor: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
+    address: std::net::SocketAddr,
+}
+
+pub fn schema() -> Schema {
+    let column = |name: &str, r#type: &str, writable| ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable };
+    Schema {
+        version: "v1".into(),
+        tables: vec![TableSchema {
+            name: "tasks".into(),
+            columns: vec![
+                column("id", "uuid", true),
+                column("title", "text", true),
+                column("done", "boolean", true),
+                column("created_at", "timestamp with time zone", false),
+            ],
+            key: vec![0],
+            scopes: vec![TableScope { kind: "global".into(), column: None }],
+        }],
+    }
+}
+
+impl Edge {
+    pub async fn start() -> Edge {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = State { epoch: Uuid::now_v7(), ..State::default() };
+        let edge = Edge {
+            url: format!("ws://{address}/sync"),
+            state: Arc::new(Mutex::new(state)),
+            news: broadcast::channel(4_096).0,
+            acceptor: Arc::default(),
+            address,
+        };
+        edge.accept(listener);
+        edge
+    }
+
+    fn accept(&self, listener: TcpListener) {
+        let edge = self.clone();
+        let task = tokio::spawn(async move {
+            let mut sessions = tokio::task::JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                let edge = edge.clone();
+                sessions.spawn(async move {
+                    let _ = edge.session(socket).await;
+                });
+            }
+        });
+        *self.acceptor.lock().unwrap() = Some(task);
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// The process dies: listener and sockets are gone.
+    pub async fn kill(&self) {
+        let task = self.acceptor.lock().unwrap().take().unwrap();
+        task.abort();
+        let _ = task.await;
+    }
+
+    /// It comes back at the same address.
+    pub async fn revive(&self) {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        socket.bind(self.address).unwrap();
+        self.accept(socket.listen(64).unwrap());
+    }
+
+    async fn session(&self, socket: TcpStream) -> Option<()> {
+        let mut news = self.news.subscribe();
+        let mut socket = tokio_tungstenite::accept_async(socket).await.ok()?;
+        let ClientFrame::Hello(hello) = next(&mut socket).await? else { panic!("a frame before hello") };
+        if hello.token != TOKEN {
+            let error = ErrorFrame { code: Code::BadToken, message: "who?".into(), seq: None, retry_after_ms: None, fatal: true };
+            self.send(&mut socket, ServerFrame::Error(error)).await?;
+            return None;
+        }
+        for frame in self.greeting(&hello) {
+            self.send(&mut socket, frame).await?;
+        }
+        let mut submitted = 0;
+        loop {
+            tokio::select! {
+                frame = next(&mut socket) => {
+                    let ClientFrame::Submit(submit) = frame? else { panic!("hello came twice") };
+                    submitted += 1;
+                    let reply = self.submit(&hello, submit);
+                    if self.state().cut_after.is_some_and(|limit| submitted > limit) {
+                        return None;
+                    }
+                    self.send(&mut socket, reply).await?;
+                }
+                event = news.recv() => {
+                    let (author, rows, confirmed) = event.ok()?;
+                    let position = Position { epoch: rows.epoch, seq: rows.seq, lsn: rows.lsn };
+                    self.send(&mut socket, ServerFrame::Rows(Rows { last: author != hello.client_id, ..rows })).await?;
+                    if author == hello.client_id {
+                        self.send(&mut socket, ServerFrame::Confirmed(confirmed)).await?;
+                        self.send(&mut socket, ServerFrame::Commit { position }).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn send(&self, socket: &mut WebSocketStream<TcpStream>, frame: ServerFrame) -> Option<()> {
+        // What brackets a snapshot is never repeated by any retry of an edge.
+        let once = matches!(frame, ServerFrame::Welcome(_) | ServerFrame::SnapshotBegin { .. } | ServerFrame::SnapshotEnd { .. });
+        let times = if self.state().twice && !once { 2 } else { 1 };
+        let text = serde_json::to_string(&frame).unwrap();
+        for _ in 0..times {
+            socket.send(Message::text(text.clone())).await.ok()?;
+        }
+        Some(())
+    }
+
+    fn greeting(&self, hello: &Hello) -> Vec<ServerFrame> {
+        let mut state = self.state();
+        state.connections += 1;
+        let last_seq = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
+        let position = Position { epoch: state.epoch, seq: state.log.len() as u64, lsn: Lsn(state.log.len() as u64) };
+        let known = hello.position.filter(|known| known.epoch == state.epoch && known.seq <= position.seq);
+        let mut frames = vec![ServerFrame::Welcome(Welcome {
+            protocol: PROTOCOL_VERSION,
+            session: Uuid::now_v7(),
+            user_id: "ann".into(),
+            schema: (hello.schema.as_deref() != Some("v1")).then(schema),
+            limits: Limits {
+                window: 16,
+                frame_bytes: MAX_FRAME_BYTES,
+                transaction_changes: MAX_TRANSACTION_CHANGES,
+                heartbeat_ms: 30_000,
+            },
+            last_seq,
+            epoch: state.epoch,
+            resume: if known.is_some() { Resume::CatchUp } else { Resume::Snapshot },
+        })];
+        match known {
+            Some(known) => {
+                frames.extend(state.log.iter().skip(known.seq as usize).cloned().map(ServerFrame::Rows));
+            }
+            None => {
+                let rows = state.tasks.values().cloned().collect();
+                let changes = vec![TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows }];
+                frames.push(ServerFrame::SnapshotBegin { scopes: vec![Scope::global()] });
+                frames.push(ServerFrame::SnapshotRows { changes });
+                frames.push(ServerFrame::SnapshotEnd { position });
+            }
+        }
+        let failed = state.failures.get(&hello.client_id).cloned().unwrap_or_default();
+        frames.push(ServerFrame::Confirmed(Confirmed { seq: last_seq, failed }));
+        frames.push(ServerFrame::Commit { position });
+        frames
+    }
+
+    fn submit(&self, hello: &Hello, submit: Submit) -> ServerFrame {
+        let mut state = self.state();
+        if state.overloaded > 0 {
+            state.overloaded -= 1;
+            return ServerFrame::Error(ErrorFrame {
+                code: Code::Overloaded,
+                message: "later".into(),
+                seq: Some(submit.seq),
+                retry_after_ms: Some(30),
+                fatal: false,
+            });
+        }
+        state.received.push(submit.seq);
+        let last = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
+        if submit.seq == last + 1 {
+            state.traceparents.push(submit.traceparent.clone());
+            state.ledger.insert(hello.client_id, submit.seq);
+            let bad = submit.changes.iter().find(|change| change.values.contains(&Some("bad".into())));
+            let failure = bad.map(|change| Failure {
+                seq: submit.seq,
+                change_id: change.change_id,
+                code: Code::PermissionDenied,
+                message: "bad title".into(),
+            });
+            let mut changes = Vec::new();
+            if failure.is_none() {
+                for change in &submit.changes {
+                    let id = change.key[0].clone().unwrap();
+                    let mut table = TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows: vec![] };
+                    if change.op == Operation::Delete {
+                        state.tasks.remove(&id);
+                        table.op = TableOp::Delete;
+                        table.rows.push(change.key.clone());
+                    } else {
+                        let row = state.tasks.entry(id.clone()).or_insert_with(|| {
+                            vec![Some(id), None, Some("f".into()), Some("2026-01-01 00:00:00+00".into())]
+                        });
+                        for (column, value) in change.columns.iter().zip(&change.values) {
+                            row[schema().tables[0].column(column).unwrap()] = value.clone();
+                        }
+                        table.rows.push(row.clone());
+                    }
+                    changes.push(table);
+                }
+            }
+            let seq = state.log.len() as u64 + 1;
+            let rows = Rows {
+                seq,
+                lsn: Lsn(seq),
+                index: 0,
+                last: true,
+                epoch: state.epoch,
+                at: 1,
+                traceparent: submit.traceparent,
+                changes,
+            };
+            state.log.push(rows.clone());
+            state.failures.entry(hello.client_id).or_default().extend(failure.clone());
+            let confirmed = Confirmed { seq: submit.seq, failed: failure.into_iter().collect() };
+            let _ = self.news.send((hello.client_id, rows, confirmed));
+        }
+        ServerFrame::Accepted { seq: state.ledger.get(&hello.client_id).copied().unwrap_or(0) }
+    }
+}
+
+async fn next(socket: &mut WebSocketStream<TcpStream>) -> Option<ClientFrame> {
+    loop {
+        match socket.next().await?.ok()? {
+            Message::Text(text) => return Some(serde_json::from_str(&text).unwrap()),
+            Message::Close(_) => return None,
+            _ => {}
+        }
+    }
+}

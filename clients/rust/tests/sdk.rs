@@ -1,0 +1,370 @@
+//! The SDK against an edge in miniature, over real sockets and real files.
+
+mod edge;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use edge::{Edge, TOKEN, schema};
+use futures_util::StreamExt;
+use millstream_client::{Builder, Client, Code, EntryState, Error, Role, State, params};
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn directory() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn builder(directory: &TempDir, name: &str, edge: &Edge) -> Builder {
+    Client::builder(directory.path().join(name)).edge(&edge.url).token(TOKEN)
+}
+
+async fn ready(builder: Builder) -> Client {
+    let client = builder.open().await.unwrap();
+    tokio::time::timeout(PATIENCE, client.ready()).await.unwrap().unwrap();
+    client
+}
+
+async fn insert(client: &Client, id: &str, title: &str) -> millstream_client::Write<usize> {
+    client.execute("INSERT INTO tasks (id, title) VALUES (?, ?)", [id, title]).await.unwrap()
+}
+
+async fn until(client: &Client, state: State) {
+    let mut status = client.status();
+    tokio::time::timeout(PATIENCE, status.wait_for(|status| status.state == state)).await.unwrap().unwrap();
+}
+
+async fn titles(client: &Client) -> Vec<(String, Option<String>)> {
+    client.query_as("SELECT id, title FROM tasks ORDER BY id", ()).await.unwrap()
+}
+
+/// The client's rows are the server's.
+async fn assert_equal(client: &Client, edge: &Edge) {
+    let server: Vec<_> = edge.state().tasks.values().map(|row| (row[0].clone().unwrap(), row[1].clone())).collect();
+    assert_eq!(titles(client).await, server);
+}
+
+#[tokio::test]
+async fn writes_arrive_in_order_and_are_confirmed() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    for n in 0..100 {
+        let write = insert(&client, &format!("{n:03}"), "x").await;
+        assert_eq!((*write, write.seq()), (1, Some(n + 1)));
+        if n % 10 == 0 {
+            tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+        }
+    }
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!(edge.state().received, (1..=100).collect::<Vec<u64>>());
+    assert_equal(&client, &edge).await;
+    let status = client.status().borrow().clone();
+    assert_eq!((status.pending.count, status.confirmed_seq, status.failed), (0, 100, 0));
+    assert_eq!((status.state, status.role, status.user_id.as_deref()), (State::Connected, Role::Leader, Some("ann")));
+    assert!(status.position.is_some_and(|position| position.seq == 100), "{status:?}");
+    let queue = client.queue(1_000).await.unwrap();
+    assert!(queue.len() == 100 && queue.iter().all(|entry| entry.state == EntryState::Confirmed));
+    // The server filled a column that the client may not set.
+    let filled = client.query_as::<String>("SELECT DISTINCT created_at FROM tasks", ()).await.unwrap();
+    assert_eq!(filled, ["2026-01-01 00:00:00+00"]);
+    client.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn after_a_cut_what_was_not_taken_is_sent_again() {
+    let (edge, directory) = (Edge::start().await, directory());
+    edge.state().cut_after = Some(7);
+    let client = ready(builder(&directory, "a", &edge)).await;
+    let writes: Vec<_> = futures_util::stream::iter(0..200)
+        .map(|n| {
+            let client = client.clone();
+            async move {
+                client.execute("INSERT INTO tasks (id, title) VALUES (?, 'x')", [format!("{n:03}")]).await.unwrap()
+            }
+        })
+        .buffered(8)
+        .collect()
+        .await;
+    assert!(writes.iter().map(|write| write.seq().unwrap()).is_sorted());
+    let kick = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            client.resume();
+        }
+    };
+    tokio::select! {
+        flushed = client.flush(Duration::from_secs(60)) => flushed.unwrap(),
+        () = kick => {}
+    }
+    assert!(edge.state().connections > 10);
+    assert_eq!(edge.state().ledger[&client.client_id()], 200);
+    assert_eq!(edge.state().log.len(), 200, "each took effect once");
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn every_frame_twice_changes_nothing() {
+    let (edge, directory) = (Edge::start().await, directory());
+    edge.state().twice = true;
+    let client = ready(builder(&directory, "a", &edge)).await;
+    for n in 0..20 {
+        insert(&client, &format!("{n:03}"), if n % 5 == 4 { "bad" } else { "x" }).await;
+    }
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!(client.failed().await.unwrap().len(), 4);
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn overload_waits_and_keeps_the_order() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    edge.state().overloaded = 5;
+    for n in 0..20 {
+        insert(&client, &format!("{n:03}"), "x").await;
+    }
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!(edge.state().connections, 1, "the socket stayed");
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn a_rejection_reaches_its_author_and_the_row_is_back() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "good").await.confirmed().await.unwrap();
+    let write = client.execute("UPDATE tasks SET title = 'bad'", ()).await.unwrap();
+    let error = write.confirmed().await.unwrap_err();
+    assert!(matches!(&error, Error::Rejected { seq: 2, code: Code::PermissionDenied, message, .. } if message == "bad title"));
+    assert_eq!((error.code(), error.is_retryable()), ("permission_denied", false));
+    assert_eq!(titles(&client).await, [("1".into(), Some("good".into()))]);
+    insert(&client, "2", "later").await.confirmed().await.unwrap();
+    let failed = client.failed().await.unwrap();
+    assert_eq!((failed.len(), failed[0].seq, client.status().borrow().failed), (1, 2, 1));
+    let retried = client.retry(2).await.unwrap();
+    assert_eq!((retried.seq(), retried.confirmed().await.unwrap_err().code()), (Some(4), "permission_denied"));
+    client.discard(4).await.unwrap();
+    assert_eq!((client.failed().await.unwrap().len(), client.status().borrow().failed), (0, 0));
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn clients_see_each_other_and_watches_follow() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let (a, b) = (ready(builder(&directory, "a", &edge)).await, ready(builder(&directory, "b", &edge)).await);
+    let mut watch = b.watch_as::<(String, bool)>("SELECT id, done FROM tasks ORDER BY id", ());
+    assert_eq!(watch.next().await.unwrap().unwrap(), []);
+    insert(&a, "1", "x").await;
+    assert_eq!(watch.next().await.unwrap().unwrap(), [("1".to_owned(), false)]);
+    a.execute("UPDATE tasks SET done = ?", [true]).await.unwrap();
+    assert_eq!(watch.next().await.unwrap().unwrap(), [("1".to_owned(), true)]);
+    let write = a
+        .tx(|tx| {
+            tx.execute("INSERT INTO tasks (id, title) VALUES (?, ?)", ("2", tx.uuid()))?;
+            let refused: Result<(), Error> = tx.savepoint(|tx| {
+                tx.execute("DELETE FROM tasks", ())?;
+                Err(Error::app("changed my mind"))
+            });
+            assert!(refused.is_err());
+            Ok(tx.query_as::<i64>("SELECT count(*) FROM tasks", ())?[0])
+        })
+        .await
+        .unwrap();
+    assert_eq!(*write, 2);
+    assert_eq!(watch.next().await.unwrap().unwrap().len(), 2);
+    a.execute("DELETE FROM tasks WHERE id = ?", params!["1"]).await.unwrap();
+    assert_eq!(watch.next().await.unwrap().unwrap().len(), 1);
+    b.close().await.unwrap();
+    assert!(watch.next().await.is_none());
+}
+
+#[tokio::test]
+async fn what_was_recorded_offline_survives_and_is_sent_later() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();
+    for n in 0..50 {
+        insert(&client, &format!("{n:02}"), "offline").await;
+    }
+    assert_eq!(titles(&client).await.len(), 50);
+    assert_eq!((client.status().borrow().pending.count, edge.state().connections), (50, 0));
+    client.close().await.unwrap();
+
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "99", "last").await;
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!(edge.state().received, (1..=51).collect::<Vec<u64>>(), "new changes go to the end");
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn an_edge_that_dies_is_found_again() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "x").await.confirmed().await.unwrap();
+    edge.kill().await;
+    until(&client, State::Offline).await;
+    let write = insert(&client, "2", "meanwhile").await;
+    edge.revive().await;
+    client.resume();
+    tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+    assert_equal(&client, &edge).await;
+    assert!(client.status().borrow().reconnects >= 1);
+}
+
+#[tokio::test]
+async fn a_restored_server_and_a_new_epoch_lose_nothing() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    for n in 0..10 {
+        insert(&client, &format!("{n:02}"), "x").await;
+    }
+    client.flush(PATIENCE).await.unwrap();
+    {
+        let mut state = edge.state();
+        state.ledger.insert(client.client_id(), 6);
+        for n in 6..10 {
+            state.tasks.remove(&format!("{n:02}"));
+        }
+        state.epoch = millstream_client::Uuid::now_v7();
+        state.log.clear();
+    }
+    client.drop_connection();
+    let mut status = client.status();
+    tokio::time::timeout(PATIENCE, status.wait_for(|s| s.reconnects == 1 && s.state == State::Connected)).await.unwrap().unwrap();
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!(edge.state().tasks.len(), 10);
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn a_refused_token_asks_for_another() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let client = Client::builder(directory.path().join("a"))
+        .edge(&edge.url)
+        .token_fn(move || {
+            let first = count.fetch_add(1, Ordering::Relaxed) == 0;
+            async move { Ok(if first { "stale" } else { TOKEN }.to_owned()) }
+        })
+        .open()
+        .await
+        .unwrap();
+    until(&client, State::NeedsAuth).await;
+    assert_eq!(client.status().borrow().last_error.as_ref().unwrap().code, "bad_token");
+    tokio::time::timeout(PATIENCE, client.ready()).await.unwrap().unwrap();
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
+    assert_eq!(client.status().borrow().last_error, None);
+}
+
+#[tokio::test]
+async fn of_two_processes_one_sends_and_the_other_takes_over() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let first = ready(builder(&directory, "a", &edge)).await;
+    let second = ready(builder(&directory, "a", &edge)).await;
+    assert_eq!((first.status().borrow().role, second.status().borrow().role), (Role::Leader, Role::Follower));
+    let mut watch = second.watch_as::<String>("SELECT id FROM tasks ORDER BY id", ());
+    assert_eq!(watch.next().await.unwrap().unwrap().len(), 0);
+    insert(&first, "1", "x").await.confirmed().await.unwrap();
+    assert_eq!(watch.next().await.unwrap().unwrap(), ["1"]);
+    let write = insert(&second, "2", "y").await;
+    assert_eq!(write.seq(), Some(2));
+    tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+    assert_eq!(edge.state().connections, 1, "one socket");
+    let rejected = insert(&second, "3", "bad").await;
+    assert_eq!(rejected.confirmed().await.unwrap_err().code(), "permission_denied");
+    let started = Instant::now();
+    first.close().await.unwrap();
+    let write = insert(&second, "4", "z").await;
+    tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(5), "took over after {:?}", started.elapsed());
+    assert_equal(&second, &edge).await;
+}
+
+#[tokio::test]
+async fn refusals_and_traces() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let applied = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&applied);
+    let builder = builder(&directory, "a", &edge)
+        .traceparent_fn(move || Some(parent.to_owned()))
+        .apply_span_fn(move |found| {
+            assert_eq!(found, Some(parent));
+            count.fetch_add(1, Ordering::Relaxed);
+            tracing::Span::none()
+        });
+    let client = ready(builder).await;
+    insert(&client, "1", "x").await.confirmed().await.unwrap();
+    assert_eq!(edge.state().traceparents, [Some(parent.to_owned())]);
+    assert_eq!(applied.load(Ordering::Relaxed), 1);
+
+    let error = client.execute("UPDATE tasks SET created_at = 'x'", ()).await.err().unwrap();
+    assert_eq!((error.code(), error.is_retryable()), ("not_writable", false));
+    assert_eq!(client.execute("SELEC", ()).await.err().unwrap().code(), "statement");
+    assert_eq!(client.query("SELECT * FROM nope", ()).await.err().unwrap().code(), "statement");
+    let big = "x".repeat(600_000);
+    assert_eq!(client.execute("UPDATE tasks SET title = ?", [big]).await.err().unwrap().code(), "too_large");
+    assert_eq!(titles(&client).await, [("1".into(), Some("x".into()))]);
+    assert_eq!(client.execute("UPDATE tasks SET title = title", ()).await.unwrap().seq(), None);
+    let clone = client.clone();
+    client.close().await.unwrap();
+    assert_eq!(clone.execute("DELETE FROM tasks", ()).await.err().unwrap().code(), "closed");
+    assert_eq!(clone.status().borrow().state, State::Closed);
+}
+
+#[tokio::test]
+async fn without_an_edge_the_client_records() {
+    let directory = directory();
+    let client = Client::builder(directory.path().join("a")).schema(schema()).open().await.unwrap();
+    insert(&client, "1", "x").await;
+    assert!(matches!(client.flush(Duration::from_millis(50)).await, Err(Error::Timeout)));
+}
+
+/// `cargo test --release -p millstream-client --test sdk -- --ignored --nocapture measure`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn measure() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let (a, b) = (ready(builder(&directory, "a", &edge)).await, ready(builder(&directory, "b", &edge)).await);
+    let count = 2_000;
+    let start = Instant::now();
+    for n in 0..count {
+        insert(&a, &format!("s{n:06}"), "x").await;
+    }
+    println!("writes, one at a time: {:.0}/s", f64::from(count) / start.elapsed().as_secs_f64());
+    a.flush(PATIENCE).await.unwrap();
+    println!("  … and confirmed: {:.0}/s", f64::from(count) / start.elapsed().as_secs_f64());
+    let start = Instant::now();
+    futures_util::stream::iter(0..10 * count)
+        .for_each_concurrent(64, |n| {
+            let a = a.clone();
+            async move {
+                insert(&a, &format!("c{n:06}"), "x").await;
+            }
+        })
+        .await;
+    println!("writes, 64 at a time: {:.0}/s", f64::from(10 * count) / start.elapsed().as_secs_f64());
+    a.flush(Duration::from_secs(60)).await.unwrap();
+    println!("  … and confirmed: {:.0}/s", f64::from(10 * count) / start.elapsed().as_secs_f64());
+    let mut status = b.status();
+    status.wait_for(|status| status.position.is_some_and(|p| p.seq == 11 * count as u64)).await.unwrap();
+    println!("  … and applied by another client: {:.0}/s", f64::from(10 * count) / start.elapsed().as_secs_f64());
+
+    let mut times = Vec::new();
+    let mut watch = b.watch("SELECT title FROM tasks WHERE id = 's000000'", ());
+    watch.next().await.unwrap().unwrap();
+    for n in 0..200 {
+        let start = Instant::now();
+        a.execute("UPDATE tasks SET title = ? WHERE id = 's000000'", [format!("{n}")]).await.unwrap();
+        let local = start.elapsed();
+        watch.next().await.unwrap().unwrap();
+        times.push((start.elapsed(), local));
+    }
+    times.sort();
+    println!("one write to the other client's watch: p50 {:?}, p99 {:?}", times[100].0, times[198].0);
+    times.sort_by_key(|(_, local)| *local);
+    println!("  of which the local commit: p50 {:?}", times[100].1);
+}

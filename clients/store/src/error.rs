@@ -1,0 +1,112 @@
+//! What can go wrong in the store.
+
+use millstream_schemas::frame::{MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
+
+/// An error of the store. What failed was rolled back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// SQLite failed at something that the store did.
+    #[error("{operation} failed")]
+    Sqlite {
+        /// What the store was doing.
+        operation: &'static str,
+        /// Why it failed.
+        source: rusqlite::Error,
+    },
+    /// SQLite refused the app's statement.
+    #[error("the statement failed")]
+    Statement(#[source] rusqlite::Error),
+    /// A trigger refused the app's statement: a key change, or a column that clients may not set.
+    #[error("{0}")]
+    NotWritable(String),
+    /// The transaction has more changes than one transaction may have.
+    #[error("the transaction has {found} changes; the limit is {MAX_TRANSACTION_CHANGES}")]
+    TooManyChanges {
+        /// How many it has.
+        found: usize,
+    },
+    /// The transaction is larger than one frame may be.
+    #[error("the transaction takes {found} bytes encoded; the limit is {MAX_FRAME_BYTES}")]
+    TooManyBytes {
+        /// How large it is.
+        found: usize,
+    },
+    /// The closure's statements ended the transaction (`ON CONFLICT ROLLBACK`).
+    #[error("a statement ended the transaction")]
+    TransactionLost,
+    /// The connection cannot give the durability that the queue needs.
+    #[error("SQLite keeps {setting} at {found}: the queue would not survive a power cut")]
+    NotDurable {
+        /// The PRAGMA.
+        setting: &'static str,
+        /// Its value.
+        found: String,
+    },
+    /// Something stored does not read back.
+    #[error("the stored {what} does not read back")]
+    Corrupt {
+        /// Which value.
+        what: &'static str,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The server sent rows of a table that the schema does not have.
+    #[error("the server sent rows of \"{0}\", which the schema does not have")]
+    UnknownTable(String),
+    /// The server sent a row that does not fit the schema.
+    #[error("the server sent a row of \"{table}\" that does not fit the schema: {what}")]
+    RowShape {
+        /// The table.
+        table: String,
+        /// What does not fit.
+        what: &'static str,
+    },
+    /// The schema has a table that the store needs for itself.
+    #[error("\"{0}\" is a name that the store needs for itself")]
+    ReservedTable(String),
+    /// There is no failed transaction of that number.
+    #[error("transaction {0} is not a failed one")]
+    NotFailed(u64),
+}
+
+impl StoreError {
+    /// A failure of the app's own statement.
+    pub(crate) fn statement(error: rusqlite::Error) -> Self {
+        if let rusqlite::Error::SqliteFailure(_, Some(message)) = &error
+            && let Some(message) = message.strip_prefix("millstream: ")
+        {
+            return StoreError::NotWritable(message.to_owned());
+        }
+        StoreError::Statement(error)
+    }
+
+    /// Whether the same may succeed later: another process holds the lock, or the disk is full.
+    pub fn is_retryable(&self) -> bool {
+        let (StoreError::Sqlite { source, .. } | StoreError::Statement(source)) = self else { return false };
+        use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull};
+        matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked | DiskFull))
+    }
+}
+
+/// Names the operation that failed.
+pub(crate) trait During<T> {
+    fn during(self, operation: &'static str) -> Result<T, StoreError>;
+}
+
+impl<T> During<T> for rusqlite::Result<T> {
+    fn during(self, operation: &'static str) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Sqlite { operation, source })
+    }
+}
+
+/// Names the stored value that did not read back.
+pub(crate) fn parse<'a, T: serde::Deserialize<'a>>(text: &'a str, what: &'static str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|source| StoreError::Corrupt { what, source })
+}
+
+/// Values of ours always encode: their maps have text keys.
+pub(crate) fn encode<T: serde::Serialize>(value: &T) -> String {
+    #[expect(clippy::unwrap_used, reason = "plain structs and text keys cannot fail to encode")]
+    serde_json::to_string(value).unwrap()
+}

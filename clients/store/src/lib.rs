@@ -1,0 +1,159 @@
+//! The local SQLite store: the app's tables, the queue `local_changes`, and the confirmed image of rows under way.
+//!
+//! One [`Store`] writes; any number of [`Reader`]s read. Other processes may open the same file: writers exclude each
+//! other by SQLite's own lock, and [`Store::changed_elsewhere`] tells of their commits.
+//!
+//! Nothing here starts threads, sleeps or asks the system for the time or randomness: the [`Host`] brings them, so that
+//! the same code runs natively and in a browser.
+//!
+//! **Durability**: `journal_mode=WAL, synchronous=FULL`, both asserted at open. A commit is on the disk when it returns.
+
+mod apply;
+mod error;
+mod functions;
+mod meta;
+mod queue;
+mod read;
+mod schema;
+mod snapshot;
+mod value;
+mod write;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use millstream_client_core::trigger;
+use millstream_schemas::Schema;
+use rusqlite::Connection;
+
+pub use apply::Applied;
+pub use error::StoreError;
+pub use functions::Host;
+pub use meta::Info;
+pub use queue::{EntryState, FailedWrite, QueueEntry, Verdict};
+pub use read::{Reader, Table};
+pub use write::{Recorded, Tx, Written};
+
+use error::During;
+use functions::Session;
+use schema::TableSql;
+
+/// How long a write waits for another process's write, in milliseconds.
+const BUSY_TIMEOUT_MS: u64 = 10_000;
+/// Most prepared statements kept by a connection.
+const STATEMENTS: usize = 256;
+
+/// The writing connection.
+pub struct Store {
+    connection: Connection,
+    session: Arc<Session>,
+    tables: HashMap<String, Arc<TableSql>>,
+    schema: Option<Schema>,
+    /// Tables written since [`Store::take_written`], filled by SQLite's update hook.
+    written: Arc<Mutex<BTreeSet<String>>>,
+    data_version: i64,
+    /// Transactions are parts of one that is already open: see [`Store::group`].
+    grouped: bool,
+    /// Sent and accepted up to here, as far as the rows of `local_changes` do not say so yet.
+    marks: Option<(u64, u64)>,
+}
+
+impl Store {
+    /// Opens or creates the store at `path`.
+    pub fn open(path: &str, host: Arc<dyn Host>) -> Result<Store, StoreError> {
+        let connection = Connection::open(path).during("opening the store")?;
+        Store::with_connection(connection, host)
+    }
+
+    /// Takes over a connection, which must be able to use WAL.
+    pub fn with_connection(connection: Connection, host: Arc<dyn Host>) -> Result<Store, StoreError> {
+        connection
+            .busy_timeout(std::time::Duration::from_millis(BUSY_TIMEOUT_MS))
+            .during("setting the busy timeout")?;
+        connection.set_prepared_statement_cache_capacity(STATEMENTS);
+        require_durability(&connection)?;
+        // `INSERT OR REPLACE` deletes the row that it replaces: only with this does the delete trigger see it.
+        connection.pragma_update(None, "recursive_triggers", true).during("setting recursive_triggers")?;
+        connection.execute_batch(trigger::STORE_TABLES).during("creating the store's tables")?;
+
+        let session = Arc::new(Session::new(host));
+        functions::register(&connection, &session, true)?;
+        let written = Arc::new(Mutex::new(BTreeSet::new()));
+        let sink = Arc::clone(&written);
+        connection
+            .update_hook(Some(move |_, _: &str, table: &str, _| {
+                let mut tables = sink.lock().unwrap_or_else(PoisonError::into_inner);
+                if !tables.contains(table) {
+                    tables.insert(table.to_owned());
+                }
+            }))
+            .during("installing the update hook")?;
+
+        let mut store = Store {
+            connection,
+            session,
+            tables: HashMap::new(),
+            schema: None,
+            written,
+            data_version: 0,
+            grouped: false,
+            marks: None,
+        };
+        store.prepare_identity()?;
+        store.schema = store.meta_json("schema")?;
+        store.index_tables();
+        functions::guard(&store.connection, &store.session)?;
+        store.data_version = store.read_data_version()?;
+        Ok(store)
+    }
+
+    /// The installed schema.
+    pub fn schema(&self) -> Option<&Schema> {
+        self.schema.as_ref()
+    }
+
+    /// The tables written by this connection since the last call.
+    pub fn take_written(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether another connection (another process) committed since the last call.
+    pub fn changed_elsewhere(&mut self) -> Result<bool, StoreError> {
+        let version = self.read_data_version()?;
+        let changed = version != self.data_version;
+        self.data_version = version;
+        if changed {
+            // It may have installed a newer schema.
+            let schema: Option<Schema> = self.meta_json("schema")?;
+            if schema.as_ref().map(|s| &s.version) != self.schema.as_ref().map(|s| &s.version) {
+                self.schema = schema;
+                self.index_tables();
+            }
+        }
+        Ok(changed)
+    }
+
+    fn read_data_version(&self) -> Result<i64, StoreError> {
+        self.connection
+            .prepare_cached("PRAGMA data_version")
+            .and_then(|mut statement| statement.query_row([], |row| row.get(0)))
+            .during("reading data_version")
+    }
+}
+
+/// A store that loses committed writes in a power cut would break the first promise: refuse to run on one.
+fn require_durability(connection: &Connection) -> Result<(), StoreError> {
+    let mode: String = connection
+        .pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))
+        .during("setting journal_mode")?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        return Err(StoreError::NotDurable { setting: "journal_mode", found: mode });
+    }
+    connection.pragma_update(None, "synchronous", "FULL").during("setting synchronous")?;
+    let synchronous: i64 =
+        connection.pragma_query_value(None, "synchronous", |row| row.get(0)).during("reading synchronous")?;
+    if synchronous != 2 {
+        return Err(StoreError::NotDurable { setting: "synchronous", found: synchronous.to_string() });
+    }
+    Ok(())
+}

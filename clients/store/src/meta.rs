@@ -1,0 +1,145 @@
+//! What the store knows of itself: identity, position, scopes.
+
+use millstream_schemas::{Position, Scope};
+use rusqlite::types::Value;
+use rusqlite::{OptionalExtension, ToSql, params};
+use uuid::Uuid;
+
+use crate::error::{During, encode, parse};
+use crate::{Store, StoreError};
+
+/// The store's facts, as `hello` and the status need them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// The installation.
+    pub client_id: Uuid,
+    /// This copy of the store.
+    pub instance: Uuid,
+    /// Version of the installed schema.
+    pub schema: Option<String>,
+    /// Where the rows stand; none before the first snapshot.
+    pub position: Option<Position>,
+    /// Scopes whose rows the store holds.
+    pub scopes: Vec<Scope>,
+    /// Highest settled transaction.
+    pub confirmed_seq: u64,
+    /// Highest recorded transaction.
+    pub last_seq: u64,
+    /// Number of failed transactions.
+    pub failed: u64,
+    /// When the oldest unsettled transaction was recorded, in microseconds since 1970.
+    pub oldest_pending: Option<u64>,
+}
+
+impl Store {
+    pub(crate) fn prepare_identity(&mut self) -> Result<(), StoreError> {
+        if self.meta_uuid("client_id")?.is_none() {
+            let (client_id, instance) = (self.session.uuid(), self.session.uuid());
+            // OR IGNORE: two processes may open a new store at the same time.
+            for (key, value) in [("client_id", client_id), ("instance", instance)] {
+                self.connection
+                    .execute("INSERT OR IGNORE INTO millstream_meta (key, value) VALUES (?1, ?2)", params![key, value.to_string()])
+                    .during("storing the identity")?;
+            }
+        }
+        let stamp: i64 = self
+            .connection
+            .query_row(
+                "SELECT max(coalesce((SELECT max(stamp) FROM local_changes), 0), coalesce((SELECT value FROM millstream_meta WHERE key = 'stamp'), 0))",
+                [],
+                |row| row.get(0),
+            )
+            .during("reading the last stamp")?;
+        self.session.observe(stamp as u64);
+        Ok(())
+    }
+
+    /// The store's facts.
+    pub fn info(&self) -> Result<Info, StoreError> {
+        let (failed, oldest): (i64, Option<i64>) = self
+            .connection
+            .prepare_cached(
+                "SELECT (SELECT count(DISTINCT tx) FROM local_changes WHERE state IN ('retry_wait', 'error')), \
+                 (SELECT recorded_at FROM local_changes WHERE tx > ?1 ORDER BY tx LIMIT 1)",
+            )
+            .and_then(|mut statement| {
+                statement.query_row([self.confirmed_seq()? as i64], |row| Ok((row.get(0)?, row.get(1)?)))
+            })
+            .during("reading the queue's state")?;
+        Ok(Info {
+            client_id: self.meta_uuid("client_id")?.unwrap_or_default(),
+            instance: self.meta_uuid("instance")?.unwrap_or_default(),
+            schema: self.schema.as_ref().map(|schema| schema.version.clone()),
+            position: self.meta_json("position")?,
+            scopes: self.scopes()?,
+            confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?,
+            last_seq: self.last_seq().during("reading the last number")?,
+            failed: failed as u64,
+            oldest_pending: oldest.map(|at| at as u64),
+        })
+    }
+
+    /// The scopes whose rows the store holds.
+    pub(crate) fn scopes(&self) -> Result<Vec<Scope>, StoreError> {
+        self.connection
+            .prepare_cached("SELECT kind, id FROM millstream_scopes ORDER BY kind, id")
+            .and_then(|mut statement| {
+                statement
+                    .query_map([], |row| Ok(Scope::new(row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?
+                    .collect()
+            })
+            .during("reading the scopes")
+    }
+
+    /// Highest settled transaction.
+    pub(crate) fn confirmed_seq(&self) -> rusqlite::Result<u64> {
+        self.connection
+            .prepare_cached("SELECT coalesce((SELECT value FROM millstream_meta WHERE key = 'confirmed_seq'), 0)")?
+            .query_row([], |row| row.get::<_, i64>(0))
+            .map(|seq| seq as u64)
+    }
+
+    /// Highest recorded transaction. Only settled ones are ever removed from the queue, hence the greater of the two.
+    pub(crate) fn last_seq(&self) -> rusqlite::Result<u64> {
+        self.connection
+            .prepare_cached(
+                "SELECT max(coalesce((SELECT max(tx) FROM local_changes), 0), \
+                 coalesce((SELECT value FROM millstream_meta WHERE key = 'confirmed_seq'), 0))",
+            )?
+            .query_row([], |row| row.get::<_, i64>(0))
+            .map(|seq| seq as u64)
+    }
+
+    pub(crate) fn set_meta(&self, key: &str, value: impl ToSql) -> Result<(), StoreError> {
+        self.connection
+            .prepare_cached("INSERT INTO millstream_meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value")
+            .and_then(|mut statement| statement.execute(params![key, value]))
+            .during("storing a setting")?;
+        Ok(())
+    }
+
+    pub(crate) fn set_meta_json(&self, key: &str, value: &impl serde::Serialize) -> Result<(), StoreError> {
+        self.set_meta(key, encode(value))
+    }
+
+    fn meta(&self, key: &str) -> Result<Option<Value>, StoreError> {
+        self.connection
+            .prepare_cached("SELECT value FROM millstream_meta WHERE key = ?1")
+            .and_then(|mut statement| statement.query_row([key], |row| row.get(0)).optional())
+            .during("reading a setting")
+    }
+
+    pub(crate) fn meta_json<T: serde::de::DeserializeOwned>(&self, key: &'static str) -> Result<Option<T>, StoreError> {
+        match self.meta(key)? {
+            Some(Value::Text(text)) => parse(&text, key).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn meta_uuid(&self, key: &'static str) -> Result<Option<Uuid>, StoreError> {
+        Ok(match self.meta(key)? {
+            Some(Value::Text(text)) => text.parse().ok(),
+            _ => None,
+        })
+    }
+}

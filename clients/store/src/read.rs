@@ -1,0 +1,83 @@
+//! Reading: query results, and read-only connections.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
+use rusqlite::types::Value;
+use rusqlite::{Connection, OpenFlags, params_from_iter};
+
+use crate::error::During;
+use crate::functions::{self, Session};
+use crate::{Host, StoreError};
+
+/// Prepared statements kept by a reader.
+const STATEMENTS: usize = 64;
+
+/// The result of a query.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Table {
+    /// Names of the columns.
+    pub columns: Vec<String>,
+    /// The rows, each with one value a column.
+    pub rows: Vec<Vec<Value>>,
+}
+
+pub(crate) fn query(connection: &Connection, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
+    let mut statement = connection.prepare_cached(sql).map_err(StoreError::statement)?;
+    let columns: Vec<String> = statement.column_names().into_iter().map(str::to_owned).collect();
+    let mut rows = statement.query(params_from_iter(params)).map_err(StoreError::statement)?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next().map_err(StoreError::statement)? {
+        let values: rusqlite::Result<Vec<Value>> = (0..columns.len()).map(|index| row.get(index)).collect();
+        found.push(values.map_err(StoreError::statement)?);
+    }
+    Ok(Table { columns, rows: found })
+}
+
+/// A read-only connection.
+pub struct Reader {
+    connection: Connection,
+    seen: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl Reader {
+    /// Opens the store at `path`, which must exist.
+    pub fn open(path: &str, host: Arc<dyn Host>) -> Result<Reader, StoreError> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags).during("opening the store for reading")?;
+        connection
+            .busy_timeout(std::time::Duration::from_millis(crate::BUSY_TIMEOUT_MS))
+            .during("setting the busy timeout")?;
+        connection.set_prepared_statement_cache_capacity(STATEMENTS);
+        functions::register(&connection, &Arc::new(Session::new(host)), false)?;
+        let seen = Arc::new(Mutex::new(BTreeSet::new()));
+        let sink = Arc::clone(&seen);
+        let hook = move |context: AuthContext<'_>| {
+            if let AuthAction::Read { table_name, .. } = context.action {
+                sink.lock().unwrap_or_else(PoisonError::into_inner).insert(table_name.to_owned());
+            }
+            Authorization::Allow
+        };
+        connection.authorizer(Some(hook)).during("installing the authorizer")?;
+        Ok(Reader { connection, seen })
+    }
+
+    /// Runs a query.
+    pub fn query(&self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
+        query(&self.connection, sql, params)
+    }
+
+    /// The tables that a query reads, also behind views.
+    pub fn tables(&self, sql: &str) -> Result<BTreeSet<String>, StoreError> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        // Not from the cache: SQLite names the tables while it compiles.
+        self.connection.prepare(sql).map_err(StoreError::statement)?;
+        Ok(std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// The connection, for reports that need more than [`Reader::query`].
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+}

@@ -1,0 +1,201 @@
+//! The app's transactions.
+
+use millstream_schemas::frame::{ClientFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
+use rusqlite::types::Value;
+use rusqlite::{Connection, params_from_iter};
+use uuid::Uuid;
+
+use crate::error::{During, encode};
+use crate::read::{Table, query};
+use crate::{Store, StoreError};
+
+// Commented, so that the app's own `COMMIT` is not found in the statement cache, where it would pass the guard unseen.
+const BEGIN: &str = "/* store */ BEGIN IMMEDIATE";
+const COMMIT: &str = "/* store */ COMMIT";
+const ROLLBACK: &str = "/* store */ ROLLBACK";
+
+/// Most bytes of encoded transactions read at a time; one transaction may exceed it.
+const READ_BYTES: usize = 4 * 1024 * 1024;
+/// Transactions read by one query.
+const READ_PAGE: usize = 32;
+
+/// A committed transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written<T> {
+    /// What the closure gave.
+    pub value: T,
+    /// What it left in the queue; none if it changed no synced row.
+    pub recorded: Option<Recorded>,
+}
+
+/// A transaction of the queue, encoded to be sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// `client_seq`.
+    pub seq: u64,
+    /// The `submit` frame.
+    pub text: String,
+    /// When it was recorded, in microseconds since 1970.
+    pub at: u64,
+}
+
+/// The app's transaction under way.
+pub struct Tx<'a> {
+    store: &'a Store,
+    depth: usize,
+}
+
+impl Tx<'_> {
+    /// Executes one statement; gives the number of rows it changed.
+    pub fn execute(&mut self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
+        let mut statement = self.store.connection.prepare_cached(sql).map_err(StoreError::statement)?;
+        if statement.column_count() > 0 {
+            // `INSERT … RETURNING` gives rows: run it to its end.
+            let mut rows = statement.query(params_from_iter(params)).map_err(StoreError::statement)?;
+            let mut count = 0;
+            while rows.next().map_err(StoreError::statement)?.is_some() {
+                count += 1;
+            }
+            return Ok(count);
+        }
+        statement.execute(params_from_iter(params)).map_err(StoreError::statement)
+    }
+
+    /// Reads, seeing the transaction's own writes.
+    pub fn query(&mut self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
+        query(&self.store.connection, sql, params)
+    }
+
+    /// Runs a part that can fail on its own: its writes and queue entries go when it does.
+    pub fn savepoint<T, E: From<StoreError>>(&mut self, part: impl FnOnce(&mut Tx<'_>) -> Result<T, E>) -> Result<T, E> {
+        let name = format!("millstream_{}", self.depth);
+        let run = |sql: String| self.store.connection.execute_batch(&sql).map_err(StoreError::statement);
+        run(format!("SAVEPOINT {name}"))?;
+        let result = part(&mut Tx { store: self.store, depth: self.depth + 1 });
+        if result.is_err() {
+            run(format!("ROLLBACK TO {name}"))?;
+        }
+        run(format!("RELEASE {name}"))?;
+        result
+    }
+
+    /// A new UUIDv7.
+    pub fn uuid(&self) -> Uuid {
+        self.store.session.uuid()
+    }
+
+    /// The connection, for what this type does not offer. Transactions and the store's own tables are out of bounds.
+    pub fn connection(&self) -> &Connection {
+        &self.store.connection
+    }
+}
+
+impl Store {
+    /// Runs the app's transaction: its rows and their queue entries become durable together, or not at all.
+    ///
+    /// Its number is the highest recorded one plus one, read under SQLite's write lock; so numbers have no gaps whatever
+    /// is rolled back, and processes that share the store never give out the same one.
+    pub fn write<T, E: From<StoreError>>(
+        &mut self,
+        traceparent: Option<&str>,
+        work: impl FnOnce(&mut Tx<'_>) -> Result<T, E>,
+    ) -> Result<Written<T>, E> {
+        let store = &*self;
+        store.transact(|store| {
+            let seq = store.last_seq().during("reading the last number")? + 1;
+            store.session.begin(seq, traceparent);
+            let result = work(&mut Tx { store, depth: 0 });
+            store.session.end();
+            if store.connection.is_autocommit() {
+                // The cause is better than "the transaction is gone", if there is one.
+                return result.and(Err(StoreError::TransactionLost.into()));
+            }
+            let value = result?;
+            Ok(Written { value, recorded: store.recorded(seq)? })
+        })
+    }
+
+    /// What the transaction under way left in the queue, within the limits.
+    fn recorded(&self, seq: u64) -> Result<Option<Recorded>, StoreError> {
+        let found: i64 = self
+            .connection
+            .prepare_cached("SELECT count(*) FROM local_changes WHERE tx = ?1")
+            .and_then(|mut statement| statement.query_row([seq as i64], |row| row.get(0)))
+            .during("counting changes")?;
+        if found == 0 {
+            return Ok(None);
+        }
+        if found as usize > MAX_TRANSACTION_CHANGES {
+            return Err(StoreError::TooManyChanges { found: found as usize });
+        }
+        let recorded = self.recorded_after(seq - 1, 1)?.pop();
+        match &recorded {
+            Some(recorded) if recorded.text.len() > MAX_FRAME_BYTES => {
+                Err(StoreError::TooManyBytes { found: recorded.text.len() })
+            }
+            _ => Ok(recorded),
+        }
+    }
+
+    /// Unsettled transactions after `after`, encoded, by rising number; at most `limit`, and fewer if they are large.
+    pub fn recorded_after(&self, after: u64, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        let mut found: Vec<Recorded> = Vec::new();
+        let mut bytes = 0;
+        while found.len() < limit && bytes < READ_BYTES {
+            let from = found.last().map_or(after, |recorded| recorded.seq);
+            let page = self.submits(from, READ_PAGE.min(limit - found.len()))?;
+            if page.is_empty() {
+                break;
+            }
+            for (submit, at) in page {
+                let (seq, text) = (submit.seq, encode(&ClientFrame::Submit(submit)));
+                bytes += text.len();
+                found.push(Recorded { seq, at, text });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Runs `work`, whose transactions share one commit: each still is whole or not at all, with a number of its own, but
+    /// they wait for the disk together. None of them is durable before this returns, and all are lost if it fails.
+    pub fn group<T>(&mut self, work: impl FnOnce(&mut Store) -> T) -> Result<T, StoreError> {
+        self.run_cached(BEGIN, "beginning a transaction")?;
+        self.grouped = true;
+        let value = work(self);
+        self.grouped = false;
+        if self.connection.is_autocommit() {
+            return Err(StoreError::TransactionLost);
+        }
+        if let Err(error) = self.run_cached(COMMIT, "committing") {
+            if !self.connection.is_autocommit() {
+                self.run_cached(ROLLBACK, "rolling back")?;
+            }
+            return Err(error);
+        }
+        Ok(value)
+    }
+
+    /// Runs `work` in a transaction that takes the write lock at once; within a group, in a part of its transaction.
+    pub(crate) fn transact<T, E: From<StoreError>>(&self, work: impl FnOnce(&Store) -> Result<T, E>) -> Result<T, E> {
+        let (begin, commit, rollback) = match self.grouped {
+            false => (BEGIN, COMMIT, ROLLBACK),
+            true => ("SAVEPOINT millstream_part", "RELEASE millstream_part", "ROLLBACK TO millstream_part"),
+        };
+        self.run_cached(begin, "beginning a transaction")?;
+        let result = work(self).and_then(|value| {
+            self.run_cached(commit, "committing")?;
+            Ok(value)
+        });
+        if result.is_err() && !self.connection.is_autocommit() {
+            self.run_cached(rollback, "rolling back")?;
+            if self.grouped {
+                self.run_cached(commit, "rolling back")?;
+            }
+        }
+        result
+    }
+
+    fn run_cached(&self, sql: &str, operation: &'static str) -> Result<usize, StoreError> {
+        self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute([])).during(operation)
+    }
+}

@@ -1,0 +1,214 @@
+//! The validator and executor: from submitted change to committed row.
+//!
+//! `ownership` decides which partitions of the stream are this process's; the `consumer` reads them and hands each
+//! message to one of a few `worker`s; a worker cuts `batch`es and has the `executor` apply each in one Postgres
+//! transaction, guarded by the partition's position and the client's `ledger`. The `validator` says what needs no
+//! database, `statement` holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go
+//! out by `results` and, if they are rejections, into `history`. The `janitor` keeps the stream small.
+
+mod batch;
+mod consumer;
+mod error;
+mod executor;
+mod history;
+mod janitor;
+mod ledger;
+mod model;
+mod ownership;
+mod plan;
+mod results;
+mod statement;
+mod validator;
+mod worker;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use millstream_catalog::Config;
+use millstream_runtime::backoff::Backoff;
+use millstream_runtime::health::{self, Health};
+use millstream_runtime::nats::{self, Nats};
+use millstream_runtime::postgres;
+use millstream_runtime::shutdown::Shutdown;
+use millstream_schemas::subject::{CHANGES_STREAM, PARTITIONS};
+use sqlx::PgPool;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+use crate::consumer::{Consumer, Ended, Lane, WORKER_COMMANDS, WORKER_KIB};
+use crate::executor::Executor;
+use crate::janitor::Janitor;
+use crate::ownership::{Assignment, Ownership};
+use crate::worker::{Shared, Worker};
+
+pub use error::Error;
+
+/// Connections beside the workers': heartbeats and housekeeping.
+const POOL_CONNECTIONS: u32 = 2;
+/// After this time of shutting down, work at hand is abandoned; Postgres rolls it back and another executor takes it.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// Notices of lost partitions, and of idle ones, that may wait.
+const NOTICES: usize = PARTITIONS as usize * 2;
+
+/// Executes submitted changes in Postgres
+#[derive(Clone, Debug, clap::Args)]
+#[group(skip)]
+pub struct Args {
+    /// The broker.
+    #[command(flatten)]
+    pub nats: nats::Args,
+    /// The database.
+    #[command(flatten)]
+    pub postgres: postgres::Args,
+    /// Health checks.
+    #[command(flatten)]
+    pub health: health::Args,
+    /// The file that declares the synced tables
+    #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
+    pub config: PathBuf,
+    /// Batches that may be in Postgres at the same time; each has a connection of its own
+    #[arg(long, env = "MILLSTREAM_CHANGES_WORKERS", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: u16,
+}
+
+/// Runs the service until shutdown.
+///
+/// # Errors
+/// The configuration cannot be used, or the broker refuses us. Postgres and the stream are waited for.
+pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
+    // What cannot get better by waiting ends the process at once; the workers read the file again when they need it.
+    Config::read(&args.config).map_err(Error::Config)?;
+    let options = postgres::options(&args.postgres, "changes").map_err(Error::PostgresUrl)?;
+    let pool = postgres::pool(&args.postgres, "changes", POOL_CONNECTIONS).map_err(Error::PostgresUrl)?;
+    let health = Health::new();
+    for part in ["nats", "ownership", "stream"] {
+        health.set_ready(part, false);
+    }
+    let address =
+        health::serve(args.health.listen, health.router(), shutdown.clone()).await.map_err(Error::Health)?;
+    tracing::info!(%address, workers = args.workers, "health checks");
+    let nats = tokio::select! {
+        nats = nats::connect(&args.nats, "changes") => nats.map_err(Error::Nats)?,
+        () = shutdown.requested() => return Ok(()),
+    };
+    let service = Service { args, options, pool, health, nats, shutdown };
+    while let Some(ended) = service.serve().await? {
+        match ended {
+            Ended::Shutdown => break,
+            Ended::StreamRecreated => {
+                tracing::warn!("MS_CHANGES is a new stream: positions begin anew under its epoch, the ledger stays");
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Service {
+    args: Args,
+    options: sqlx::postgres::PgConnectOptions,
+    pool: PgPool,
+    health: Health,
+    nats: Nats,
+    shutdown: Shutdown,
+}
+
+impl Service {
+    /// Works on one stream epoch; none if asked to stop before it began.
+    async fn serve(&self) -> Result<Option<Ended>, Error> {
+        let Some(stream) = self.stream().await else { return Ok(None) };
+        let stream_epoch = consumer::epoch_of(stream.cached_info());
+        let member = format!("changes-{}", Uuid::new_v4().simple());
+        tracing::info!(member, stream.epoch = stream_epoch, "executing");
+
+        // Ends with the process's shutdown, and with this stream epoch.
+        let (trigger, stop) = Shutdown::manual();
+        let (assignment_sender, assignment) = watch::channel(Assignment::default());
+        let (lost_sender, lost) = mpsc::channel(NOTICES);
+        let (idle_sender, idle) = mpsc::channel(NOTICES);
+        let shared =
+            Shared { nats: self.nats.client.clone(), lost: lost_sender, health: self.health.clone(), shutdown: stop.clone() };
+
+        let mut tasks: JoinSet<&'static str> = JoinSet::new();
+        let mut lanes = Vec::new();
+        for index in 0..usize::from(self.args.workers) {
+            let (commands, receiver) = mpsc::channel(WORKER_COMMANDS);
+            let executor = Executor::new(self.options.clone(), self.args.config.clone(), stream_epoch.clone());
+            let worker = Worker::new(index, executor, receiver, shared.clone());
+            tasks.spawn(async move {
+                worker.run().await;
+                "worker"
+            });
+            lanes.push(Lane { commands, room: Arc::new(Semaphore::new(WORKER_KIB)) });
+        }
+        drop(shared);
+        let ownership = Ownership {
+            pool: self.pool.clone(),
+            member: member.clone(),
+            stream_epoch: stream_epoch.clone(),
+            assignment: assignment_sender,
+            lost,
+            health: self.health.clone(),
+            shutdown: stop.clone(),
+        };
+        tasks.spawn(async move {
+            ownership.run().await;
+            "ownership"
+        });
+        let janitor = Janitor {
+            pool: self.pool.clone(),
+            stream: stream.clone(),
+            stream_epoch: stream_epoch.clone(),
+            assignment: assignment.clone(),
+            idle: idle_sender,
+            shutdown: stop.clone(),
+        };
+        tasks.spawn(async move {
+            janitor.run().await;
+            "janitor"
+        });
+        let consumer =
+            Consumer::new(stream, stream_epoch, lanes, assignment, idle, self.health.clone(), stop.clone());
+
+        let outcome = tokio::select! {
+            () = self.shutdown.requested() => Ok(Some(Ended::Shutdown)),
+            ended = consumer.run() => Ok(Some(ended)),
+            // Tasks end when they are told to; before that, it is a fault of ours.
+            task = tasks.join_next() => Err(Error::TaskEnded(task.and_then(Result::ok).unwrap_or("unknown"))),
+        };
+        trigger.request();
+        let drained = tokio::time::timeout(DRAIN_DEADLINE, async { while tasks.join_next().await.is_some() {} }).await;
+        if drained.is_err() {
+            tracing::warn!("work at hand is abandoned; it is rolled back and done again by another executor");
+        }
+        tasks.shutdown().await;
+        match tokio::time::timeout(Duration::from_secs(2), ownership::leave(&self.pool, &member)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "partitions are not released; others wait for the heartbeat to grow old"),
+            Err(_) => tracing::warn!("partitions are not released in time; others wait for the heartbeat to grow old"),
+        }
+        outcome
+    }
+
+    /// Waits for the stream to be there and as it must be.
+    async fn stream(&self) -> Option<async_nats::jetstream::stream::Stream> {
+        let mut backoff = Backoff::dependency();
+        loop {
+            match nats::stream(&self.nats.jetstream, CHANGES_STREAM).await {
+                Ok(stream) => {
+                    self.health.set_ready("nats", true);
+                    return Some(stream);
+                }
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot use the stream of changes yet");
+                    self.health.set_ready("nats", false);
+                }
+            }
+            tokio::select! {
+                () = self.shutdown.requested() => return None,
+                () = tokio::time::sleep(backoff.next()) => {}
+            }
+        }
+    }
+}

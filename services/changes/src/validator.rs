@@ -1,0 +1,281 @@
+//! What can be said of a change without asking the database: is it well formed, does it name what exists, may clients
+//! set it at all. What is left (does the row exist, may this user, do constraints hold) the statement itself decides.
+//!
+//! Pure. A checked transaction comes out as [`Step`]s, the only form that statements are made from: its names are the
+//! catalog's own, its columns in the catalog's order.
+
+use millstream_catalog::Table;
+use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
+use millstream_schemas::stream::Submission;
+use millstream_schemas::{Change, Code, Operation, Value};
+use uuid::Uuid;
+
+/// Why a transaction is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rejection {
+    /// Index of the change at fault.
+    pub index: usize,
+    /// Its id; nil for a transaction without changes.
+    pub change_id: Uuid,
+    /// Why.
+    pub code: Code,
+    /// For people.
+    pub message: String,
+}
+
+/// A checked change.
+#[derive(Clone, Debug)]
+pub(crate) struct Step<'a> {
+    /// The change's id.
+    pub change_id: Uuid,
+    /// Where.
+    pub table: &'a Table,
+    /// What.
+    pub op: Operation,
+    /// Indexes of the set columns, rising.
+    pub columns: Vec<usize>,
+    /// Their values.
+    pub values: Vec<Option<&'a str>>,
+    /// The row's key; no part is null.
+    pub key: &'a [Value],
+}
+
+/// Checks a transaction; `find` gives the synced table of a name.
+pub(crate) fn validate<'a>(
+    find: impl Fn(&str) -> Option<&'a Table>,
+    submission: &'a Submission,
+) -> Result<Vec<Step<'a>>, Rejection> {
+    let changes = &submission.changes;
+    if changes.is_empty() {
+        let message = "a transaction holds at least one change".to_owned();
+        return Err(Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidChange, message });
+    }
+    if changes.len() > MAX_TRANSACTION_CHANGES {
+        let message = format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
+        return Err(Rejection { index: 0, change_id: changes[0].change_id, code: Code::TooLarge, message });
+    }
+    let refuse = |index: usize, (code, message): (Code, String)| Rejection {
+        index,
+        change_id: changes[index].change_id,
+        code,
+        message: crate::error::bounded(&message),
+    };
+    changes.iter().enumerate().map(|(index, change)| check(&find, change).map_err(|why| refuse(index, why))).collect()
+}
+
+fn check<'a>(
+    find: impl Fn(&str) -> Option<&'a Table>,
+    change: &'a Change,
+) -> Result<Step<'a>, (Code, String)> {
+    let Some(table) = find(&change.table) else {
+        return Err((Code::UnknownTable, format!("no table {:?} is synced", shown(&change.table))));
+    };
+    if change.key.len() != table.key.len() || change.key.iter().any(Option::is_none) {
+        let message = format!("the key of {} has {} parts, none of them null", table.name, table.key.len());
+        return Err((Code::InvalidChange, message));
+    }
+    if change.columns.len() != change.values.len() {
+        let message = format!("{} columns but {} values", change.columns.len(), change.values.len());
+        return Err((Code::InvalidChange, message));
+    }
+    let mut set = Vec::with_capacity(change.columns.len());
+    for (name, value) in change.columns.iter().zip(&change.values) {
+        let Some(column) = table.column(name) else {
+            return Err((Code::UnknownColumn, format!("{} has no column {:?}", table.name, shown(name))));
+        };
+        if !table.columns[column].writable {
+            return Err((Code::ColumnNotWritable, format!("clients may not set {}.{name}", table.name)));
+        }
+        if change.op == Operation::Update && table.key.contains(&column) {
+            return Err((Code::ColumnNotWritable, format!("{}.{name} is part of the key: set by insert only", table.name)));
+        }
+        set.push((column, value.as_deref()));
+    }
+    set.sort_by_key(|(column, _)| *column);
+    if let Some(pair) = set.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        let name = &table.columns[pair[0].0].name;
+        return Err((Code::InvalidChange, format!("{}.{name} is set twice", table.name)));
+    }
+    match change.op {
+        Operation::Insert => {
+            for (part, value) in table.key.iter().zip(&change.key) {
+                let name = &table.columns[*part].name;
+                match set.iter().find(|(column, _)| column == part) {
+                    None => return Err((Code::InvalidChange, format!("the insert does not set {}.{name}, part of the key", table.name))),
+                    Some((_, set)) if *set != value.as_deref() => {
+                        return Err((Code::InvalidChange, format!("the insert sets {}.{name} to another value than its key", table.name)));
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        Operation::Update if set.is_empty() => return Err((Code::InvalidChange, "the update sets no column".to_owned())),
+        Operation::Update => {}
+        Operation::Delete if !set.is_empty() => return Err((Code::InvalidChange, "a delete sets no columns".to_owned())),
+        Operation::Delete => {}
+    }
+    // Postgres' text cannot hold it.
+    if set.iter().map(|(_, value)| *value).chain(change.key.iter().map(Option::as_deref)).flatten().any(|v| v.contains('\0')) {
+        return Err((Code::InvalidValue, "a value contains the character U+0000".to_owned()));
+    }
+    if rule(table, change.op).is_none() {
+        return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
+    }
+    let (columns, values) = set.into_iter().unzip();
+    Ok(Step { change_id: change.change_id, table, op: change.op, columns, values, key: &change.key })
+}
+
+/// The predicate that guards an operation.
+pub(crate) fn rule(table: &Table, op: Operation) -> Option<&str> {
+    match op {
+        Operation::Insert => table.write.insert.as_deref(),
+        Operation::Update => table.write.update.as_deref(),
+        Operation::Delete => table.write.delete.as_deref(),
+    }
+}
+
+/// Why a statement changed no row, given whether the row is there.
+pub(crate) fn explain(table: &Table, op: Operation, row_exists: bool) -> (Code, String) {
+    if op == Operation::Insert || row_exists {
+        (Code::PermissionDenied, format!("the rule for {} on {} does not allow it", op.as_str(), table.name))
+    } else {
+        (Code::EntityMissing, format!("{} has no row with this key", table.name))
+    }
+}
+
+/// A client's word in a message, kept short.
+fn shown(name: &str) -> &str {
+    const SHOWN_CHARACTERS: usize = 64;
+    name.char_indices().nth(SHOWN_CHARACTERS).map_or(name, |(end, _)| &name[..end])
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use millstream_catalog::{Column, WriteRules};
+
+    use super::*;
+
+    /// tasks(id key, title, done, secret: not writable), updates guarded by a look-up, deletes by nobody.
+    pub(crate) fn tasks() -> Table {
+        let column = |name: &str, sql_type: &str, writable| Column {
+            name: name.into(),
+            sql_name: format!("\"{name}\""),
+            sql_type: sql_type.into(),
+            type_oid: 0,
+            nullable: true,
+            writable,
+        };
+        Table {
+            oid: 1,
+            name: "tasks".into(),
+            sql_name: "\"public\".\"tasks\"".into(),
+            columns: vec![
+                column("id", "uuid", true),
+                column("title", "character varying(20)", true),
+                column("done", "boolean", true),
+                column("secret", "text", false),
+            ],
+            key: vec![0],
+            scopes: vec![],
+            memberships: vec![],
+            write: WriteRules {
+                insert: Some("new.title <> ''".into()),
+                update: Some("EXISTS (SELECT FROM members m WHERE m.user_id = auth.user_id)".into()),
+                delete: None,
+            },
+            identity_full: false,
+        }
+    }
+
+    /// A catalog of one table.
+    pub(crate) fn only<'a>(table: &'a Table) -> impl Fn(&str) -> Option<&'a Table> + Copy {
+        move |name| (name == table.name).then_some(table)
+    }
+
+    pub(crate) fn change(op: Operation, key: &str, set: &[(&str, Option<&str>)]) -> Change {
+        Change {
+            change_id: Uuid::from_u128(7),
+            table: "tasks".into(),
+            op,
+            key: vec![Some(key.into())],
+            columns: set.iter().map(|(name, _)| (*name).into()).collect(),
+            values: set.iter().map(|(_, value)| value.map(Into::into)).collect(),
+            stamp: 1,
+        }
+    }
+
+    fn submission(changes: Vec<Change>) -> Submission {
+        Submission {
+            client_id: Uuid::from_u128(1),
+            user_id: "u".into(),
+            instance: Uuid::nil(),
+            seq: 1,
+            attempt: 1,
+            changes,
+            traceparent: None,
+        }
+    }
+
+    fn check(change: Change, expected: Option<Code>) {
+        let table = tasks();
+        let text = format!("{change:?}");
+        let submission = submission(vec![change]);
+        assert_eq!(validate(only(&table), &submission).err().map(|rejection| rejection.code), expected, "{text}");
+    }
+
+    #[test]
+    fn each_fault_has_its_code() {
+        use Operation::{Delete, Insert, Update};
+        let key = ("id", Some("1"));
+        check(change(Insert, "1", &[("title", Some("x")), key]), None);
+        check(change(Update, "1", &[("done", None)]), None);
+        check(Change { table: "secrets".into(), ..change(Insert, "1", &[key]) }, Some(Code::UnknownTable));
+        check(Change { table: "tasks\"; DROP TABLE tasks; --".into(), ..change(Insert, "1", &[key]) }, Some(Code::UnknownTable));
+        check(change(Insert, "1", &[key, ("nope", None)]), Some(Code::UnknownColumn));
+        check(change(Insert, "1", &[key, ("\"title\"", None)]), Some(Code::UnknownColumn));
+        check(change(Insert, "1", &[key, ("secret", Some("x"))]), Some(Code::ColumnNotWritable));
+        check(change(Update, "1", &[key]), Some(Code::ColumnNotWritable));
+        check(change(Insert, "1", &[("title", Some("x"))]), Some(Code::InvalidChange));
+        check(change(Insert, "1", &[("id", Some("2"))]), Some(Code::InvalidChange));
+        check(change(Insert, "1", &[key, ("title", None), ("title", None)]), Some(Code::InvalidChange));
+        check(change(Update, "1", &[]), Some(Code::InvalidChange));
+        check(change(Delete, "1", &[("title", None)]), Some(Code::InvalidChange));
+        check(change(Delete, "1", &[]), Some(Code::PermissionDenied));
+        check(Change { key: vec![None], ..change(Update, "1", &[("done", None)]) }, Some(Code::InvalidChange));
+        check(Change { key: vec![], ..change(Update, "1", &[("done", None)]) }, Some(Code::InvalidChange));
+        check(Change { values: vec![], ..change(Update, "1", &[("done", None)]) }, Some(Code::InvalidChange));
+        check(change(Update, "1", &[("title", Some("a\0b"))]), Some(Code::InvalidValue));
+        check(change(Update, "1\0", &[("title", Some("a"))]), Some(Code::InvalidValue));
+    }
+
+    #[test]
+    fn size_is_limited_and_the_change_at_fault_is_named() {
+        let table = tasks();
+        let good = || change(Operation::Update, "1", &[("done", None)]);
+        let codes = |changes: Vec<Change>| {
+            validate(only(&table), &submission(changes)).err().map(|rejection| (rejection.index, rejection.code))
+        };
+        assert_eq!(codes(vec![]), Some((0, Code::InvalidChange)));
+        assert_eq!(codes((0..MAX_TRANSACTION_CHANGES).map(|_| good()).collect()), None);
+        assert_eq!(codes((0..=MAX_TRANSACTION_CHANGES).map(|_| good()).collect()), Some((0, Code::TooLarge)));
+        assert_eq!(codes(vec![good(), change(Operation::Update, "1", &[])]), Some((1, Code::InvalidChange)));
+    }
+
+    #[test]
+    fn steps_have_the_catalogs_column_order() {
+        let table = tasks();
+        let submission = submission(vec![change(Operation::Insert, "1", &[("done", Some("t")), ("title", None), ("id", Some("1"))])]);
+        let steps = validate(only(&table), &submission).unwrap();
+        assert_eq!(steps[0].columns, [0, 1, 2]);
+        assert_eq!(steps[0].values, [Some("1"), None, Some("t")]);
+    }
+
+    #[test]
+    fn no_row_is_explained() {
+        let table = tasks();
+        assert_eq!(explain(&table, Operation::Update, false).0, Code::EntityMissing);
+        assert_eq!(explain(&table, Operation::Update, true).0, Code::PermissionDenied);
+        assert_eq!(explain(&table, Operation::Delete, false).0, Code::EntityMissing);
+        assert_eq!(explain(&table, Operation::Insert, false).0, Code::PermissionDenied);
+    }
+}

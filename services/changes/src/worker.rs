@@ -1,0 +1,354 @@
+//! A worker: takes what is waiting, has it executed, and follows the policy on failure. One connection, some partitions.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use millstream_runtime::backoff::Backoff;
+use millstream_runtime::health::Health;
+use millstream_runtime::shutdown::Shutdown;
+use millstream_schemas::Code;
+use millstream_schemas::stream::{ChangesMessage, Submission};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::batch::{Item, Mode, Owned, Queue, fences};
+use crate::executor::{Executor, Failed};
+use crate::plan::Condemned;
+use crate::results::Results;
+use crate::validator::Rejection;
+
+/// After so many failures that nobody understands, a transaction is rejected as `internal`.
+const MAX_STRIKES: u32 = 5;
+/// Pauses between attempts while Postgres does not serve.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// What a worker is told, in this order by one channel.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// The partition is this worker's, from this position on.
+    Own {
+        /// Which.
+        partition: u16,
+        /// Its epoch and position.
+        state: Owned,
+    },
+    /// Finish the batch at hand and give the partition up, in Postgres too if it still is ours.
+    Release {
+        /// Which.
+        partition: u16,
+    },
+    /// A message of the stream.
+    Message {
+        /// Its partition.
+        partition: u16,
+        /// Its stream sequence.
+        sequence: u64,
+        /// A [`ChangesMessage`].
+        payload: Bytes,
+        /// Room in memory.
+        room: OwnedSemaphorePermit,
+    },
+    /// The partition has no message between its position and this sequence.
+    Advance {
+        /// Which.
+        partition: u16,
+        /// Up to and including this sequence.
+        sequence: u64,
+    },
+}
+
+/// A partition that turned out to be somebody else's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lost {
+    /// Which.
+    pub partition: u16,
+    /// The epoch under which it was ours.
+    pub epoch: i64,
+}
+
+/// What workers share.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub nats: async_nats::Client,
+    pub lost: mpsc::Sender<Lost>,
+    pub health: Health,
+    pub shutdown: Shutdown,
+}
+
+pub(crate) struct Worker {
+    index: usize,
+    executor: Executor,
+    commands: mpsc::Receiver<Command>,
+    shared: Shared,
+    owned: BTreeMap<u16, Owned>,
+    queue: Queue,
+    condemned: Condemned,
+    strikes: HashMap<(Uuid, u64), u32>,
+    backoff: Backoff,
+}
+
+impl Worker {
+    pub fn new(index: usize, executor: Executor, commands: mpsc::Receiver<Command>, shared: Shared) -> Self {
+        Worker {
+            index,
+            executor,
+            commands,
+            shared,
+            owned: BTreeMap::new(),
+            queue: Queue::default(),
+            condemned: Condemned::new(),
+            strikes: HashMap::new(),
+            backoff: Backoff::new(PAUSES.0, PAUSES.1),
+        }
+    }
+
+    /// Works until shutdown, or until the sender of commands is gone.
+    pub async fn run(mut self) {
+        let shutdown = self.shared.shutdown.clone();
+        loop {
+            if self.queue.is_empty() {
+                // What they were about is done, or somebody else's.
+                self.strikes.clear();
+                self.condemned.clear();
+                let command = tokio::select! {
+                    command = self.commands.recv() => command,
+                    () = shutdown.requested() => None,
+                };
+                let Some(command) = command else { break };
+                self.take(command).await;
+            }
+            // What is waiting, and never more than that: waiting for a full batch would only add latency.
+            while !self.queue.is_full()
+                && let Ok(command) = self.commands.try_recv()
+            {
+                self.take(command).await;
+            }
+            if shutdown.is_requested() {
+                break;
+            }
+            if !self.queue.is_empty() {
+                self.step().await;
+            }
+        }
+        self.executor.close().await;
+    }
+
+    async fn take(&mut self, command: Command) {
+        match command {
+            Command::Own { partition, state } => {
+                self.owned.insert(partition, state);
+                self.queue.retain(&self.owned);
+            }
+            Command::Release { partition } => {
+                let Some(state) = self.owned.remove(&partition) else { return };
+                self.queue.retain(&self.owned);
+                if let Err(error) = self.executor.release(partition, state.epoch).await {
+                    // Others see it as ours until the ownership task releases it a little later.
+                    tracing::warn!(%error, partition, "cannot release a partition");
+                }
+            }
+            Command::Message { partition, sequence, payload, room } => {
+                if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
+                    self.queue.extend(items(partition, sequence, &payload, room));
+                }
+            }
+            Command::Advance { partition, sequence } => {
+                if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
+                    self.queue.extend([Item { partition, sequence, submission: None, last: true, room: None }]);
+                }
+            }
+        }
+    }
+
+    /// One attempt at the next batch.
+    async fn step(&mut self) {
+        let (items, mode) = self.queue.batch();
+        let fences = fences(items, &self.owned);
+        let count = items.len();
+        let span = tracing::info_span!("execute", worker = self.index, transactions = count, partitions = fences.len(), ?mode);
+        let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
+        let committed = |worker: &mut Self| {
+            for item in worker.queue.batch().0.iter().take(count) {
+                if let Some(Submission { client_id, seq, .. }) = &item.submission {
+                    worker.condemned.remove(&(*client_id, *seq));
+                    worker.strikes.remove(&(*client_id, *seq));
+                }
+            }
+            for fence in &fences {
+                if let Some(state) = worker.owned.get_mut(&fence.partition) {
+                    state.position = state.position.max(fence.new);
+                }
+            }
+            worker.queue.done(count, mode);
+            worker.backoff.reset();
+            worker.shared.health.set_ready("postgres", true);
+        };
+        match outcome {
+            Ok(results) => {
+                committed(self);
+                self.publish(results).await;
+            }
+            Err(Failed::Isolate(why)) => {
+                tracing::debug!(worker = self.index, transactions = count, ?mode, why, "a batch is taken apart");
+                self.queue.failed(count, mode);
+            }
+            Err(Failed::Stale) => tracing::debug!(worker = self.index, "reading the catalog again before refusing names"),
+            Err(Failed::Condemned(client_id, seq, rejection)) => {
+                self.condemned.insert((client_id, seq), rejection);
+            }
+            Err(Failed::Fenced) => {
+                self.recover().await;
+            }
+            Err(Failed::Ledger) => {
+                tracing::warn!(worker = self.index, "the ledger was moved by somebody else; trying again");
+                self.pause().await;
+            }
+            Err(Failed::Unsure(results, error)) => {
+                tracing::warn!(worker = self.index, %error, "the outcome of a COMMIT is unknown; reading the positions");
+                // Where no position moves (the middle of a large message) the ledger will tell what was done.
+                if let Some(stored) = self.recover().await
+                    && fences.iter().any(|fence| fence.new != fence.old)
+                    && fences.iter().all(|fence| {
+                        stored.get(&fence.partition) == Some(&Owned { epoch: fence.epoch, position: fence.new })
+                    })
+                {
+                    self.publish(results).await;
+                }
+            }
+            Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,
+            Err(Failed::Gone(error)) => {
+                tracing::warn!(worker = self.index, %error, "the connection was lost while a batch was applied");
+                self.recover().await;
+                self.queue.isolate(count);
+            }
+            Err(Failed::Server(error)) => {
+                tracing::warn!(worker = self.index, %error, "Postgres cannot take the batch now; it is kept and tried again");
+                self.shared.health.set_ready("postgres", false);
+                self.pause().await;
+                self.recover().await;
+            }
+            Err(Failed::Model(error)) => {
+                tracing::error!(worker = self.index, error = &error as &dyn std::error::Error, "cannot read the catalog");
+                self.shared.health.set_ready("postgres", false);
+                self.pause().await;
+            }
+        }
+    }
+
+    async fn publish(&self, results: Results) {
+        // While the broker is away its connection's queue may be full: results are hints, work is not.
+        const PATIENCE: Duration = Duration::from_millis(200);
+        let _ = tokio::time::timeout(PATIENCE, results.publish(&self.shared.nats)).await;
+    }
+
+    async fn strike(&mut self, client_id: Uuid, seq: u64, error: &sqlx::Error) {
+        let strikes = self.strikes.entry((client_id, seq)).or_default();
+        *strikes += 1;
+        tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
+        if *strikes >= MAX_STRIKES {
+            tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
+            let submission = |item: &Item| item.submission.as_ref().is_some_and(|s| s.client_id == client_id && s.seq == seq);
+            let change_id = self
+                .queue
+                .batch()
+                .0
+                .iter()
+                .find(|item| submission(item))
+                .and_then(|item| item.submission.as_ref()?.changes.first().map(|change| change.change_id))
+                .unwrap_or_default();
+            let message = format!("the server failed on it {MAX_STRIKES} times");
+            self.condemned.insert((client_id, seq), Rejection { index: 0, change_id, code: Code::Internal, message });
+            return;
+        }
+        self.pause().await;
+        // The connection may have gone with the failure.
+        let (count, mode) = (self.queue.batch().0.len(), self.queue.batch().1);
+        self.recover().await;
+        // It stays apart from others, also where reading the positions made the queue forget it.
+        match mode {
+            Mode::Single => self.queue.failed(count.min(self.queue.len()), mode),
+            Mode::Fast | Mode::Savepoints => self.queue.isolate(count),
+        }
+    }
+
+    async fn pause(&mut self) {
+        let pause = self.backoff.next();
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = self.shared.shutdown.requested() => {}
+        }
+    }
+
+    /// Takes epochs and positions from Postgres, for as long as it takes; none if asked to stop meanwhile.
+    async fn recover(&mut self) -> Option<BTreeMap<u16, Owned>> {
+        let partitions: Vec<u16> = self.owned.keys().copied().collect();
+        let stored = loop {
+            match self.executor.positions(&partitions).await {
+                Ok(stored) => break stored,
+                Err(error) => {
+                    tracing::warn!(worker = self.index, %error, "cannot read positions");
+                    self.shared.health.set_ready("postgres", false);
+                    self.pause().await;
+                }
+            }
+            if self.shared.shutdown.is_requested() {
+                return None;
+            }
+        };
+        self.backoff.reset();
+        let mut changed = false;
+        for partition in partitions {
+            let Some(state) = self.owned.get_mut(&partition) else { continue };
+            match stored.get(&partition) {
+                Some(now) if now.epoch == state.epoch => {
+                    changed |= now.position != state.position;
+                    state.position = now.position;
+                }
+                _ => {
+                    tracing::info!(partition, epoch = state.epoch, "a partition was taken over");
+                    let lost = Lost { partition, epoch: state.epoch };
+                    self.owned.remove(&partition);
+                    changed = true;
+                    if self.shared.lost.send(lost).await.is_err() {
+                        return None;
+                    }
+                }
+            }
+        }
+        if changed {
+            self.queue.retain(&self.owned);
+        }
+        Some(stored)
+    }
+}
+
+fn items(partition: u16, sequence: u64, payload: &[u8], room: OwnedSemaphorePermit) -> Vec<Item> {
+    let room = Some(Arc::new(room));
+    let submissions = match serde_json::from_slice::<ChangesMessage>(payload) {
+        Ok(message) => message.submissions,
+        Err(error) => {
+            // Nobody can be told: it does not say whose it is. The sender never sees it confirmed and sends it again.
+            // (The error's text could quote values.)
+            tracing::error!(partition, stream.sequence = sequence, line = error.line(), column = error.column(), "a message cannot be decoded and is passed over");
+            Vec::new()
+        }
+    };
+    if submissions.is_empty() {
+        return vec![Item { partition, sequence, submission: None, last: true, room }];
+    }
+    let count = submissions.len();
+    submissions
+        .into_iter()
+        .enumerate()
+        .map(|(index, submission)| Item {
+            partition,
+            sequence,
+            submission: Some(submission),
+            last: index + 1 == count,
+            room: room.clone(),
+        })
+        .collect()
+}

@@ -1,0 +1,267 @@
+//! Appending to the outbound stream by compare-and-set, and reading where it ends.
+//!
+//! Every append carries `Nats-Expected-Last-Sequence`. Few waiting messages go one by one, one in flight; many go as one
+//! atomic batch (NATS ADR-50), with that header on its first message. Plain publishes are never pipelined: one foreign
+//! message would make one of ours vanish while later ones succeed. An unknown outcome is an error; the session then
+//! starts over from what the stream really holds.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use async_nats::{HeaderMap, HeaderValue};
+use async_nats::jetstream::stream::Stream;
+use millstream_schemas::Lsn;
+use millstream_schemas::stream::header;
+use serde::Deserialize;
+use uuid::Uuid;
+
+use crate::assemble::Outgoing;
+use crate::error::Error;
+
+/// Up to this many waiting messages are published one by one: a batch has a fixed cost of several milliseconds.
+pub const SINGLES: usize = 4;
+/// Most messages of an atomic batch; a limit of the server.
+pub const MAX_BATCH_MESSAGES: usize = 1000;
+/// Most bytes of payload in one batch.
+pub const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
+/// Time for the server's answer to one append. A node that dies takes several seconds to be replaced.
+const ACK_TIMEOUT: Duration = Duration::from_secs(10);
+
+const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
+const BATCH_ID: &str = "Nats-Batch-Id";
+const BATCH_SEQUENCE: &str = "Nats-Batch-Sequence";
+const BATCH_COMMIT: &str = "Nats-Batch-Commit";
+
+/// NATS' error code for a stream that does not end where the publisher thought.
+const WRONG_LAST_SEQUENCE: u64 = 10071;
+
+/// The last message of the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tail {
+    /// Epoch of the history.
+    pub epoch: Uuid,
+    /// Commit LSN of the message's transaction.
+    pub lsn: Lsn,
+    /// LSN behind the commit record, if the message is the transaction's last.
+    pub end_lsn: Lsn,
+    /// Commit LSN of the transaction before.
+    pub previous: Lsn,
+    /// Whether it is the last of its transaction.
+    pub last: bool,
+}
+
+/// The end of the stream: its last sequence, and the message there if it is (still) there and one of ours.
+pub async fn read_end(stream: &Stream) -> Result<(u64, Option<Tail>), Error> {
+    let info = stream.get_info().await.map_err(|error| Error::Tail(error.to_string()))?;
+    let sequence = info.state.last_sequence;
+    if info.state.messages == 0 {
+        return Ok((sequence, None));
+    }
+    // From the stream's leader, not by direct get: a lagging replica would only cost a conflict, but a slow one.
+    let message = match stream.get_raw_message(sequence).await {
+        Ok(message) => message,
+        Err(error) if error.kind() == async_nats::jetstream::stream::RawMessageErrorKind::NoMessageFound => {
+            return Ok((sequence, None));
+        }
+        Err(error) => return Err(Error::Tail(error.to_string())),
+    };
+    Ok((sequence, tail(&message.headers)))
+}
+
+fn tail(headers: &HeaderMap) -> Option<Tail> {
+    fn get<T: FromStr>(headers: &HeaderMap, name: &str) -> Option<T> {
+        headers.get(name)?.as_str().parse().ok()
+    }
+    Some(Tail {
+        epoch: get(headers, header::EPOCH)?,
+        lsn: get(headers, header::LSN)?,
+        end_lsn: get(headers, header::END_LSN)?,
+        previous: get(headers, header::PREVIOUS)?,
+        last: headers.get(header::LAST)?.as_str() == "1",
+    })
+}
+
+/// The writing end of the stream.
+#[derive(Debug)]
+pub struct Appender {
+    client: async_nats::Client,
+    epoch: Uuid,
+    schema: String,
+    /// Last sequence of the stream.
+    sequence: u64,
+    /// The transaction that was appended last and the one before it: what `Ms-Previous-Lsn` is taken from.
+    current: Lsn,
+    previous: Lsn,
+}
+
+#[derive(Deserialize)]
+struct Ack {
+    seq: Option<u64>,
+    error: Option<ApiError>,
+}
+
+#[derive(Deserialize)]
+struct ApiError {
+    #[serde(default)]
+    err_code: u64,
+    #[serde(default)]
+    description: String,
+}
+
+impl Appender {
+    /// Goes on behind message `sequence`. `previous` is the commit LSN of the last complete transaction.
+    pub fn new(client: async_nats::Client, epoch: Uuid, schema: &str, sequence: u64, previous: Lsn) -> Self {
+        Appender {
+            client,
+            epoch,
+            schema: schema.to_owned(),
+            sequence,
+            current: previous,
+            previous: Lsn::ZERO,
+        }
+    }
+
+    /// Last sequence of the stream.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Epoch of the history.
+    pub fn epoch(&self) -> Uuid {
+        self.epoch
+    }
+
+    /// Appends the messages in order. On success all of them are in the stream; on error the session has to start over.
+    pub async fn append(&mut self, messages: &[Outgoing]) -> Result<(), Error> {
+        let limit = self.client.max_payload();
+        for message in messages {
+            let bytes = message.payload.len() + message.origin.as_ref().map_or(0, String::len) + HEADER_BYTES;
+            if bytes > limit {
+                return Err(Error::MessageTooLarge { lsn: message.lsn, bytes, limit });
+            }
+        }
+        if messages.len() <= SINGLES {
+            for message in messages {
+                let mut headers = self.headers(message);
+                headers.insert(EXPECTED_LAST_SEQUENCE, HeaderValue::from(self.sequence));
+                let answer = self.request(message, headers).await?;
+                self.settle(&answer, 1)?;
+            }
+            return Ok(());
+        }
+        for batch in messages.chunks(MAX_BATCH_MESSAGES) {
+            self.append_batch(batch).await?;
+        }
+        Ok(())
+    }
+
+    async fn append_batch(&mut self, batch: &[Outgoing]) -> Result<(), Error> {
+        let id = Uuid::new_v4().simple().to_string();
+        let count = batch.len();
+        for (index, message) in batch.iter().enumerate() {
+            let mut headers = self.headers(message);
+            headers.insert(BATCH_ID, id.as_str());
+            headers.insert(BATCH_SEQUENCE, HeaderValue::from(index as u64 + 1));
+            if index == 0 {
+                headers.insert(EXPECTED_LAST_SEQUENCE, HeaderValue::from(self.sequence));
+            }
+            if index + 1 == count {
+                headers.insert(BATCH_COMMIT, "1");
+                let answer = self.request(message, headers).await?;
+                self.settle(&answer, count as u64)?;
+            } else if index == 0 {
+                // Answered at once, with nothing, so that a refusal is known before the rest is sent.
+                let answer = self.request(message, headers).await?;
+                if !answer.is_empty() {
+                    self.refusal(&answer)?;
+                }
+            } else {
+                self.client
+                    .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
+                    .await
+                    .map_err(|error| Error::Append(error.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn request(&self, message: &Outgoing, headers: HeaderMap) -> Result<bytes::Bytes, Error> {
+        let request = async_nats::Request::new()
+            .headers(headers)
+            .payload(message.payload.clone())
+            .timeout(Some(ACK_TIMEOUT));
+        let answer = self.client.send_request(message.subject.clone(), request).await;
+        Ok(answer.map_err(|error| Error::Append(error.to_string()))?.payload)
+    }
+
+    fn settle(&mut self, answer: &[u8], count: u64) -> Result<(), Error> {
+        let ack = self.refusal(answer)?;
+        match ack.seq {
+            Some(sequence) if sequence == self.sequence + count => {
+                self.sequence = sequence;
+                Ok(())
+            }
+            _ => Err(Error::Conflict { expected: self.sequence }),
+        }
+    }
+
+    fn refusal(&self, answer: &[u8]) -> Result<Ack, Error> {
+        let ack: Ack = serde_json::from_slice(answer).map_err(|error| Error::Append(error.to_string()))?;
+        match &ack.error {
+            None => Ok(ack),
+            Some(error) if error.err_code == WRONG_LAST_SEQUENCE => Err(Error::Conflict { expected: self.sequence }),
+            Some(error) => Err(Error::Refused { code: error.err_code, description: error.description.clone() }),
+        }
+    }
+
+    fn headers(&mut self, message: &Outgoing) -> HeaderMap {
+        if message.lsn != self.current {
+            self.previous = self.current;
+            self.current = message.lsn;
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(header::EPOCH, self.epoch.to_string());
+        headers.insert(header::LSN, message.lsn.to_string());
+        headers.insert(header::END_LSN, message.end_lsn.to_string());
+        headers.insert(header::PREVIOUS, self.previous.to_string());
+        headers.insert(header::XID, HeaderValue::from(message.xid));
+        headers.insert(header::INDEX, HeaderValue::from(message.index));
+        headers.insert(header::LAST, if message.last { "1" } else { "0" });
+        headers.insert(header::AT, HeaderValue::from(message.at));
+        headers.insert(header::SCHEMA, self.schema.as_str());
+        if let Some(origin) = &message.origin {
+            headers.insert(header::ORIGIN, origin.as_str());
+        }
+        if let Some(traceparent) = &message.traceparent {
+            headers.insert(header::TRACEPARENT, traceparent.as_str());
+        }
+        headers
+    }
+}
+
+/// What headers other than the origin take at most; the broker counts them too.
+const HEADER_BYTES: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tails_are_read_back_from_headers() {
+        let epoch = Uuid::from_u128(7);
+        let mut headers = HeaderMap::new();
+        assert_eq!(tail(&headers), None);
+        for (name, value) in [
+            (header::EPOCH, epoch.to_string()),
+            (header::LSN, "0/10".into()),
+            (header::END_LSN, "0/20".into()),
+            (header::PREVIOUS, "0/0".into()),
+            (header::LAST, "1".into()),
+        ] {
+            assert_eq!(tail(&headers), None);
+            headers.insert(name, value);
+        }
+        let expected = Tail { epoch, lsn: Lsn(16), end_lsn: Lsn(32), previous: Lsn::ZERO, last: true };
+        assert_eq!(tail(&headers), Some(expected));
+    }
+}

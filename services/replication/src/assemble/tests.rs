@@ -1,0 +1,356 @@
+use super::*;
+use crate::pgoutput::{RelationColumn, Value};
+use millstream_catalog::{Column, Membership, WriteRules};
+use millstream_schemas::{TableChanges, TableScope};
+
+const TASKS: u32 = 100;
+const MEMBERS: u32 = 200;
+const NOTICES: u32 = 300;
+const FOREIGN: u32 = 999;
+
+fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<TableScope>) -> Table {
+    Table {
+        oid,
+        name: name.into(),
+        sql_name: format!("\"public\".\"{name}\""),
+        columns: columns
+            .iter()
+            .map(|name| Column {
+                name: (*name).into(),
+                sql_name: format!("\"{name}\""),
+                sql_type: "text".into(),
+                type_oid: 25,
+                nullable: true,
+                writable: true,
+            })
+            .collect(),
+        key: key.to_vec(),
+        scopes,
+        memberships: Vec::new(),
+        write: WriteRules::default(),
+        identity_full: false,
+    }
+}
+
+fn tables() -> Arc<[Table]> {
+    let project = |column| vec![TableScope { kind: "project".into(), column: Some(column) }];
+    let mut members = table(MEMBERS, "members", &["project_id", "user_id", "role"], &[0, 1], project(0));
+    members.memberships.push(Membership { kind: "project".into(), user: 1, scope: 0 });
+    let global = vec![TableScope { kind: "global".into(), column: None }];
+    let tasks = table(TASKS, "tasks", &["id", "project_id", "title"], &[0], project(1));
+    Arc::new([tasks, members, table(NOTICES, "notices", &["id", "text"], &[0], global)])
+}
+
+fn relation(id: u32, name: &'static str, columns: &[(&'static str, bool)]) -> Message<'static> {
+    let columns =
+        columns.iter().map(|&(name, identity)| RelationColumn { identity, name, type_oid: 25 }).collect();
+    Message::Relation(Relation { id, namespace: "public", name, columns })
+}
+
+fn relations() -> Vec<Message<'static>> {
+    vec![
+        // The relation's order differs from the catalog's, as it does after columns were added.
+        relation(TASKS, "tasks", &[("title", false), ("id", true), ("project_id", true)]),
+        relation(MEMBERS, "members", &[("project_id", true), ("user_id", true), ("role", false)]),
+        relation(NOTICES, "notices", &[("id", true), ("text", false)]),
+        relation(FOREIGN, "foreign", &[("id", true)]),
+    ]
+}
+
+fn tuple(values: &[&'static str]) -> Tuple<'static> {
+    values
+        .iter()
+        .map(|value| match *value {
+            "∅" => Value::Null,
+            "…" => Value::Unchanged,
+            text => Value::Text(text.as_bytes()),
+        })
+        .collect()
+}
+
+fn insert(relation: u32, new: &[&'static str]) -> Message<'static> {
+    Message::Insert { relation, new: tuple(new) }
+}
+
+fn update(relation: u32, old: Option<Old<'static>>, new: &[&'static str]) -> Message<'static> {
+    Message::Update { relation, old, new: tuple(new) }
+}
+
+fn delete(relation: u32, old: &[&'static str]) -> Message<'static> {
+    Message::Delete { relation, old: Old::Key(tuple(old)) }
+}
+
+fn old_key(values: &[&'static str]) -> Option<Old<'static>> {
+    Some(Old::Key(tuple(values)))
+}
+
+fn old_full(values: &[&'static str]) -> Option<Old<'static>> {
+    Some(Old::Full(tuple(values)))
+}
+
+/// Runs one transaction with commit LSN 0/64 through an assembler.
+fn assemble(rows: Vec<Message<'_>>) -> Vec<Outgoing> {
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new());
+    run(&mut assembler, 100, rows)
+}
+
+fn run(assembler: &mut Assembler, lsn: u64, rows: Vec<Message<'_>>) -> Vec<Outgoing> {
+    let mut out = Vec::new();
+    let begin = Message::Begin { final_lsn: Lsn(lsn), at: 5, xid: 7 };
+    let commit = Message::Commit { lsn: Lsn(lsn), end_lsn: Lsn(lsn + 8), at: 5 };
+    let all = std::iter::once(begin).chain(relations()).chain(rows).chain([commit]);
+    for message in all {
+        assembler.handle(&message, &Filled::new(), &mut out).unwrap();
+    }
+    out
+}
+
+/// Each message as `subject payload`, with the payload's frame stripped to what matters.
+fn texts(out: &[Outgoing]) -> Vec<String> {
+    out.iter()
+        .map(|message| {
+            let changes: Vec<TableChanges> = serde_json::from_slice(&message.payload).unwrap();
+            let changes: Vec<String> = changes
+                .iter()
+                .map(|change| {
+                    let op = serde_json::to_value(change.op).unwrap();
+                    let columns = change.columns.as_ref().map_or(String::new(), |columns| format!("({})", columns.join(",")));
+                    let rows: Vec<String> = change
+                        .rows
+                        .iter()
+                        .map(|row| row.iter().map(|v| v.as_deref().unwrap_or("∅")).collect::<Vec<_>>().join(","))
+                        .collect();
+                    format!("{} {}{columns}[{}]", op.as_str().unwrap(), change.table, rows.join("|"))
+                })
+                .collect();
+            format!("{} {}", message.subject, changes.join(" "))
+        })
+        .collect()
+}
+
+#[track_caller]
+fn check(rows: Vec<Message<'static>>, expected: &[&str]) {
+    assert_eq!(texts(&assemble(rows)), expected);
+}
+
+#[test]
+fn rows_go_to_their_scopes() {
+    check(vec![], &[]);
+    check(vec![insert(FOREIGN, &["1"])], &[]);
+    check(
+        vec![insert(TASKS, &["one", "t1", "p1"]), insert(TASKS, &["two", "t2", "p2"]), insert(TASKS, &["∅", "t3", "p1"])],
+        &["ms.wal.project.p1 upsert tasks[t1,p1,one|t3,p1,∅]", "ms.wal.project.p2 upsert tasks[t2,p2,two]"],
+    );
+    check(
+        vec![insert(MEMBERS, &["p1", "a.b", "owner"])],
+        &["ms.wal.project.p1 upsert members[p1,a.b,owner]", "ms.wal.user.a=2Eb upsert members[p1,a.b,owner]"],
+    );
+    check(vec![insert(NOTICES, &["1", "hello"])], &["ms.wal.global.all upsert notices[1,hello]"]);
+    // No scope, no reader.
+    check(vec![insert(TASKS, &["one", "t1", "∅"]), insert(TASKS, &["one", "t1", ""])], &[]);
+}
+
+#[test]
+fn updates_and_deletes() {
+    check(vec![update(TASKS, None, &["new", "t1", "p1"])], &["ms.wal.project.p1 upsert tasks[t1,p1,new]"]);
+    check(vec![delete(TASKS, &["∅", "t1", "p1"])], &["ms.wal.project.p1 delete tasks[t1]"]);
+    check(
+        vec![delete(MEMBERS, &["p1", "u", "∅"])],
+        &["ms.wal.project.p1 delete members[p1,u]", "ms.wal.user.u delete members[p1,u]"],
+    );
+    // A move between scopes: whoever loses the row is told first.
+    check(
+        vec![update(TASKS, old_key(&["∅", "t1", "p1"]), &["x", "t1", "p2"])],
+        &["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,x]"],
+    );
+    check(
+        vec![
+            insert(TASKS, &["y", "t0", "p2"]),
+            update(TASKS, old_full(&["x", "t1", "p1"]), &["x", "t1", "p2"]),
+        ],
+        &[
+            "ms.wal.project.p2 upsert tasks[t0,p2,y]",
+            "ms.wal.project.p1 delete tasks[t1]",
+            "ms.wal.project.p2 upsert tasks[t1,p2,x]",
+        ],
+    );
+    // A new key.
+    check(
+        vec![update(TASKS, old_key(&["∅", "t1", "p1"]), &["x", "t9", "p1"])],
+        &["ms.wal.project.p1 delete tasks[t1] upsert tasks[t9,p1,x]"],
+    );
+    // A scope that is null now.
+    check(
+        vec![update(TASKS, old_key(&["∅", "t1", "p1"]), &["x", "t1", "∅"])],
+        &["ms.wal.project.p1 delete tasks[t1]"],
+    );
+}
+
+#[test]
+fn unchanged_large_values() {
+    check(
+        vec![update(TASKS, None, &["…", "t1", "p1"])],
+        &["ms.wal.project.p1 update tasks(id,project_id)[t1,p1]"],
+    );
+    check(
+        vec![update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p1"])],
+        &["ms.wal.project.p1 upsert tasks[t1,p1,large]"],
+    );
+    // It could not be read, since the row is gone by now: its new readers never see it.
+    check(
+        vec![update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"])],
+        &["ms.wal.project.p1 delete tasks[t1]"],
+    );
+}
+
+#[test]
+fn unchanged_large_values_are_read_for_new_readers() {
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
+    let mut out = Vec::new();
+    let nothing = Filled::new();
+    let begin = Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 };
+    for message in std::iter::once(begin).chain(relations()) {
+        assembler.handle(&message, &nothing, &mut out).unwrap();
+    }
+    let stays = update(TASKS, None, &["…", "t1", "p1"]);
+    assert_eq!(assembler.lookup(&stays).unwrap(), None);
+    let complete = update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p2"]);
+    assert_eq!(assembler.lookup(&complete).unwrap(), None);
+    for (moves, key) in [
+        (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]), "t1"),
+        (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t2", "p1"]), "t2"),
+    ] {
+        let expected = Lookup { table: 0, key: vec![key.into()], columns: vec![2] };
+        assert_eq!(assembler.lookup(&moves).unwrap(), Some(expected));
+    }
+    let moves = update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]);
+    assembler.handle(&moves, &vec![(2, Some("large".into()))], &mut out).unwrap();
+    let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
+    assembler.handle(&commit, &nothing, &mut out).unwrap();
+    assert_eq!(
+        texts(&out),
+        ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,large]"]
+    );
+}
+
+#[test]
+fn truncation_keeps_its_place() {
+    check(
+        vec![
+            insert(TASKS, &["x", "t1", "p1"]),
+            Message::Truncate { relations: vec![TASKS, FOREIGN] },
+            insert(TASKS, &["x", "t2", "p1"]),
+        ],
+        &[
+            "ms.wal.project.p1 upsert tasks[t1,p1,x]",
+            "ms.wal.global.all truncate tasks[]",
+            "ms.wal.project.p1 upsert tasks[t2,p1,x]",
+        ],
+    );
+}
+
+#[test]
+fn headers_tell_the_transaction() {
+    let origin = br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}],"traceparent":"00-a-b-01"}"#;
+    let record = Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: origin };
+    let out = assemble(vec![
+        insert(TASKS, &["x", "t1", "p1"]),
+        insert(TASKS, &["x", "t2", "p2"]),
+        record.clone(),
+    ]);
+    assert_eq!(out.len(), 2);
+    for (index, message) in out.iter().enumerate() {
+        assert_eq!((message.lsn, message.end_lsn, message.xid, message.at), (Lsn(100), Lsn(108), 7, 5));
+        assert_eq!((message.index as usize, message.last), (index, index == 1));
+        assert_eq!(message.traceparent.as_deref(), Some("00-a-b-01"));
+    }
+    assert_eq!(out[0].origin, None);
+    let entries = r#"[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}]"#;
+    assert_eq!(out[1].origin.as_deref(), Some(entries));
+
+    let only_origin = assemble(vec![record, insert(FOREIGN, &["1"])]);
+    assert_eq!((only_origin.len(), only_origin[0].subject.as_str(), only_origin[0].last), (1, WAL_ORIGIN, true));
+    assert_eq!((only_origin[0].origin.as_deref(), &only_origin[0].payload[..]), (Some(entries), &b"[]"[..]));
+
+    for (transactional, prefix, content) in [
+        (false, ORIGIN_PREFIX, &origin[..]),
+        (true, "other", &origin[..]),
+        (true, ORIGIN_PREFIX, b"{"),
+        (true, ORIGIN_PREFIX, br#"{"clients":[]}"#),
+    ] {
+        assert_eq!(assemble(vec![Message::Logical { transactional, prefix, content }]), []);
+    }
+    let forged = br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}],"traceparent":"a\r\nb: c"}"#;
+    let out = assemble(vec![Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: forged }]);
+    assert_eq!(out[0].traceparent, None);
+}
+
+#[test]
+fn what_the_stream_holds_is_skipped() {
+    let mut assembler = Assembler::new(tables(), Lsn(100), HashSet::new());
+    assert_eq!(run(&mut assembler, 99, vec![insert(TASKS, &["x", "t1", "p1"])]), []);
+    assert_eq!(run(&mut assembler, 100, vec![Message::Truncate { relations: vec![TASKS] }]), []);
+    assert_eq!(run(&mut assembler, 101, vec![insert(TASKS, &["x", "t1", "p1"])]).len(), 1);
+    assert!(!assembler.is_open());
+}
+
+#[test]
+fn big_transactions_leave_in_chunks() {
+    let title: &'static str = Box::leak("x".repeat(1000).into_boxed_str());
+    let rows = (0..3000).map(|_| insert(TASKS, &[title, "t1", "p1"])).collect();
+    let out = assemble(rows);
+    assert!(out.len() > 5, "{}", out.len());
+    for (index, message) in out.iter().enumerate() {
+        assert!(message.payload.len() <= millstream_schemas::stream::MAX_MESSAGE_BYTES);
+        assert_eq!((message.index as usize, message.last), (index, index + 1 == out.len()));
+    }
+}
+
+#[test]
+fn changed_tables_ask_for_a_new_catalog_once() {
+    let wider = relation(TASKS, "tasks", &[("id", true), ("project_id", true), ("title", false), ("extra", false)]);
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
+    let mut out = Vec::new();
+    let error = assembler.handle(&wider, &Filled::new(), &mut out).unwrap_err();
+    let AssembleError::SchemaChanged { table, shape } = error else { panic!("{error}") };
+    assert_eq!(table, "tasks");
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]));
+    assembler.handle(&wider, &Filled::new(), &mut out).unwrap();
+
+    // A column that the relation lacks is not there, rather than null.
+    let narrow = relation(TASKS, "tasks", &[("id", true), ("project_id", true)]);
+    let error = assembler.handle(&narrow, &Filled::new(), &mut out).unwrap_err();
+    let AssembleError::SchemaChanged { shape, .. } = error else { panic!("{error}") };
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]));
+    for message in [
+        Message::Begin { final_lsn: Lsn(9), at: 0, xid: 1 },
+        narrow,
+        insert(TASKS, &["t1", "p1"]),
+        Message::Commit { lsn: Lsn(9), end_lsn: Lsn(10), at: 0 },
+    ] {
+        assembler.handle(&message, &Filled::new(), &mut out).unwrap();
+    }
+    assert_eq!(texts(&out), ["ms.wal.project.p1 upsert tasks(id,project_id)[t1,p1]"]);
+}
+
+#[test]
+fn nonsense_is_an_error() {
+    let nothing = Filled::new();
+    let begin = Message::Begin { final_lsn: Lsn(9), at: 0, xid: 1 };
+    for messages in [
+        vec![Message::Commit { lsn: Lsn(9), end_lsn: Lsn(10), at: 0 }],
+        vec![begin.clone(), begin.clone()],
+        vec![insert(TASKS, &["t1"])],
+        vec![begin.clone(), insert(TASKS, &["t1"])],
+        vec![begin.clone(), relations().remove(0), insert(TASKS, &["t1"])],
+        vec![begin.clone(), relations().remove(0), insert(TASKS, &["x", "∅", "p1"])],
+        vec![begin.clone(), relations().remove(0), Message::Insert {
+            relation: TASKS,
+            new: vec![Value::Text(b"\xff"), Value::Text(b"t1"), Value::Text(b"p1")],
+        }],
+    ] {
+        let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
+        let failed = messages.iter().any(|message| assembler.handle(message, &nothing, &mut Vec::new()).is_err());
+        assert!(failed, "{messages:?}");
+    }
+}

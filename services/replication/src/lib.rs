@@ -1,0 +1,144 @@
+//! From the write-ahead log to the outbound stream.
+//!
+//! One process at a time, the leader, reads the replication slot, assembles whole transactions in commit order, splits
+//! them by scope and appends them to `MS_WAL` by compare-and-set; the others stand by. The slot is confirmed only up to
+//! what the stream holds and says it holds. On any failure the session ends and starts over from the last message of
+//! the stream, so that every transaction is there once, in order.
+//!
+//! - [`pgoutput`]: decoder of the change stream; [`relation`]: its tables mapped to the catalog
+//! - [`assemble`]: messages from transactions; [`chunks`]: their buffers, order across scopes, bounded memory
+//! - [`append`]: the end of the stream and how to append there
+//! - `epoch`: whether the history goes on; `leader`, `identity`, `wal`: lock, checks, connection
+//! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches
+
+pub mod append;
+pub mod assemble;
+pub mod chunks;
+mod epoch;
+mod error;
+mod identity;
+mod leader;
+pub mod pgoutput;
+mod publisher;
+mod reader;
+pub mod relation;
+mod session;
+mod wal;
+mod watermark;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use millstream_catalog::Config;
+use millstream_runtime::backoff::Backoff;
+use millstream_runtime::health::{self, Health};
+use millstream_runtime::shutdown::Shutdown;
+use millstream_runtime::{nats, postgres};
+
+use crate::assemble::AssembleError;
+pub use crate::error::Error;
+use crate::session::{Shared, part};
+use crate::wal::Source;
+
+/// Name of the service in connections and telemetry.
+const SERVICE: &str = "replication";
+/// Connections besides that of the leader lock and that of the change stream.
+const POOL_CONNECTIONS: u32 = 2;
+/// A session that ran so long was healthy: the next failure is a new one.
+const HEALTHY: Duration = Duration::from_secs(30);
+/// Most table shapes remembered that differ from the catalog.
+const MAX_ACCEPTED_SHAPES: usize = 1024;
+
+/// Flags of the replication service.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The configuration file: tables, scopes and rules
+    #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
+    pub config: PathBuf,
+    /// Postgres
+    #[command(flatten)]
+    pub postgres: postgres::Args,
+    /// NATS
+    #[command(flatten)]
+    pub nats: nats::Args,
+    /// Health checks
+    #[command(flatten)]
+    pub health: health::Args,
+    /// Name of the replication slot; created when it is not there
+    #[arg(long, env = "MILLSTREAM_SLOT", default_value = "millstream")]
+    pub slot: String,
+    /// Name of the publication; `millstream setup` makes it
+    #[arg(long, env = "MILLSTREAM_PUBLICATION", default_value = "millstream")]
+    pub publication: String,
+}
+
+/// Runs the service until shutdown.
+///
+/// # Errors
+/// The configuration is wrong, NATS refuses us, or health checks cannot be served. Everything that can pass by itself
+/// is retried for ever, with back-off.
+pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
+    let source = Source::new(&args.postgres.database_url, &args.slot, &args.publication)?;
+    let wrong_url = |_| Error::Config("DATABASE_URL: not a connection URL".into());
+    let options = postgres::options(&args.postgres, SERVICE).map_err(wrong_url)?;
+    let pool = postgres::pool(&args.postgres, SERVICE, POOL_CONNECTIONS).map_err(wrong_url)?;
+    let config = Config::read(&args.config).map_err(Error::ConfigFile)?;
+    let health = Health::new();
+    for part in [part::POSTGRES, part::NATS, part::LEADER] {
+        health.set_ready(part, false);
+    }
+    health::serve(args.health.listen, health.router(), shutdown.clone()).await.map_err(Error::Health)?;
+    let nats = tokio::select! {
+        () = shutdown.requested() => return Ok(()),
+        nats = nats::connect(&args.nats, SERVICE) => nats?,
+    };
+    let shared =
+        Shared { config, nats, pool, options, source, slot: args.slot, publication: args.publication, health };
+    let mut backoff = Backoff::dependency();
+    let mut accepted = HashSet::new();
+    loop {
+        let started = Instant::now();
+        let error = tokio::select! {
+            () = shutdown.requested() => return Ok(()),
+            ended = session::run(&shared, &accepted) => match ended {
+                Err(error) => error,
+                Ok(never) => match never {},
+            },
+        };
+        unready(&shared.health, &error);
+        if let Error::Assemble(AssembleError::SchemaChanged { table, shape }) = &error {
+            // The next session reads the catalog again. If the table still differs from it, it does so on purpose, or
+            // the change stream has not come to the change yet.
+            tracing::info!(table.name = table, "a synced table has changed; starting over with a new catalog");
+            if accepted.len() >= MAX_ACCEPTED_SHAPES {
+                accepted.clear();
+            }
+            accepted.insert(*shape);
+            continue;
+        }
+        if started.elapsed() >= HEALTHY {
+            backoff.reset();
+        }
+        let delay = backoff.next();
+        tracing::warn!(error = error.chain(), retry.after_ms = delay.as_millis() as u64, "the session ended; starting over");
+        tokio::select! {
+            () = shutdown.requested() => return Ok(()),
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+}
+
+/// Marks the part that failed; leadership is gone in any case.
+fn unready(health: &Health, error: &Error) {
+    health.set_ready(part::LEADER, false);
+    match error {
+        Error::Postgres { .. } | Error::Wal { .. } | Error::WalEnded | Error::WalSilent(_) | Error::LeaderLost => {
+            health.set_ready(part::POSTGRES, false);
+        }
+        Error::Nats(_) | Error::Tail(_) | Error::Append(_) | Error::Refused { .. } | Error::Subscribe { .. } => {
+            health.set_ready(part::NATS, false);
+        }
+        _ => {}
+    }
+}

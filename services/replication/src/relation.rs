@@ -1,0 +1,160 @@
+//! Tables as the change stream describes them, mapped to the catalog, and the images of their rows.
+
+use millstream_catalog::Table;
+
+use crate::pgoutput::{self, Old, Tuple, Value};
+
+/// How the tuples of a relation map to a table of the catalog.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    /// Index of the table among the synced ones.
+    pub table: usize,
+    /// For each column of the catalog, where the tuples have it; none if the relation lacks it.
+    positions: Vec<Option<usize>>,
+    /// For each position, whether it belongs to the replica identity.
+    identity: Vec<bool>,
+    /// Whether the relation has a column that the catalog does not know, lacks one, or has another type for one.
+    pub differs: bool,
+    /// Hash of the relation's shape.
+    pub shape: u64,
+}
+
+impl Mapping {
+    /// The mapping of a relation; none if the table is not synced.
+    pub fn new(tables: &[Table], relation: &pgoutput::Relation<'_>) -> Option<Mapping> {
+        let index = tables.iter().position(|table| table.oid == relation.id).or_else(|| {
+            // A table that was dropped and created again has another object id: the catalog is out of date.
+            let name = format!("{}.{}", relation.namespace, relation.name);
+            tables.iter().position(|table| table.name == relation.name && table.sql_name.replace('"', "") == name)
+        })?;
+        let table = &tables[index];
+        let positions: Vec<Option<usize>> = table
+            .columns
+            .iter()
+            .map(|column| relation.columns.iter().position(|found| found.name == column.name))
+            .collect();
+        let differs = table.oid != relation.id
+            || relation.columns.iter().any(|found| table.column(found.name).is_none())
+            || table.columns.iter().zip(&positions).any(|(column, position)| {
+                position.is_none_or(|at| relation.columns[at].type_oid != column.type_oid)
+            });
+        let mut shape = std::hash::DefaultHasher::new();
+        std::hash::Hash::hash(&relation.id, &mut shape);
+        for column in &relation.columns {
+            std::hash::Hash::hash(&(column.name, column.type_oid), &mut shape);
+        }
+        Some(Mapping {
+            table: index,
+            positions,
+            identity: relation.columns.iter().map(|column| column.identity).collect(),
+            differs,
+            shape: std::hash::Hasher::finish(&shape),
+        })
+    }
+
+    /// The columns that old images must hold, and the relation's identity does not cover.
+    pub fn uncovered<'t>(&self, table: &'t Table) -> Vec<&'t str> {
+        identity_columns(table)
+            .into_iter()
+            .filter(|&column| !self.positions[column].is_some_and(|at| self.identity[at]))
+            .map(|column| table.columns[column].name.as_str())
+            .collect()
+    }
+}
+
+/// The columns that the replica identity of a table must cover: the key finds the row at the client, the scope columns
+/// and membership users say whose row it was.
+pub fn identity_columns(table: &Table) -> Vec<usize> {
+    let mut columns = table.key.clone();
+    let scopes = table.scopes.iter().filter_map(|scope| scope.column);
+    let memberships = table.memberships.iter().flat_map(|membership| [membership.user, membership.scope]);
+    for column in scopes.chain(memberships) {
+        if !columns.contains(&column) {
+            columns.push(column);
+        }
+    }
+    columns
+}
+
+/// One value of a row image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cell<'a> {
+    /// The change stream does not have it: the relation lacks the column, or the old image is only a key.
+    Absent,
+    /// Stored out of line and not changed, so not sent.
+    Unchanged,
+    /// Null.
+    Null,
+    /// Its text.
+    Text(&'a str),
+}
+
+impl<'a> Cell<'a> {
+    /// The text, if there is one.
+    pub fn text(self) -> Option<&'a str> {
+        match self {
+            Cell::Text(text) => Some(text),
+            Cell::Null | Cell::Absent | Cell::Unchanged => None,
+        }
+    }
+
+    /// Whether its value is known.
+    pub fn is_known(self) -> bool {
+        matches!(self, Cell::Null | Cell::Text(_))
+    }
+}
+
+/// The values of a row in the catalog's column order.
+pub type Image<'a> = Vec<Cell<'a>>;
+
+/// A tuple that does not fit its relation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadTuple {
+    /// Another number of values than the relation has columns.
+    #[error("the row has {found} values, its relation {expected} columns")]
+    Width {
+        /// Values in the tuple.
+        found: usize,
+        /// Columns of the relation.
+        expected: usize,
+    },
+    /// A value in binary, which was not asked for.
+    #[error("a value came in binary format")]
+    Binary,
+    /// A text that is not UTF-8.
+    #[error("a value is not UTF-8")]
+    NotUtf8,
+}
+
+impl Mapping {
+    /// The image of a new row.
+    pub fn image<'a>(&self, tuple: &Tuple<'a>) -> Result<Image<'a>, BadTuple> {
+        self.cells(tuple, false)
+    }
+
+    /// The image of an old row.
+    pub fn old_image<'a>(&self, old: &Old<'a>) -> Result<Image<'a>, BadTuple> {
+        match old {
+            Old::Key(tuple) => self.cells(tuple, true),
+            Old::Full(tuple) => self.cells(tuple, false),
+        }
+    }
+
+    fn cells<'a>(&self, tuple: &Tuple<'a>, key_only: bool) -> Result<Image<'a>, BadTuple> {
+        if tuple.len() != self.identity.len() {
+            return Err(BadTuple::Width { found: tuple.len(), expected: self.identity.len() });
+        }
+        self.positions
+            .iter()
+            .map(|position| match position {
+                Some(at) if !key_only || self.identity[*at] => match tuple[*at] {
+                    Value::Null => Ok(Cell::Null),
+                    Value::Unchanged => Ok(Cell::Unchanged),
+                    Value::Text(bytes) => std::str::from_utf8(bytes).map(Cell::Text).map_err(|_| BadTuple::NotUtf8),
+                    Value::Binary(_) => Err(BadTuple::Binary),
+                },
+                _ => Ok(Cell::Absent),
+            })
+            .collect()
+    }
+}

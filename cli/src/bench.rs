@@ -23,8 +23,8 @@ const SCHEMA: &str = include_str!("../../examples/board/schema.sql");
   cargo millstream bench loop            for people
   cargo millstream bench loop --json     one JSON object on stdout")]
 pub struct Args {
+    /// What to measure.
     #[command(subcommand)]
-    #[allow(missing_docs, reason = "the variants carry the help")]
     pub what: What,
 }
 
@@ -152,7 +152,8 @@ pub async fn run(args: Args) -> Result<(), Error> {
     if args.clients < 2 || !args.clients.is_multiple_of(2) {
         return Err(Error::Flag("--clients must be an even number from 2 on"));
     }
-    if args.rate == 0 || args.latency_seconds == 0 || args.throughput_seconds == 0 || args.changes_per_transaction == 0 {
+    if args.rate == 0 || args.latency_seconds == 0 || args.throughput_seconds == 0 || args.changes_per_transaction == 0
+    {
         return Err(Error::Flag("--rate, the seconds and --changes-per-transaction must be at least 1"));
     }
     let folder = match &args.dir {
@@ -228,7 +229,10 @@ async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &std::path::Path) -
 
 fn print(report: &Report) {
     let Report { latency_ms, floor, cpu_us_per_change: cpu, .. } = report;
-    println!("write on A -> applied on B   p50 {} ms   p95 {} ms   p99 {} ms", latency_ms.p50, latency_ms.p95, latency_ms.p99);
+    println!(
+        "write on A -> applied on B   p50 {} ms   p95 {} ms   p99 {} ms",
+        latency_ms.p50, latency_ms.p95, latency_ms.p99
+    );
     println!(
         "whole loop                   {} changes/s with {} clients, {} change(s) a transaction",
         report.changes_per_s, report.clients, report.changes_per_transaction

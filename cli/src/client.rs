@@ -57,8 +57,8 @@ pub struct Args {
     /// How to print data
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+    /// What to do.
     #[command(subcommand)]
-    #[allow(missing_docs, reason = "the variants carry the help")]
     pub command: Command,
 }
 
@@ -217,7 +217,8 @@ impl Session<'_> {
             .await
             .map_err(Error::client("the write failed"))?;
         let (rows, seq) = (*write.value(), write.seq());
-        let mut written = output::Written { state: output::WriteState::Unchanged, rows, seq, code: None, message: None };
+        let mut written =
+            output::Written { state: output::WriteState::Unchanged, rows, seq, code: None, message: None };
         if seq.is_some() {
             written.state = output::WriteState::Queued;
             let verdict = tokio::select! {

@@ -51,7 +51,7 @@ fn classify(error: &(dyn StdError + 'static)) -> Exit {
     }
     if let Some(error) = error.downcast_ref::<stack::Error>() {
         return match error {
-            stack::Error::Config(_) => Exit::Config,
+            stack::Error::Config(_) | stack::Error::PostgresVersion { .. } => Exit::Config,
             stack::Error::PortTaken(_) => Exit::Dependency,
             _ => Exit::Failed,
         };
@@ -70,7 +70,9 @@ fn classify(error: &(dyn StdError + 'static)) -> Exit {
         Some(_) => return Exit::Dependency,
         None => {}
     }
-    if error.is::<token::Error>() || error.is::<dev::Error>() && error.source().is_some_and(|source| source.is::<std::io::Error>()) {
+    if error.is::<token::Error>()
+        || error.is::<dev::Error>() && error.source().is_some_and(|source| source.is::<std::io::Error>())
+    {
         return Exit::Config;
     }
     if error.is::<millstream_catalog::ConfigError>() || error.is::<millstream_catalog::CatalogError>() {

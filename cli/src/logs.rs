@@ -44,10 +44,7 @@ impl Tail {
         let Some(end) = self.partial.iter().rposition(|&byte| byte == b'\n') else { return Ok(Vec::new()) };
         let rest = self.partial.split_off(end + 1);
         let complete = std::mem::replace(&mut self.partial, rest);
-        Ok(String::from_utf8_lossy(&complete)
-            .lines()
-            .filter_map(|line| render(self.service, line, colour))
-            .collect())
+        Ok(String::from_utf8_lossy(&complete).lines().filter_map(|line| render(self.service, line, colour)).collect())
     }
 }
 
@@ -115,7 +112,8 @@ fn event_text(line: &str, colour: bool) -> String {
         "WARN" => 33,
         _ => 2,
     };
-    let mut text = if colour { format!("\x1b[{code}m{level:<5}\x1b[0m {message}") } else { format!("{level:<5} {message}") };
+    let mut text =
+        if colour { format!("\x1b[{code}m{level:<5}\x1b[0m {message}") } else { format!("{level:<5} {message}") };
     for (name, value) in event {
         let value = match value {
             Value::String(value) => value,

@@ -18,8 +18,10 @@ use millstream_runtime::telemetry;
   millstream client --store a.db --user alice sql \"SELECT * FROM tasks\"
   millstream client --store b.db --user bob watch tasks
   millstream bench loop --json")]
-#[command(after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration, 4 something needed is not \
-there, 5 a check found problems.")]
+#[command(
+    after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration, 4 something needed is not \
+there, 5 a check found problems."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

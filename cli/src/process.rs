@@ -333,7 +333,10 @@ fn end_stranger(id: u32, birth: u64, first: Signal) -> bool {
     true
 }
 
-#[expect(clippy::disallowed_methods, reason = "for drops and for before anything else runs: nothing can be awaited there")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "for drops and for before anything else runs: nothing can be awaited there"
+)]
 fn pause() {
     std::thread::sleep(POLL);
 }

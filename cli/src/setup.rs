@@ -26,26 +26,28 @@ static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
 
 /// Flags of `millstream setup`.
 #[derive(clap::Args, Clone)]
-#[command(after_help = "Needs a Postgres user that owns the application's tables and may create roles; needs the NATS \
-key `setup.nk` that `millstream keys` makes. Roles get a password only where one is given.")]
+#[command(
+    after_help = "Needs a Postgres user that owns the application's tables and may create roles; needs the NATS \
+key `setup.nk` that `millstream keys` makes. Roles get a password only where one is given."
+)]
 pub struct Args {
     /// The synced tables
     #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
     pub config: PathBuf,
+    /// The database, as owner of the tables.
     #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened flags carry their own help")]
     pub postgres: postgres::Args,
+    /// The broker.
     #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened flags carry their own help")]
     pub nats: nats::Args,
+    /// Limits of the streams.
     #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened flags carry their own help")]
     pub streams: nats::StreamArgs,
     /// Seconds to wait for Postgres and for NATS
     #[arg(long, env = "MILLSTREAM_SETUP_WAIT_S", default_value_t = 60)]
     pub wait: u64,
+    /// Passwords of the roles.
     #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened flags carry their own help")]
     pub passwords: Passwords,
 }
 
@@ -217,10 +219,7 @@ pub async fn database(
         .chain(publication(&catalog.tables, exists));
     for statement in statements {
         let action = statement.clone();
-        transaction
-            .execute(AssertSqlSafe(statement))
-            .await
-            .map_err(|source| Error::Postgres { action, source })?;
+        transaction.execute(AssertSqlSafe(statement)).await.map_err(|source| Error::Postgres { action, source })?;
     }
     transaction.commit().await.map_err(failed("commit"))?;
     Ok(catalog.tables.len())
@@ -303,8 +302,7 @@ async fn emit_functions(connection: &mut PgConnection) -> Result<Vec<String>, sq
 
 /// What each service may do.
 fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions: &[String]) -> Vec<String> {
-    let (edge, changes, replication) =
-        (role_name(Role::Edge), role_name(Role::Changes), role_name(Role::Replication));
+    let (edge, changes, replication) = (role_name(Role::Edge), role_name(Role::Changes), role_name(Role::Replication));
     let mut statements = vec![
         format!("GRANT USAGE ON SCHEMA millstream TO {edge}, {changes}, {replication}"),
         format!("GRANT SELECT ON millstream.clients, millstream.changes_history TO {edge}"),
@@ -322,11 +320,8 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
         statements.push(format!("GRANT SELECT ON {name} TO {edge}, {changes}, {replication}"));
         // What an earlier configuration allowed is taken back.
         statements.push(format!("REVOKE INSERT, UPDATE, DELETE ON {name} FROM {changes}"));
-        let allowed = [
-            ("INSERT", &table.write.insert),
-            ("UPDATE", &table.write.update),
-            ("DELETE", &table.write.delete),
-        ];
+        let allowed =
+            [("INSERT", &table.write.insert), ("UPDATE", &table.write.update), ("DELETE", &table.write.delete)];
         let verbs: Vec<&str> = allowed.iter().filter(|(_, rule)| rule.is_some()).map(|(verb, _)| *verb).collect();
         if !verbs.is_empty() {
             statements.push(format!("GRANT {} ON {name} TO {changes}", verbs.join(", ")));

@@ -117,7 +117,9 @@ pub enum Error {
     #[error("another stack runs in {0}: stop it first, or use another folder (--data)")]
     Locked(PathBuf),
     /// The data folder was made by another major version.
-    #[error("the data in {path} is of Postgres {found}, the programs are of {needed}: delete the folder or use another")]
+    #[error(
+        "the data in {path} is of Postgres {found}, the programs are of {needed}: delete the folder or use another"
+    )]
     PostgresVersion {
         /// The folder.
         path: PathBuf,

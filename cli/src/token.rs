@@ -23,8 +23,8 @@ pub struct Args {
     /// Seconds until it expires.
     #[arg(long, env = "MILLSTREAM_TOKEN_LIFE_S", default_value_t = DEFAULT_LIFE.as_secs())]
     pub life: u64,
+    /// Where the secret is.
     #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened flags carry their own help")]
     pub secret: Secret,
 }
 
@@ -46,7 +46,9 @@ pub struct Secret {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No secret.
-    #[error("no secret: set MILLSTREAM_TOKEN_SECRET_FILE or MILLSTREAM_TOKEN_SECRET, or run `cargo dev` first (cannot read {path})")]
+    #[error(
+        "no secret: set MILLSTREAM_TOKEN_SECRET_FILE or MILLSTREAM_TOKEN_SECRET, or run `cargo dev` first (cannot read {path})"
+    )]
     Secret {
         /// Where it was looked for.
         path: PathBuf,

@@ -11,7 +11,8 @@
 //! **Snapshots** are a bracket: from `snapshot_begin` to `snapshot_end` neither `commit` nor `last` applies anything.
 //! Everything sent since the last commit (what was staged before `snapshot_begin` included) is applied at
 //! `snapshot_end` as one local transaction: first the named scopes' rows are replaced by the snapshot's, then the staged
-//! frames take effect in the order in which they came, then the position is taken.
+//! frames take effect in the order in which they came, then the position is taken. A further `snapshot_begin` inside the
+//! bracket adds its scopes to it; one `snapshot_end` closes it for all.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -108,7 +108,11 @@ fn every_frame_type_has_a_vector() {
         let text = std::fs::read_to_string(folder("vectors").join(format!("{}.json", document.name))).unwrap();
         for variant in variants {
             let kind = &variant["properties"]["type"]["const"];
-            assert!(kind.is_string() && text.contains(&format!("\"type\": {kind}")), "{}: no vector of {kind}", document.name);
+            assert!(
+                kind.is_string() && text.contains(&format!("\"type\": {kind}")),
+                "{}: no vector of {kind}",
+                document.name
+            );
         }
     }
 }
@@ -119,7 +123,13 @@ fn asyncapi_names_every_schema_and_subject() {
     for document in documents() {
         assert!(text.contains(&format!("json/{}.schema.json", document.name)), "{} is missing", document.name);
     }
-    for address in ["ms.changes.{partition}", "ms.wal.{kind}.{id}", "ms.wal.origin", "ms.results.{client_id}", "ms.replication.watermark"] {
+    for address in [
+        "ms.changes.{partition}",
+        "ms.wal.{kind}.{id}",
+        "ms.wal.origin",
+        "ms.results.{client_id}",
+        "ms.replication.watermark",
+    ] {
         assert!(text.contains(address), "{address} is missing");
     }
 }

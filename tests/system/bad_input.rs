@@ -79,7 +79,8 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
                 .await?;
             ensure!(failure.code.as_str() == code, "{} instead of {code}: {}", failure.code, failure.message);
         }
-        let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM projects").fetch_one(&mut board.postgres().await?).await?;
+        let rows: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM projects").fetch_one(&mut board.postgres().await?).await?;
         ensure!(rows == 0 && board.audit().await?.is_empty(), "something was executed");
 
         // Another user's client id.

@@ -148,7 +148,12 @@ async fn client_killed() -> Result<()> {
         unique.dedup();
         ensure!(unique.len() == markers.len(), "something was applied twice");
         let kept: Vec<&String> = markers.iter().filter(|marker| acked.contains(marker)).collect();
-        ensure!(kept.len() == acked.len(), "{} of {} acknowledged writes were lost", acked.len() - kept.len(), acked.len());
+        ensure!(
+            kept.len() == acked.len(),
+            "{} of {} acknowledged writes were lost",
+            acked.len() - kept.len(),
+            acked.len()
+        );
         ensure!(kept.iter().zip(&acked).all(|(kept, acked)| *kept == acked), "the order is not kept");
         println!("{} acknowledged writes over {KILLS} kills: each applied once and in order", acked.len());
         Ok(())

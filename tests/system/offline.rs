@@ -35,7 +35,9 @@ async fn offline_then_online() -> Result<()> {
         converged(&board, &b, "bob").await?;
         // What the user saw offline is what became of it (but for columns that the server fills).
         let online = actual(&a).await?;
-        ensure!(offline["tasks"].len() == online["tasks"].len() && offline["comments"].len() == online["comments"].len());
+        ensure!(
+            offline["tasks"].len() == online["tasks"].len() && offline["comments"].len() == online["comments"].len()
+        );
 
         let audit = audit_of(&board.audit().await?, &journal);
         ensure!(audit.len() == journal.len(), "{} changes had {} effects", journal.len(), audit.len());
@@ -85,7 +87,10 @@ async fn verdicts_come_with_codes_and_block_nobody() -> Result<()> {
         let b = board.client("b", "bob").await?;
         let (shared, task) = (uuid::Uuid::now_v7(), uuid::Uuid::now_v7());
         a.execute("INSERT INTO projects (id, name) VALUES (?, 'p')", (shared,)).await?.confirmed().await?;
-        a.execute("INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 't')", (task, shared)).await?.confirmed().await?;
+        a.execute("INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 't')", (task, shared))
+            .await?
+            .confirmed()
+            .await?;
         for user in ["bob", "carol"] {
             let member = a.execute("INSERT INTO members (project_id, user_id) VALUES (?, ?)", (shared, user)).await?;
             member.confirmed().await?;
@@ -104,7 +109,8 @@ async fn verdicts_come_with_codes_and_block_nobody() -> Result<()> {
         b.status().wait_for(|status| status.state == State::Offline).await?;
         sqlx::query("DELETE FROM tasks").execute(&mut board.postgres().await?).await?;
         let bad = b.execute("UPDATE tasks SET title = 'late' WHERE id = ?", (task,)).await?;
-        let good = b.execute("INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 'good')", (uuid::Uuid::now_v7(), shared));
+        let good = b
+            .execute("INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 'good')", (uuid::Uuid::now_v7(), shared));
         let good = good.await?;
         b.resume();
         ensure!(code(bad.confirmed().await) == Some("entity_missing"));

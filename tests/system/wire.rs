@@ -128,17 +128,31 @@ async fn every_frame_and_message_validates() -> Result<()> {
             }
             if name == "wal-payload" {
                 let headers = message.headers.context("no headers")?;
-                for header in ["Ms-Epoch", "Ms-Lsn", "Ms-End-Lsn", "Ms-Previous-Lsn", "Ms-Xid", "Ms-Index", "Ms-Last", "Ms-At"] {
+                for header in
+                    ["Ms-Epoch", "Ms-Lsn", "Ms-End-Lsn", "Ms-Previous-Lsn", "Ms-Xid", "Ms-Index", "Ms-Last", "Ms-At"]
+                {
                     ensure!(headers.get(header).is_some(), "{}: no header {header}", message.subject);
                 }
             }
         }
         println!("{seen:?}");
         for kind in [
-            "client-frame hello", "client-frame submit", "server-frame welcome", "server-frame accepted",
-            "server-frame results", "server-frame snapshot_begin", "server-frame snapshot_rows",
-            "server-frame snapshot_end", "server-frame rows", "server-frame confirmed", "server-frame commit",
-            "server-frame scope_removed", "changes-message", "wal-payload", "results-message", "request",
+            "client-frame hello",
+            "client-frame submit",
+            "server-frame welcome",
+            "server-frame accepted",
+            "server-frame results",
+            "server-frame snapshot_begin",
+            "server-frame snapshot_rows",
+            "server-frame snapshot_end",
+            "server-frame rows",
+            "server-frame confirmed",
+            "server-frame commit",
+            "server-frame scope_removed",
+            "changes-message",
+            "wal-payload",
+            "results-message",
+            "request",
         ] {
             ensure!(seen.contains_key(kind), "the tap never saw {kind}");
         }

@@ -131,8 +131,13 @@ fn parse_process(stat: &str) -> Option<Ticks> {
 
 /// User, nice, system, irq and softirq time; not idle, waiting for the disk, or stolen by the host.
 fn parse_machine(stat: &str) -> Option<u64> {
-    let fields: Vec<u64> =
-        stat.lines().next()?.strip_prefix("cpu ")?.split_ascii_whitespace().map_while(|field| field.parse().ok()).collect();
+    let fields: Vec<u64> = stat
+        .lines()
+        .next()?
+        .strip_prefix("cpu ")?
+        .split_ascii_whitespace()
+        .map_while(|field| field.parse().ok())
+        .collect();
     [0, 1, 2, 5, 6].iter().map(|&index| fields.get(index)).sum()
 }
 

@@ -36,10 +36,12 @@ pub async fn measure(stack: &Stack) -> Result<Floor, Error> {
     // Another database: its WAL is read by the slot but decoded no further.
     let url = stack.postgres_url().replace(&format!("/{}", crate::stack::DATABASE), "/postgres");
     let mut connection = PgConnection::connect(&url).await.map_err(Error::postgres("connect"))?;
-    sqlx::query("CREATE TABLE IF NOT EXISTS bench_floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, text text)")
-        .execute(&mut connection)
-        .await
-        .map_err(Error::postgres("create a table"))?;
+    sqlx::query(
+        "CREATE TABLE IF NOT EXISTS bench_floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, text text)",
+    )
+    .execute(&mut connection)
+    .await
+    .map_err(Error::postgres("create a table"))?;
     let single = commits(&url, 1).await?;
     let many = commits(&url, CONNECTIONS).await?;
     sqlx::query("DROP TABLE bench_floor").execute(&mut connection).await.map_err(Error::postgres("drop the table"))?;

@@ -101,9 +101,7 @@ pub async fn latency(loaders: &[Loader], args: &LoopArgs) -> Result<Histogram<u6
     let skip = args.warm_up_seconds * u64::from(args.rate);
     let total = skip + args.latency_seconds * u64::from(args.rate);
     let interval = Duration::from_secs(1) / args.rate;
-    let mut rows = reader
-        .client
-        .watch("SELECT max(position) FROM tasks WHERE project_id = ?", (reader.project,));
+    let mut rows = reader.client.watch("SELECT max(position) FROM tasks WHERE project_id = ?", (reader.project,));
     let start = Instant::now() + interval;
     let due = move |number: u64| start + interval.mul_f64(number as f64);
 
@@ -129,7 +127,10 @@ pub async fn latency(loaders: &[Loader], args: &LoopArgs) -> Result<Histogram<u6
         let now = Instant::now();
         let Ok(Some(item)) = next else {
             let status = reader.client.status().borrow().clone();
-            return Err(Error::Late(format!("row {} of {total} did not arrive within {SETTLE_LIMIT:?}: {status:?}", seen + 1)));
+            return Err(Error::Late(format!(
+                "row {} of {total} did not arrive within {SETTLE_LIMIT:?}: {status:?}",
+                seen + 1
+            )));
         };
         let item = item.map_err(Error::client("watch"))?;
         let highest = item.rows.first().and_then(|row| row.first()).and_then(number).unwrap_or(0.0) as u64;
@@ -178,7 +179,8 @@ pub async fn throughput(loaders: &[Loader], args: &LoopArgs, pids: &[(Service, u
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();
     for loader in loaders {
-        let writer = write(loader.client.clone(), loader.number, loader.project, args.changes_per_transaction, stop.clone());
+        let writer =
+            write(loader.client.clone(), loader.number, loader.project, args.changes_per_transaction, stop.clone());
         writers.push(tokio::spawn(writer));
     }
     tokio::time::sleep(seconds(args.warm_up_seconds)).await;
@@ -202,13 +204,7 @@ pub async fn throughput(loaders: &[Loader], args: &LoopArgs, pids: &[(Service, u
     Ok(result)
 }
 
-async fn write(
-    client: Client,
-    number: usize,
-    project: Uuid,
-    changes: u32,
-    stop: Arc<AtomicBool>,
-) -> Result<(), Error> {
+async fn write(client: Client, number: usize, project: Uuid, changes: u32, stop: Arc<AtomicBool>) -> Result<(), Error> {
     let mut status = client.status();
     let mut count = 0_u64;
     while !stop.load(Ordering::Relaxed) {

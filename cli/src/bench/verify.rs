@@ -1,6 +1,7 @@
 //! At the end every client's rows must equal Postgres' rows: otherwise the numbers mean nothing.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
 use millstream_client::SqlValue;
@@ -24,13 +25,14 @@ pub async fn converged(stack: &Stack, loaders: &[Loader], limit: Duration) -> Re
     // Nobody writes any more.
     let mut expected: HashMap<Uuid, Vec<Task>> = HashMap::new();
     for loader in loaders {
-        if !expected.contains_key(&loader.project) {
-            let tasks = sqlx::query_as("SELECT id::text, title, done, position FROM tasks WHERE project_id = $1 ORDER BY id")
-                .bind(loader.project)
-                .fetch_all(&mut connection)
-                .await
-                .map_err(Error::postgres("read the tasks"))?;
-            expected.insert(loader.project, tasks);
+        if let Entry::Vacant(project) = expected.entry(loader.project) {
+            let tasks =
+                sqlx::query_as("SELECT id::text, title, done, position FROM tasks WHERE project_id = $1 ORDER BY id")
+                    .bind(loader.project)
+                    .fetch_all(&mut connection)
+                    .await
+                    .map_err(Error::postgres("read the tasks"))?;
+            project.insert(tasks);
         }
     }
     let deadline = Instant::now() + limit;

@@ -66,7 +66,9 @@ pub fn rows(rows: &Rows, output: Output) {
             let objects: Vec<Value> = rows
                 .rows
                 .iter()
-                .map(|row| Value::Object(rows.columns.iter().cloned().zip(row.iter().map(json_value)).collect::<Map<_, _>>()))
+                .map(|row| {
+                    Value::Object(rows.columns.iter().cloned().zip(row.iter().map(json_value)).collect::<Map<_, _>>())
+                })
                 .collect();
             print(&to_json(&objects));
         }
@@ -78,7 +80,7 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
     if output == Output::Json {
         let mut value = serde_json::to_value(status).unwrap_or_default();
         if let Value::Object(object) = &mut value {
-            object.insert("failures".into(), failed.iter().take(most).map(failure_json).collect());
+            object.insert("failures".into(), json!(failed.iter().take(most).collect::<Vec<_>>()));
         }
         return print(&value.to_string());
     }
@@ -91,7 +93,10 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
     line("connection", format!("{}{reason}", word(&status.state)));
     line("user", status.user_id.clone().unwrap_or_else(|| "not known yet".into()));
     line("client", status.client_id.to_string());
-    line("pending", format!("{} transactions, {} of them stored on the broker", status.pending.count, status.pending.accepted));
+    line(
+        "pending",
+        format!("{} transactions, {} of them stored on the broker", status.pending.count, status.pending.accepted),
+    );
     line("failed", format!("{} transactions", status.failed));
     let position = match &status.position {
         Some(position) => format!("{} in the stream, LSN {}, epoch {}", position.seq, position.lsn, position.epoch),
@@ -102,7 +107,11 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
         line("last error", format!("{}: {}", error.code, error.message));
     }
     for failure in failed.iter().take(most) {
-        line("  failure", failure_json(failure).to_string());
+        let code = failure.code.map_or_else(|| "unknown".to_owned(), |code| code.to_string());
+        line(
+            "  failure",
+            format!("transaction {}: {code}: {} ({})", failure.seq, failure.message, word(&failure.state)),
+        );
     }
     print(text.trim_end());
 }
@@ -114,10 +123,6 @@ fn word(value: &impl Serialize) -> String {
         Ok(value) => value.to_string(),
         Err(error) => error.to_string(),
     }
-}
-
-fn failure_json(failure: &FailedWrite) -> Value {
-    json!(failure)
 }
 
 fn to_json(value: &impl Serialize) -> String {

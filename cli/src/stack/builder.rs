@@ -281,7 +281,8 @@ impl Stack {
         match applied {
             None => {
                 let mut transaction = connection.begin().await.map_err(failed("begin"))?;
-                for (action, sql) in [("the application's schema", app_schema), ("the seed", seed.unwrap_or_default())] {
+                for (action, sql) in [("the application's schema", app_schema), ("the seed", seed.unwrap_or_default())]
+                {
                     sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
                         .execute(&mut *transaction)
                         .await

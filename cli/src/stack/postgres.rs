@@ -43,7 +43,8 @@ pub(super) fn user(bin: &Path, data: &Path) -> Option<User> {
     }
     let user = UNPRIVILEGED.iter().find_map(|name| nix::unistd::User::from_name(name).ok().flatten())?;
     let (uid, gid) = (user.uid.as_raw(), user.gid.as_raw());
-    let through_folders = !(may_enter(bin, uid, gid) && data.parent().is_some_and(|parent| may_enter(parent, uid, gid)));
+    let through_folders =
+        !(may_enter(bin, uid, gid) && data.parent().is_some_and(|parent| may_enter(parent, uid, gid)));
     Some(User { uid, gid, through_folders })
 }
 
@@ -105,11 +106,7 @@ pub(super) fn create(
     let template = cache.join(format!("postgres-data-{version}-{owner}"));
     if !template.is_dir() {
         progress("initdb …");
-        create_whole(
-            &template,
-            |dir| initdb(programs, dir),
-            |path, source| Error::Folder { path, source },
-        )?;
+        create_whole(&template, |dir| initdb(programs, dir), |path, source| Error::Folder { path, source })?;
     }
     let password_file = template.join("password");
     let password = fs::read_to_string(&password_file).map_err(Error::folder(&password_file))?;

@@ -120,7 +120,14 @@ pub struct Outbox {
 impl Outbox {
     /// An outbox over a store that holds transactions up to `last` and knows those up to `confirmed` to be settled.
     pub fn new(last: u64, confirmed: u64) -> Self {
-        Outbox { last, confirmed, accepted: confirmed, next: confirmed + 1, confirm_stall: CONFIRM_STALL_MS, ..Self::default() }
+        Outbox {
+            last,
+            confirmed,
+            accepted: confirmed,
+            next: confirmed + 1,
+            confirm_stall: CONFIRM_STALL_MS,
+            ..Self::default()
+        }
     }
 
     /// Sent and not accepted.

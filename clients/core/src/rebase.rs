@@ -62,7 +62,11 @@ mod tests {
         check("null", &[], "null");
         check(r#"{"id":"1","a":"x"}"#, &[], r#"{"id":"1","a":"x"}"#);
         check(r#"{"id":"1","a":"x","b":"y"}"#, &[(Update, r#"{"a":"z"}"#)], r#"{"id":"1","a":"z","b":"y"}"#);
-        check(r#"{"id":"1","a":"x"}"#, &[(Update, r#"{"a":"1"}"#), (Update, r#"{"a":null}"#)], r#"{"id":"1","a":null}"#);
+        check(
+            r#"{"id":"1","a":"x"}"#,
+            &[(Update, r#"{"a":"1"}"#), (Update, r#"{"a":null}"#)],
+            r#"{"id":"1","a":null}"#,
+        );
         check("null", &[(Insert, r#"{"id":"1","a":"x"}"#), (Update, r#"{"a":"y"}"#)], r#"{"id":"1","a":"y"}"#);
         check(r#"{"id":"1","at":"now"}"#, &[(Insert, r#"{"id":"1","a":"x"}"#)], r#"{"id":"1","a":"x","at":"now"}"#);
         check("null", &[(Update, r#"{"a":"x"}"#)], "null");

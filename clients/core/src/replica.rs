@@ -121,10 +121,14 @@ impl Replica {
                 }
             }
             ServerFrame::SnapshotBegin { scopes } => {
-                if self.snapshot.replace(scopes).is_some() {
-                    return Err(ProtocolError("snapshot_begin within a snapshot"));
+                match &mut self.snapshot {
+                    // Another scope was granted before the bracket closed: it closes for all of them.
+                    Some(open) => open.extend(scopes),
+                    None => {
+                        self.snapshot = Some(scopes);
+                        self.work.push(Work::ClearStage);
+                    }
                 }
-                self.work.push(Work::ClearStage);
             }
             ServerFrame::SnapshotRows { changes } => {
                 if self.snapshot.is_none() {
@@ -139,6 +143,8 @@ impl Replica {
             ServerFrame::SnapshotEnd { position } => {
                 let scopes = self.snapshot.take().ok_or(ProtocolError("snapshot_end outside a snapshot"))?;
                 let full = std::mem::take(&mut self.full);
+                // The edge ends a bracket between transactions, and says no `commit` inside it.
+                self.open = None;
                 // A batch of its own: the staging area must not be filled again before this is applied.
                 self.work.push(Work::Apply(Batch { steps: vec![Step::Snapshot { scopes, full }], ..Batch::default() }));
                 self.commit(position);

@@ -71,7 +71,11 @@ fn check(resume: Resume, frames: Vec<ServerFrame>, expected: &[&str]) {
 #[test]
 fn nothing_is_ready_before_the_last_flag() {
     check(Resume::CatchUp, vec![rows(5, 0, false, "a"), confirmed(3)], &[]);
-    check(Resume::CatchUp, vec![rows(5, 0, false, "a"), confirmed(3), rows(5, 1, true, "b")], &["a, confirmed 3, b @5"]);
+    check(
+        Resume::CatchUp,
+        vec![rows(5, 0, false, "a"), confirmed(3), rows(5, 1, true, "b")],
+        &["a, confirmed 3, b @5"],
+    );
 }
 
 #[test]
@@ -89,7 +93,11 @@ fn a_cut_transaction_starts_anew() {
 
 #[test]
 fn ready_transactions_merge() {
-    check(Resume::CatchUp, vec![rows(5, 0, true, "a"), rows(6, 0, true, "b"), confirmed(1), commit(7)], &["a+b, confirmed 1 @7"]);
+    check(
+        Resume::CatchUp,
+        vec![rows(5, 0, true, "a"), rows(6, 0, true, "b"), confirmed(1), commit(7)],
+        &["a+b, confirmed 1 @7"],
+    );
 }
 
 #[test]
@@ -128,4 +136,20 @@ fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
     assert_eq!(replica.handle(accepted.clone(), 1).unwrap(), Some(accepted));
     assert!(replica.handle(ServerFrame::SnapshotRows { changes: vec![] }, 1).is_err());
     assert!(replica.handle(ServerFrame::SnapshotEnd { position: position(1) }, 1).is_err());
+}
+
+#[test]
+fn a_transaction_that_ends_in_another_scope_is_whole_at_the_end_of_the_bracket() {
+    let end = ServerFrame::SnapshotEnd { position: position(9) };
+    let frames = vec![ServerFrame::SnapshotBegin { scopes: vec![scope()] }, rows(5, 0, false, "a"), end];
+    check(Resume::CatchUp, frames, &["clear", "snapshot, a @9"]);
+}
+
+#[test]
+fn a_further_snapshot_joins_the_open_bracket() {
+    let begin = || ServerFrame::SnapshotBegin { scopes: vec![scope()] };
+    let staged = |name: &str| ServerFrame::SnapshotRows { changes: changes(&[name]) };
+    let end = ServerFrame::SnapshotEnd { position: position(9) };
+    let frames = vec![begin(), staged("s"), rows(5, 0, true, "a"), begin(), staged("t"), rows(6, 0, true, "b"), end];
+    check(Resume::CatchUp, frames, &["clear", "stage s+t", "snapshot, a+b @9"]);
 }

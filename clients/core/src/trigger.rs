@@ -149,7 +149,9 @@ pub fn key_expr(table: &TableSchema, prefix: &str) -> String {
 /// SQL that gives the row as a JSON object of text values.
 pub fn row_expr(table: &TableSchema, prefix: &str) -> String {
     let parts: Vec<String> = (0..table.columns.len())
-        .map(|index| format!("{} || json_quote({})", name_literal(table, index, ":"), column_text(table, index, prefix)))
+        .map(|index| {
+            format!("{} || json_quote({})", name_literal(table, index, ":"), column_text(table, index, prefix))
+        })
         .collect();
     format!("'{{' || {} || '}}'", parts.join(" || ',' || "))
 }
@@ -220,7 +222,8 @@ fn insert_trigger(table: &TableSchema) -> String {
             let message = format!("key column \"{}\" of \"{}\" is null", column.name, table.name);
             body += &refuse(&message, &format!("{} IS NULL", new(index)));
         } else if !column.writable {
-            let message = format!("column \"{}\" of \"{}\" is not writable: the server fills it", column.name, table.name);
+            let message =
+                format!("column \"{}\" of \"{}\" is not writable: the server fills it", column.name, table.name);
             body += &refuse(&message, &format!("{} IS NOT NULL", new(index)));
             continue;
         }

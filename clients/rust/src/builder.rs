@@ -176,7 +176,10 @@ impl Builder {
             last_seq: info.last_seq,
             polls: 0,
         };
-        std::thread::Builder::new().name("millstream-writer".into()).spawn(move || writer.run()).map_err(Error::Start)?;
+        std::thread::Builder::new()
+            .name("millstream-writer".into())
+            .spawn(move || writer.run())
+            .map_err(Error::Start)?;
 
         let outbox = ChangesWorker {
             events: change_queue,

@@ -75,7 +75,9 @@ impl Client {
         let job = move |store: &mut Store| {
             let written = store.write(traceparent.as_deref(), |tx| work(&mut Tx { tx }));
             let (result, recorded) = match written {
-                Ok(Written { value, recorded }) => (Ok((value, recorded.as_ref().map(|recorded| recorded.seq))), recorded),
+                Ok(Written { value, recorded }) => {
+                    (Ok((value, recorded.as_ref().map(|recorded| recorded.seq))), recorded)
+                }
                 Err(error) => (Err(error), None),
             };
             let reply = Box::new(move |failed: Option<Error>| {

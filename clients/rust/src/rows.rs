@@ -37,7 +37,9 @@ impl Rows {
     pub fn deserialize<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
         self.rows
             .iter()
-            .map(|values| T::deserialize(Row { columns: &self.columns, values }).map_err(|error| Error::Decode(error.0)))
+            .map(|values| {
+                T::deserialize(Row { columns: &self.columns, values }).map_err(|error| Error::Decode(error.0))
+            })
             .collect()
     }
 }
@@ -176,14 +178,18 @@ impl<'de> MapAccess<'de> for Cells<'_> {
         let place = self.place;
         self.place += 1;
         let value = self.row.values.get(place).ok_or_else(|| RowError("a row is too short".into()))?;
-        seed.deserialize(Cell(value)).map_err(|error| RowError(format!("column \"{}\": {error}", self.row.columns[place])))
+        seed.deserialize(Cell(value))
+            .map_err(|error| RowError(format!("column \"{}\": {error}", self.row.columns[place])))
     }
 }
 
 impl<'de> SeqAccess<'de> for Cells<'_> {
     type Error = RowError;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> std::result::Result<Option<T::Value>, RowError> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> std::result::Result<Option<T::Value>, RowError> {
         let value = self.row.values.get(self.place);
         self.place += 1;
         value.map(|value| seed.deserialize(Cell(value))).transpose()
@@ -292,7 +298,8 @@ mod tests {
     fn rows_become_structs_tuples_and_values() {
         let task = Task { id: uuid::Uuid::nil(), title: "milk".into(), done: true, note: None, weight: 2.0 };
         assert_eq!(rows().deserialize::<Task>().unwrap(), [task]);
-        let pair = Rows { columns: vec!["a".into(), "b".into()], rows: vec![vec![SqlValue::Integer(1), SqlValue::Null]] };
+        let pair =
+            Rows { columns: vec!["a".into(), "b".into()], rows: vec![vec![SqlValue::Integer(1), SqlValue::Null]] };
         assert_eq!(pair.deserialize::<(i64, Option<String>)>().unwrap(), [(1, None)]);
         let count = Rows { columns: vec!["n".into()], rows: vec![vec![SqlValue::Integer(7)]] };
         assert_eq!(count.deserialize::<u32>().unwrap(), [7]);

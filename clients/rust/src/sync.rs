@@ -281,7 +281,8 @@ impl SyncWorker {
         let mut replica = Replica::new(welcome.resume);
         let mut performing: Option<Performing> = None;
         // The edge may want to hear from us sooner than we would ping.
-        let every = PING_INTERVAL.min(Duration::from_millis(welcome.limits.heartbeat_ms / 3).max(Duration::from_secs(1)));
+        let every =
+            PING_INTERVAL.min(Duration::from_millis(welcome.limits.heartbeat_ms / 3).max(Duration::from_secs(1)));
         let mut ping = interval(every);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
@@ -325,7 +326,8 @@ impl SyncWorker {
                 }
             }
             let downloading = replica.in_snapshot();
-            self.status.send_if_modified(|status| std::mem::replace(&mut status.downloading, downloading) != downloading);
+            self.status
+                .send_if_modified(|status| std::mem::replace(&mut status.downloading, downloading) != downloading);
         }
     }
 
@@ -369,7 +371,8 @@ impl SyncWorker {
             ServerFrame::Error(error) => {
                 tracing::warn!(error.code = %error.code, error.message = %error.message, change.seq = error.seq, "the edge refused a submission");
                 self.status.send_modify(|status| {
-                    status.last_error = Some(LastError { code: error.code.to_string(), message: error.message.clone() });
+                    status.last_error =
+                        Some(LastError { code: error.code.to_string(), message: error.message.clone() });
                 });
                 ToChanges::Refused { retry_after_ms: error.retry_after_ms }
             }
@@ -395,7 +398,8 @@ impl SyncWorker {
         let spans = match &self.apply_span {
             None => Vec::new(),
             Some(span) => {
-                let applies = works.iter().filter_map(|work| if let Work::Apply(batch) = work { Some(batch) } else { None });
+                let applies =
+                    works.iter().filter_map(|work| if let Work::Apply(batch) = work { Some(batch) } else { None });
                 applies.flat_map(|batch| &batch.traceparents).map(|parent| span(Some(parent))).collect()
             }
         };
@@ -406,11 +410,9 @@ impl SyncWorker {
 
     async fn applied(&self, applied: Option<Result<Applied>>) -> Result<(), End> {
         match applied {
-            Some(Ok(applied)) => self
-                .changes
-                .send(ToChanges::Confirmed { seq: applied.confirmed_seq })
-                .await
-                .map_err(|_| End::gone()),
+            Some(Ok(applied)) => {
+                self.changes.send(ToChanges::Confirmed { seq: applied.confirmed_seq }).await.map_err(|_| End::gone())
+            }
             // Nothing of the batch was applied, nor its position taken: the next session starts before it.
             Some(Err(error)) => {
                 let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
@@ -439,8 +441,7 @@ async fn connect(edge: &str) -> Result<Socket, tungstenite::Error> {
         // Fails if the app chose a provider already: then that one is used.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
-    let config =
-        WebSocketConfig::default().max_message_size(Some(MAX_READ_BYTES)).max_frame_size(Some(MAX_READ_BYTES));
+    let config = WebSocketConfig::default().max_message_size(Some(MAX_READ_BYTES)).max_frame_size(Some(MAX_READ_BYTES));
     // Without Nagle's algorithm: a frame must not wait for the acknowledgement of the one before.
     connect_async_tls_with_config(edge, Some(config), true, None).await.map(|(socket, _)| socket)
 }
@@ -459,7 +460,8 @@ async fn flush(socket: &mut Socket, messages: impl IntoIterator<Item = Message>)
 }
 
 fn decode(text: &str) -> Result<ServerFrame, End> {
-    serde_json::from_str(text).map_err(|error| End::new(Then::Again, "protocol", format!("a frame does not read: {error}")))
+    serde_json::from_str(text)
+        .map_err(|error| End::new(Then::Again, "protocol", format!("a frame does not read: {error}")))
 }
 
 fn closed_by(frame: Option<tungstenite::protocol::CloseFrame>) -> End {

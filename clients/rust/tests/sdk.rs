@@ -137,7 +137,9 @@ async fn a_rejection_reaches_its_author_and_the_row_is_back() {
     insert(&client, "1", "good").await.confirmed().await.unwrap();
     let write = client.execute("UPDATE tasks SET title = 'bad'", ()).await.unwrap();
     let error = write.confirmed().await.unwrap_err();
-    assert!(matches!(&error, Error::Rejected { seq: 2, code: Code::PermissionDenied, message, .. } if message == "bad title"));
+    assert!(
+        matches!(&error, Error::Rejected { seq: 2, code: Code::PermissionDenied, message, .. } if message == "bad title")
+    );
     assert_eq!((error.code(), error.is_retryable()), ("permission_denied", false));
     assert_eq!(titles(&client).await, [("1".into(), Some("good".into()))]);
     insert(&client, "2", "later").await.confirmed().await.unwrap();
@@ -232,7 +234,10 @@ async fn a_restored_server_and_a_new_epoch_lose_nothing() {
     }
     client.drop_connection();
     let mut status = client.status();
-    tokio::time::timeout(PATIENCE, status.wait_for(|s| s.reconnects == 1 && s.state == State::Connected)).await.unwrap().unwrap();
+    tokio::time::timeout(PATIENCE, status.wait_for(|s| s.reconnects == 1 && s.state == State::Connected))
+        .await
+        .unwrap()
+        .unwrap();
     client.flush(PATIENCE).await.unwrap();
     assert_eq!(edge.state().tasks.len(), 10);
     assert_equal(&client, &edge).await;
@@ -289,9 +294,8 @@ async fn refusals_and_traces() {
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let applied = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&applied);
-    let builder = builder(&directory, "a", &edge)
-        .traceparent_fn(move || Some(parent.to_owned()))
-        .apply_span_fn(move |found| {
+    let builder =
+        builder(&directory, "a", &edge).traceparent_fn(move || Some(parent.to_owned())).apply_span_fn(move |found| {
             assert_eq!(found, Some(parent));
             count.fetch_add(1, Ordering::Relaxed);
             tracing::Span::none()

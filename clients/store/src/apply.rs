@@ -33,9 +33,15 @@ pub struct Applied {
 }
 
 impl Store {
-    /// Does what a session's staging found ready, in order. Each [`Work::Apply`] is one local transaction.
+    /// Does what a session's staging found ready, in order. Each [`Work::Apply`] is one local transaction, whole or not
+    /// at all; it is durable with the app's next write at the latest.
     pub fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
-        let mut all = Applied { confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?, ..Applied::default() };
+        self.relaxed(|store| store.perform_all(works))
+    }
+
+    fn perform_all(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
+        let mut all =
+            Applied { confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?, ..Applied::default() };
         for work in works {
             match work {
                 Work::ClearStage => self.clear_stage()?,
@@ -157,7 +163,9 @@ impl<'a> Applier<'a> {
                 }
             }
             for (place, (&column, value)) in columns.iter().zip(row).enumerate() {
-                statement.raw_bind_parameter(place + 1, Wire::new(table.kinds[column], value)).during("binding a row")?;
+                statement
+                    .raw_bind_parameter(place + 1, Wire::new(table.kinds[column], value))
+                    .during("binding a row")?;
             }
             statement.raw_execute().during("writing a row")?;
         }
@@ -205,10 +213,16 @@ impl<'a> Applier<'a> {
     fn confirm(&mut self, confirmed: &Confirmed, failures: &mut Vec<Failure>) -> Result<(), StoreError> {
         const OPEN: &str = "state IN ('pending', 'sending', 'accepted')";
         let connection = &self.store.connection;
-        let seq = confirmed.seq as i64;
+        // Open entries are above what was settled before; so only those are read, not the whole history.
+        let (before, seq) = (self.store.confirmed_seq().during("reading confirmed_seq")? as i64, confirmed.seq as i64);
+        if seq <= before {
+            return Ok(());
+        }
         let settled: Vec<(String, String)> = connection
-            .prepare_cached(&format!("SELECT DISTINCT tbl, key FROM local_changes WHERE tx <= ?1 AND {OPEN}"))
-            .and_then(|mut statement| statement.query_map([seq], |row| Ok((row.get(0)?, row.get(1)?)))?.collect())
+            .prepare_cached(&format!(
+                "SELECT tbl, key FROM local_changes INDEXED BY local_changes_by_tx WHERE tx > ?1 AND tx <= ?2 AND {OPEN}"
+            ))
+            .and_then(|mut statement| statement.query_map([before, seq], |row| Ok((row.get(0)?, row.get(1)?)))?.collect())
             .during("reading settled changes")?;
         self.dirty.extend(settled);
         for failure in &confirmed.failed {
@@ -243,14 +257,12 @@ impl<'a> Applier<'a> {
         }
         connection
             .prepare_cached(&format!(
-                "UPDATE local_changes SET state = 'confirmed', next_attempt = NULL, last_error_code = NULL, last_error = NULL WHERE tx <= ?1 AND {OPEN}"
+                "UPDATE local_changes INDEXED BY local_changes_by_tx SET state = 'confirmed', next_attempt = NULL, last_error_code = NULL, \
+                 last_error = NULL WHERE tx > ?1 AND tx <= ?2 AND {OPEN}"
             ))
-            .and_then(|mut statement| statement.execute([seq]))
+            .and_then(|mut statement| statement.execute([before, seq]))
             .during("settling changes")?;
-        if confirmed.seq > self.store.confirmed_seq().during("reading confirmed_seq")? {
-            self.store.set_meta("confirmed_seq", seq)?;
-        }
-        Ok(())
+        self.store.set_meta("confirmed_seq", seq)
     }
 
     /// Makes the visible form of dirty rows anew; rows without changes under way need no base any more.
@@ -307,12 +319,16 @@ impl<'a> Applier<'a> {
                         Some(part) => &key[part],
                         None => row.get(&column.name).unwrap_or(&None),
                     };
-                    statement.raw_bind_parameter(index + 1, Wire::new(table.kinds[index], value)).during("binding a row")?;
+                    statement
+                        .raw_bind_parameter(index + 1, Wire::new(table.kinds[index], value))
+                        .during("binding a row")?;
                 }
             }
             None => {
                 for (place, (&index, value)) in table.table.key.iter().zip(&key).enumerate() {
-                    statement.raw_bind_parameter(place + 1, Wire::new(table.kinds[index], value)).during("binding a key")?;
+                    statement
+                        .raw_bind_parameter(place + 1, Wire::new(table.kinds[index], value))
+                        .during("binding a key")?;
                 }
             }
         }
@@ -373,7 +389,8 @@ impl<'a> Applier<'a> {
 
     fn visible(&self, table: &TableSql, key: &str) -> Result<Option<Image>, StoreError> {
         let key: Vec<Value> = parse(key, "key")?;
-        let mut statement = self.store.connection.prepare_cached(&table.select_row).during("preparing to read a row")?;
+        let mut statement =
+            self.store.connection.prepare_cached(&table.select_row).during("preparing to read a row")?;
         for (place, (&index, value)) in table.table.key.iter().zip(&key).enumerate() {
             statement.raw_bind_parameter(place + 1, Wire::new(table.kinds[index], value)).during("binding a key")?;
         }

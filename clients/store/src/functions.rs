@@ -87,7 +87,9 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
     let flags = FunctionFlags::SQLITE_UTF8 | FunctionFlags::SQLITE_INNOCUOUS;
     let operation = "registering SQL functions";
     let s = Arc::clone(session);
-    connection.create_scalar_function("millstream_uuid", 0, flags, move |_| Ok(s.uuid().to_string())).during(operation)?;
+    connection
+        .create_scalar_function("millstream_uuid", 0, flags, move |_| Ok(s.uuid().to_string()))
+        .during(operation)?;
     if !writer {
         return Ok(());
     }
@@ -99,7 +101,9 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
         })
         .during(operation)?;
     let s = Arc::clone(session);
-    connection.create_scalar_function("millstream_now", 0, flags, move |_| Ok(s.next_stamp() as i64)).during(operation)?;
+    connection
+        .create_scalar_function("millstream_now", 0, flags, move |_| Ok(s.next_stamp() as i64))
+        .during(operation)?;
     let s = Arc::clone(session);
     connection
         .create_scalar_function("millstream_traceparent", 0, flags, move |_| {

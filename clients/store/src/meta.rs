@@ -38,7 +38,10 @@ impl Store {
             // OR IGNORE: two processes may open a new store at the same time.
             for (key, value) in [("client_id", client_id), ("instance", instance)] {
                 self.connection
-                    .execute("INSERT OR IGNORE INTO millstream_meta (key, value) VALUES (?1, ?2)", params![key, value.to_string()])
+                    .execute(
+                        "INSERT OR IGNORE INTO millstream_meta (key, value) VALUES (?1, ?2)",
+                        params![key, value.to_string()],
+                    )
                     .during("storing the identity")?;
             }
         }

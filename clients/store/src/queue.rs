@@ -116,7 +116,8 @@ struct Raw {
 }
 
 struct Columns(Box<[String; 5]>, i64, QueueEntryRest);
-type QueueEntryRest = (i64, Option<String>, String, i64, Option<i64>, Option<String>, Option<String>, i64, Option<String>);
+type QueueEntryRest =
+    (i64, Option<String>, String, i64, Option<i64>, Option<String>, Option<String>, i64, Option<String>);
 
 fn columns(row: &Row<'_>) -> rusqlite::Result<Columns> {
     Ok(Columns(
@@ -157,9 +158,10 @@ impl Store {
     /// Unsettled transactions after `after` by rising number, with the time they were recorded; at most `limit`.
     pub(crate) fn submits(&self, after: u64, limit: usize) -> Result<Vec<(Submit, u64)>, StoreError> {
         let raws = self.select(
-            "WHERE tx > ?1 AND state IN ('pending', 'sending', 'accepted') AND tx <= (SELECT max(tx) FROM \
-             (SELECT DISTINCT tx FROM local_changes WHERE tx > ?1 AND state IN ('pending', 'sending', 'accepted') ORDER BY tx LIMIT ?2)) \
-             ORDER BY tx, id",
+            // By number, not by state: the index of open entries would be read whole.
+            "INDEXED BY local_changes_by_tx WHERE tx > ?1 AND state IN ('pending', 'sending', 'accepted') AND tx <= (SELECT max(tx) FROM \
+             (SELECT DISTINCT tx FROM local_changes INDEXED BY local_changes_by_tx \
+             WHERE tx > ?1 AND state IN ('pending', 'sending', 'accepted') ORDER BY tx LIMIT ?2)) ORDER BY tx, id",
             params![after as i64, limit as i64],
         )?;
         let mut submits: Vec<(Submit, u64)> = Vec::new();
@@ -213,7 +215,9 @@ impl Store {
         let now = self.session.now() as i64;
         let due: Vec<i64> = self
             .connection
-            .prepare_cached("SELECT DISTINCT tx FROM local_changes WHERE state = 'retry_wait' AND next_attempt <= ?1 ORDER BY tx")
+            .prepare_cached(
+                "SELECT DISTINCT tx FROM local_changes WHERE state = 'retry_wait' AND next_attempt <= ?1 ORDER BY tx",
+            )
             .and_then(|mut statement| statement.query_map([now], |row| row.get(0))?.collect())
             .during("reading due retries")?;
         if due.is_empty() {
@@ -263,7 +267,9 @@ impl Store {
     fn failed_keys(&self, seq: u64) -> Result<Vec<(String, String)>, StoreError> {
         let keys: Vec<(String, String)> = self
             .connection
-            .prepare_cached("SELECT DISTINCT tbl, key FROM local_changes WHERE tx = ?1 AND state IN ('retry_wait', 'error')")
+            .prepare_cached(
+                "SELECT DISTINCT tbl, key FROM local_changes WHERE tx = ?1 AND state IN ('retry_wait', 'error')",
+            )
             .and_then(|mut statement| {
                 statement.query_map([seq as i64], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
             })
@@ -287,9 +293,11 @@ impl Store {
     /// Writes the marks that no batch has written.
     pub fn flush_marks(&mut self) -> Result<(), StoreError> {
         let Some((sent, accepted)) = self.marks.take() else { return Ok(()) };
-        self.transact(|store| {
-            let confirmed = store.confirmed_seq().during("reading confirmed_seq")?;
-            store.write_marks(sent, accepted, confirmed)
+        self.relaxed(|store| {
+            store.transact(|store| {
+                let confirmed = store.confirmed_seq().during("reading confirmed_seq")?;
+                store.write_marks(sent, accepted, confirmed)
+            })
         })
     }
 
@@ -299,7 +307,7 @@ impl Store {
         }
         for (through, state, from) in [(accepted, "accepted", "'pending', 'sending'"), (sent, "sending", "'pending'")] {
             let sql = format!(
-                "UPDATE local_changes SET state = '{state}' WHERE tx > ?1 AND tx <= ?2 AND state IN ({from})"
+                "UPDATE local_changes INDEXED BY local_changes_by_tx SET state = '{state}' WHERE tx > ?1 AND tx <= ?2 AND state IN ({from})"
             );
             self.connection
                 .prepare_cached(&sql)
@@ -319,9 +327,7 @@ impl Store {
                 .connection
                 .prepare_cached("SELECT tx, tbl, key FROM local_changes WHERE tx > ?1 ORDER BY tx, id")
                 .and_then(|mut statement| {
-                    statement
-                        .query_map([last_seq as i64], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
-                        .collect()
+                    statement.query_map([last_seq as i64], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
                 })
                 .during("reading what the server lost")?;
             let mut applier = Applier::new(store)?;
@@ -333,7 +339,9 @@ impl Store {
             for (new, old) in (last_seq as i64 + 1..).zip(numbers.into_keys()) {
                 store
                     .connection
-                    .prepare_cached("UPDATE local_changes SET tx = ?2, state = 'pending', next_attempt = NULL WHERE tx = ?1")
+                    .prepare_cached(
+                        "UPDATE local_changes SET tx = ?2, state = 'pending', next_attempt = NULL WHERE tx = ?1",
+                    )
                     .and_then(|mut statement| statement.execute([old, new]))
                     .during("queueing again")?;
             }

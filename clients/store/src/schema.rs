@@ -48,9 +48,13 @@ impl TableSql {
         let all: Vec<usize> = (0..sql.table.columns.len()).collect();
         sql.upsert = sql.upsert_columns(&all);
         let name = quote(&sql.table.name);
-        let changed: Vec<String> = sql.others(&all).map(|column| format!("{name}.{column} IS NOT excluded.{column}")).collect();
-        sql.upsert_changed =
-            if changed.is_empty() { sql.upsert.clone() } else { format!("{} WHERE {}", sql.upsert, changed.join(" OR ")) };
+        let changed: Vec<String> =
+            sql.others(&all).map(|column| format!("{name}.{column} IS NOT excluded.{column}")).collect();
+        sql.upsert_changed = if changed.is_empty() {
+            sql.upsert.clone()
+        } else {
+            format!("{} WHERE {}", sql.upsert, changed.join(" OR "))
+        };
         sql
     }
 
@@ -60,7 +64,10 @@ impl TableSql {
 
     /// The columns among `columns` that are not part of the key, quoted.
     fn others<'a>(&'a self, columns: &'a [usize]) -> impl Iterator<Item = String> + 'a {
-        columns.iter().filter(|index| !self.table.key.contains(index)).map(|&index| quote(&self.table.columns[index].name))
+        columns
+            .iter()
+            .filter(|index| !self.table.key.contains(index))
+            .map(|&index| quote(&self.table.columns[index].name))
     }
 
     /// SQL that inserts rows of these columns, or sets them where the key exists. Parameters in the order of `columns`.
@@ -119,7 +126,8 @@ impl TableSql {
 }
 
 fn by_key(key: &[String], first: usize) -> String {
-    let parts: Vec<String> = key.iter().enumerate().map(|(place, name)| format!("{name} = ?{}", place + first)).collect();
+    let parts: Vec<String> =
+        key.iter().enumerate().map(|(place, name)| format!("{name} = ?{}", place + first)).collect();
     parts.join(" AND ")
 }
 
@@ -127,11 +135,9 @@ impl Store {
     pub(crate) fn index_tables(&mut self) {
         self.tables = match &self.schema {
             None => Default::default(),
-            Some(schema) => schema
-                .tables
-                .iter()
-                .map(|table| (table.name.clone(), Arc::new(TableSql::new(table.clone()))))
-                .collect(),
+            Some(schema) => {
+                schema.tables.iter().map(|table| (table.name.clone(), Arc::new(TableSql::new(table.clone())))).collect()
+            }
         };
     }
 

@@ -204,7 +204,9 @@ impl Applier<'_> {
     fn holds(&self, scope: &Scope, replaced: i64) -> Result<bool, StoreError> {
         self.store
             .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM millstream_scopes WHERE kind = ?1 AND id = ?2 AND replaced = ?3)")
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM millstream_scopes WHERE kind = ?1 AND id = ?2 AND replaced = ?3)",
+            )
             .and_then(|mut statement| statement.query_row(params![scope.kind, scope.id, replaced], |row| row.get(0)))
             .during("looking for a scope")
     }

@@ -67,7 +67,10 @@ impl Tx<'_> {
     }
 
     /// Runs a part that can fail on its own: its writes and queue entries go when it does.
-    pub fn savepoint<T, E: From<StoreError>>(&mut self, part: impl FnOnce(&mut Tx<'_>) -> Result<T, E>) -> Result<T, E> {
+    pub fn savepoint<T, E: From<StoreError>>(
+        &mut self,
+        part: impl FnOnce(&mut Tx<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
         let name = format!("millstream_{}", self.depth);
         let run = |sql: String| self.store.connection.execute_batch(&sql).map_err(StoreError::statement);
         run(format!("SAVEPOINT {name}"))?;
@@ -192,6 +195,24 @@ impl Store {
                 self.run_cached(commit, "rolling back")?;
             }
         }
+        result
+    }
+
+    /// Runs `work` with commits that do not wait for the disk. For what the server can send again: if a power cut takes
+    /// such a commit, the store is at an earlier position, and catches up from there. The log is written in order, so
+    /// the next write of the app makes everything before it durable too.
+    pub(crate) fn relaxed<T>(
+        &mut self,
+        work: impl FnOnce(&mut Store) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        // Not cached: SQLite obeys this PRAGMA while it compiles it.
+        let set = |store: &Store, level: &str| {
+            store.connection.execute_batch(&format!("PRAGMA synchronous = {level}")).during("setting synchronous")
+        };
+        set(self, "NORMAL")?;
+        let result = work(self);
+        // Without this the app's next write would not be durable: so this failing fails all.
+        set(self, "FULL")?;
         result
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use millstream_client_core::replica::{Batch, Step};
+use millstream_client_core::replica::{Batch, Step, Work};
 use millstream_client_store::{EntryState, Host, Reader, Store, StoreError, Verdict};
 use millstream_schemas::frame::{Confirmed, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
 use millstream_schemas::stream::Failure;
@@ -95,15 +95,15 @@ impl Fixture {
     }
 
     fn write(&mut self, statements: &[&str]) -> Result<Option<u64>, StoreError> {
-        let written = self.store.write(None, |tx| {
-            statements.iter().try_for_each(|sql| tx.execute(sql, &[]).map(|_| ()))
-        })?;
+        let written =
+            self.store.write(None, |tx| statements.iter().try_for_each(|sql| tx.execute(sql, &[]).map(|_| ())))?;
         Ok(written.recorded.map(|recorded| recorded.seq))
     }
 
     fn apply(&mut self, steps: Vec<Step>) -> millstream_client_store::Applied {
         let position = Position { epoch: Uuid::nil(), seq: 1, lsn: Lsn(1) };
-        self.store.apply(&Batch { steps, position: Some(position), ..Batch::default() }).unwrap()
+        let batch = Batch { steps, position: Some(position), ..Batch::default() };
+        self.store.perform(&[Work::Apply(batch)]).unwrap()
     }
 
     fn read(&self, sql: &str) -> String {
@@ -135,7 +135,15 @@ impl Fixture {
 
 fn task(id: &str, project: &str, title: &str, done: bool) -> Row {
     let text = |text: &str| Some(text.to_owned());
-    vec![text(id), text(project), text(title), text(if done { "t" } else { "f" }), text("1.5"), None, text("2026-01-01 00:00:00+00")]
+    vec![
+        text(id),
+        text(project),
+        text(title),
+        text(if done { "t" } else { "f" }),
+        text("1.5"),
+        None,
+        text("2026-01-01 00:00:00+00"),
+    ]
 }
 
 fn changes(table: &str, op: TableOp, rows: Vec<Row>) -> TableChanges {
@@ -212,7 +220,10 @@ fn refusals_name_the_column_and_leave_nothing() {
     for (sql, part) in [
         ("UPDATE tasks SET id = 'z'", "key column \"id\""),
         ("UPDATE tasks SET created_at = 'now'", "column \"created_at\" of \"tasks\" is not writable"),
-        ("INSERT INTO tasks (id, created_at) VALUES ('c', 'now')", "column \"created_at\" of \"tasks\" is not writable"),
+        (
+            "INSERT INTO tasks (id, created_at) VALUES ('c', 'now')",
+            "column \"created_at\" of \"tasks\" is not writable",
+        ),
         ("INSERT OR IGNORE INTO tasks (id, created_at) VALUES ('c', 'now')", "is not writable"),
         ("INSERT INTO tasks (title) VALUES ('no key')", "key column \"id\" of \"tasks\" is null"),
     ] {
@@ -227,10 +238,17 @@ fn refusals_name_the_column_and_leave_nothing() {
 #[test]
 fn the_store_s_own_tables_and_the_transaction_are_out_of_bounds() {
     let mut f = fixture();
-    for sql in ["DELETE FROM local_changes", "UPDATE millstream_meta SET value = 1", "COMMIT", "ROLLBACK", "DROP TRIGGER millstream_insert_tasks"] {
+    for sql in [
+        "DELETE FROM local_changes",
+        "UPDATE millstream_meta SET value = 1",
+        "COMMIT",
+        "ROLLBACK",
+        "DROP TRIGGER millstream_insert_tasks",
+    ] {
         assert!(matches!(f.write(&[sql]), Err(StoreError::Statement(_))), "{sql}");
     }
-    f.write(&["CREATE TABLE notes (id INTEGER PRIMARY KEY, text)", "INSERT INTO notes (text) VALUES ('mine')"]).unwrap();
+    f.write(&["CREATE TABLE notes (id INTEGER PRIMARY KEY, text)", "INSERT INTO notes (text) VALUES ('mine')"])
+        .unwrap();
     assert_eq!(f.read("SELECT text FROM notes"), "mine");
     assert_eq!(f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap(), Some(1));
 }
@@ -273,7 +291,10 @@ fn numbers_have_no_gaps_whatever_is_rolled_back() {
         tx.savepoint(|tx| tx.execute("INSERT INTO tasks (id) VALUES ('g')", &[]))
     });
     assert_eq!(written.unwrap().recorded.unwrap().seq, 2);
-    assert!(matches!(f.write(&["INSERT INTO tasks (id) VALUES ('h')", "INSERT OR ROLLBACK INTO tasks (id) VALUES ('a')"]), Err(StoreError::Statement(_))));
+    assert!(matches!(
+        f.write(&["INSERT INTO tasks (id) VALUES ('h')", "INSERT OR ROLLBACK INTO tasks (id) VALUES ('a')"]),
+        Err(StoreError::Statement(_))
+    ));
     assert_eq!(f.write(&["INSERT INTO tasks (id) VALUES ('i')"]).unwrap(), Some(3));
     assert_eq!(f.read("SELECT tx, key FROM local_changes ORDER BY id"), "1|[\"a\"]\n2|[\"d\"]\n2|[\"g\"]\n3|[\"i\"]");
     // Numbers go on after settled entries are pruned.
@@ -363,7 +384,8 @@ fn a_row_that_moves_between_scopes_within_a_transaction_stays() {
 fn truncate_keeps_pending_inserts() {
     let mut f = fixture();
     f.apply(vec![upsert(vec![task("a", "p", "server", false), task("b", "p", "server", false)])]);
-    f.write(&["UPDATE tasks SET title = 'mine' WHERE id = 'a'", "INSERT INTO tasks (id, title) VALUES ('c', 'new')"]).unwrap();
+    f.write(&["UPDATE tasks SET title = 'mine' WHERE id = 'a'", "INSERT INTO tasks (id, title) VALUES ('c', 'new')"])
+        .unwrap();
     f.apply(vec![Step::Rows(vec![changes("tasks", TableOp::Truncate, vec![])])]);
     assert_eq!(f.tasks(), "c|new|-");
 }
@@ -381,7 +403,10 @@ fn a_rejection_brings_the_confirmed_row_back_and_is_listed() {
     assert_eq!(f.tasks(), "a|server|1", "the later, independent change stays visible");
     let listed = f.store.failed().unwrap();
     assert_eq!(listed.len(), 1);
-    assert_eq!((listed[0].change_id, listed[0].code, listed[0].state), (change_id, Some(Code::PermissionDenied), EntryState::Error));
+    assert_eq!(
+        (listed[0].change_id, listed[0].code, listed[0].state),
+        (change_id, Some(Code::PermissionDenied), EntryState::Error)
+    );
     assert_eq!((listed[0].message.as_str(), listed[0].changes.len(), listed[0].attempts), ("not yours", 2, 1));
     // Told again at the next connection: nothing new.
     let again = f.apply(vec![Step::Confirmed(Confirmed { seq: 1, failed: vec![failure] })]);
@@ -422,7 +447,6 @@ fn business_rules_are_tried_again_up_to_the_limit() {
 }
 
 fn stage(f: &mut Fixture, rows: Vec<Row>) {
-    use millstream_client_core::replica::Work;
     f.store.perform(&[Work::ClearStage, Work::Stage(vec![changes("tasks", TableOp::Upsert, rows)])]).unwrap();
 }
 
@@ -430,10 +454,22 @@ fn stage(f: &mut Fixture, rows: Vec<Row>) {
 fn a_snapshot_replaces_by_difference_and_keeps_what_is_pending() {
     let mut f = fixture();
     let (p, q) = (Scope::new("project", "p"), Scope::new("project", "q"));
-    stage(&mut f, vec![task("a", "p", "a", false), task("b", "p", "b", false), task("c", "p", "c", false), task("x", "q", "x", false)]);
+    stage(
+        &mut f,
+        vec![
+            task("a", "p", "a", false),
+            task("b", "p", "b", false),
+            task("c", "p", "c", false),
+            task("x", "q", "x", false),
+        ],
+    );
     f.apply(vec![Step::Snapshot { scopes: vec![p.clone(), q.clone()], full: true }]);
     assert_eq!(f.store.info().unwrap().scopes, [p.clone(), q.clone()]);
-    f.write(&["UPDATE tasks SET title = 'mine' WHERE id IN ('b', 'c')", "INSERT INTO tasks (id, project_id, title) VALUES ('n', 'p', 'new')"]).unwrap();
+    f.write(&[
+        "UPDATE tasks SET title = 'mine' WHERE id IN ('b', 'c')",
+        "INSERT INTO tasks (id, project_id, title) VALUES ('n', 'p', 'new')",
+    ])
+    .unwrap();
     f.store.take_written();
 
     // b is gone on the server, c changed there, d is new; q is not part of it.
@@ -453,8 +489,8 @@ fn a_snapshot_replaces_by_difference_and_keeps_what_is_pending() {
 #[test]
 fn a_lost_scope_takes_its_rows_unless_another_holds_them() {
     let mut f = fixture();
-    let member = |project: &str, user: &str| vec![Some(project.to_owned()), Some(user.to_owned()), Some("member".into())];
-    use millstream_client_core::replica::Work;
+    let member =
+        |project: &str, user: &str| vec![Some(project.to_owned()), Some(user.to_owned()), Some("member".into())];
     let rows = vec![
         changes("tasks", TableOp::Upsert, vec![task("a", "p", "a", false), task("x", "q", "x", false)]),
         changes("members", TableOp::Upsert, vec![member("p", "ann"), member("p", "me"), member("q", "me")]),
@@ -465,7 +501,11 @@ fn a_lost_scope_takes_its_rows_unless_another_holds_them() {
     f.write(&["UPDATE tasks SET title = 'mine'"]).unwrap();
     f.apply(vec![Step::ScopeRemoved(Scope::new("project", "p"))]);
     assert_eq!(f.tasks(), "x|mine|0");
-    assert_eq!(f.read("SELECT project_id, user_id FROM members ORDER BY 1, 2"), "p|me\nq|me", "my own membership is in my scope");
+    assert_eq!(
+        f.read("SELECT project_id, user_id FROM members ORDER BY 1, 2"),
+        "p|me\nq|me",
+        "my own membership is in my scope"
+    );
     f.apply(vec![failed(1, Code::PermissionDenied)]);
     assert_eq!(f.tasks(), "x|x|0");
 }
@@ -514,13 +554,21 @@ fn a_new_schema_keeps_rows_and_queue() {
     newer.tables[0].columns.remove(5);
     newer.tables[0].columns.push(column("due", "date", true));
     newer.tables.remove(1);
-    newer.tables.push(TableSchema { name: "labels".into(), columns: vec![column("id", "bigint", true)], key: vec![0], scopes: vec![] });
+    newer.tables.push(TableSchema {
+        name: "labels".into(),
+        columns: vec![column("id", "bigint", true)],
+        key: vec![0],
+        scopes: vec![],
+    });
     assert!(!f.store.install(&newer).unwrap(), "no resync for it");
     assert!(!f.store.install(&newer).unwrap());
     let mut f = f.reopen();
     f.write(&["UPDATE tasks SET due = '2026-12-24'", "INSERT INTO labels VALUES (7)"]).unwrap();
     assert_eq!(f.read("SELECT title, due FROM tasks"), "mine|2026-12-24");
-    assert_eq!(f.read("SELECT columns, vals FROM local_changes WHERE tx = 2 ORDER BY id"), "[\"due\"]|[\"2026-12-24\"]\n[\"id\"]|[\"7\"]");
+    assert_eq!(
+        f.read("SELECT columns, vals FROM local_changes WHERE tx = 2 ORDER BY id"),
+        "[\"due\"]|[\"2026-12-24\"]\n[\"id\"]|[\"7\"]"
+    );
     let mut row = task("a", "p", "server", false);
     row.remove(5);
     row.push(Some("2027-01-01".into()));
@@ -537,7 +585,9 @@ fn a_new_schema_keeps_rows_and_queue() {
 fn limits_are_refused_at_write_time() {
     let mut f = fixture();
     let many = |count: usize| {
-        format!("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) INSERT INTO tasks (id) SELECT i FROM n")
+        format!(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) INSERT INTO tasks (id) SELECT i FROM n"
+        )
     };
     match f.write(&[&many(MAX_TRANSACTION_CHANGES + 1)]) {
         Err(StoreError::TooManyChanges { found }) => assert_eq!(found, MAX_TRANSACTION_CHANGES + 1),
@@ -548,6 +598,18 @@ fn limits_are_refused_at_write_time() {
     assert!(matches!(error, StoreError::TooManyBytes { .. }) && error.to_string().contains("524288"), "{error}");
     assert_eq!((f.tasks(), f.changes()), (String::new(), String::new()));
     assert_eq!(f.write(&[&many(MAX_TRANSACTION_CHANGES)]).unwrap(), Some(1));
+}
+
+#[test]
+fn the_app_s_writes_wait_for_the_disk() {
+    let mut f = fixture();
+    let mode = f.store.write(None, |tx| tx.query("PRAGMA synchronous", &[])).unwrap().value.rows[0][0].clone();
+    assert_eq!(mode, Value::Integer(2));
+    // Applying may not, and must put it back even when it fails.
+    let bad = Batch { steps: vec![upsert(vec![vec![None]])], ..Batch::default() };
+    assert!(f.store.perform(&[Work::Apply(bad)]).is_err());
+    let mode = f.store.write(None, |tx| tx.query("PRAGMA synchronous", &[])).unwrap().value.rows[0][0].clone();
+    assert_eq!(mode, Value::Integer(2));
 }
 
 #[test]
@@ -585,7 +647,10 @@ fn stamps_follow_what_was_seen() {
     f.store.apply(&Batch { steps, position: Some(position), at: 5_000_000, ..Batch::default() }).unwrap();
     let mut f = f.reopen();
     f.write(&["UPDATE tasks SET title = 'mine'"]).unwrap();
-    assert!(f.store.pending(0, 1).unwrap()[0].changes[0].stamp > 5_000_000, "a later edit has a later stamp on a slow clock");
+    assert!(
+        f.store.pending(0, 1).unwrap()[0].changes[0].stamp > 5_000_000,
+        "a later edit has a later stamp on a slow clock"
+    );
 }
 
 #[test]
@@ -595,7 +660,10 @@ fn an_unknown_table_or_a_misshapen_row_applies_nothing() {
     for bad in [
         Step::Rows(vec![changes("nope", TableOp::Upsert, vec![])]),
         upsert(vec![vec![None]]),
-        Step::Rows(vec![TableChanges { columns: Some(vec!["nope".into()]), ..changes("tasks", TableOp::Upsert, vec![]) }]),
+        Step::Rows(vec![TableChanges {
+            columns: Some(vec!["nope".into()]),
+            ..changes("tasks", TableOp::Upsert, vec![])
+        }]),
     ] {
         let batch = Batch { steps: vec![good.clone(), bad, confirmed(1)], ..Batch::default() };
         assert!(f.store.apply(&batch).is_err());
@@ -609,7 +677,8 @@ fn an_unknown_table_or_a_misshapen_row_applies_nothing() {
 fn measure() {
     let mut f = fixture();
     let rows = 100_000usize;
-    let all: Vec<Row> = (0..rows).map(|n| task(&format!("{n:08}"), "p", "some title of usual length", n % 2 == 0)).collect();
+    let all: Vec<Row> =
+        (0..rows).map(|n| task(&format!("{n:08}"), "p", "some title of usual length", n % 2 == 0)).collect();
     for (what, op) in [("insert", TableOp::Upsert), ("replace", TableOp::Upsert)] {
         let start = std::time::Instant::now();
         for page in all.chunks(10_000) {

@@ -131,8 +131,7 @@ impl Config {
     /// See [`ConfigError`].
     pub fn read(path: impl AsRef<Path>) -> Result<Config, ConfigError> {
         let path = path.as_ref().to_path_buf();
-        let text =
-            std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
         Config::parse(&text, path)
     }
 
@@ -166,12 +165,18 @@ impl Config {
                 return Err(format!("[tables.{name}]: `scope` is empty, so nobody could read it"));
             }
             for scope in table.scope.as_slice() {
-                let known = scope.kind == USER_KIND || scope.kind == GLOBAL_KIND || self.scopes.contains_key(&scope.kind);
+                let known =
+                    scope.kind == USER_KIND || scope.kind == GLOBAL_KIND || self.scopes.contains_key(&scope.kind);
                 if !known {
-                    return Err(format!("[tables.{name}]: scope kind `{0}` is not declared; add [scopes.{0}]", scope.kind));
+                    return Err(format!(
+                        "[tables.{name}]: scope kind `{0}` is not declared; add [scopes.{0}]",
+                        scope.kind
+                    ));
                 }
                 if (scope.kind == GLOBAL_KIND) != scope.column.is_none() {
-                    return Err(format!("[tables.{name}]: every scope but `global` names its `column`, and `global` none"));
+                    return Err(format!(
+                        "[tables.{name}]: every scope but `global` names its `column`, and `global` none"
+                    ));
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use millstream_schemas::{ColumnSchema, Scope, Schema, TableSchema, TableScope};
+use millstream_schemas::{ColumnSchema, Schema, Scope, TableSchema, TableScope};
 
 /// The synced tables, as declared in `millstream.toml` and found in the database. Immutable; shared in an `Arc`.
 #[derive(Clone, Debug)]
@@ -96,7 +96,8 @@ impl Table {
     pub fn schema(&self) -> TableSchema {
         let mut scopes = self.scopes.clone();
         for membership in &self.memberships {
-            let scope = TableScope { kind: millstream_schemas::subject::USER_KIND.into(), column: Some(membership.user) };
+            let scope =
+                TableScope { kind: millstream_schemas::subject::USER_KIND.into(), column: Some(membership.user) };
             if !scopes.contains(&scope) {
                 scopes.push(scope);
             }

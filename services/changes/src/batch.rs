@@ -228,8 +228,11 @@ mod tests {
     #[test]
     fn positions_move_with_the_last_of_a_message_only() {
         let owned = BTreeMap::from([(1, Owned { epoch: 5, position: 10 }), (2, Owned { epoch: 6, position: 12 })]);
-        let items: Vec<Item> = [message(1, 11, &[1, 1]), message(2, 13, &[1]), message(1, 14, &[1, 1])].into_iter().flatten().collect();
-        let new = |count: usize| fences(&items[..count], &owned).iter().map(|f| (f.partition, f.epoch, f.old, f.new)).collect::<Vec<_>>();
+        let items: Vec<Item> =
+            [message(1, 11, &[1, 1]), message(2, 13, &[1]), message(1, 14, &[1, 1])].into_iter().flatten().collect();
+        let new = |count: usize| {
+            fences(&items[..count], &owned).iter().map(|f| (f.partition, f.epoch, f.old, f.new)).collect::<Vec<_>>()
+        };
         assert_eq!(new(1), [(1, 5, 10, 10)]);
         assert_eq!(new(2), [(1, 5, 10, 11)]);
         assert_eq!(new(4), [(1, 5, 10, 11), (2, 6, 12, 13)]);

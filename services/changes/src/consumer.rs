@@ -93,7 +93,10 @@ enum Step {
     /// Another set of partitions, or nothing to do.
     Again,
     /// The stream ends before a position.
-    Behind { last: u64, position: u64 },
+    Behind {
+        last: u64,
+        position: u64,
+    },
 }
 
 pub(crate) struct Consumer {
@@ -120,7 +123,17 @@ impl Consumer {
         health: Health,
         shutdown: Shutdown,
     ) -> Self {
-        Consumer { stream, stream_epoch, lanes, assignment, idle, health, shutdown, handed: BTreeMap::new(), highest: 0 }
+        Consumer {
+            stream,
+            stream_epoch,
+            lanes,
+            assignment,
+            idle,
+            health,
+            shutdown,
+            handed: BTreeMap::new(),
+            highest: 0,
+        }
     }
 
     /// Runs until shutdown or until the stream turns out to be another one.
@@ -267,7 +280,9 @@ impl Consumer {
             let message = message.split().0;
             match partition_of(&message.subject) {
                 Some(partition) => self.hand(partition, sequence, message.payload).await?,
-                None => tracing::error!(subject = %message.subject, stream.sequence = sequence, "a message on a subject without a partition is passed over"),
+                None => {
+                    tracing::error!(subject = %message.subject, stream.sequence = sequence, "a message on a subject without a partition is passed over")
+                }
             }
             // Up to here this cursor has given everything there was, for every partition that it reads.
             for (_, handed) in self.handed.values_mut() {

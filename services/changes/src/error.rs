@@ -59,7 +59,9 @@ pub(crate) fn classify(error: &sqlx::Error) -> Fault {
             None => Fault::Unknown,
         },
         sqlx::Error::Io(_) => Fault::Gone,
-        sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Fault::Server,
+        sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => {
+            Fault::Server
+        }
         _ => Fault::Unknown,
     }
 }

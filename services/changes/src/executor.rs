@@ -25,13 +25,15 @@ use crate::statement::{InputRow, Statements};
 use crate::validator::{Rejection, Step, explain};
 
 /// Limits of a worker's session. A statement has to end some time; a worker that hangs must not keep its locks.
-const SESSION: [(&str, &str); 5] = [
+const SESSION: [(&str, &str); 6] = [
     ("statement_timeout", "30s"),
     ("lock_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "10s"),
     ("default_transaction_isolation", "read committed"),
     // Compiling costs more than these short statements.
     ("jit", "off"),
+    // What triggers say for a person at a terminal has no reader here.
+    ("client_min_messages", "error"),
 ];
 
 /// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
@@ -185,7 +187,8 @@ impl Executor {
     pub async fn release(&mut self, partition: u16, epoch: i64) -> Result<(), sqlx::Error> {
         let stream_epoch = self.stream_epoch.clone();
         let connection = self.connect().await?;
-        let release = sqlx::query(RELEASE).bind(stream_epoch).bind(partition as i16).bind(epoch).execute(connection).await;
+        let release =
+            sqlx::query(RELEASE).bind(stream_epoch).bind(partition as i16).bind(epoch).execute(connection).await;
         self.checked(release).map(drop)
     }
 
@@ -257,8 +260,12 @@ impl<'a> Transaction<'a> {
     async fn fence(&mut self, stream_epoch: &str) -> Result<Ledger, Failed> {
         let column = |value: fn(&Fence) -> i64| self.fences.iter().map(value).collect::<Vec<i64>>();
         let partitions: Vec<i16> = self.fences.iter().map(|fence| fence.partition as i16).collect();
-        let clients: Vec<Uuid> =
-            self.items.iter().filter_map(|item| item.submission.as_ref()).map(|submission| submission.client_id).collect();
+        let clients: Vec<Uuid> = self
+            .items
+            .iter()
+            .filter_map(|item| item.submission.as_ref())
+            .map(|submission| submission.client_id)
+            .collect();
         let rows = sqlx::query(FENCE)
             .bind(stream_epoch)
             .bind(partitions)
@@ -373,7 +380,12 @@ impl<'a> Transaction<'a> {
         sqlx::raw_sql(sql).execute(&mut *self.connection).await.map(drop).map_err(Failed::Server)
     }
 
-    async fn settle(&mut self, plan: &[Planned<'_>], ledger: &Ledger, traceparent: Option<String>) -> Result<(), Failed> {
+    async fn settle(
+        &mut self,
+        plan: &[Planned<'_>],
+        ledger: &Ledger,
+        traceparent: Option<String>,
+    ) -> Result<(), Failed> {
         let mut failures: HashMap<Uuid, Vec<Failure>> = HashMap::new();
         let mut records = Vec::new();
         for planned in plan {

@@ -64,7 +64,8 @@ impl Janitor {
         let (first, last) = (info.state.first_sequence, info.state.last_sequence);
         let positions = self.positions().await?;
         let owned = self.assignment.borrow().owned.clone();
-        for &(partition, position) in positions.iter().filter(|(p, position)| owned.contains_key(p) && *position < last) {
+        for &(partition, position) in positions.iter().filter(|(p, position)| owned.contains_key(p) && *position < last)
+        {
             // An idle partition's position would stay behind for ever, and nothing could be purged.
             if self.last_of(partition).await? <= position {
                 let _ = self.idle.send(Idle { partition, sequence: last }).await;

@@ -42,7 +42,8 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// Adds what the database knows of a client.
     pub fn load(&mut self, client_id: Uuid, user_id: String, last_seq: u64) {
-        self.clients.insert(client_id, Client { user_id, instance: Uuid::nil(), stored: Some(last_seq), last: last_seq });
+        self.clients
+            .insert(client_id, Client { user_id, instance: Uuid::nil(), stored: Some(last_seq), last: last_seq });
     }
 
     /// Applies the rule to a submission, and takes it if it is the next.
@@ -96,7 +97,11 @@ mod tests {
     #[test]
     fn once_in_order_without_holes() {
         use Decision::{Duplicate, Foreign, Gap, Take};
-        check(None, &[("a", 1, Take), ("a", 1, Duplicate), ("a", 2, Take), ("a", 4, Gap), ("a", 3, Take), ("a", 4, Take)], Some(4));
+        check(
+            None,
+            &[("a", 1, Take), ("a", 1, Duplicate), ("a", 2, Take), ("a", 4, Gap), ("a", 3, Take), ("a", 4, Take)],
+            Some(4),
+        );
         check(None, &[("a", 2, Gap), ("a", 0, Gap)], None);
         check(Some(("a", 7)), &[("a", 7, Duplicate), ("a", 1, Duplicate), ("a", 9, Gap), ("a", u64::MAX, Gap)], None);
         check(Some(("a", 7)), &[("a", 8, Take)], Some(8));

@@ -86,8 +86,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     for part in ["nats", "ownership", "stream"] {
         health.set_ready(part, false);
     }
-    let address =
-        health::serve(args.health.listen, health.router(), shutdown.clone()).await.map_err(Error::Health)?;
+    let address = health::serve(args.health.listen, health.router(), shutdown.clone()).await.map_err(Error::Health)?;
     tracing::info!(%address, workers = args.workers, "health checks");
     let nats = tokio::select! {
         nats = nats::connect(&args.nats, "changes") => nats.map_err(Error::Nats)?,
@@ -127,8 +126,12 @@ impl Service {
         let (assignment_sender, assignment) = watch::channel(Assignment::default());
         let (lost_sender, lost) = mpsc::channel(NOTICES);
         let (idle_sender, idle) = mpsc::channel(NOTICES);
-        let shared =
-            Shared { nats: self.nats.client.clone(), lost: lost_sender, health: self.health.clone(), shutdown: stop.clone() };
+        let shared = Shared {
+            nats: self.nats.client.clone(),
+            lost: lost_sender,
+            health: self.health.clone(),
+            shutdown: stop.clone(),
+        };
 
         let mut tasks: JoinSet<&'static str> = JoinSet::new();
         let mut lanes = Vec::new();
@@ -168,8 +171,7 @@ impl Service {
             janitor.run().await;
             "janitor"
         });
-        let consumer =
-            Consumer::new(stream, stream_epoch, lanes, assignment, idle, self.health.clone(), stop.clone());
+        let consumer = Consumer::new(stream, stream_epoch, lanes, assignment, idle, self.health.clone(), stop.clone());
 
         let outcome = tokio::select! {
             () = self.shutdown.requested() => Ok(Some(Ended::Shutdown)),
@@ -185,7 +187,9 @@ impl Service {
         tasks.shutdown().await;
         match tokio::time::timeout(Duration::from_secs(2), ownership::leave(&self.pool, &member)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "partitions are not released; others wait for the heartbeat to grow old"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "partitions are not released; others wait for the heartbeat to grow old")
+            }
             Err(_) => tracing::warn!("partitions are not released in time; others wait for the heartbeat to grow old"),
         }
         outcome

@@ -190,10 +190,11 @@ impl Ownership {
     }
 
     async fn found(&self) -> Result<Vec<Found>, sqlx::Error> {
-        let rows = sqlx::query("SELECT partition, epoch, position, owner FROM millstream.partitions WHERE stream_epoch = $1")
-            .bind(&self.stream_epoch)
-            .fetch_all(&self.pool)
-            .await?;
+        let rows =
+            sqlx::query("SELECT partition, epoch, position, owner FROM millstream.partitions WHERE stream_epoch = $1")
+                .bind(&self.stream_epoch)
+                .fetch_all(&self.pool)
+                .await?;
         rows.iter()
             .map(|row| {
                 Ok(Found {
@@ -281,10 +282,12 @@ impl Ownership {
 /// Gives up whatever stands in this member's name, so that others need not wait for its heartbeat to grow old.
 pub(crate) async fn leave(pool: &PgPool, member: &str) -> Result<(), sqlx::Error> {
     sqlx::query("UPDATE millstream.partitions SET owner = NULL WHERE owner = $1").bind(member).execute(pool).await?;
-    sqlx::query("DELETE FROM millstream.members WHERE member = $1 OR heartbeat < clock_timestamp() - interval '1 hour'")
-        .bind(member)
-        .execute(pool)
-        .await?;
+    sqlx::query(
+        "DELETE FROM millstream.members WHERE member = $1 OR heartbeat < clock_timestamp() - interval '1 hour'",
+    )
+    .bind(member)
+    .execute(pool)
+    .await?;
     Ok(())
 }
 
@@ -328,7 +331,9 @@ mod tests {
             "a" => ("a", "b"),
             _ => ("b", "a"),
         };
-        let check = |me: &str, live: &BTreeSet<String>, rows: Vec<Found>, owned: &BTreeMap<u16, Owned>| decide(me, live, &rows, owned);
+        let check = |me: &str, live: &BTreeSet<String>, rows: Vec<Found>, owned: &BTreeMap<u16, Owned>| {
+            decide(me, live, &rows, owned)
+        };
         let none = BTreeMap::new();
         let take = Decision { take: vec![3], ..Decision::default() };
         assert_eq!(check(me, &both, found(None, 7), &none), take);
@@ -337,7 +342,10 @@ mod tests {
         assert_eq!(check(me, &both, found(Some(other), 7), &none), Decision::default());
         assert_eq!(check(other, &both, found(None, 7), &none), Decision::default());
         assert_eq!(check(me, &both, found(Some(me), 7), &mine), Decision::default());
-        assert_eq!(check(other, &both, found(Some(other), 7), &mine), Decision { release: vec![3], ..Decision::default() });
+        assert_eq!(
+            check(other, &both, found(Some(other), 7), &mine),
+            Decision { release: vec![3], ..Decision::default() }
+        );
         assert_eq!(check("a", &alone, found(Some("b"), 8), &mine), Decision { lost: vec![3], ..Decision::default() });
     }
 }

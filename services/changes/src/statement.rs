@@ -161,7 +161,8 @@ fn write(table: &Table, op: Operation, columns: &[usize], traits: Traits) -> Sta
         Operation::Insert => {
             let names: Vec<&str> = columns.iter().map(|index| column(*index)).collect();
             let new = list(", ", &|index| {
-                let value = value(index).unwrap_or_else(|| format!("NULL::{}", cast_type(&table.columns[index].sql_type)));
+                let value =
+                    value(index).unwrap_or_else(|| format!("NULL::{}", cast_type(&table.columns[index].sql_type)));
                 format!("{value} AS {}", column(index))
             });
             let selected: Vec<String> = names.iter().map(|name| format!("new.{name}")).collect();
@@ -173,10 +174,8 @@ fn write(table: &Table, op: Operation, columns: &[usize], traits: Traits) -> Sta
             )
         }
         Operation::Update => {
-            let set: Vec<String> = columns
-                .iter()
-                .filter_map(|index| Some(format!("{} = {}", column(*index), value(*index)?)))
-                .collect();
+            let set: Vec<String> =
+                columns.iter().filter_map(|index| Some(format!("{} = {}", column(*index), value(*index)?))).collect();
             let new = list(", ", &|index| {
                 let value = value(index).unwrap_or_else(|| format!("old.{}", column(index)));
                 format!("{value} AS {}", column(index))
@@ -205,7 +204,8 @@ fn write(table: &Table, op: Operation, columns: &[usize], traits: Traits) -> Sta
 /// The type to cast text to: without the length, so that a value that is too long is refused by the assignment that
 /// follows instead of being cut by the cast.
 fn cast_type(sql_type: &str) -> String {
-    let Some((name, rest)) = sql_type.split_once('(').filter(|_| !sql_type.starts_with('"') && !sql_type.contains('.')) else {
+    let Some((name, rest)) = sql_type.split_once('(').filter(|_| !sql_type.starts_with('"') && !sql_type.contains('.'))
+    else {
         return match sql_type {
             "character" => "bpchar".to_owned(),
             "bit" => "bit varying".to_owned(),
@@ -234,7 +234,10 @@ fn words(sql: &str) -> Vec<(String, bool)> {
                 after_word = false;
             }
             '"' => {
-                words.push((characters.by_ref().take_while(|c| *c != '"').flat_map(char::to_lowercase).collect(), false));
+                words.push((
+                    characters.by_ref().take_while(|c| *c != '"').flat_map(char::to_lowercase).collect(),
+                    false,
+                ));
                 after_word = true;
             }
             '(' => {
@@ -267,8 +270,8 @@ fn mentions(rule: &str, table: &str) -> bool {
 /// Whether a rule may call a function other than plain ones of Postgres: it could read `millstream.user_id`.
 fn calls_functions(rule: &str) -> bool {
     const HARMLESS: [&str; 24] = [
-        "exists", "in", "any", "all", "some", "and", "or", "not", "select", "from", "where", "on", "as", "join", "then",
-        "else", "when", "coalesce", "lower", "upper", "length", "now", "count", "nullif",
+        "exists", "in", "any", "all", "some", "and", "or", "not", "select", "from", "where", "on", "as", "join",
+        "then", "else", "when", "coalesce", "lower", "upper", "length", "now", "count", "nullif",
     ];
     words(rule).iter().any(|(word, call)| *call && !HARMLESS.contains(&word.as_str()))
 }
@@ -292,21 +295,27 @@ mod tests {
     #[test]
     fn texts_hold_what_they_must() {
         let insert = sql(Operation::Insert, &[0, 1]);
-        has(&insert, &[
-            "INSERT INTO \"public\".\"tasks\" (\"id\", \"title\")",
-            "(millstream_input.e->'v'->>0)::uuid AS \"id\"",
-            "(millstream_input.e->'v'->>1)::character varying AS \"title\"",
-            "NULL::boolean AS \"done\"",
-            "(\nnew.title <> ''\n)",
-            "ORDER BY",
-        ]);
+        has(
+            &insert,
+            &[
+                "INSERT INTO \"public\".\"tasks\" (\"id\", \"title\")",
+                "(millstream_input.e->'v'->>0)::uuid AS \"id\"",
+                "(millstream_input.e->'v'->>1)::character varying AS \"title\"",
+                "NULL::boolean AS \"done\"",
+                "(\nnew.title <> ''\n)",
+                "ORDER BY",
+            ],
+        );
         let update = sql(Operation::Update, &[2]);
-        has(&update, &[
-            "UPDATE \"public\".\"tasks\" AS old SET \"done\" = (millstream_input.e->'v'->>0)::boolean",
-            "old.\"id\" = (millstream_input.e->'k'->>0)::uuid",
-            "old.\"title\" AS \"title\"",
-            "EXISTS (SELECT FROM members m",
-        ]);
+        has(
+            &update,
+            &[
+                "UPDATE \"public\".\"tasks\" AS old SET \"done\" = (millstream_input.e->'v'->>0)::boolean",
+                "old.\"id\" = (millstream_input.e->'k'->>0)::uuid",
+                "old.\"title\" AS \"title\"",
+                "EXISTS (SELECT FROM members m",
+            ],
+        );
         // No rule: nobody may.
         has(&sql(Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "THEN (\nfalse\n)"]);
         for text in [insert, update] {
@@ -337,7 +346,9 @@ mod tests {
         assert!(mentions("EXISTS (SELECT FROM public.\"members\" m)", "members"));
         assert!(mentions("EXISTS (SELECT FROM MEMBERS)", "members"));
         assert!(!mentions("new.members_count > 1 AND new.x <> 'members'", "members"));
-        assert!(!calls_functions("EXISTS (SELECT FROM m WHERE (m.a = new.a) AND m.b IN (1, 2)) OR lower(new.x) = 'f(x)'"));
+        assert!(!calls_functions(
+            "EXISTS (SELECT FROM m WHERE (m.a = new.a) AND m.b IN (1, 2)) OR lower(new.x) = 'f(x)'"
+        ));
         assert!(calls_functions("is_member(new.project_id)"));
         assert!(calls_functions("current_setting ('millstream.user_id') = new.owner"));
         assert!(!calls_functions("new.a = (1) OR ((new.b))"));
@@ -362,7 +373,8 @@ mod tests {
             .collect();
         let checked: Vec<_> = submissions.iter().map(|s| (validate(only(&table), s).unwrap(), s)).collect();
         let mut statements = Statements::new([(1, traits)].into());
-        let steps = checked.iter().flat_map(|(steps, s)| steps.iter().map(|step| (step, s.user_id.as_str(), s.client_id)));
+        let steps =
+            checked.iter().flat_map(|(steps, s)| steps.iter().map(|step| (step, s.user_id.as_str(), s.client_id)));
         statements.runs(steps).iter().map(|run| run.rows.len()).collect()
     }
 

@@ -51,7 +51,8 @@ pub(crate) fn validate<'a>(
         return Err(Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidChange, message });
     }
     if changes.len() > MAX_TRANSACTION_CHANGES {
-        let message = format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
+        let message =
+            format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
         return Err(Rejection { index: 0, change_id: changes[0].change_id, code: Code::TooLarge, message });
     }
     let refuse = |index: usize, (code, message): (Code, String)| Rejection {
@@ -63,10 +64,7 @@ pub(crate) fn validate<'a>(
     changes.iter().enumerate().map(|(index, change)| check(&find, change).map_err(|why| refuse(index, why))).collect()
 }
 
-fn check<'a>(
-    find: impl Fn(&str) -> Option<&'a Table>,
-    change: &'a Change,
-) -> Result<Step<'a>, (Code, String)> {
+fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Result<Step<'a>, (Code, String)> {
     let Some(table) = find(&change.table) else {
         return Err((Code::UnknownTable, format!("no table {:?} is synced", shown(&change.table))));
     };
@@ -87,7 +85,10 @@ fn check<'a>(
             return Err((Code::ColumnNotWritable, format!("clients may not set {}.{name}", table.name)));
         }
         if change.op == Operation::Update && table.key.contains(&column) {
-            return Err((Code::ColumnNotWritable, format!("{}.{name} is part of the key: set by insert only", table.name)));
+            return Err((
+                Code::ColumnNotWritable,
+                format!("{}.{name} is part of the key: set by insert only", table.name),
+            ));
         }
         set.push((column, value.as_deref()));
     }
@@ -101,21 +102,39 @@ fn check<'a>(
             for (part, value) in table.key.iter().zip(&change.key) {
                 let name = &table.columns[*part].name;
                 match set.iter().find(|(column, _)| column == part) {
-                    None => return Err((Code::InvalidChange, format!("the insert does not set {}.{name}, part of the key", table.name))),
+                    None => {
+                        return Err((
+                            Code::InvalidChange,
+                            format!("the insert does not set {}.{name}, part of the key", table.name),
+                        ));
+                    }
                     Some((_, set)) if *set != value.as_deref() => {
-                        return Err((Code::InvalidChange, format!("the insert sets {}.{name} to another value than its key", table.name)));
+                        return Err((
+                            Code::InvalidChange,
+                            format!("the insert sets {}.{name} to another value than its key", table.name),
+                        ));
                     }
                     Some(_) => {}
                 }
             }
         }
-        Operation::Update if set.is_empty() => return Err((Code::InvalidChange, "the update sets no column".to_owned())),
+        Operation::Update if set.is_empty() => {
+            return Err((Code::InvalidChange, "the update sets no column".to_owned()));
+        }
         Operation::Update => {}
-        Operation::Delete if !set.is_empty() => return Err((Code::InvalidChange, "a delete sets no columns".to_owned())),
+        Operation::Delete if !set.is_empty() => {
+            return Err((Code::InvalidChange, "a delete sets no columns".to_owned()));
+        }
         Operation::Delete => {}
     }
     // Postgres' text cannot hold it.
-    if set.iter().map(|(_, value)| *value).chain(change.key.iter().map(Option::as_deref)).flatten().any(|v| v.contains('\0')) {
+    if set
+        .iter()
+        .map(|(_, value)| *value)
+        .chain(change.key.iter().map(Option::as_deref))
+        .flatten()
+        .any(|v| v.contains('\0'))
+    {
         return Err((Code::InvalidValue, "a value contains the character U+0000".to_owned()));
     }
     if rule(table, change.op).is_none() {
@@ -230,7 +249,10 @@ pub(crate) mod tests {
         check(change(Insert, "1", &[("title", Some("x")), key]), None);
         check(change(Update, "1", &[("done", None)]), None);
         check(Change { table: "secrets".into(), ..change(Insert, "1", &[key]) }, Some(Code::UnknownTable));
-        check(Change { table: "tasks\"; DROP TABLE tasks; --".into(), ..change(Insert, "1", &[key]) }, Some(Code::UnknownTable));
+        check(
+            Change { table: "tasks\"; DROP TABLE tasks; --".into(), ..change(Insert, "1", &[key]) },
+            Some(Code::UnknownTable),
+        );
         check(change(Insert, "1", &[key, ("nope", None)]), Some(Code::UnknownColumn));
         check(change(Insert, "1", &[key, ("\"title\"", None)]), Some(Code::UnknownColumn));
         check(change(Insert, "1", &[key, ("secret", Some("x"))]), Some(Code::ColumnNotWritable));
@@ -264,7 +286,11 @@ pub(crate) mod tests {
     #[test]
     fn steps_have_the_catalogs_column_order() {
         let table = tasks();
-        let submission = submission(vec![change(Operation::Insert, "1", &[("done", Some("t")), ("title", None), ("id", Some("1"))])]);
+        let submission = submission(vec![change(
+            Operation::Insert,
+            "1",
+            &[("done", Some("t")), ("title", None), ("id", Some("1"))],
+        )]);
         let steps = validate(only(&table), &submission).unwrap();
         assert_eq!(steps[0].columns, [0, 1, 2]);
         assert_eq!(steps[0].values, [Some("1"), None, Some("t")]);

@@ -22,6 +22,8 @@ use crate::validator::Rejection;
 
 /// After so many failures that nobody understands, a transaction is rejected as `internal`.
 const MAX_STRIKES: u32 = 5;
+/// Pause after the first of them; each further one is twice as long, so that what is wrong may pass.
+const STRIKE_PAUSE: Duration = Duration::from_millis(100);
 /// Pauses between attempts while Postgres does not serve.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
@@ -168,7 +170,8 @@ impl Worker {
         let (items, mode) = self.queue.batch();
         let fences = fences(items, &self.owned);
         let count = items.len();
-        let span = tracing::info_span!("execute", worker = self.index, transactions = count, partitions = fences.len(), ?mode);
+        let span =
+            tracing::info_span!("execute", worker = self.index, transactions = count, partitions = fences.len(), ?mode);
         let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
         let committed = |worker: &mut Self| {
             for item in worker.queue.batch().0.iter().take(count) {
@@ -195,7 +198,9 @@ impl Worker {
                 tracing::debug!(worker = self.index, transactions = count, ?mode, why, "a batch is taken apart");
                 self.queue.failed(count, mode);
             }
-            Err(Failed::Stale) => tracing::debug!(worker = self.index, "reading the catalog again before refusing names"),
+            Err(Failed::Stale) => {
+                tracing::debug!(worker = self.index, "reading the catalog again before refusing names")
+            }
             Err(Failed::Condemned(client_id, seq, rejection)) => {
                 self.condemned.insert((client_id, seq), rejection);
             }
@@ -231,7 +236,11 @@ impl Worker {
                 self.recover().await;
             }
             Err(Failed::Model(error)) => {
-                tracing::error!(worker = self.index, error = &error as &dyn std::error::Error, "cannot read the catalog");
+                tracing::error!(
+                    worker = self.index,
+                    error = &error as &dyn std::error::Error,
+                    "cannot read the catalog"
+                );
                 self.shared.health.set_ready("postgres", false);
                 self.pause().await;
             }
@@ -247,10 +256,12 @@ impl Worker {
     async fn strike(&mut self, client_id: Uuid, seq: u64, error: &sqlx::Error) {
         let strikes = self.strikes.entry((client_id, seq)).or_default();
         *strikes += 1;
+        let (strikes, pause) = (*strikes, STRIKE_PAUSE * (1 << (*strikes - 1)));
         tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
-        if *strikes >= MAX_STRIKES {
+        if strikes >= MAX_STRIKES {
             tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
-            let submission = |item: &Item| item.submission.as_ref().is_some_and(|s| s.client_id == client_id && s.seq == seq);
+            let submission =
+                |item: &Item| item.submission.as_ref().is_some_and(|s| s.client_id == client_id && s.seq == seq);
             let change_id = self
                 .queue
                 .batch()
@@ -263,7 +274,7 @@ impl Worker {
             self.condemned.insert((client_id, seq), Rejection { index: 0, change_id, code: Code::Internal, message });
             return;
         }
-        self.pause().await;
+        self.sleep(pause).await;
         // The connection may have gone with the failure.
         let (count, mode) = (self.queue.batch().0.len(), self.queue.batch().1);
         self.recover().await;
@@ -276,6 +287,10 @@ impl Worker {
 
     async fn pause(&mut self) {
         let pause = self.backoff.next();
+        self.sleep(pause).await;
+    }
+
+    async fn sleep(&self, pause: Duration) {
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = self.shared.shutdown.requested() => {}
@@ -332,7 +347,13 @@ fn items(partition: u16, sequence: u64, payload: &[u8], room: OwnedSemaphorePerm
         Err(error) => {
             // Nobody can be told: it does not say whose it is. The sender never sees it confirmed and sends it again.
             // (The error's text could quote values.)
-            tracing::error!(partition, stream.sequence = sequence, line = error.line(), column = error.column(), "a message cannot be decoded and is passed over");
+            tracing::error!(
+                partition,
+                stream.sequence = sequence,
+                line = error.line(),
+                column = error.column(),
+                "a message cannot be decoded and is passed over"
+            );
             Vec::new()
         }
     };

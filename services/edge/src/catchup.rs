@@ -79,12 +79,7 @@ pub async fn fetch(nats: &Nats, scope: &Scope, from: u64, before: u64) -> Result
 }
 
 /// One request: its messages, and whether there are no more.
-async fn batch(
-    nats: &Nats,
-    subject: &str,
-    from: u64,
-    before: u64,
-) -> Result<(Vec<Arc<Message>>, bool), CatchUpError> {
+async fn batch(nats: &Nats, subject: &str, from: u64, before: u64) -> Result<(Vec<Arc<Message>>, bool), CatchUpError> {
     let request = |source: async_nats::Error| CatchUpError::Request { subject: subject.to_owned(), source };
     let inbox = nats.client.new_inbox();
     let mut replies = nats.client.subscribe(inbox.clone()).await.map_err(|error| request(error.into()))?;

@@ -113,7 +113,8 @@ fn a_snapshot_joins_without_gap_or_repeat() {
     let mut link = downlink(&[project("a")]);
     // The snapshot sees xids below 0x50 and lies before 0x10_0060; 0x55 was published already but is invisible to it.
     let snapshot = fence(0x50, 0x60);
-    let back = [Arc::new(msg(8, 0x49, 0, true, Some(project("b")))), Arc::new(msg(9, 0x55, 0, true, Some(project("b"))))];
+    let back =
+        [Arc::new(msg(8, 0x49, 0, true, Some(project("b")))), Arc::new(msg(9, 0x55, 0, true, Some(project("b"))))];
     let mut out = Vec::new();
     link.joined([project("b")], &snapshot, &back, &mut out);
     assert_eq!(words(out), "rows9!");

@@ -100,9 +100,7 @@ async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<Item>, shutd
 async fn publish(nats: &Nats, subject: &str, body: Bytes, shutdown: &Shutdown) -> bool {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
-        let attempt = async {
-            nats.jetstream.publish(subject.to_owned(), body.clone()).await?.await
-        };
+        let attempt = async { nats.jetstream.publish(subject.to_owned(), body.clone()).await?.await };
         let error = tokio::select! {
             result = attempt => match result {
                 Ok(_) => return true,

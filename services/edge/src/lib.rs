@@ -194,7 +194,10 @@ fn secret(args: &Args) -> Result<Vec<u8>, Error> {
     };
     let secret = secret.trim().as_bytes().to_vec();
     if secret.len() < MIN_SECRET_BYTES {
-        return Err(Error::Secret(format!("the token secret has {} bytes; {MIN_SECRET_BYTES} are needed", secret.len())));
+        return Err(Error::Secret(format!(
+            "the token secret has {} bytes; {MIN_SECRET_BYTES} are needed",
+            secret.len()
+        )));
     }
     Ok(secret)
 }
@@ -242,7 +245,10 @@ async fn results(nats: Nats, hub: Arc<hub::Hub>, shutdown: Shutdown) {
     }
 }
 
-async fn upgrade(State(edge): State<Arc<Edge>>, upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>) -> Response {
+async fn upgrade(
+    State(edge): State<Arc<Edge>>,
+    upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
+) -> Response {
     match upgrade {
         Ok(upgrade) => upgrade
             .read_buffer_size(SOCKET_READ_BUFFER)

@@ -43,6 +43,9 @@ const STORED_QUEUE: usize = 4 * SUBMIT_WINDOW as usize;
 const MAX_REFUSALS: u32 = 100;
 /// How long the tail may lag behind a client that came from a faster edge.
 const HEAD_WAIT: Duration = Duration::from_secs(2);
+/// How long a published transaction may take to become visible, and how often to look.
+const VISIBLE_WAIT: Duration = Duration::from_secs(10);
+const VISIBLE_PAUSE: Duration = Duration::from_millis(2);
 /// When to try again after a fault of ours, in milliseconds.
 const RETRY_MS: u64 = 500;
 
@@ -60,7 +63,8 @@ impl End {
     }
 
     fn retry(code: Code, message: impl Into<String>) -> End {
-        let frame = ErrorFrame { code, message: message.into(), seq: None, retry_after_ms: Some(RETRY_MS), fatal: true };
+        let frame =
+            ErrorFrame { code, message: message.into(), seq: None, retry_after_ms: Some(RETRY_MS), fatal: true };
         End::Fatal(frame)
     }
 
@@ -220,8 +224,7 @@ async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) 
         None => (Vec::new(), Vec::new()),
     };
     let tables = edge.membership_tables.clone();
-    let mut downlink =
-        Downlink::new(hello.client_id, &user_id, tables, kept.unwrap_or(head), held, fence.clone());
+    let mut downlink = Downlink::new(hello.client_id, &user_id, tables, kept.unwrap_or(head), held, fence.clone());
     let mut out = Vec::new();
     for scope in lost {
         downlink.removed(scope, &mut out);
@@ -250,7 +253,8 @@ async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) 
 /// Whether the stream holds this position: its history, and at its sequence its LSN.
 async fn vouched(edge: &Edge, position: Position) -> bool {
     let mut head = edge.hub.head();
-    let reached = head.wait_for(|head| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch));
+    let reached =
+        head.wait_for(|head| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch));
     match tokio::time::timeout(HEAD_WAIT, reached).await {
         Ok(Ok(_)) => {}
         // Ahead of the stream: the stream lost something that the client has seen.
@@ -320,13 +324,31 @@ impl Session {
                     return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
                 }
                 Next::Reauthorize => {
-                    let mut snapshot =
-                        Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
+                    let mut snapshot = self.snapshot_that_sees(message).await?;
                     let scopes = snapshot.scopes(&self.edge.catalog, &self.user_id).await;
                     let scopes = scopes.map_err(|error| End::unavailable(&error))?;
                     self.join(wire, snapshot, &scopes).await?;
                 }
             }
+        }
+    }
+
+    /// A snapshot in which the message's transaction is visible: it may be published a moment before it becomes so, and
+    /// memberships read without it would miss what it grants or revokes.
+    async fn snapshot_that_sees(&self, message: &crate::message::Message) -> Result<Snapshot, End> {
+        let start = Instant::now();
+        loop {
+            let snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
+            if snapshot.fence.sees(message.xid, message.lsn()) {
+                return Ok(snapshot);
+            }
+            if start.elapsed() > VISIBLE_WAIT {
+                return Err(End::retry(
+                    Code::Unavailable,
+                    "a published transaction does not become visible; try again",
+                ));
+            }
+            tokio::time::sleep(VISIBLE_PAUSE).await;
         }
     }
 
@@ -379,7 +401,8 @@ impl Session {
             }
             self.downlink.settle(&mut self.out);
             self.flush(wire).await?;
-            if batch.len() < PUMP {
+            // Until nothing is left, not until a batch is short: a scope joined meanwhile was not woken for before.
+            if batch.is_empty() {
                 return Ok(());
             }
         }
@@ -482,10 +505,8 @@ impl Session {
     async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
         let seq = submit.seq;
         if submit.changes.is_empty() || submit.changes.len() > MAX_TRANSACTION_CHANGES {
-            let message = format!(
-                "a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {}",
-                submit.changes.len()
-            );
+            let message =
+                format!("a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {}", submit.changes.len());
             return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
         }
         if seq > self.expected {
@@ -506,7 +527,8 @@ impl Session {
         let encoded = serde_json::to_vec(&submission)
             .map_err(|error| End::fatal(Code::Internal, format!("the submission cannot be encoded: {error}")))?;
         if encoded.len() > millstream_schemas::stream::MAX_MESSAGE_BYTES {
-            let message = format!("the transaction has {} bytes on the broker; the limit is {MAX_FRAME_BYTES}", encoded.len());
+            let message =
+                format!("the transaction has {} bytes on the broker; the limit is {MAX_FRAME_BYTES}", encoded.len());
             return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
         }
         let item = Item { submission: encoded, seq, stored: self.stored.0.clone() };

@@ -8,8 +8,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use async_nats::{HeaderMap, HeaderValue};
 use async_nats::jetstream::stream::Stream;
+use async_nats::{HeaderMap, HeaderValue};
 use millstream_schemas::Lsn;
 use millstream_schemas::stream::header;
 use serde::Deserialize;
@@ -111,14 +111,7 @@ struct ApiError {
 impl Appender {
     /// Goes on behind message `sequence`. `previous` is the commit LSN of the last complete transaction.
     pub fn new(client: async_nats::Client, epoch: Uuid, schema: &str, sequence: u64, previous: Lsn) -> Self {
-        Appender {
-            client,
-            epoch,
-            schema: schema.to_owned(),
-            sequence,
-            current: previous,
-            previous: Lsn::ZERO,
-        }
+        Appender { client, epoch, schema: schema.to_owned(), sequence, current: previous, previous: Lsn::ZERO }
     }
 
     /// Last sequence of the stream.
@@ -186,10 +179,8 @@ impl Appender {
     }
 
     async fn request(&self, message: &Outgoing, headers: HeaderMap) -> Result<bytes::Bytes, Error> {
-        let request = async_nats::Request::new()
-            .headers(headers)
-            .payload(message.payload.clone())
-            .timeout(Some(ACK_TIMEOUT));
+        let request =
+            async_nats::Request::new().headers(headers).payload(message.payload.clone()).timeout(Some(ACK_TIMEOUT));
         let answer = self.client.send_request(message.subject.clone(), request).await;
         Ok(answer.map_err(|error| Error::Append(error.to_string()))?.payload)
     }

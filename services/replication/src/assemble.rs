@@ -276,7 +276,9 @@ impl Assembler {
                 transaction.traceparent = traceparent.or(transaction.traceparent.take());
             }
             // Only the executor's role may write it; whoever else does must not stop everyone.
-            Err(error) => tracing::warn!(%error, wal.lsn = %transaction.lsn, "ignoring an origin record that does not parse"),
+            Err(error) => {
+                tracing::warn!(%error, wal.lsn = %transaction.lsn, "ignoring an origin record that does not parse")
+            }
         }
         Ok(())
     }
@@ -323,9 +325,8 @@ impl Assembler {
         {
             last.last = true;
             // An error is impossible: the entries came out of JSON.
-            last.origin = (!transaction.origin.is_empty())
-                .then(|| serde_json::to_string(&transaction.origin).ok())
-                .flatten();
+            last.origin =
+                (!transaction.origin.is_empty()).then(|| serde_json::to_string(&transaction.origin).ok()).flatten();
         }
     }
 }

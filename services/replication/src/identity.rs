@@ -88,7 +88,8 @@ async fn identity(connection: &mut PgConnection, table: &Table) -> Result<Identi
 }
 
 fn problem(table: &Table, identities: &Identities) -> Option<String> {
-    let needed: Vec<&str> = identity_columns(table).into_iter().map(|column| table.columns[column].name.as_str()).collect();
+    let needed: Vec<&str> =
+        identity_columns(table).into_iter().map(|column| table.columns[column].name.as_str()).collect();
     identities.iter().find_map(|(name, covered)| {
         let covered = covered.as_ref()?;
         let missing: Vec<&str> = needed.iter().copied().filter(|column| !covered.contains(*column)).collect();

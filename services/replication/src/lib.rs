@@ -93,8 +93,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         () = shutdown.requested() => return Ok(()),
         nats = nats::connect(&args.nats, SERVICE) => nats?,
     };
-    let shared =
-        Shared { config, nats, pool, options, source, slot: args.slot, publication: args.publication, health };
+    let shared = Shared { config, nats, pool, options, source, slot: args.slot, publication: args.publication, health };
     let mut backoff = Backoff::dependency();
     let mut accepted = HashSet::new();
     loop {
@@ -121,7 +120,11 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
             backoff.reset();
         }
         let delay = backoff.next();
-        tracing::warn!(error = error.chain(), retry.after_ms = delay.as_millis() as u64, "the session ended; starting over");
+        tracing::warn!(
+            error = error.chain(),
+            retry.after_ms = delay.as_millis() as u64,
+            "the session ended; starting over"
+        );
         tokio::select! {
             () = shutdown.requested() => return Ok(()),
             () = tokio::time::sleep(delay) => {}

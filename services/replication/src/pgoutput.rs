@@ -400,16 +400,17 @@ mod tests {
             ),
             (
                 Bytes::tag(b'U').u32(1).raw(b"O").u16(1).raw(b"n").raw(b"N").u16(1).raw(b"b").u32(2).raw(&[1, 2]).0,
-                Message::Update { relation: 1, old: Some(Old::Full(vec![Value::Null])), new: vec![Value::Binary(&[1, 2])] },
+                Message::Update {
+                    relation: 1,
+                    old: Some(Old::Full(vec![Value::Null])),
+                    new: vec![Value::Binary(&[1, 2])],
+                },
             ),
             (
                 Bytes::tag(b'D').u32(1).raw(b"K").u16(2).value("k").raw(b"n").0,
                 Message::Delete { relation: 1, old: Old::Key(vec![Value::Text(b"k"), Value::Null]) },
             ),
-            (
-                Bytes::tag(b'T').u32(2).raw(&[1]).u32(10).u32(11).0,
-                Message::Truncate { relations: vec![10, 11] },
-            ),
+            (Bytes::tag(b'T').u32(2).raw(&[1]).u32(10).u32(11).0, Message::Truncate { relations: vec![10, 11] }),
             (
                 Bytes::tag(b'M').raw(&[1]).u64(4).text("millstream.origin").u32(2).raw(b"{}").0,
                 Message::Logical { transactional: true, prefix: "millstream.origin", content: b"{}" },

@@ -135,8 +135,7 @@ impl Reader {
     async fn push(&mut self, out: &mut Vec<Outgoing>, step: Step) -> Result<(), Error> {
         let mut span = None;
         if let (Step::Committed { .. }, Some(last)) = (step, out.last()) {
-            let replicate =
-                tracing::info_span!("replicate", wal.lsn = %last.lsn, wal.xid = last.xid, stream.messages = last.index + 1);
+            let replicate = tracing::info_span!("replicate", wal.lsn = %last.lsn, wal.xid = last.xid, stream.messages = last.index + 1);
             telemetry::set_parent(&replicate, last.traceparent.as_deref());
             if let Some(traceparent) = replicate.in_scope(telemetry::traceparent) {
                 for message in out.iter_mut() {

@@ -33,11 +33,12 @@ impl Mapping {
             .iter()
             .map(|column| relation.columns.iter().position(|found| found.name == column.name))
             .collect();
-        let differs = table.oid != relation.id
-            || relation.columns.iter().any(|found| table.column(found.name).is_none())
-            || table.columns.iter().zip(&positions).any(|(column, position)| {
-                position.is_none_or(|at| relation.columns[at].type_oid != column.type_oid)
-            });
+        let differs =
+            table.oid != relation.id
+                || relation.columns.iter().any(|found| table.column(found.name).is_none())
+                || table.columns.iter().zip(&positions).any(|(column, position)| {
+                    position.is_none_or(|at| relation.columns[at].type_oid != column.type_oid)
+                });
         let mut shape = std::hash::DefaultHasher::new();
         std::hash::Hash::hash(&relation.id, &mut shape);
         for column in &relation.columns {

@@ -155,8 +155,7 @@ mod tests {
 
     #[test]
     fn cut_transactions_are_sent_anew() {
-        let mut tail =
-            Tail { epoch: uuid::Uuid::nil(), lsn: Lsn(50), end_lsn: Lsn(60), previous: Lsn(40), last: true };
+        let mut tail = Tail { epoch: uuid::Uuid::nil(), lsn: Lsn(50), end_lsn: Lsn(60), previous: Lsn(40), last: true };
         assert_eq!(Start::behind(&tail), Start { through: Lsn(50), held: Lsn(60), wal: Lsn(60) });
         tail.last = false;
         assert_eq!(Start::behind(&tail), Start { through: Lsn(40), held: Lsn(41), wal: Lsn::ZERO });

@@ -57,9 +57,8 @@ impl Source {
         if !matches!(url.scheme(), "postgres" | "postgresql") {
             return Err(Error::Config("DATABASE_URL: expected postgres://user:password@host:port/database".into()));
         }
-        let parameter = |name: &str| {
-            url.query_pairs().find_map(|(key, value)| (key == name).then(|| value.into_owned()))
-        };
+        let parameter =
+            |name: &str| url.query_pairs().find_map(|(key, value)| (key == name).then(|| value.into_owned()));
         let host = parameter("host").or_else(|| url.host_str().filter(|host| !host.is_empty()).map(decode));
         let host = host.unwrap_or_else(|| "localhost".into());
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
@@ -186,16 +185,12 @@ impl Wal {
 pub fn message(event: &ReplicationEvent) -> Result<Option<Message<'_>>, DecodeError> {
     // The client library has parsed the boundaries already, everything else comes as it was sent.
     Ok(Some(match event {
-        ReplicationEvent::Begin { final_lsn, xid, commit_time_micros } => Message::Begin {
-            final_lsn: Lsn(final_lsn.0),
-            at: pgoutput::unix_micros(*commit_time_micros),
-            xid: *xid,
-        },
-        ReplicationEvent::Commit { lsn, end_lsn, commit_time_micros } => Message::Commit {
-            lsn: Lsn(lsn.0),
-            end_lsn: Lsn(end_lsn.0),
-            at: pgoutput::unix_micros(*commit_time_micros),
-        },
+        ReplicationEvent::Begin { final_lsn, xid, commit_time_micros } => {
+            Message::Begin { final_lsn: Lsn(final_lsn.0), at: pgoutput::unix_micros(*commit_time_micros), xid: *xid }
+        }
+        ReplicationEvent::Commit { lsn, end_lsn, commit_time_micros } => {
+            Message::Commit { lsn: Lsn(lsn.0), end_lsn: Lsn(end_lsn.0), at: pgoutput::unix_micros(*commit_time_micros) }
+        }
         ReplicationEvent::Message { transactional, prefix, content, .. } => {
             Message::Logical { transactional: *transactional, prefix, content }
         }
@@ -212,8 +207,13 @@ mod tests {
     fn urls_are_taken_apart() {
         let check = |url: &str, expected: (&str, u16, &str, &str, &str)| {
             let config = Source::new(url, "millstream", "millstream").unwrap().config;
-            let found =
-                (config.host.as_str(), config.port, config.user.as_str(), config.password.as_str(), config.database.as_str());
+            let found = (
+                config.host.as_str(),
+                config.port,
+                config.user.as_str(),
+                config.password.as_str(),
+                config.database.as_str(),
+            );
             assert_eq!(found, expected);
         };
         check("postgres://u:p%40%2F%25@db.example:6000/app", ("db.example", 6000, "u", "p@/%", "app"));

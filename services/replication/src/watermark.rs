@@ -24,10 +24,8 @@ pub async fn answer(
     pool: PgPool,
     watermark: watch::Receiver<Watermark>,
 ) -> Result<Infallible, Error> {
-    let mut requests = client
-        .subscribe(WATERMARK)
-        .await
-        .map_err(|source| Error::Subscribe { subject: WATERMARK, source })?;
+    let mut requests =
+        client.subscribe(WATERMARK).await.map_err(|source| Error::Subscribe { subject: WATERMARK, source })?;
     let mut nudged = Instant::now();
     let mut nudge: Option<JoinHandle<()>> = None;
     while let Some(request) = requests.next().await {

@@ -46,10 +46,7 @@ pub fn options(args: &Args, service: &str) -> Result<PgConnectOptions, sqlx::Err
     Ok(PgConnectOptions::from_str(&args.database_url)?
         .application_name(&format!("millstream-{service}"))
         .options(TEXT_SETTINGS)
-        .options([
-            ("search_path", "public"),
-            ("idle_in_transaction_session_timeout", idle.as_str()),
-        ])
+        .options([("search_path", "public"), ("idle_in_transaction_session_timeout", idle.as_str())])
         .statement_cache_capacity(STATEMENT_CACHE))
 }
 

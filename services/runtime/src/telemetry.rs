@@ -120,8 +120,14 @@ mod tests {
     fn only_well_formed_parents_count() {
         let ok = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         assert!(parse(ok).is_some_and(|context| context.is_sampled() && context.is_remote()));
-        for bad in ["", "00", "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", &ok.replace('4', "x"),
-            "00-00000000000000000000000000000000-00f067aa0ba902b7-01", &ok[..40]] {
+        for bad in [
+            "",
+            "00",
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            &ok.replace('4', "x"),
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            &ok[..40],
+        ] {
             assert!(parse(bad).is_none(), "{bad}");
         }
     }

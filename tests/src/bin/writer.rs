@@ -11,8 +11,11 @@ use uuid::Uuid;
 async fn main() -> Result<()> {
     let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
     let round = variable("WRITER_ROUND")?;
-    let client =
-        Client::builder(variable("WRITER_STORE")?).edge(variable("WRITER_EDGE")?).token(variable("WRITER_TOKEN")?).open().await?;
+    let client = Client::builder(variable("WRITER_STORE")?)
+        .edge(variable("WRITER_EDGE")?)
+        .token(variable("WRITER_TOKEN")?)
+        .open()
+        .await?;
     client.ready().await?;
     let (project, marker) = (Uuid::now_v7(), format!("{round}:project"));
     let written = marker.clone();

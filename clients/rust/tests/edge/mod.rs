@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::{SinkExt, StreamExt};
 use millstream_schemas::frame::{
-    ClientFrame, Confirmed, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, Resume, Rows, ServerFrame,
-    Submit, Welcome,
+    ClientFrame, Confirmed, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, Resume, Rows,
+    ServerFrame, Submit, Welcome,
 };
 use millstream_schemas::stream::Failure;
 use millstream_schemas::{
-    Code, ColumnSchema, Lsn, Operation, PROTOCOL_VERSION, Position, Row, Schema, Scope, TableChanges, TableOp, TableSchema,
-    TableScope,
+    Code, ColumnSchema, Lsn, Operation, PROTOCOL_VERSION, Position, Row, Schema, Scope, TableChanges, TableOp,
+    TableSchema, TableScope,
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
@@ -50,7 +50,12 @@ pub struct Edge {
 }
 
 pub fn schema() -> Schema {
-    let column = |name: &str, r#type: &str, writable| ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable };
+    let column = |name: &str, r#type: &str, writable| ColumnSchema {
+        name: name.into(),
+        r#type: r#type.into(),
+        nullable: true,
+        writable,
+    };
     Schema {
         version: "v1".into(),
         tables: vec![TableSchema {
@@ -121,7 +126,13 @@ impl Edge {
         let mut socket = tokio_tungstenite::accept_async(socket).await.ok()?;
         let ClientFrame::Hello(hello) = next(&mut socket).await? else { panic!("a frame before hello") };
         if hello.token != TOKEN {
-            let error = ErrorFrame { code: Code::BadToken, message: "who?".into(), seq: None, retry_after_ms: None, fatal: true };
+            let error = ErrorFrame {
+                code: Code::BadToken,
+                message: "who?".into(),
+                seq: None,
+                retry_after_ms: None,
+                fatal: true,
+            };
             self.send(&mut socket, ServerFrame::Error(error)).await?;
             return None;
         }
@@ -155,7 +166,10 @@ impl Edge {
 
     async fn send(&self, socket: &mut WebSocketStream<TcpStream>, frame: ServerFrame) -> Option<()> {
         // What brackets a snapshot is never repeated by any retry of an edge.
-        let once = matches!(frame, ServerFrame::Welcome(_) | ServerFrame::SnapshotBegin { .. } | ServerFrame::SnapshotEnd { .. });
+        let once = matches!(
+            frame,
+            ServerFrame::Welcome(_) | ServerFrame::SnapshotBegin { .. } | ServerFrame::SnapshotEnd { .. }
+        );
         let times = if self.state().twice && !once { 2 } else { 1 };
         let text = serde_json::to_string(&frame).unwrap();
         for _ in 0..times {
@@ -231,7 +245,8 @@ impl Edge {
             if failure.is_none() {
                 for change in &submit.changes {
                     let id = change.key[0].clone().unwrap();
-                    let mut table = TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows: vec![] };
+                    let mut table =
+                        TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows: vec![] };
                     if change.op == Operation::Delete {
                         state.tasks.remove(&id);
                         table.op = TableOp::Delete;

@@ -42,8 +42,7 @@ fn tables() -> Arc<[Table]> {
 }
 
 fn relation(id: u32, name: &'static str, columns: &[(&'static str, bool)]) -> Message<'static> {
-    let columns =
-        columns.iter().map(|&(name, identity)| RelationColumn { identity, name, type_oid: 25 }).collect();
+    let columns = columns.iter().map(|&(name, identity)| RelationColumn { identity, name, type_oid: 25 }).collect();
     Message::Relation(Relation { id, namespace: "public", name, columns })
 }
 
@@ -114,7 +113,8 @@ fn texts(out: &[Outgoing]) -> Vec<String> {
                 .iter()
                 .map(|change| {
                     let op = serde_json::to_value(change.op).unwrap();
-                    let columns = change.columns.as_ref().map_or(String::new(), |columns| format!("({})", columns.join(",")));
+                    let columns =
+                        change.columns.as_ref().map_or(String::new(), |columns| format!("({})", columns.join(",")));
                     let rows: Vec<String> = change
                         .rows
                         .iter()
@@ -138,7 +138,11 @@ fn rows_go_to_their_scopes() {
     check(vec![], &[]);
     check(vec![insert(FOREIGN, &["1"])], &[]);
     check(
-        vec![insert(TASKS, &["one", "t1", "p1"]), insert(TASKS, &["two", "t2", "p2"]), insert(TASKS, &["∅", "t3", "p1"])],
+        vec![
+            insert(TASKS, &["one", "t1", "p1"]),
+            insert(TASKS, &["two", "t2", "p2"]),
+            insert(TASKS, &["∅", "t3", "p1"]),
+        ],
         &["ms.wal.project.p1 upsert tasks[t1,p1,one|t3,p1,∅]", "ms.wal.project.p2 upsert tasks[t2,p2,two]"],
     );
     check(
@@ -164,10 +168,7 @@ fn updates_and_deletes() {
         &["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,x]"],
     );
     check(
-        vec![
-            insert(TASKS, &["y", "t0", "p2"]),
-            update(TASKS, old_full(&["x", "t1", "p1"]), &["x", "t1", "p2"]),
-        ],
+        vec![insert(TASKS, &["y", "t0", "p2"]), update(TASKS, old_full(&["x", "t1", "p1"]), &["x", "t1", "p2"])],
         &[
             "ms.wal.project.p2 upsert tasks[t0,p2,y]",
             "ms.wal.project.p1 delete tasks[t1]",
@@ -180,18 +181,12 @@ fn updates_and_deletes() {
         &["ms.wal.project.p1 delete tasks[t1] upsert tasks[t9,p1,x]"],
     );
     // A scope that is null now.
-    check(
-        vec![update(TASKS, old_key(&["∅", "t1", "p1"]), &["x", "t1", "∅"])],
-        &["ms.wal.project.p1 delete tasks[t1]"],
-    );
+    check(vec![update(TASKS, old_key(&["∅", "t1", "p1"]), &["x", "t1", "∅"])], &["ms.wal.project.p1 delete tasks[t1]"]);
 }
 
 #[test]
 fn unchanged_large_values() {
-    check(
-        vec![update(TASKS, None, &["…", "t1", "p1"])],
-        &["ms.wal.project.p1 update tasks(id,project_id)[t1,p1]"],
-    );
+    check(vec![update(TASKS, None, &["…", "t1", "p1"])], &["ms.wal.project.p1 update tasks(id,project_id)[t1,p1]"]);
     check(
         vec![update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p1"])],
         &["ms.wal.project.p1 upsert tasks[t1,p1,large]"],
@@ -227,10 +222,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
     assembler.handle(&moves, &vec![(2, Some("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
-    assert_eq!(
-        texts(&out),
-        ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,large]"]
-    );
+    assert_eq!(texts(&out), ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,large]"]);
 }
 
 #[test]
@@ -251,13 +243,10 @@ fn truncation_keeps_its_place() {
 
 #[test]
 fn headers_tell_the_transaction() {
-    let origin = br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}],"traceparent":"00-a-b-01"}"#;
+    let origin =
+        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}],"traceparent":"00-a-b-01"}"#;
     let record = Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: origin };
-    let out = assemble(vec![
-        insert(TASKS, &["x", "t1", "p1"]),
-        insert(TASKS, &["x", "t2", "p2"]),
-        record.clone(),
-    ]);
+    let out = assemble(vec![insert(TASKS, &["x", "t1", "p1"]), insert(TASKS, &["x", "t2", "p2"]), record.clone()]);
     assert_eq!(out.len(), 2);
     for (index, message) in out.iter().enumerate() {
         assert_eq!((message.lsn, message.end_lsn, message.xid, message.at), (Lsn(100), Lsn(108), 7, 5));
@@ -280,7 +269,8 @@ fn headers_tell_the_transaction() {
     ] {
         assert_eq!(assemble(vec![Message::Logical { transactional, prefix, content }]), []);
     }
-    let forged = br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}],"traceparent":"a\r\nb: c"}"#;
+    let forged =
+        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","seq":4}],"traceparent":"a\r\nb: c"}"#;
     let out = assemble(vec![Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: forged }]);
     assert_eq!(out[0].traceparent, None);
 }
@@ -344,10 +334,14 @@ fn nonsense_is_an_error() {
         vec![begin.clone(), insert(TASKS, &["t1"])],
         vec![begin.clone(), relations().remove(0), insert(TASKS, &["t1"])],
         vec![begin.clone(), relations().remove(0), insert(TASKS, &["x", "∅", "p1"])],
-        vec![begin.clone(), relations().remove(0), Message::Insert {
-            relation: TASKS,
-            new: vec![Value::Text(b"\xff"), Value::Text(b"t1"), Value::Text(b"p1")],
-        }],
+        vec![
+            begin.clone(),
+            relations().remove(0),
+            Message::Insert {
+                relation: TASKS,
+                new: vec![Value::Text(b"\xff"), Value::Text(b"t1"), Value::Text(b"p1")],
+            },
+        ],
     ] {
         let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
         let failed = messages.iter().any(|message| assembler.handle(message, &nothing, &mut Vec::new()).is_err());

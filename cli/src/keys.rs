@@ -80,6 +80,7 @@ impl Role {
                 publish.extend([
                     stream_api("INFO", CHANGES_STREAM),
                     stream_api("PURGE", CHANGES_STREAM),
+                    stream_api("MSG.GET", CHANGES_STREAM),
                     stream_api("INFO", RESULTS_STREAM),
                 ]);
             }

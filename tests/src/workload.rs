@@ -1,6 +1,6 @@
 //! A workload over the board that keeps a journal of what it did, marked so that each operation can be found again.
 
-use millstream_client::{Client, SqlValue, Tx};
+use millstream_client::{Client, SqlValue};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use uuid::Uuid;
@@ -177,7 +177,7 @@ pub async fn write(client: &Client, steps: Vec<Step>) -> millstream_client::Resu
         statements.push((step.sql, step.params));
     }
     client
-        .tx(move |tx: &mut Tx<'_, '_>| {
+        .tx(move |tx| {
             for (sql, params) in statements {
                 tx.execute(sql, params)?;
             }

@@ -22,8 +22,11 @@ const HEALED: Duration = Duration::from_secs(10);
 /// Clients that write until told to stop.
 pub struct Load {
     stop: Arc<AtomicBool>,
-    writers: Vec<(Client, &'static str, JoinHandle<Result<Vec<Entry>>>)>,
+    writers: Vec<Writer>,
 }
+
+/// A client, its user, and the task that writes and returns its journal.
+type Writer = (Client, &'static str, JoinHandle<Result<Vec<Entry>>>);
 
 impl Load {
     /// Three clients, each of which shares its projects with the next.

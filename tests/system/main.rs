@@ -4,4 +4,6 @@ mod bad_input;
 mod kills;
 mod offline;
 mod restarts;
+mod structure;
+mod telemetry;
 mod wire;

@@ -32,7 +32,7 @@ async fn proxy(upstream: String, tapped: Tapped) -> Result<String> {
                     if let Ok(text) = message.to_text()
                         && message.is_text()
                     {
-                        tapped.lock().unwrap().push((direction, text.to_owned()));
+                        tapped.lock().expect("no panic").push((direction, text.to_owned()));
                     }
                 };
                 loop {

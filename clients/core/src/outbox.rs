@@ -210,7 +210,12 @@ impl Outbox {
                 }
             }
             Input::Refused { retry_after_ms } => {
-                self.paused_until = Some(now_ms + retry_after_ms.unwrap_or(REFUSED_MS));
+                // What was in flight behind the refused one is refused too, for the gap: that must not lengthen the pause.
+                let until = match (self.paused_until, retry_after_ms) {
+                    (Some(until), None) if until > now_ms => until,
+                    (_, wait) => now_ms + wait.unwrap_or(REFUSED_MS),
+                };
+                self.paused_until = Some(until);
                 self.go_back_to(self.accepted + 1);
             }
             Input::Tick => self.tick(now_ms),

@@ -66,7 +66,8 @@ fn a_refusal_pauses_and_resends_from_the_first_unaccepted() {
     outbox.handle(Input::Recorded(entries(1..=3)), 0);
     outbox.handle(Input::Accepted { seq: 1 }, 0);
     assert_eq!(sent(&outbox.handle(Input::Refused { retry_after_ms: Some(700) }, 0)), [] as [u64; 0]);
-    assert_eq!(outbox.poll_timeout(), Some(700));
+    outbox.handle(Input::Refused { retry_after_ms: None }, 1);
+    assert_eq!(outbox.poll_timeout(), Some(700), "the refusals of those behind do not lengthen the pause");
     assert_eq!(sent(&outbox.handle(Input::Tick, 699)), [] as [u64; 0]);
     assert_eq!(sent(&outbox.handle(Input::Tick, 700)), [1_001]);
     assert_eq!(sent(&outbox.handle(Input::Loaded(entries(2..=3)), 700)), [2, 3]);

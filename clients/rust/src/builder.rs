@@ -201,7 +201,7 @@ impl Builder {
             status: status.clone(),
             control: control_receiver.clone(),
             session: 0,
-            welcomed: false,
+            welcomed: None,
         };
         let tasks: Vec<JoinHandle<()>> = vec![
             tokio::spawn(outbox.run()),

@@ -68,6 +68,8 @@ pub(crate) enum WriterCommand {
     Ledger { last_seq: u64, reply: Reply<Ledger> },
     /// The store's facts.
     Info(Reply<Info>),
+    /// The position is of no use any more: ask for a snapshot next time.
+    ForgetPosition(Reply<()>),
     /// Look for other processes' commits and due retries.
     Poll,
     /// Stop.

@@ -8,7 +8,7 @@
 //! use millstream_client::{Client, Result};
 //!
 //! # async fn example() -> Result<()> {
-//! let client = Client::builder("app.db").edge("ws://127.0.0.1:4800/sync").token("…").open().await?;
+//! let client = Client::builder("app.db").edge("ws://127.0.0.1:4800").token("…").open().await?;
 //! client.ready().await?;
 //! let write = client.execute("UPDATE tasks SET done = 1 WHERE title = ?", ["buy milk"]).await?;
 //! let mut open = client.watch("SELECT title FROM tasks WHERE NOT done", ());

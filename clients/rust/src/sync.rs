@@ -56,7 +56,8 @@ pub(crate) struct SyncWorker {
     pub status: watch::Sender<Status>,
     pub control: watch::Receiver<Control>,
     pub session: u64,
-    pub welcomed: bool,
+    /// When the edge welcomed us, in this session.
+    pub welcomed: Option<Instant>,
 }
 
 /// Why a session ended.
@@ -73,6 +74,8 @@ struct End {
 enum Then {
     /// Connect again with back-off.
     Again,
+    /// Connect again with back-off, for a snapshot.
+    Snapshot,
     /// Connect again now: the store changed what it says in `hello`.
     Now,
     /// Connect again with another token.
@@ -101,6 +104,9 @@ impl End {
     fn error(frame: ErrorFrame) -> End {
         let then = match (frame.code, frame.code.retry()) {
             (Code::BadToken | Code::TokenExpired, _) => Then::Auth,
+            (Code::EpochChanged, _) => Then::Snapshot,
+            // Frames that crossed a refusal on the wire were out of order: a new session puts that right.
+            (Code::OutOfOrder, _) => Then::Again,
             (_, Retry::Automatic) => Then::Again,
             (_, Retry::Manual | Retry::Never) => Then::Refused,
         };
@@ -136,7 +142,7 @@ impl SyncWorker {
                 status.state = State::Connecting;
                 status.retry_at = None;
             });
-            self.welcomed = false;
+            self.welcomed = None;
             let end = tokio::select! {
                 end = self.session(&edge) => end,
                 () = interrupted(&mut control, &before, true) => End::new(Then::Interrupted, "interrupted", "the app wanted it"),
@@ -144,8 +150,13 @@ impl SyncWorker {
             if self.changes.send(ToChanges::Disconnected).await.is_err() || end.then == Then::Gone {
                 return;
             }
-            if self.welcomed {
-                backoff.connected(now());
+            if end.then == Then::Snapshot
+                && self.ask(WriterCommand::ForgetPosition).await.is_err_and(|end| end.then == Then::Gone)
+            {
+                return;
+            }
+            if let Some(welcomed) = self.welcomed {
+                backoff.connected((welcomed - start).as_millis() as u64);
             }
             let wait = self.ended(&end, |retry_after| backoff.failed(now(), rand::random(), retry_after));
             let before = control.borrow().clone();
@@ -161,7 +172,7 @@ impl SyncWorker {
     /// Tells of the end of a session; gives the wait before the next, in milliseconds.
     fn ended(&self, end: &End, mut backoff: impl FnMut(Option<u64>) -> u64) -> u64 {
         let wait = match end.then {
-            Then::Again | Then::Auth => backoff(end.retry_after_ms),
+            Then::Again | Then::Snapshot | Then::Auth => backoff(end.retry_after_ms),
             Then::Refused => backoff(Some(end.retry_after_ms.unwrap_or(REFUSED_WAIT_MS))),
             Then::Now | Then::Interrupted | Then::Gone => 0,
         };
@@ -180,7 +191,7 @@ impl SyncWorker {
             status.retry_at = (wait > 0).then(|| wall_ms() + wait);
             status.uploading = false;
             status.downloading = false;
-            status.reconnects += u64::from(self.welcomed);
+            status.reconnects += u64::from(self.welcomed.is_some());
             if !matches!(end.then, Then::Now | Then::Interrupted) {
                 status.last_error = Some(LastError { code: end.code.clone(), message: end.message.clone() });
             }
@@ -226,8 +237,8 @@ impl SyncWorker {
             instance: info.instance,
             token,
             schema: info.schema,
-            position: info.position,
-            scopes: if info.position.is_some() { info.scopes } else { Vec::new() },
+            position: info.position.filter(|_| !info.resync),
+            scopes: if info.position.is_some() && !info.resync { info.scopes } else { Vec::new() },
             confirmed_seq: info.confirmed_seq,
         });
         let text = serde_json::to_string(&hello).map_err(End::socket)?;
@@ -251,7 +262,7 @@ impl SyncWorker {
         };
         if let Some(schema) = welcome.schema.take() {
             let stale = self.ask(|reply| WriterCommand::Install(Box::new(schema), reply)).await?;
-            if stale && info.position.is_some() {
+            if stale && info.position.is_some() && !info.resync {
                 return Err(End::new(Then::Now, "schema", "the schema changed such that a snapshot is needed"));
             }
         }
@@ -265,7 +276,7 @@ impl SyncWorker {
     /// The session proper.
     async fn serve(&mut self, socket: &mut Socket, welcome: Welcome) -> End {
         self.session += 1;
-        self.welcomed = true;
+        self.welcomed = Some(Instant::now());
         tracing::info!(session.id = %welcome.session, session.resume = ?welcome.resume, ledger.last_seq = welcome.last_seq, "connected");
         self.status.send_modify(|status| {
             status.state = State::Connected;
@@ -413,10 +424,12 @@ impl SyncWorker {
             Some(Ok(applied)) => {
                 self.changes.send(ToChanges::Confirmed { seq: applied.confirmed_seq }).await.map_err(|_| End::gone())
             }
-            // Nothing of the batch was applied, nor its position taken: the next session starts before it.
+            // Nothing of the batch was applied, nor its position taken: the next session starts before it. Where the batch
+            // itself is at fault it would fail again, so that one starts with a snapshot.
             Some(Err(error)) => {
                 let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-                Err(End::new(Then::Again, "store", format!("{error}{cause}")))
+                let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
+                Err(End::new(then, "store", format!("{error}{cause}")))
             }
             None => Err(End::gone()),
         }

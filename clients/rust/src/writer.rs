@@ -113,6 +113,7 @@ impl Writer {
                 let result = self.ledger(last_seq);
                 answer(reply, result);
             }
+            WriterCommand::ForgetPosition(reply) => answer(reply, self.store.forget_position()),
             WriterCommand::Info(reply) => answer(reply, self.store.info()),
             WriterCommand::Poll => {
                 if let Err(error) = self.poll() {

@@ -1,5 +1,7 @@
 //! The SDK against an edge in miniature, over real sockets and real files.
 
+#![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
+
 mod edge;
 
 use std::sync::Arc;
@@ -240,6 +242,26 @@ async fn a_restored_server_and_a_new_epoch_lose_nothing() {
         .unwrap();
     client.flush(PATIENCE).await.unwrap();
     assert_eq!(edge.state().tasks.len(), 10);
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn too_far_behind_means_a_snapshot_with_the_queue_kept() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "x").await.confirmed().await.unwrap();
+    client.pause();
+    until(&client, State::Offline).await;
+    insert(&client, "2", "mine").await;
+    {
+        let mut state = edge.state();
+        state.too_far_behind = true;
+        state.tasks.clear();
+    }
+    client.resume();
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!(edge.state().positions, [None, Some(1), None]);
+    assert_eq!(titles(&client).await, [("2".into(), Some("mine".into()))]);
     assert_equal(&client, &edge).await;
 }
 

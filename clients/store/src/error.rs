@@ -1,6 +1,8 @@
 //! What can go wrong in the store.
 
-use millstream_schemas::frame::{MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
+use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
+
+use crate::write::MAX_TRANSACTION_BYTES;
 
 /// An error of the store. What failed was rolled back.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +29,7 @@ pub enum StoreError {
         found: usize,
     },
     /// The transaction is larger than one frame may be.
-    #[error("the transaction takes {found} bytes encoded; the limit is {MAX_FRAME_BYTES}")]
+    #[error("the transaction takes {found} bytes encoded; the limit is {MAX_TRANSACTION_BYTES}")]
     TooManyBytes {
         /// How large it is.
         found: usize,

@@ -32,7 +32,7 @@ pub use functions::Host;
 pub use meta::Info;
 pub use queue::{EntryState, FailedWrite, QueueEntry, Verdict};
 pub use read::{Reader, Table};
-pub use write::{Recorded, Tx, Written};
+pub use write::{MAX_TRANSACTION_BYTES, Recorded, Tx, Written};
 
 use error::During;
 use functions::Session;

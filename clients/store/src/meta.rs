@@ -19,6 +19,8 @@ pub struct Info {
     pub schema: Option<String>,
     /// Where the rows stand; none before the first snapshot.
     pub position: Option<Position>,
+    /// The position is of no use to the server any more: a snapshot is needed. The rows stay until it comes.
+    pub resync: bool,
     /// Scopes whose rows the store holds.
     pub scopes: Vec<Scope>,
     /// Highest settled transaction.
@@ -74,12 +76,18 @@ impl Store {
             instance: self.meta_uuid("instance")?.unwrap_or_default(),
             schema: self.schema.as_ref().map(|schema| schema.version.clone()),
             position: self.meta_json("position")?,
+            resync: self.meta("resync")?.is_some_and(|flag| flag != Value::Null),
             scopes: self.scopes()?,
             confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?,
             last_seq: self.last_seq().during("reading the last number")?,
             failed: failed as u64,
             oldest_pending: oldest.map(|at| at as u64),
         })
+    }
+
+    /// Gives the position up: the next session brings a snapshot of everything. Rows and queue stay.
+    pub fn forget_position(&mut self) -> Result<(), StoreError> {
+        self.set_meta("resync", 1)
     }
 
     /// The scopes whose rows the store holds.

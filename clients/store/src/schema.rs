@@ -173,7 +173,7 @@ impl Store {
             }
             store.set_meta_json("schema", schema)?;
             if stale {
-                store.set_meta("position", None::<String>)?;
+                store.set_meta("resync", 1)?;
             }
             Ok(stale)
         })?;

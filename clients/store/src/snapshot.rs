@@ -94,6 +94,7 @@ impl Applier<'_> {
         self.purge(if full { Leave::Unstaged } else { Leave::MarkedUnstaged })?;
         if full {
             self.store.run("DELETE FROM millstream_scopes WHERE replaced = 0", "forgetting scopes")?;
+            self.store.set_meta("resync", None::<i64>)?;
         }
         self.store.run("UPDATE millstream_scopes SET replaced = 0 WHERE replaced = 1", "keeping scopes")?;
         self.store.run("DELETE FROM millstream_snapshot", "clearing the staging area")

@@ -14,6 +14,9 @@ const BEGIN: &str = "/* store */ BEGIN IMMEDIATE";
 const COMMIT: &str = "/* store */ COMMIT";
 const ROLLBACK: &str = "/* store */ ROLLBACK";
 
+/// Largest encoded transaction, in bytes. Less than a frame: on the broker the edge puts the user and the installation
+/// with it, and what the edge cannot pass on would block the queue.
+pub const MAX_TRANSACTION_BYTES: usize = MAX_FRAME_BYTES - 4 * 1024;
 /// Most bytes of encoded transactions read at a time; one transaction may exceed it.
 const READ_BYTES: usize = 4 * 1024 * 1024;
 /// Transactions read by one query.
@@ -133,7 +136,7 @@ impl Store {
         }
         let recorded = self.recorded_after(seq - 1, 1)?.pop();
         match &recorded {
-            Some(recorded) if recorded.text.len() > MAX_FRAME_BYTES => {
+            Some(recorded) if recorded.text.len() > MAX_TRANSACTION_BYTES => {
                 Err(StoreError::TooManyBytes { found: recorded.text.len() })
             }
             _ => Ok(recorded),

@@ -1,10 +1,12 @@
 //! The store on real SQLite files.
 
+#![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use millstream_client_core::replica::{Batch, Step, Work};
-use millstream_client_store::{EntryState, Host, Reader, Store, StoreError, Verdict};
+use millstream_client_store::{EntryState, Host, MAX_TRANSACTION_BYTES, Reader, Store, StoreError, Verdict};
 use millstream_schemas::frame::{Confirmed, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
 use millstream_schemas::stream::Failure;
 use millstream_schemas::{
@@ -399,7 +401,7 @@ fn a_rejection_brings_the_confirmed_row_back_and_is_listed() {
     let change_id = f.store.pending(0, 1).unwrap()[0].changes[1].change_id;
     let failure = Failure { seq: 1, change_id, code: Code::PermissionDenied, message: "not yours".into() };
     let applied = f.apply(vec![Step::Confirmed(Confirmed { seq: 1, failed: vec![failure.clone()] })]);
-    assert_eq!(applied.failures, [failure.clone()]);
+    assert_eq!(applied.failures, std::slice::from_ref(&failure));
     assert_eq!(f.tasks(), "a|server|1", "the later, independent change stays visible");
     let listed = f.store.failed().unwrap();
     assert_eq!(listed.len(), 1);
@@ -578,7 +580,14 @@ fn a_new_schema_keeps_rows_and_queue() {
     newer.version = "3".into();
     newer.tables[0].columns.push(ColumnSchema { nullable: false, ..column("rank", "integer", true) });
     assert!(f.store.install(&newer).unwrap(), "rows on hand lack what cannot be null: a snapshot is needed");
-    assert_eq!(f.store.info().unwrap().position, None);
+    assert!(f.store.info().unwrap().resync);
+    f.apply(vec![Step::Snapshot { scopes: vec![], full: false }]);
+    assert!(f.store.info().unwrap().resync, "only a full one will do");
+    f.apply(vec![Step::Snapshot { scopes: vec![], full: true }]);
+    assert!(!f.store.info().unwrap().resync);
+    f.store.forget_position().unwrap();
+    let f = f.reopen();
+    assert!(f.store.info().unwrap().resync);
 }
 
 #[test]
@@ -595,7 +604,11 @@ fn limits_are_refused_at_write_time() {
     }
     let big = format!("INSERT INTO tasks (id, title) VALUES ('big', '{}')", "x".repeat(MAX_FRAME_BYTES));
     let error = f.write(&[&big]).unwrap_err();
-    assert!(matches!(error, StoreError::TooManyBytes { .. }) && error.to_string().contains("524288"), "{error}");
+    assert!(
+        matches!(error, StoreError::TooManyBytes { .. })
+            && error.to_string().contains(&MAX_TRANSACTION_BYTES.to_string()),
+        "{error}"
+    );
     assert_eq!((f.tasks(), f.changes()), (String::new(), String::new()));
     assert_eq!(f.write(&[&many(MAX_TRANSACTION_CHANGES)]).unwrap(), Some(1));
 }

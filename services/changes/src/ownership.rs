@@ -53,7 +53,7 @@ struct Decision {
 
 /// The member that should own a partition: the one with the highest score. Source: Thaler and Ravishankar, "Using
 /// name-based mappings to increase hit rates", 1998.
-fn winner<'a>(members: &'a BTreeSet<String>, partition: u16) -> Option<&'a String> {
+fn winner(members: &BTreeSet<String>, partition: u16) -> Option<&String> {
     members.iter().max_by_key(|member| score(member, partition))
 }
 

@@ -36,6 +36,10 @@ pub struct State {
     pub overloaded: usize,
     /// Frames are sent twice.
     pub twice: bool,
+    /// Clients with a position are told `epoch_changed` instead of being brought up to date.
+    pub too_far_behind: bool,
+    /// Positions with which clients came.
+    pub positions: Vec<Option<u64>>,
     pub epoch: Uuid,
     pub traceparents: Vec<Option<String>>,
 }
@@ -133,6 +137,14 @@ impl Edge {
                 retry_after_ms: None,
                 fatal: true,
             };
+            self.send(&mut socket, ServerFrame::Error(error)).await?;
+            return None;
+        }
+        self.state().positions.push(hello.position.map(|position| position.seq));
+        if self.state().too_far_behind && hello.position.is_some() {
+            let message = "too far behind".into();
+            let error =
+                ErrorFrame { code: Code::EpochChanged, message, seq: None, retry_after_ms: Some(10), fatal: true };
             self.send(&mut socket, ServerFrame::Error(error)).await?;
             return None;
         }

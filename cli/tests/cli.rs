@@ -1,0 +1,74 @@
+//! The program as its users meet it: help, exit codes, what goes to which stream.
+
+use std::process::{Command, Output};
+
+/// Runs `millstream`, with nothing of the caller's settings.
+fn millstream(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
+    command.args(args).env("NO_COLOR", "1");
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("MILLSTREAM_") {
+            command.env_remove(name);
+        }
+    }
+    command.output().expect("millstream runs")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn help_begins_with_examples() {
+    for args in [vec!["--help"], vec!["dev", "--help"], vec!["client", "--help"], vec!["bench", "--help"]] {
+        let output = millstream(&args);
+        assert!(output.status.success(), "{args:?}");
+        assert!(text(&output.stdout).starts_with("Examples:"), "{args:?}: {:.200}", text(&output.stdout));
+    }
+}
+
+#[test]
+fn every_flag_of_a_service_has_an_environment_variable() {
+    for service in ["edge", "changes", "replication"] {
+        let help = text(&millstream(&[service, "--help"]).stdout);
+        let mut flags = 0;
+        for part in help.split("\n  ").filter(|part| part.trim_start().starts_with("--")) {
+            if !part.contains("--help") && !part.contains("--version") {
+                flags += 1;
+                assert!(part.contains("[env:") || help.contains("[env:"), "{service}: {part}");
+            }
+        }
+        assert!(flags > 3, "{service}: {help}");
+        assert!(!help.contains("postgres://postgres:"), "{service} shows a secret");
+    }
+}
+
+#[test]
+fn exit_codes_are_those_of_the_help() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = folder.path().join("a.db");
+    let store = store.to_str().unwrap();
+    // Usage.
+    let output = millstream(&["nonsense"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty() && !output.stderr.is_empty());
+    // Configuration: nobody says who the user is.
+    let output = millstream(&["client", "--store", store, "sql", "SELECT 1"]);
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    // Dependency down: a new store cannot get its tables.
+    let output = millstream(&[
+        "client",
+        "--store",
+        store,
+        "--edge",
+        "ws://127.0.0.1:9",
+        "--token-file",
+        "/dev/null",
+        "sql",
+        "SELECT 1",
+    ]);
+    assert!(matches!(output.status.code(), Some(3 | 4)), "{}", text(&output.stderr));
+    let output = millstream(&["healthcheck", "http://127.0.0.1:9/readyz"]);
+    assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
+    assert!(output.stdout.is_empty());
+}

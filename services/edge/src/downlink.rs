@@ -16,6 +16,9 @@ use uuid::Uuid;
 use crate::fence::Fence;
 use crate::message::Message;
 
+/// Most messages of a transaction that are kept until its end; a larger transaction streams, so that memory is bounded.
+const MAX_HELD: usize = 64;
+
 /// A frame on its way to the client.
 #[derive(Clone, Debug)]
 pub enum Out {
@@ -56,6 +59,8 @@ pub struct Downlink {
     reauthorize: bool,
     /// Behind which LSN the open snapshot bracket ends.
     bracket: Option<Lsn>,
+    /// Frames of the open transaction, kept until its end shows whether it revokes their scope.
+    held: Vec<(Scope, Utf8Bytes)>,
     /// Something was sent that takes effect with the next commit.
     staged: bool,
     /// Highest `client_seq` confirmed to the client.
@@ -86,6 +91,7 @@ impl Downlink {
             authorization,
             reauthorize: false,
             bracket: None,
+            held: Vec::new(),
             staged: false,
             confirmed: 0,
             ledger: None,
@@ -133,11 +139,19 @@ impl Downlink {
             return Next::Reauthorize;
         }
         if message.last {
+            self.release(out);
             self.confirm(message, out);
         }
         let delivered = self.delivers(message);
-        if delivered {
-            out.push(Out::Shared(message.frame()));
+        if let Some(scope) = message.scope.as_ref().filter(|_| delivered) {
+            if message.last {
+                out.push(Out::Shared(message.frame()));
+            } else {
+                self.held.push((scope.clone(), message.frame()));
+                if self.held.len() > MAX_HELD {
+                    self.release(out);
+                }
+            }
             self.staged = true;
         }
         self.cursor = message.position.seq;
@@ -150,6 +164,15 @@ impl Downlink {
             self.staged = false;
         }
         Next::Continue
+    }
+
+    /// Sends what was held of the open transaction, except scopes that it turned out to revoke.
+    fn release(&mut self, out: &mut Vec<Out>) {
+        for (scope, frame) in self.held.drain(..) {
+            if self.scopes.contains_key(&scope) {
+                out.push(Out::Shared(frame));
+            }
+        }
     }
 
     fn delivers(&self, message: &Message) -> bool {
@@ -175,8 +198,17 @@ impl Downlink {
     }
 
     fn confirm(&mut self, message: &Message, out: &mut Vec<Out>) {
-        for entry in &message.origin {
-            if entry.client_id == self.client_id && entry.seq > self.confirmed {
+        let client_id = self.client_id;
+        for entry in message.origin.iter().filter(|entry| entry.client_id == client_id) {
+            if let Some((_, known)) = &self.ledger {
+                if entry.seq <= known.seq {
+                    // A catch-up sees only some of the messages that told of failures: the ledger tells of all.
+                    continue;
+                }
+                // This transaction committed after all that the ledger speaks of, so that has been sent.
+                self.confirm_ledger(out);
+            }
+            if entry.seq > self.confirmed {
                 self.confirmed = entry.seq;
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed { seq: entry.seq, failed: entry.failed.clone() })));
                 self.staged = true;
@@ -184,9 +216,18 @@ impl Downlink {
         }
     }
 
+    fn confirm_ledger(&mut self, out: &mut Vec<Out>) {
+        if let Some((_, confirmed)) = self.ledger.take() {
+            self.confirmed = self.confirmed.max(confirmed.seq);
+            out.push(Out::Own(ServerFrame::Confirmed(confirmed)));
+            self.staged = true;
+        }
+    }
+
     /// The end of a transaction whose last message is of a scope that a catch-up does not fetch.
     pub fn end_of_group(&mut self, out: &mut Vec<Out>) {
         self.open = false;
+        self.release(out);
         if self.staged && self.bracket.is_none() {
             out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             self.staged = false;
@@ -245,13 +286,8 @@ impl Downlink {
         if self.open {
             return;
         }
-        if let Some((fence, _)) = &self.ledger
-            && self.passed(*fence)
-            && let Some((_, confirmed)) = self.ledger.take()
-        {
-            self.confirmed = self.confirmed.max(confirmed.seq);
-            out.push(Out::Own(ServerFrame::Confirmed(confirmed)));
-            self.staged = true;
+        if self.ledger.as_ref().is_some_and(|(fence, _)| self.passed(*fence)) {
+            self.confirm_ledger(out);
         }
         match self.bracket {
             Some(fence) if self.passed(fence) => {

@@ -69,8 +69,8 @@ fn only_held_scopes_are_sent_and_transactions_end_once() {
     let mut link = downlink(&[project("a"), Scope::global()]);
     assert_eq!(feed(&mut link, msg(11, 1, 0, true, Some(project("a")))), "rows11!");
     assert_eq!(feed(&mut link, msg(12, 2, 0, true, Some(project("b")))), "");
-    assert_eq!(feed(&mut link, msg(13, 3, 0, false, Some(project("a")))), "rows13");
-    assert_eq!(feed(&mut link, msg(14, 3, 1, true, Some(project("b")))), "commit14");
+    assert_eq!(feed(&mut link, msg(13, 3, 0, false, Some(project("a")))), "", "held until the end is known");
+    assert_eq!(feed(&mut link, msg(14, 3, 1, true, Some(project("b")))), "rows13 commit14");
     assert_eq!(feed(&mut link, msg(15, 4, 0, false, Some(project("b")))), "");
     assert_eq!(feed(&mut link, msg(16, 4, 1, true, Some(Scope::global()))), "rows16!");
 }
@@ -92,6 +92,18 @@ fn the_ledger_is_confirmed_behind_its_fence() {
     assert_eq!(feed(&mut link, msg(11, 0x1FF, 0, true, None)), "");
     assert_eq!(feed(&mut link, msg(12, 0x200, 0, true, None)), "confirmed5 commit12");
     assert!(!link.waits());
+}
+
+#[test]
+fn a_catch_up_leaves_confirmation_to_the_ledger() {
+    // The message that told of a failure of 4 is of a subject that a catch-up does not fetch.
+    let mut link = downlink(&[project("a")]);
+    link.ledger(Lsn(0x10_0000 + 0x200), 5, Vec::new());
+    assert_eq!(feed(&mut link, origin(msg(11, 1, 0, true, Some(project("a"))), CLIENT, 5)), "rows11!");
+    assert_eq!(
+        feed(&mut link, origin(msg(12, 2, 0, true, Some(project("a"))), CLIENT, 6)),
+        "confirmed5 confirmed6 rows12!"
+    );
 }
 
 #[test]
@@ -121,8 +133,8 @@ fn a_snapshot_joins_without_gap_or_repeat() {
     assert_eq!(feed(&mut link, msg(11, 0x4A, 0, true, Some(project("b")))), "", "in the snapshot");
     assert_eq!(feed(&mut link, msg(12, 0x56, 0, true, Some(project("b")))), "rows12!");
     assert_eq!(feed(&mut link, msg(13, 0x57, 0, true, Some(project("a")))), "rows13!");
-    assert_eq!(feed(&mut link, msg(14, 0x80, 0, false, Some(project("b")))), "rows14");
-    assert_eq!(feed(&mut link, msg(15, 0x80, 1, true, None)), "end15");
+    assert_eq!(feed(&mut link, msg(14, 0x80, 0, false, Some(project("b")))), "");
+    assert_eq!(feed(&mut link, msg(15, 0x80, 1, true, None)), "rows14 end15");
     assert_eq!(feed(&mut link, msg(16, 0x81, 0, true, Some(project("b")))), "rows16!");
 }
 
@@ -135,17 +147,18 @@ fn memberships_are_read_before_the_transaction_takes_effect() {
         message
     };
     let mut out = Vec::new();
+    assert_eq!(link.message(&msg(10, 0x200, 0, false, Some(project("a"))), &mut out), Next::Continue);
     assert_eq!(link.message(&grant(11, 0x200, false), &mut out), Next::Continue);
     let last = origin(msg(12, 0x200, 1, true, Some(project("b"))), CLIENT, 1);
     assert_eq!(link.message(&last, &mut out), Next::Reauthorize);
-    assert_eq!(words(std::mem::take(&mut out)), "rows11");
+    assert_eq!(words(std::mem::take(&mut out)), "", "rows of a scope that the transaction revokes are never sent");
     let snapshot = fence(0x201, 0x300);
     let scopes: BTreeSet<Scope> = [Scope::user("alice"), project("b")].into();
     assert_eq!(link.authorized(&scopes, snapshot.clone(), &mut out), [project("b")]);
     link.joined([project("b")], &snapshot, &[], &mut out);
     assert_eq!(link.message(&last, &mut out), Next::Continue);
     link.settle(&mut out);
-    assert_eq!(words(std::mem::take(&mut out)), "-project:a confirmed1", "the rest waits for the fence");
+    assert_eq!(words(std::mem::take(&mut out)), "-project:a rows11 confirmed1", "the rest waits for the fence");
     assert_eq!(feed(&mut link, msg(13, 0x300, 0, true, None)), "end13");
     assert_eq!(feed(&mut link, msg(14, 0x301, 0, true, Some(project("a")))), "", "revoked");
     // A membership that the authorisation already saw is not read again.

@@ -177,6 +177,8 @@ struct Session {
     stored: (mpsc::Sender<u64>, mpsc::Receiver<u64>),
     /// The next `client_seq` that may be forwarded: a lane must not get holes from us.
     expected: u64,
+    /// The `client_seq` that the client was told to send again.
+    gap_told: u64,
     refusals: u32,
     heard: Instant,
     out: Vec<Out>,
@@ -229,7 +231,7 @@ async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) 
     for scope in lost {
         downlink.removed(scope, &mut out);
     }
-    downlink.ledger(fence.lsn, ledger.last_seq, ledger.failed);
+    downlink.ledger(fence.lsn, ledger.told_seq, ledger.failed);
     let mut session = Session {
         edge: edge.clone(),
         id,
@@ -241,12 +243,22 @@ async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) 
         results,
         stored: mpsc::channel(STORED_QUEUE),
         expected: ledger.last_seq + 1,
+        gap_told: 0,
         refusals: 0,
         heard: Instant::now(),
         out,
     };
+    let before = session.downlink.cursor();
     session.catch_up(wire).await?;
-    session.join(wire, snapshot, &scopes).await?;
+    if session.downlink.cursor() == before {
+        session.join(wire, snapshot, &scopes).await?;
+    } else {
+        // That took its time: what the old snapshot does not see may have left the ring.
+        drop(snapshot);
+        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
+        let scopes = snapshot.scopes(&edge.catalog, &session.user_id).await.map_err(unavailable)?;
+        session.join(wire, snapshot, &scopes).await?;
+    }
     Ok(session)
 }
 
@@ -357,6 +369,8 @@ impl Session {
         let fence = Arc::new(snapshot.fence.clone());
         let new = self.downlink.authorized(scopes, fence.clone(), &mut self.out);
         if !new.is_empty() {
+            // Now, while what the snapshot may not see is still young enough to be in the ring.
+            let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
             self.out.push(Out::Own(begin_frame(&new)));
             self.flush(wire).await?;
             let _permit = self.edge.snapshots.acquire().await.map_err(|_| End::Gone)?;
@@ -372,7 +386,6 @@ impl Session {
                 Ok(Err(error)) => return Err(End::unavailable(&error)),
                 Err(error) => return Err(End::unavailable(&error)),
             }
-            let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
             self.downlink.joined(new, &fence, &back, &mut self.out);
         }
         self.membership.set_scopes(self.downlink.scopes());
@@ -510,6 +523,10 @@ impl Session {
             return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
         }
         if seq > self.expected {
+            // Said once for each gap: what was under way behind an overload is not the client's fault.
+            if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {
+                return Ok(());
+            }
             let message = format!("seq {seq} leaves a gap: {} comes next", self.expected);
             return self.refuse(wire, Code::OutOfOrder, message, Some(self.expected)).await;
         }
@@ -540,6 +557,7 @@ impl Session {
                 retry_after_ms: Some(RETRY_MS),
                 fatal: false,
             };
+            self.gap_told = seq;
             return wire.own(ServerFrame::Error(frame)).await;
         }
         self.expected = self.expected.max(seq + 1);

@@ -11,7 +11,7 @@ use futures_util::TryStreamExt;
 use millstream_catalog::{Catalog, Table};
 use millstream_schemas::frame::ServerFrame;
 use millstream_schemas::stream::Failure;
-use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
+use millstream_schemas::subject::{GLOBAL_KIND, MAX_SCOPE_ID_BYTES, USER_KIND};
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use tokio::sync::mpsc;
@@ -63,6 +63,8 @@ pub struct Ledger {
     pub last_seq: u64,
     /// Failed transactions behind the `client_seq` that the client knows to be confirmed.
     pub failed: Vec<Failure>,
+    /// Up to which `client_seq` those are all: less than `last_seq` if there are too many to tell at once.
+    pub told_seq: u64,
 }
 
 impl Snapshot {
@@ -104,7 +106,9 @@ impl Snapshot {
                 .fetch_all(&mut *self.transaction)
                 .await
                 .map_err(query("read memberships"))?;
-            scopes.extend(ids.into_iter().map(|id| Scope::new(membership.kind.clone(), id)));
+            // Such an id is no scope to replication either; one bad row must not lock its user out.
+            let fits = |id: &String| !id.is_empty() && id.len() <= MAX_SCOPE_ID_BYTES;
+            scopes.extend(ids.into_iter().filter(fits).map(|id| Scope::new(membership.kind.clone(), id)));
         }
         Ok(scopes)
     }
@@ -136,11 +140,11 @@ impl Snapshot {
             code: row.get::<&str, _>("code").parse().unwrap_or(Code::Internal),
             message: row.get("message"),
         };
-        Ok(Ledger {
-            user_id: Some(row.get("user_id")),
-            last_seq: row.get::<i64, _>("last_seq").cast_unsigned(),
-            failed: failed.iter().map(failure).collect(),
-        })
+        let last_seq = row.get::<i64, _>("last_seq").cast_unsigned();
+        let cut = failed.len() as i64 == MAX_FAILURES;
+        let failed: Vec<Failure> = failed.iter().map(failure).collect();
+        let told_seq = failed.last().filter(|_| cut).map_or(last_seq, |last| last.seq);
+        Ok(Ledger { user_id: Some(row.get("user_id")), last_seq, failed, told_seq })
     }
 
     /// Sends the rows of these scopes as frames, and ends the transaction.

@@ -9,10 +9,9 @@
 //! transaction anew: what was staged of it is dropped.
 //!
 //! **Snapshots** are a bracket: from `snapshot_begin` to `snapshot_end` neither `commit` nor `last` applies anything.
-//! Everything sent since the last commit (what was staged before `snapshot_begin` included) is applied at
-//! `snapshot_end` as one local transaction: first the named scopes' rows are replaced by the snapshot's, then the staged
-//! frames take effect in the order in which they came, then the position is taken. A further `snapshot_begin` inside the
-//! bracket adds its scopes to it; one `snapshot_end` closes it for all.
+//! Everything sent since the last commit is applied at `snapshot_end` as one local transaction, in the order in which it
+//! came; at `snapshot_apply` the named scopes' rows are replaced by the snapshot's. (What the snapshot has seen comes
+//! before it, what it has not seen comes after, so that a row which moved between scopes ends where it belongs.)
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -27,8 +26,9 @@ use crate::subject::Scope;
 
 /// Largest frame that an edge accepts after `hello`, in bytes.
 pub const MAX_FRAME_BYTES: usize = 512 * 1024;
-/// Largest `hello`, in bytes: the only frame before authentication.
-pub const MAX_HELLO_BYTES: usize = 16 * 1024;
+/// Largest `hello`, in bytes: the only frame before authentication. It names every scope that the client holds, which
+/// this allows some 5,000 of.
+pub const MAX_HELLO_BYTES: usize = 256 * 1024;
 /// Most changes in one client transaction.
 pub const MAX_TRANSACTION_CHANGES: usize = 1_000;
 /// Most transactions of a client between submission and `accepted`.
@@ -110,8 +110,9 @@ pub enum ServerFrame {
         /// Upserts only.
         changes: Vec<TableChanges>,
     },
-    /// The snapshot is complete: replace the scopes' rows, apply the `rows` sent since `snapshot_begin` on top, and
-    /// take the position, in one local transaction.
+    /// Here, among what is staged, the scopes' rows are replaced by the snapshot's.
+    SnapshotApply {},
+    /// The bracket is complete: apply it and take the position, in one local transaction.
     SnapshotEnd {
         /// The state that results is Postgres' at this position.
         position: Position,

@@ -29,7 +29,7 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
             (submit(1, "tasks", &["id"], &["x"]).to_string(), "out_of_order"),
             (with("protocol", 99.into()), "upgrade_required"),
             (with("token", "rubbish".into()), "bad_token"),
-            (with("token", "x".repeat(20_000).into()), "too_large"),
+            (with("token", "x".repeat(300_000).into()), "too_large"),
         ] {
             let mut raw = Raw::connect(&url).await?;
             raw.text(sent.clone()).await?;

@@ -118,13 +118,59 @@ async fn verdicts_come_with_codes_and_block_nobody() -> Result<()> {
 
         converged(&board, &a, "alice").await?;
         converged(&board, &b, "bob").await?;
-        let history: Vec<(String, i64)> =
-            sqlx::query_as("SELECT code, count(*) FROM millstream.changes_history GROUP BY code ORDER BY code")
+        // A business rule is tried again by itself, so its code may be there more than once by now.
+        let history: Vec<String> =
+            sqlx::query_scalar("SELECT DISTINCT code FROM millstream.changes_history ORDER BY code")
                 .fetch_all(&mut board.postgres().await?)
                 .await?;
-        let expected = ["business_rule", "entity_missing", "permission_denied"].map(|code| (code.to_owned(), 1));
-        ensure!(history == expected, "{history:?}");
-        ensure!(a.failed().await?.len() == 1 && b.failed().await?.len() == 2);
+        ensure!(history == ["business_rule", "entity_missing", "permission_denied"], "{history:?}");
+        ensure!(b.failed().await?.len() == 2, "{:?}", b.failed().await?);
+        Ok(())
+    };
+    board.explain(result.await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_moved_into_a_granted_scope_arrives() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let mut postgres = board.postgres().await?;
+        let (a, b, task) = (uuid::Uuid::now_v7(), uuid::Uuid::now_v7(), uuid::Uuid::now_v7());
+        for project in [a, b] {
+            sqlx::query("INSERT INTO projects (id, name) VALUES ($1, 'p')")
+                .bind(project)
+                .execute(&mut postgres)
+                .await?;
+        }
+        let join = "INSERT INTO members (project_id, user_id) VALUES ($1, 'bob')";
+        sqlx::query(join).bind(a).execute(&mut postgres).await?;
+        let insert = "INSERT INTO tasks (id, project_id, title) VALUES ($1, $2, 't')";
+        sqlx::query(insert).bind(task).bind(a).execute(&mut postgres).await?;
+        let client = board.client("b", "bob").await?;
+        converged(&board, &client, "bob").await?;
+
+        // While bob is away, the row moves to a project that he then joins: the stream tells that it left the one, the
+        // snapshot that it is in the other.
+        client.close().await?;
+        sqlx::query("UPDATE tasks SET project_id = $1").bind(b).execute(&mut postgres).await?;
+        sqlx::query(join).bind(b).execute(&mut postgres).await?;
+        let client = board.client("b", "bob").await?;
+        converged(&board, &client, "bob").await?;
+
+        // The same while he is connected, back and forth, with access to the one lost and regained.
+        let leave = "DELETE FROM members WHERE project_id = $1 AND user_id = 'bob'";
+        for round in 0..10 {
+            sqlx::query(leave).bind(a).execute(&mut postgres).await?;
+            let (from, to) = if round % 2 == 0 { (b, a) } else { (a, b) };
+            sqlx::query("UPDATE tasks SET project_id = $1 WHERE project_id = $2")
+                .bind(to)
+                .bind(from)
+                .execute(&mut postgres)
+                .await?;
+            sqlx::query(join).bind(a).execute(&mut postgres).await?;
+        }
+        converged(&board, &client, "bob").await?;
+        ensure!(actual(&client).await?["tasks"].len() == 1);
         Ok(())
     };
     board.explain(result.await)

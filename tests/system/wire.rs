@@ -144,6 +144,7 @@ async fn every_frame_and_message_validates() -> Result<()> {
             "server-frame results",
             "server-frame snapshot_begin",
             "server-frame snapshot_rows",
+            "server-frame snapshot_apply",
             "server-frame snapshot_end",
             "server-frame rows",
             "server-frame confirmed",

@@ -64,6 +64,7 @@ enum Staged {
     Rows(Rows),
     Confirmed(Confirmed),
     ScopeRemoved(Scope),
+    Snapshot { scopes: Vec<Scope>, full: bool },
 }
 
 /// The staging of one session.
@@ -75,6 +76,8 @@ pub struct Replica {
     open: Option<(Lsn, u32)>,
     /// Scopes of the snapshot under way.
     snapshot: Option<Vec<Scope>>,
+    /// Its place among what is staged has come.
+    applied: bool,
     /// The next snapshot replaces every scope.
     full: bool,
     work: Vec<Work>,
@@ -121,14 +124,11 @@ impl Replica {
                 }
             }
             ServerFrame::SnapshotBegin { scopes } => {
-                match &mut self.snapshot {
-                    // Another scope was granted before the bracket closed: it closes for all of them.
-                    Some(open) => open.extend(scopes),
-                    None => {
-                        self.snapshot = Some(scopes);
-                        self.work.push(Work::ClearStage);
-                    }
+                if self.snapshot.replace(scopes).is_some() {
+                    return Err(ProtocolError("snapshot_begin within a snapshot"));
                 }
+                self.applied = false;
+                self.work.push(Work::ClearStage);
             }
             ServerFrame::SnapshotRows { changes } => {
                 if self.snapshot.is_none() {
@@ -140,13 +140,20 @@ impl Replica {
                     _ => self.work.push(Work::Stage(changes)),
                 }
             }
-            ServerFrame::SnapshotEnd { position } => {
-                let scopes = self.snapshot.take().ok_or(ProtocolError("snapshot_end outside a snapshot"))?;
+            ServerFrame::SnapshotApply {} => {
+                let scopes = self.snapshot.clone().ok_or(ProtocolError("snapshot_apply outside a snapshot"))?;
+                if std::mem::replace(&mut self.applied, true) {
+                    return Err(ProtocolError("snapshot_apply twice in a snapshot"));
+                }
                 let full = std::mem::take(&mut self.full);
+                self.stage(Staged::Snapshot { scopes, full }, bytes);
+            }
+            ServerFrame::SnapshotEnd { position } => {
+                if self.snapshot.take().is_none() || !self.applied {
+                    return Err(ProtocolError("snapshot_end without snapshot_begin and snapshot_apply"));
+                }
                 // The edge ends a bracket between transactions, and says no `commit` inside it.
                 self.open = None;
-                // A batch of its own: the staging area must not be filled again before this is applied.
-                self.work.push(Work::Apply(Batch { steps: vec![Step::Snapshot { scopes, full }], ..Batch::default() }));
                 self.commit(position);
             }
             other => return Ok(Some(other)),
@@ -205,6 +212,7 @@ impl Replica {
                 }
                 Staged::Confirmed(confirmed) => batch.steps.push(Step::Confirmed(confirmed)),
                 Staged::ScopeRemoved(scope) => batch.steps.push(Step::ScopeRemoved(scope)),
+                Staged::Snapshot { scopes, full } => batch.steps.push(Step::Snapshot { scopes, full }),
             }
         }
         batch.position = Some(position);

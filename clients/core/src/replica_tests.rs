@@ -108,12 +108,13 @@ fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
         rows(5, 0, true, "a"),
         ServerFrame::SnapshotRows { changes: changes(&["t"]) },
         confirmed(2),
-        rows(6, 0, false, "b"),
-        ServerFrame::SnapshotEnd { position: position(5) },
-        rows(6, 1, true, "c"),
+        ServerFrame::SnapshotApply {},
+        rows(6, 0, true, "b"),
+        ServerFrame::SnapshotEnd { position: position(6) },
+        rows(7, 0, true, "c"),
     ];
-    check(Resume::Snapshot, frames.clone(), &["clear", "stage s+t", "snapshot full, a, confirmed 2, b+c @6"]);
-    check(Resume::CatchUp, frames, &["clear", "stage s+t", "snapshot, a, confirmed 2, b+c @6"]);
+    check(Resume::Snapshot, frames.clone(), &["clear", "stage s+t", "a, confirmed 2, snapshot full, b+c @7"]);
+    check(Resume::CatchUp, frames, &["clear", "stage s+t", "a, confirmed 2, snapshot, b+c @7"]);
 }
 
 #[test]
@@ -122,6 +123,7 @@ fn a_second_snapshot_waits_for_the_first() {
         vec![
             ServerFrame::SnapshotBegin { scopes: vec![scope()] },
             ServerFrame::SnapshotRows { changes: changes(&[name]) },
+            ServerFrame::SnapshotApply {},
             ServerFrame::SnapshotEnd { position: position(seq) },
         ]
     };
@@ -141,15 +143,11 @@ fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
 #[test]
 fn a_transaction_that_ends_in_another_scope_is_whole_at_the_end_of_the_bracket() {
     let end = ServerFrame::SnapshotEnd { position: position(9) };
-    let frames = vec![ServerFrame::SnapshotBegin { scopes: vec![scope()] }, rows(5, 0, false, "a"), end];
+    let frames = vec![
+        ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+        ServerFrame::SnapshotApply {},
+        rows(5, 0, false, "a"),
+        end,
+    ];
     check(Resume::CatchUp, frames, &["clear", "snapshot, a @9"]);
-}
-
-#[test]
-fn a_further_snapshot_joins_the_open_bracket() {
-    let begin = || ServerFrame::SnapshotBegin { scopes: vec![scope()] };
-    let staged = |name: &str| ServerFrame::SnapshotRows { changes: changes(&[name]) };
-    let end = ServerFrame::SnapshotEnd { position: position(9) };
-    let frames = vec![begin(), staged("s"), rows(5, 0, true, "a"), begin(), staged("t"), rows(6, 0, true, "b"), end];
-    check(Resume::CatchUp, frames, &["clear", "stage s+t", "snapshot, a+b @9"]);
 }

@@ -62,8 +62,11 @@ async fn writes_arrive_in_order_and_are_confirmed() {
     client.flush(PATIENCE).await.unwrap();
     assert_eq!(edge.state().received, (1..=100).collect::<Vec<u64>>());
     assert_equal(&client, &edge).await;
-    let status = client.status().borrow().clone();
-    assert_eq!((status.pending.count, status.confirmed_seq, status.failed), (0, 100, 0));
+    // The status is told after the writes are.
+    let mut statuses = client.status();
+    let settled = statuses.wait_for(|status| (status.pending.count, status.confirmed_seq) == (0, 100));
+    let status = tokio::time::timeout(PATIENCE, settled).await.unwrap().unwrap().clone();
+    assert_eq!(status.failed, 0);
     assert_eq!((status.state, status.role, status.user_id.as_deref()), (State::Connected, Role::Leader, Some("ann")));
     assert!(status.position.is_some_and(|position| position.seq == 100), "{status:?}");
     let queue = client.queue(1_000).await.unwrap();

@@ -169,6 +169,8 @@ impl Store {
             for table in &schema.tables {
                 let before = old_tables.iter().find(|before| before.name == table.name);
                 stale |= store.install_table(before, table)?;
+                // Rows that a newly synced table has long had come with no transaction.
+                stale |= old.is_some() && before.is_none();
                 store.batch(&trigger::create_triggers(table))?;
             }
             store.set_meta_json("schema", schema)?;

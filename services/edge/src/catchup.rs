@@ -22,6 +22,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Most messages of one catch-up; beyond that a snapshot is cheaper.
 pub(crate) const MAX_MESSAGES: usize = 50_000;
 
+/// Most bytes of one catch-up, as the ring counts them.
+pub(crate) const MAX_BYTES: usize = 64 << 20;
+
 /// Why catching up failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CatchUpError {

@@ -39,6 +39,14 @@ pub enum Next {
     EpochChanged,
 }
 
+/// A snapshot that has been sent and waits for the stream to pass its fence.
+#[derive(Debug)]
+struct Bracket {
+    fence: Arc<Fence>,
+    /// Frames of transactions that the snapshot does not see though they committed before its fence: they come after it.
+    after: Vec<Utf8Bytes>,
+}
+
 /// The outbound half of a session.
 #[derive(Debug)]
 pub struct Downlink {
@@ -57,8 +65,8 @@ pub struct Downlink {
     /// The snapshot in which memberships were read last.
     authorization: Arc<Fence>,
     reauthorize: bool,
-    /// Behind which LSN the open snapshot bracket ends.
-    bracket: Option<Lsn>,
+    /// The open snapshot bracket.
+    bracket: Option<Bracket>,
     /// Frames of the open transaction, kept until its end shows whether it revokes their scope.
     held: Vec<(Scope, Utf8Bytes)>,
     /// Something was sent that takes effect with the next commit.
@@ -99,6 +107,11 @@ impl Downlink {
         }
     }
 
+    /// The epoch of the history that the session follows.
+    pub fn epoch(&self) -> Uuid {
+        self.position.epoch
+    }
+
     /// Sequence of the last message fed.
     pub fn cursor(&self) -> u64 {
         self.cursor
@@ -131,6 +144,10 @@ impl Downlink {
         if message.epoch() != self.position.epoch {
             return Next::EpochChanged;
         }
+        if !self.open && self.bracket.as_ref().is_some_and(|bracket| message.lsn() >= bracket.fence.lsn) {
+            // Commit order: everything before the fence has been fed.
+            self.close_bracket(out);
+        }
         if self.moves_membership(message) {
             self.reauthorize = true;
         }
@@ -139,17 +156,17 @@ impl Downlink {
             return Next::Reauthorize;
         }
         if message.last {
-            self.release(out);
+            self.release(message, out);
             self.confirm(message, out);
         }
         let delivered = self.delivers(message);
         if let Some(scope) = message.scope.as_ref().filter(|_| delivered) {
             if message.last {
-                out.push(Out::Shared(message.frame()));
+                self.send(message, message.frame(), out);
             } else {
                 self.held.push((scope.clone(), message.frame()));
                 if self.held.len() > MAX_HELD {
-                    self.release(out);
+                    self.release(message, out);
                 }
             }
             self.staged = true;
@@ -166,12 +183,29 @@ impl Downlink {
         Next::Continue
     }
 
-    /// Sends what was held of the open transaction, except scopes that it turned out to revoke.
-    fn release(&mut self, out: &mut Vec<Out>) {
-        for (scope, frame) in self.held.drain(..) {
+    /// Sends what was held of the message's transaction, except scopes that it turned out to revoke.
+    fn release(&mut self, message: &Message, out: &mut Vec<Out>) {
+        for (scope, frame) in std::mem::take(&mut self.held) {
             if self.scopes.contains_key(&scope) {
-                out.push(Out::Shared(frame));
+                self.send(message, frame, out);
             }
+        }
+    }
+
+    /// Sends a frame of the message's transaction, or keeps it for behind the snapshot that does not see it.
+    fn send(&mut self, message: &Message, frame: Utf8Bytes, out: &mut Vec<Out>) {
+        match &mut self.bracket {
+            Some(bracket) if !bracket.fence.sees(message.xid, message.lsn()) => bracket.after.push(frame),
+            _ => out.push(Out::Shared(frame)),
+        }
+    }
+
+    fn close_bracket(&mut self, out: &mut Vec<Out>) {
+        if let Some(bracket) = self.bracket.take() {
+            out.push(Out::Own(ServerFrame::SnapshotApply {}));
+            out.extend(bracket.after.into_iter().map(Out::Shared));
+            out.push(Out::Own(ServerFrame::SnapshotEnd { position: self.position }));
+            self.staged = false;
         }
     }
 
@@ -189,7 +223,7 @@ impl Downlink {
             #[serde(borrow)]
             table: std::borrow::Cow<'a, str>,
         }
-        message.scope.as_ref() == Some(&self.user_scope)
+        (message.scope.as_ref() == Some(&self.user_scope) || message.truncates)
             && !self.authorization.sees(message.xid, message.lsn())
             // Unreadable counts as moved: reading memberships once too often harms nobody.
             && serde_json::from_slice::<Vec<Table<'_>>>(&message.payload).map_or(true, |changes| {
@@ -225,9 +259,9 @@ impl Downlink {
     }
 
     /// The end of a transaction whose last message is of a scope that a catch-up does not fetch.
-    pub fn end_of_group(&mut self, out: &mut Vec<Out>) {
+    pub fn end_of_group(&mut self, message: &Message, out: &mut Vec<Out>) {
         self.open = false;
-        self.release(out);
+        self.release(message, out);
         if self.staged && self.bracket.is_none() {
             out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             self.staged = false;
@@ -252,26 +286,29 @@ impl Downlink {
         self.staged = true;
     }
 
-    /// A snapshot of these scopes has been sent from `snapshot_begin` to its last row. Sends what it lacks of the past,
-    /// and leaves the bracket open until the stream has passed its fence.
-    pub fn joined(
-        &mut self,
-        scopes: impl IntoIterator<Item = Scope>,
-        fence: &Arc<Fence>,
-        look_back: &[Arc<Message>],
-        out: &mut Vec<Out>,
-    ) {
-        let joining: BTreeMap<Scope, Option<Arc<Fence>>> =
-            scopes.into_iter().map(|scope| (scope, Some(fence.clone()))).collect();
-        for message in look_back {
-            let joins = message.scope.as_ref().is_some_and(|scope| joining.contains_key(scope));
-            if joins && message.epoch() == self.position.epoch && !fence.sees(message.xid, message.lsn()) {
-                out.push(Out::Shared(message.frame()));
-            }
-        }
-        self.scopes.extend(joining);
-        self.bracket = Some(self.bracket.map_or(fence.lsn, |open| open.max(fence.lsn)));
+    /// A snapshot of these scopes has been sent from `snapshot_begin` to its last row. Keeps what it lacks of the past, and
+    /// leaves the bracket open until the stream has passed its fence.
+    pub fn joined(&mut self, scopes: impl IntoIterator<Item = Scope>, fence: &Arc<Fence>, look_back: &[Arc<Message>]) {
+        self.scopes.extend(scopes.into_iter().map(|scope| (scope, Some(fence.clone()))));
+        // Of scopes held before, too: the snapshot may have set a row back that such a transaction moved to them.
+        let unseen = |message: &&Arc<Message>| {
+            message.epoch() == self.position.epoch
+                && message.scope.as_ref().is_some_and(|scope| self.scopes.contains_key(scope))
+                && !fence.sees(message.xid, message.lsn())
+        };
+        let after = look_back.iter().filter(unseen).map(|message| message.frame()).collect();
+        self.bracket = Some(Bracket { fence: fence.clone(), after });
         self.staged = true;
+    }
+
+    /// Whether a snapshot has been sent that does not apply yet.
+    pub fn in_bracket(&self) -> bool {
+        self.bracket.is_some()
+    }
+
+    /// Highest `client_seq` confirmed to the client.
+    pub fn confirmed(&self) -> u64 {
+        self.confirmed
     }
 
     /// Everything before an LSN is known to be published.
@@ -289,18 +326,13 @@ impl Downlink {
         if self.ledger.as_ref().is_some_and(|(fence, _)| self.passed(*fence)) {
             self.confirm_ledger(out);
         }
-        match self.bracket {
-            Some(fence) if self.passed(fence) => {
-                self.bracket = None;
-                self.staged = false;
-                out.push(Out::Own(ServerFrame::SnapshotEnd { position: self.position }));
-            }
-            Some(_) => {}
+        match &self.bracket {
+            Some(bracket) if self.passed(bracket.fence.lsn) => self.close_bracket(out),
             None if self.staged => {
                 self.staged = false;
                 out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             }
-            None => {}
+            _ => {}
         }
     }
 

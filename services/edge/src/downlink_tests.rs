@@ -45,6 +45,7 @@ fn words(out: Vec<Out>) -> String {
         },
         Out::Own(ServerFrame::Commit { position }) => format!("commit{}", position.seq),
         Out::Own(ServerFrame::Confirmed(confirmed)) => format!("confirmed{}", confirmed.seq),
+        Out::Own(ServerFrame::SnapshotApply {}) => "apply".to_owned(),
         Out::Own(ServerFrame::SnapshotEnd { position }) => format!("end{}", position.seq),
         Out::Own(ServerFrame::ScopeRemoved { scope }) => format!("-{scope}"),
         Out::Own(other) => panic!("{other:?}"),
@@ -127,14 +128,12 @@ fn a_snapshot_joins_without_gap_or_repeat() {
     let snapshot = fence(0x50, 0x60);
     let back =
         [Arc::new(msg(8, 0x49, 0, true, Some(project("b")))), Arc::new(msg(9, 0x55, 0, true, Some(project("b"))))];
-    let mut out = Vec::new();
-    link.joined([project("b")], &snapshot, &back, &mut out);
-    assert_eq!(words(out), "rows9!");
+    link.joined([project("b")], &snapshot, &back);
     assert_eq!(feed(&mut link, msg(11, 0x4A, 0, true, Some(project("b")))), "", "in the snapshot");
-    assert_eq!(feed(&mut link, msg(12, 0x56, 0, true, Some(project("b")))), "rows12!");
-    assert_eq!(feed(&mut link, msg(13, 0x57, 0, true, Some(project("a")))), "rows13!");
-    assert_eq!(feed(&mut link, msg(14, 0x80, 0, false, Some(project("b")))), "");
-    assert_eq!(feed(&mut link, msg(15, 0x80, 1, true, None)), "rows14 end15");
+    assert_eq!(feed(&mut link, msg(12, 0x56, 0, true, Some(project("b")))), "", "not in the snapshot: comes after it");
+    assert_eq!(feed(&mut link, msg(13, 0x4B, 0, true, Some(project("a")))), "rows13!", "seen by it: comes before it");
+    assert_eq!(feed(&mut link, msg(14, 0x80, 0, false, Some(project("b")))), "apply rows9! rows12! end13");
+    assert_eq!(feed(&mut link, msg(15, 0x80, 1, true, None)), "rows14 commit15");
     assert_eq!(feed(&mut link, msg(16, 0x81, 0, true, Some(project("b")))), "rows16!");
 }
 
@@ -155,11 +154,11 @@ fn memberships_are_read_before_the_transaction_takes_effect() {
     let snapshot = fence(0x201, 0x300);
     let scopes: BTreeSet<Scope> = [Scope::user("alice"), project("b")].into();
     assert_eq!(link.authorized(&scopes, snapshot.clone(), &mut out), [project("b")]);
-    link.joined([project("b")], &snapshot, &[], &mut out);
+    link.joined([project("b")], &snapshot, &[]);
     assert_eq!(link.message(&last, &mut out), Next::Continue);
     link.settle(&mut out);
     assert_eq!(words(std::mem::take(&mut out)), "-project:a rows11 confirmed1", "the rest waits for the fence");
-    assert_eq!(feed(&mut link, msg(13, 0x300, 0, true, None)), "end13");
+    assert_eq!(feed(&mut link, msg(13, 0x300, 0, true, None)), "apply end12");
     assert_eq!(feed(&mut link, msg(14, 0x301, 0, true, Some(project("a")))), "", "revoked");
     // A membership that the authorisation already saw is not read again.
     assert_eq!(feed(&mut link, grant(15, 0x200 - 1, true)), "rows15!");

@@ -42,6 +42,8 @@ impl Default for Head {
 struct State {
     ring: VecDeque<(Instant, Arc<Message>)>,
     bytes: usize,
+    /// Bytes and messages since everybody was woken last.
+    passed: (usize, usize),
     /// Sessions that hold a scope.
     scopes: HashMap<Scope, HashSet<u64>>,
     /// Sessions of a client (more than one while an old socket has not yet timed out).
@@ -134,6 +136,13 @@ impl Hub {
             state.touched.clear();
         }
         state.bytes += message.weight();
+        state.passed.0 += message.weight();
+        state.passed.1 += 1;
+        if state.passed.0 > RING_BYTES / 4 || state.passed.1 > RING_MESSAGES / 4 {
+            // Else a session that nothing concerns would fall off the ring without having been slow.
+            state.passed = (0, 0);
+            state.sessions.values().for_each(|member| member.wake.notify_one());
+        }
         let head = message.position;
         state.ring.push_back((now, message));
         while state.ring.len() > RING_MESSAGES || (state.bytes > RING_BYTES && state.ring.len() > 1) {

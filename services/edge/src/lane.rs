@@ -3,20 +3,25 @@
 //! One publish in flight keeps the order exact whatever fails: an unknown outcome is published again, and the ledger
 //! makes the repeat harmless. Packing what waits makes up for it, since a single server fsyncs each message.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::jetstream::context::PublishErrorKind;
 use bytes::Bytes;
 use millstream_runtime::backoff::Backoff;
 use millstream_runtime::nats::Nats;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::stream::MAX_MESSAGE_BYTES;
 use millstream_schemas::subject::{self, PARTITIONS};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use uuid::Uuid;
 
 /// Submissions waiting in one lane; when it is full, sessions answer `overloaded`.
 const LANE_QUEUE: usize = 1024;
+/// The broker acknowledges within this time, or the publish is repeated: it may have fallen into a reconnect.
+/// A broker that is merely slow gets twice the time at each repeat, up to the second.
+const PUBLISH_TIMEOUT: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
+/// Bytes waiting in all lanes of an edge together.
+const LANES_BYTES: usize = 64 << 20;
 /// Bytes around the submissions of a message.
 const ENVELOPE_BYTES: usize = 64;
 
@@ -36,7 +41,10 @@ pub struct Full;
 
 /// All lanes of an edge. Cheap to clone.
 #[derive(Clone)]
-pub struct Lanes(Vec<mpsc::Sender<Item>>);
+pub struct Lanes {
+    lanes: Vec<mpsc::Sender<(Item, OwnedSemaphorePermit)>>,
+    room: Arc<Semaphore>,
+}
 
 impl Lanes {
     /// Starts the tasks.
@@ -46,7 +54,7 @@ impl Lanes {
             tokio::spawn(run(nats.clone(), subject::changes(partition), receiver, shutdown.clone()));
             sender
         };
-        Lanes((0..PARTITIONS).map(lane).collect())
+        Lanes { lanes: (0..PARTITIONS).map(lane).collect(), room: Arc::new(Semaphore::new(LANES_BYTES)) }
     }
 
     /// Queues a submission of this client.
@@ -54,12 +62,14 @@ impl Lanes {
     /// # Errors
     /// [`Full`]: try again later.
     pub fn submit(&self, client: Uuid, item: Item) -> Result<(), Full> {
-        self.0[usize::from(subject::partition(client))].try_send(item).map_err(|_| Full)
+        let bytes = u32::try_from(item.submission.len()).map_err(|_| Full)?;
+        let room = self.room.clone().try_acquire_many_owned(bytes).map_err(|_| Full)?;
+        self.lanes[usize::from(subject::partition(client))].try_send((item, room)).map_err(|_| Full)
     }
 }
 
-async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<Item>, shutdown: Shutdown) {
-    let mut carried: Option<Item> = None;
+async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<(Item, OwnedSemaphorePermit)>, shutdown: Shutdown) {
+    let mut carried = None;
     loop {
         let first = match carried.take() {
             Some(item) => item,
@@ -72,24 +82,24 @@ async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<Item>, shutd
                 () = shutdown.requested() => return,
             },
         };
-        let mut body = Vec::with_capacity(first.submission.len() + ENVELOPE_BYTES);
+        let mut body = Vec::with_capacity(first.0.submission.len() + ENVELOPE_BYTES);
         body.extend_from_slice(br#"{"submissions":["#);
-        body.extend_from_slice(&first.submission);
+        body.extend_from_slice(&first.0.submission);
         let mut items = vec![first];
         while let Ok(item) = queue.try_recv() {
-            if body.len() + item.submission.len() + ENVELOPE_BYTES > MAX_MESSAGE_BYTES {
+            if body.len() + item.0.submission.len() + ENVELOPE_BYTES > MAX_MESSAGE_BYTES {
                 carried = Some(item);
                 break;
             }
             body.push(b',');
-            body.extend_from_slice(&item.submission);
+            body.extend_from_slice(&item.0.submission);
             items.push(item);
         }
         body.extend_from_slice(b"]}");
         if !publish(&nats, &subject, body.into(), &shutdown).await {
             return;
         }
-        for item in items {
+        for (item, _room) in items {
             // A session that is gone, or has hundreds of acks unread, learns from the ledger when it connects again.
             let _ = item.stored.try_send(item.seq);
         }
@@ -99,17 +109,18 @@ async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<Item>, shutd
 /// Publishes until it is acknowledged; false on shutdown.
 async fn publish(nats: &Nats, subject: &str, body: Bytes, shutdown: &Shutdown) -> bool {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    let mut patience = PUBLISH_TIMEOUT.0;
     loop {
         let attempt = async { nats.jetstream.publish(subject.to_owned(), body.clone()).await?.await };
-        let error = tokio::select! {
-            result = attempt => match result {
-                Ok(_) => return true,
-                Err(error) => error,
+        tokio::select! {
+            result = tokio::time::timeout(patience, attempt) => match result {
+                Ok(Ok(_)) => return true,
+                Ok(Err(error)) => tracing::warn!(subject, %error, "publishing again"),
+                Err(_) => tracing::warn!(subject, "no acknowledgement in time; publishing again"),
             },
             () = shutdown.requested() => return false,
-        };
-        let kind: PublishErrorKind = error.kind();
-        tracing::warn!(subject, ?kind, %error, "publishing again");
+        }
+        patience = (patience * 2).min(PUBLISH_TIMEOUT.1);
         tokio::select! {
             () = tokio::time::sleep(backoff.next()) => {}
             () = shutdown.requested() => return false,

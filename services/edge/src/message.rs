@@ -29,6 +29,8 @@ pub struct Message {
     pub origin: Vec<OriginEntry>,
     /// Trace context of the delivery.
     pub traceparent: Option<String>,
+    /// Whether it empties a table, which may be one that grants memberships.
+    pub truncates: bool,
     /// JSON array of `TableChanges`.
     pub payload: Bytes,
     frame: OnceLock<Utf8Bytes>,
@@ -72,13 +74,15 @@ impl Message {
             let plain = |text: &&str| text.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
             upstream.filter(plain).map(str::to_owned)
         });
+        let scope = Scope::from_subject(subject);
         Ok(Message {
             position: Position { epoch: required!(header::EPOCH), seq, lsn: required!(header::LSN) },
             xid: required!(header::XID),
             index: required!(header::INDEX),
             last: read::<u8>(headers, header::LAST).ok_or_else(|| invalid(header::LAST))? == 1,
             at: required!(header::AT),
-            scope: Scope::from_subject(subject),
+            truncates: scope.as_ref() == Some(&Scope::global()) && contains(&payload, br#""op":"truncate""#),
+            scope,
             origin,
             traceparent,
             payload,
@@ -126,6 +130,10 @@ impl Message {
         text.push('}');
         text
     }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! One WebSocket: the shell around [`Downlink`] and the lanes.
 
+mod open;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,11 +11,10 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use millstream_runtime::telemetry;
 use millstream_schemas::frame::{
-    ClientFrame, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume,
-    SUBMIT_WINDOW, ServerFrame, Submit, Welcome,
+    ClientFrame, ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
 };
 use millstream_schemas::stream::{Submission, TransactionResult};
-use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
+use millstream_schemas::{Code, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -25,24 +26,24 @@ use crate::lane::Item;
 use crate::snapshot::{Snapshot, begin_frame};
 use crate::tail::Chain;
 
-/// `hello` must have come within this time.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// The client must be heard within this time.
 const HEARTBEAT: Duration = Duration::from_secs(45);
 /// Pings to the client, and checks of its heartbeat.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
-/// A client that takes nothing for this long is cut.
+/// While the client waits for us, it hears from us this often.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
+/// A client that takes not one frame in this time is cut.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
-/// Messages of the ring handled before the socket is looked at again.
+/// Messages of the ring handled at once.
 const PUMP: usize = 256;
+/// Such batches handled before the socket is looked at again.
+const PUMP_BATCHES: usize = 16;
 /// Frames of a snapshot between Postgres and the socket.
 const SNAPSHOT_FRAMES: usize = 4;
 /// Acknowledgements of lanes between two looks at them.
 const STORED_QUEUE: usize = 4 * SUBMIT_WINDOW as usize;
 /// Refused frames after which a client is cut.
 const MAX_REFUSALS: u32 = 100;
-/// How long the tail may lag behind a client that came from a faster edge.
-const HEAD_WAIT: Duration = Duration::from_secs(2);
 /// How long a published transaction may take to become visible, and how often to look.
 const VISIBLE_WAIT: Duration = Duration::from_secs(10);
 const VISIBLE_PAUSE: Duration = Duration::from_millis(2);
@@ -79,8 +80,8 @@ impl End {
 pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
     let (sink, mut stream) = socket.split();
     let mut wire = Wire { sink };
-    let end = match hello(&edge, &mut stream).await {
-        Ok((hello, user_id)) => match open(&edge, &mut wire, hello, user_id).await {
+    let end = match open::hello(&edge, &mut stream).await {
+        Ok((hello, user_id)) => match open::open(&edge, &mut wire, hello, user_id).await {
             Ok(mut session) => {
                 tracing::debug!(session = %session.id, client = %session.client_id, "session opened");
                 let end = session.run(&mut wire, &mut stream).await;
@@ -111,57 +112,37 @@ struct Wire {
 
 impl Wire {
     async fn send(&mut self, out: &[Out]) -> Result<(), End> {
-        let send = async {
-            for frame in out {
-                let text = match frame {
-                    Out::Shared(text) => text.clone(),
-                    // Our own types always encode.
-                    Out::Own(frame) => serde_json::to_string(frame).unwrap_or_default().into(),
-                };
-                self.sink.feed(Socket::Text(text)).await?;
-            }
-            self.sink.flush().await
-        };
-        match tokio::time::timeout(SEND_TIMEOUT, send).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) | Err(_) => Err(End::Gone),
+        for frame in out {
+            let text = match frame {
+                Out::Shared(text) => text.clone(),
+                // Our own types always encode.
+                Out::Own(frame) => serde_json::to_string(frame).unwrap_or_default().into(),
+            };
+            let fed = tokio::time::timeout(SEND_TIMEOUT, self.sink.feed(Socket::Text(text))).await;
+            fed.map_err(|_| End::Gone)?.map_err(|_| End::Gone)?;
         }
+        tokio::time::timeout(SEND_TIMEOUT, self.sink.flush()).await.map_err(|_| End::Gone)?.map_err(|_| End::Gone)
+    }
+
+    /// Waits for something that may take long, with a sign of life for the client now and then.
+    async fn alive<T>(&mut self, waited: impl Future<Output = T>) -> Result<T, End> {
+        let mut waited = std::pin::pin!(waited);
+        loop {
+            match tokio::time::timeout(SIGN_OF_LIFE, &mut waited).await {
+                Ok(done) => return Ok(done),
+                Err(_) => self.ping().await?,
+            }
+        }
+    }
+
+    async fn ping(&mut self) -> Result<(), End> {
+        let ping = self.sink.send(Socket::Ping(bytes::Bytes::new()));
+        tokio::time::timeout(SEND_TIMEOUT, ping).await.map_err(|_| End::Gone)?.map_err(|_| End::Gone)
     }
 
     async fn own(&mut self, frame: ServerFrame) -> Result<(), End> {
         self.send(&[Out::Own(frame)]).await
     }
-}
-
-/// Reads and checks the first frame: the only work done for a client that nobody vouches for.
-async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> Result<(Hello, String), End> {
-    let first = async {
-        loop {
-            match stream.next().await {
-                Some(Ok(Socket::Text(text))) => return Ok(text),
-                Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => {}
-                Some(Ok(Socket::Binary(_))) => return Err(End::fatal(Code::BadFrame, "frames are JSON texts")),
-                Some(Ok(Socket::Close(_)) | Err(_)) | None => return Err(End::Gone),
-            }
-        }
-    };
-    let text = tokio::time::timeout(HELLO_TIMEOUT, first)
-        .await
-        .map_err(|_| End::fatal(Code::HeartbeatTimeout, "no hello within 5 s"))??;
-    if text.len() > MAX_HELLO_BYTES {
-        return Err(End::fatal(Code::TooLarge, format!("hello is over {MAX_HELLO_BYTES} bytes")));
-    }
-    let hello = match serde_json::from_str(&text) {
-        Ok(ClientFrame::Hello(hello)) => hello,
-        Ok(_) => return Err(End::fatal(Code::OutOfOrder, "the first frame must be hello")),
-        Err(error) => return Err(End::fatal(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
-    };
-    if hello.protocol != PROTOCOL_VERSION {
-        let message = format!("this server speaks protocol {PROTOCOL_VERSION}, the client {}", hello.protocol);
-        return Err(End::fatal(Code::UpgradeRequired, message));
-    }
-    let user_id = edge.verifier.user(&hello.token).map_err(|(code, message)| End::fatal(code, message))?;
-    Ok((hello, user_id))
 }
 
 /// A session that has been welcomed.
@@ -184,107 +165,6 @@ struct Session {
     out: Vec<Out>,
 }
 
-/// Reads what Postgres knows of the client, welcomes it and brings it up to date.
-async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> Result<Session, End> {
-    let unavailable = |error| End::unavailable(&error);
-    let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-    let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await.map_err(unavailable)?;
-    if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
-        return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
-    }
-    let scopes = snapshot.scopes(&edge.catalog, &user_id).await.map_err(unavailable)?;
-    let fence = Arc::new(snapshot.fence.clone());
-
-    let Some(head) = *edge.hub.head().borrow() else {
-        return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
-    };
-    let kept = match hello.position {
-        Some(position) if vouched(edge, position).await => Some(position),
-        _ => None,
-    };
-    let (membership, results) = edge.hub.enter(hello.client_id);
-    let id = Uuid::new_v4();
-    wire.own(ServerFrame::Welcome(Welcome {
-        protocol: PROTOCOL_VERSION,
-        session: id,
-        user_id: user_id.clone(),
-        schema: (hello.schema.as_ref() != Some(&edge.catalog.version)).then(|| edge.catalog.schema()),
-        limits: Limits {
-            window: SUBMIT_WINDOW,
-            frame_bytes: MAX_FRAME_BYTES,
-            transaction_changes: MAX_TRANSACTION_CHANGES,
-            heartbeat_ms: HEARTBEAT.as_millis() as u64,
-        },
-        last_seq: ledger.last_seq,
-        epoch: head.epoch,
-        resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
-    }))
-    .await?;
-
-    let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
-        Some(_) => hello.scopes.into_iter().partition(|scope| scopes.contains(scope)),
-        None => (Vec::new(), Vec::new()),
-    };
-    let tables = edge.membership_tables.clone();
-    let mut downlink = Downlink::new(hello.client_id, &user_id, tables, kept.unwrap_or(head), held, fence.clone());
-    let mut out = Vec::new();
-    for scope in lost {
-        downlink.removed(scope, &mut out);
-    }
-    downlink.ledger(fence.lsn, ledger.told_seq, ledger.failed);
-    let mut session = Session {
-        edge: edge.clone(),
-        id,
-        client_id: hello.client_id,
-        user_id,
-        instance: hello.instance,
-        membership,
-        downlink,
-        results,
-        stored: mpsc::channel(STORED_QUEUE),
-        expected: ledger.last_seq + 1,
-        gap_told: 0,
-        refusals: 0,
-        heard: Instant::now(),
-        out,
-    };
-    let before = session.downlink.cursor();
-    session.catch_up(wire).await?;
-    if session.downlink.cursor() == before {
-        session.join(wire, snapshot, &scopes).await?;
-    } else {
-        // That took its time: what the old snapshot does not see may have left the ring.
-        drop(snapshot);
-        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-        let scopes = snapshot.scopes(&edge.catalog, &session.user_id).await.map_err(unavailable)?;
-        session.join(wire, snapshot, &scopes).await?;
-    }
-    Ok(session)
-}
-
-/// Whether the stream holds this position: its history, and at its sequence its LSN.
-async fn vouched(edge: &Edge, position: Position) -> bool {
-    let mut head = edge.hub.head();
-    let reached =
-        head.wait_for(|head| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch));
-    match tokio::time::timeout(HEAD_WAIT, reached).await {
-        Ok(Ok(_)) => {}
-        // Ahead of the stream: the stream lost something that the client has seen.
-        Ok(Err(_)) | Err(_) => return false,
-    }
-    if let Some(found) = edge.hub.position_at(position.seq) {
-        return found == position;
-    }
-    match catchup::at(&edge.nats, position.seq).await {
-        Ok(Some(message)) => message.position == position,
-        Ok(None) => false,
-        Err(error) => {
-            tracing::warn!(error = %Chain(&error), "a client's position cannot be checked; it gets a snapshot");
-            false
-        }
-    }
-}
-
 impl Session {
     /// Fetches what the ring no longer holds, scope by scope, and sends it in stream order.
     async fn catch_up(&mut self, wire: &mut Wire) -> Result<(), End> {
@@ -293,10 +173,11 @@ impl Session {
         while let Some(oldest) = edge.hub.oldest()
             && self.downlink.cursor() + 1 < oldest
         {
-            let _permit = edge.catch_ups.acquire().await.map_err(|_| End::Gone)?;
+            let _permit = wire.alive(edge.catch_ups.acquire()).await?.map_err(|_| End::Gone)?;
             let mut messages = Vec::new();
             for scope in self.downlink.scopes() {
-                let found = catchup::fetch(&edge.nats, scope, self.downlink.cursor() + 1, oldest).await;
+                let fetch = catchup::fetch(&edge.nats, scope, self.downlink.cursor() + 1, oldest);
+                let found = wire.alive(fetch).await?;
                 messages.extend(found.map_err(|error| match error {
                     // The client drops its position when it is told so, and gets a snapshot.
                     catchup::CatchUpError::TooMany => {
@@ -304,7 +185,9 @@ impl Session {
                     }
                     error => End::unavailable(&error),
                 })?);
-                if messages.len() > catchup::MAX_MESSAGES {
+                let bytes =
+                    messages.iter().fold(0, |sum, message: &Arc<crate::message::Message>| sum + message.weight());
+                if messages.len() > catchup::MAX_MESSAGES || bytes > catchup::MAX_BYTES {
                     return Err(End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper"));
                 }
             }
@@ -315,7 +198,7 @@ impl Session {
                 self.feed(wire, message).await?;
                 let next = messages.get(index + 1).map_or(ring_lsn, |next| Some(next.lsn()));
                 if next != Some(message.lsn()) {
-                    self.downlink.end_of_group(&mut self.out);
+                    self.downlink.end_of_group(message, &mut self.out);
                 }
                 if self.out.len() >= PUMP {
                     self.flush(wire).await?;
@@ -367,18 +250,24 @@ impl Session {
     /// Takes the user's scopes as read in `snapshot`, and sends the rows of those that are new.
     async fn join(&mut self, wire: &mut Wire, snapshot: Snapshot, scopes: &BTreeSet<Scope>) -> Result<(), End> {
         let fence = Arc::new(snapshot.fence.clone());
+        let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
         let new = self.downlink.authorized(scopes, fence.clone(), &mut self.out);
+        if in_bracket && (!new.is_empty() || self.downlink.scopes().count() != held) {
+            // Memberships moved in a transaction that was published before it became visible to the open snapshot.
+            return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
+        }
         if !new.is_empty() {
             // Now, while what the snapshot may not see is still young enough to be in the ring.
             let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
             self.out.push(Out::Own(begin_frame(&new)));
             self.flush(wire).await?;
-            let _permit = self.edge.snapshots.acquire().await.map_err(|_| End::Gone)?;
+            let edge = self.edge.clone();
+            let _permit = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
             let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
             let catalog = self.edge.catalog.clone();
             let wanted = new.clone();
             let reading = tokio::spawn(async move { snapshot.rows(&catalog, &wanted, &sender).await });
-            while let Some(frame) = frames.recv().await {
+            while let Some(frame) = wire.alive(frames.recv()).await? {
                 wire.send(&[Out::Shared(frame.into())]).await?;
             }
             match reading.await {
@@ -386,7 +275,7 @@ impl Session {
                 Ok(Err(error)) => return Err(End::unavailable(&error)),
                 Err(error) => return Err(End::unavailable(&error)),
             }
-            self.downlink.joined(new, &fence, &back, &mut self.out);
+            self.downlink.joined(new, &fence, &back);
         }
         self.membership.set_scopes(self.downlink.scopes());
         Ok(())
@@ -404,11 +293,12 @@ impl Session {
     /// Sends what the ring holds behind the cursor.
     async fn pump(&mut self, wire: &mut Wire) -> Result<(), End> {
         let mut batch = Vec::with_capacity(PUMP);
-        loop {
+        for _ in 0..PUMP_BATCHES {
             batch.clear();
-            self.membership.read(self.downlink.cursor(), PUMP, &mut batch).map_err(|FellBehind| {
-                End::retry(Code::SlowConsumer, "too slow for the live stream; connect again to catch up")
-            })?;
+            if self.membership.read(self.downlink.cursor(), PUMP, &mut batch) == Err(FellBehind) {
+                self.fell_behind(wire).await?;
+                continue;
+            }
             for message in &batch {
                 self.feed(wire, message).await?;
             }
@@ -419,6 +309,25 @@ impl Session {
                 return Ok(());
             }
         }
+        // The socket gets its turn; then on.
+        self.membership.wake.notify_one();
+        Ok(())
+    }
+
+    /// The cursor is older than the ring: from live to catch-up. That fetches rows but not what only settles changes, so
+    /// the ledger is read again.
+    async fn fell_behind(&mut self, wire: &mut Wire) -> Result<(), End> {
+        let behind = || End::retry(Code::SlowConsumer, "the live stream was interrupted; connect again to catch up");
+        let head = (*self.edge.hub.head().borrow()).ok_or_else(behind)?;
+        if head.epoch != self.downlink.epoch() || head.seq < self.downlink.cursor() {
+            return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
+        }
+        self.catch_up(wire).await?;
+        let mut snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
+        let ledger = snapshot.ledger(self.client_id, self.downlink.confirmed()).await;
+        let ledger = ledger.map_err(|error| End::unavailable(&error))?;
+        self.downlink.ledger(snapshot.fence.lsn, ledger.told_seq, ledger.failed);
+        Ok(())
     }
 
     async fn run(&mut self, wire: &mut Wire, stream: &mut SplitStream<WebSocket>) -> End {
@@ -436,7 +345,12 @@ impl Session {
         let wake = self.membership.wake.clone();
         let shutdown = self.edge.shutdown.clone();
         loop {
+            let start = Instant::now();
             self.pump(wire).await?;
+            if start.elapsed() > PING_INTERVAL {
+                // Nobody listened to the client meanwhile.
+                self.heard = Instant::now();
+            }
             if self.downlink.waits() {
                 waiting.get_or_insert_with(|| self.edge.watermarks.wait());
             } else {
@@ -468,8 +382,7 @@ impl Session {
                     if self.heard.elapsed() > HEARTBEAT {
                         return Err(End::retry(Code::HeartbeatTimeout, "nothing was heard from the client for 45 s"));
                     }
-                    let ping = wire.sink.send(Socket::Ping(bytes::Bytes::new()));
-                    tokio::time::timeout(SEND_TIMEOUT, ping).await.map_err(|_| End::Gone)?.map_err(|_| End::Gone)?;
+                    wire.ping().await?;
                 }
                 () = shutdown.requested() => {
                     return Err(End::retry(Code::ShuttingDown, "this edge is shutting down; connect again"));

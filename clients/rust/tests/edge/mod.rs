@@ -180,7 +180,10 @@ impl Edge {
         // What brackets a snapshot is never repeated by any retry of an edge.
         let once = matches!(
             frame,
-            ServerFrame::Welcome(_) | ServerFrame::SnapshotBegin { .. } | ServerFrame::SnapshotEnd { .. }
+            ServerFrame::Welcome(_)
+                | ServerFrame::SnapshotBegin { .. }
+                | ServerFrame::SnapshotApply {}
+                | ServerFrame::SnapshotEnd { .. }
         );
         let times = if self.state().twice && !once { 2 } else { 1 };
         let text = serde_json::to_string(&frame).unwrap();
@@ -220,6 +223,7 @@ impl Edge {
                 let changes = vec![TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows }];
                 frames.push(ServerFrame::SnapshotBegin { scopes: vec![Scope::global()] });
                 frames.push(ServerFrame::SnapshotRows { changes });
+                frames.push(ServerFrame::SnapshotApply {});
                 frames.push(ServerFrame::SnapshotEnd { position });
             }
         }

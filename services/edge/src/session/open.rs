@@ -1,0 +1,158 @@
+//! How a session begins: who the client is, what Postgres knows of it, and from where it is brought up to date.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::ws::{Message as Socket, WebSocket};
+use futures_util::StreamExt;
+use futures_util::stream::SplitStream;
+use millstream_schemas::frame::{
+    ClientFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW,
+    ServerFrame, Welcome,
+};
+use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use super::{End, HEARTBEAT, STORED_QUEUE, Session, Wire};
+use crate::Edge;
+use crate::catchup;
+use crate::downlink::Downlink;
+use crate::snapshot::Snapshot;
+use crate::tail::Chain;
+
+/// How long the tail may lag behind a client that came from a faster edge.
+const HEAD_WAIT: Duration = Duration::from_secs(2);
+/// `hello` must have come within this time.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Reads and checks the first frame: the only work done for a client that nobody vouches for.
+pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> Result<(Hello, String), End> {
+    let first = async {
+        loop {
+            match stream.next().await {
+                Some(Ok(Socket::Text(text))) => return Ok(text),
+                Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => {}
+                Some(Ok(Socket::Binary(_))) => return Err(End::fatal(Code::BadFrame, "frames are JSON texts")),
+                Some(Ok(Socket::Close(_)) | Err(_)) | None => return Err(End::Gone),
+            }
+        }
+    };
+    let text = tokio::time::timeout(HELLO_TIMEOUT, first)
+        .await
+        .map_err(|_| End::fatal(Code::HeartbeatTimeout, "no hello within 5 s"))??;
+    if text.len() > MAX_HELLO_BYTES {
+        return Err(End::fatal(Code::TooLarge, format!("hello is over {MAX_HELLO_BYTES} bytes")));
+    }
+    let hello = match serde_json::from_str(&text) {
+        Ok(ClientFrame::Hello(hello)) => hello,
+        Ok(_) => return Err(End::fatal(Code::OutOfOrder, "the first frame must be hello")),
+        Err(error) => return Err(End::fatal(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
+    };
+    if hello.protocol != PROTOCOL_VERSION {
+        let message = format!("this server speaks protocol {PROTOCOL_VERSION}, the client {}", hello.protocol);
+        return Err(End::fatal(Code::UpgradeRequired, message));
+    }
+    let user_id = edge.verifier.user(&hello.token).map_err(|(code, message)| End::fatal(code, message))?;
+    Ok((hello, user_id))
+}
+
+/// Reads what Postgres knows of the client, welcomes it and brings it up to date.
+pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> Result<Session, End> {
+    let unavailable = |error| End::unavailable(&error);
+    let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
+    let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await.map_err(unavailable)?;
+    if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
+        return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
+    }
+    let scopes = snapshot.scopes(&edge.catalog, &user_id).await.map_err(unavailable)?;
+    let fence = Arc::new(snapshot.fence.clone());
+
+    let Some(head) = *edge.hub.head().borrow() else {
+        return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
+    };
+    let kept = match hello.position {
+        Some(position) if position.epoch == head.epoch && vouched(edge, position).await => Some(position),
+        _ => None,
+    };
+    let (membership, results) = edge.hub.enter(hello.client_id);
+    let id = Uuid::new_v4();
+    wire.own(ServerFrame::Welcome(Welcome {
+        protocol: PROTOCOL_VERSION,
+        session: id,
+        user_id: user_id.clone(),
+        schema: (hello.schema.as_ref() != Some(&edge.catalog.version)).then(|| edge.catalog.schema()),
+        limits: Limits {
+            window: SUBMIT_WINDOW,
+            frame_bytes: MAX_FRAME_BYTES,
+            transaction_changes: MAX_TRANSACTION_CHANGES,
+            heartbeat_ms: HEARTBEAT.as_millis() as u64,
+        },
+        last_seq: ledger.last_seq,
+        epoch: head.epoch,
+        resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
+    }))
+    .await?;
+
+    let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
+        Some(_) => hello.scopes.into_iter().partition(|scope| scopes.contains(scope)),
+        None => (Vec::new(), Vec::new()),
+    };
+    let tables = edge.membership_tables.clone();
+    let mut downlink = Downlink::new(hello.client_id, &user_id, tables, kept.unwrap_or(head), held, fence.clone());
+    let mut out = Vec::new();
+    for scope in lost {
+        downlink.removed(scope, &mut out);
+    }
+    downlink.ledger(fence.lsn, ledger.told_seq, ledger.failed);
+    let mut session = Session {
+        edge: edge.clone(),
+        id,
+        client_id: hello.client_id,
+        user_id,
+        instance: hello.instance,
+        membership,
+        downlink,
+        results,
+        stored: mpsc::channel(STORED_QUEUE),
+        expected: ledger.last_seq + 1,
+        gap_told: 0,
+        refusals: 0,
+        heard: Instant::now(),
+        out,
+    };
+    let before = session.downlink.cursor();
+    session.catch_up(wire).await?;
+    if session.downlink.cursor() == before {
+        session.join(wire, snapshot, &scopes).await?;
+    } else {
+        // That took its time: what the old snapshot does not see may have left the ring.
+        drop(snapshot);
+        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
+        let scopes = snapshot.scopes(&edge.catalog, &session.user_id).await.map_err(unavailable)?;
+        session.join(wire, snapshot, &scopes).await?;
+    }
+    Ok(session)
+}
+
+/// Whether the stream holds this position: its history, and at its sequence its LSN.
+async fn vouched(edge: &Edge, position: Position) -> bool {
+    let mut head = edge.hub.head();
+    let reached =
+        head.wait_for(|head| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch));
+    match tokio::time::timeout(HEAD_WAIT, reached).await {
+        Ok(Ok(_)) => {}
+        // Ahead of the stream: the stream lost something that the client has seen.
+        Ok(Err(_)) | Err(_) => return false,
+    }
+    if let Some(found) = edge.hub.position_at(position.seq) {
+        return found == position;
+    }
+    match catchup::at(&edge.nats, position.seq).await {
+        Ok(Some(message)) => message.position == position,
+        Ok(None) => false,
+        Err(error) => {
+            tracing::warn!(error = %Chain(&error), "a client's position cannot be checked; it gets a snapshot");
+            false
+        }
+    }
+}

@@ -8,6 +8,9 @@ pub const BASE_MS: u64 = 500;
 pub const CAP_MS: u64 = 60_000;
 /// A connection that lasted this long counts as healthy and resets the back-off, in milliseconds.
 pub const HEALTHY_MS: u64 = 30_000;
+/// After a session of any length the bound starts over no higher than this many doublings: a server that welcomed us is
+/// there, and one that has too much to do says so by `retry_after`.
+pub const FAILURES_AFTER_WELCOME: u32 = 1;
 /// Longest `retry_after` that is honoured, in milliseconds: a server's mistake must not silence a client for days.
 pub const RETRY_AFTER_CAP_MS: u64 = 3_600_000;
 
@@ -34,10 +37,9 @@ impl Backoff {
     /// `random` is uniform in `0.0..1.0`. A server's `retry_after_ms` is the least wait; jitter comes on top, so that
     /// clients that were turned away together do not come back together.
     pub fn failed(&mut self, now_ms: u64, random: f64, retry_after_ms: Option<u64>) -> u64 {
-        if let Some(since) = self.connected_at.take()
-            && now_ms.saturating_sub(since) >= HEALTHY_MS
-        {
-            self.failures = 0;
+        if let Some(since) = self.connected_at.take() {
+            let healthy = now_ms.saturating_sub(since) >= HEALTHY_MS;
+            self.failures = if healthy { 0 } else { self.failures.min(FAILURES_AFTER_WELCOME) };
         }
         let bound = BASE_MS.saturating_mul(1 << self.failures.min(16)).min(CAP_MS);
         self.failures = self.failures.saturating_add(1);
@@ -76,11 +78,16 @@ mod tests {
     }
 
     #[test]
-    fn only_a_healthy_session_resets() {
+    fn a_session_lowers_the_bound_and_a_healthy_one_resets_it() {
         let mut backoff = Backoff::new();
         backoff.failed(0, 1.0, None);
         backoff.connected(0);
         assert_eq!(backoff.failed(HEALTHY_MS - 1, 1.0, None), 1000);
+        for _ in 0..10 {
+            backoff.failed(0, 1.0, None);
+        }
+        backoff.connected(0);
+        assert_eq!(backoff.failed(5, 1.0, None), 1000, "it was welcomed, if briefly");
         backoff.connected(100_000);
         assert_eq!(backoff.failed(100_000 + HEALTHY_MS, 1.0, None), 500);
         backoff.reset();

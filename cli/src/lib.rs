@@ -6,12 +6,13 @@
 //! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
 //! - [`process`]: child processes that do not outlive us
 //! - [`setup`], [`keys`]: the deploy step
-//! - [`client`], [`token`], [`healthcheck`], [`bench`]: for developers and operators
+//! - [`client`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
 //! - [`exit`]: exit codes
 
 pub mod bench;
 pub mod binaries;
 pub mod client;
+mod command;
 pub mod dev;
 pub mod exit;
 pub mod fetch;
@@ -22,3 +23,5 @@ pub mod process;
 pub mod setup;
 pub mod stack;
 pub mod token;
+
+pub use command::main;

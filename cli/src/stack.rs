@@ -135,7 +135,7 @@ pub enum Error {
     #[error("no free port found")]
     NoPort,
     /// The program of the services.
-    #[error("cannot find the program `millstream` to start the services with: build it (cargo build -p millstream)")]
+    #[error("this program cannot run the services: name one that can (Builder::executable)")]
     NoExecutable,
     /// A program does not start.
     #[error("cannot start {name}")]

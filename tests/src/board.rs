@@ -31,6 +31,13 @@ CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON comments FOR EACH ROW E
 /// How long tests wait for what must happen.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The program that runs the services: beside the tests in the target folder.
+fn services() -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let folder = own.parent().and_then(Path::parent).context("the test has no target folder")?;
+    Ok(folder.join("services"))
+}
+
 /// A running stack, and a folder for the clients' stores.
 pub struct Board {
     /// Postgres, NATS and the services.
@@ -55,6 +62,7 @@ impl Board {
         let builder = Stack::builder()
             .app_schema(format!("{SCHEMA}{AUDIT}"))
             .config(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/board/millstream.toml"))
+            .executable(services()?)
             .progress(|_| {});
         let stack = change(builder).start().await.context("start the stack")?;
         Ok(Board { stack, stores: tempfile::tempdir()? })

@@ -88,7 +88,7 @@ impl Builder {
         self
     }
 
-    /// The program `millstream` that runs the services; without it, ourselves or the one in the same target folder.
+    /// The program that runs the services: one that calls [`crate::main`]. Without it, ourselves, if we are `millstream`.
     pub fn executable(mut self, path: impl Into<PathBuf>) -> Self {
         self.executable = Some(path.into());
         self

@@ -1,7 +1,6 @@
 //! Starting the parts, and telling when they are ready.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use sqlx::Connection as _;
@@ -167,26 +166,8 @@ impl Stack {
     }
 }
 
-/// The program `millstream`: ourselves, or the one in the target folder that we were built in. Under `cargo test` it is
-/// brought up to date first, since cargo builds a package's programs only for that package's own tests.
+/// The program that runs the services: ourselves, if we are `millstream`.
 pub(super) fn executable() -> Result<PathBuf, Error> {
     let own = std::env::current_exe().map_err(|_| Error::NoExecutable)?;
-    if own.file_stem().is_some_and(|name| name == "millstream") {
-        return Ok(own);
-    }
-    let folder = own.ancestors().skip(1).find(|folder| !folder.ends_with("deps")).ok_or(Error::NoExecutable)?;
-    if let Some(cargo) = std::env::var_os("CARGO") {
-        let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--package", "millstream", "--bin", "millstream"]);
-        match folder.file_name().and_then(|name| name.to_str()) {
-            Some("debug") | None => {}
-            Some(profile) => {
-                build.args(["--profile", profile]);
-            }
-        }
-        // A failed build shows its reason on stderr; an older program is then better than none.
-        let _built = build.status();
-    }
-    let program = folder.join("millstream");
-    if program.is_file() { Ok(program) } else { Err(Error::NoExecutable) }
+    if own.file_stem().is_some_and(|name| name == "millstream") { Ok(own) } else { Err(Error::NoExecutable) }
 }

@@ -683,39 +683,3 @@ fn an_unknown_table_or_a_misshapen_row_applies_nothing() {
     }
     assert_eq!((f.tasks(), f.store.info().unwrap().confirmed_seq), (String::new(), 0));
 }
-
-/// `cargo test --release -p millstream-client-store -- --ignored --nocapture measure`
-#[test]
-#[ignore = "a measurement"]
-fn measure() {
-    let mut f = fixture();
-    let rows = 100_000usize;
-    let all: Vec<Row> =
-        (0..rows).map(|n| task(&format!("{n:08}"), "p", "some title of usual length", n % 2 == 0)).collect();
-    for (what, op) in [("insert", TableOp::Upsert), ("replace", TableOp::Upsert)] {
-        let start = std::time::Instant::now();
-        for page in all.chunks(10_000) {
-            f.apply(vec![Step::Rows(vec![changes("tasks", op, page.to_vec())])]);
-        }
-        println!("apply {what}: {:.0} rows/s", rows as f64 / start.elapsed().as_secs_f64());
-    }
-    let start = std::time::Instant::now();
-    let writes = 2_000;
-    for n in 0..writes {
-        f.write(&[&format!("UPDATE tasks SET title = 'mine {n}' WHERE id = '{n:08}'")]).unwrap();
-    }
-    println!("writes, one commit each: {:.0}/s", f64::from(writes) / start.elapsed().as_secs_f64());
-    let start = std::time::Instant::now();
-    for page in all.chunks(10_000) {
-        f.apply(vec![Step::Rows(vec![changes("tasks", TableOp::Upsert, page.to_vec())])]);
-    }
-    println!("apply replace, {writes} rows pending: {:.0} rows/s", rows as f64 / start.elapsed().as_secs_f64());
-    let start = std::time::Instant::now();
-    f.apply(vec![confirmed(writes as u64)]);
-    println!("confirm {writes} transactions at once: {:.0}/s", f64::from(writes) / start.elapsed().as_secs_f64());
-    let start = std::time::Instant::now();
-    stage(&mut f, all);
-    f.apply(vec![Step::Snapshot { scopes: vec![Scope::new("project", "p")], full: true }]);
-    println!("snapshot of equal rows: {:.0} rows/s", rows as f64 / start.elapsed().as_secs_f64());
-    println!("store in {}", f.directory.path().display());
-}

@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5.0)]
     pub wait: f64,
     /// How to print data
-    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    #[arg(short, long, value_enum, global = true, default_value_t = Output::Text)]
     pub output: Output,
     /// What to do.
     #[command(subcommand)]

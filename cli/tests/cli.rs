@@ -68,6 +68,9 @@ fn exit_codes_are_those_of_the_help() {
         "SELECT 1",
     ]);
     assert!(matches!(output.status.code(), Some(3 | 4)), "{}", text(&output.stderr));
+    // Options may follow the subcommand.
+    let output = millstream(&["client", "--store", store, "status", "-o", "json"]);
+    assert_ne!(output.status.code(), Some(2), "{}", text(&output.stderr));
     let output = millstream(&["healthcheck", "http://127.0.0.1:9/readyz"]);
     assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
     assert!(output.stdout.is_empty());

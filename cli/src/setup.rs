@@ -305,10 +305,10 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
     let (edge, changes, replication) = (role_name(Role::Edge), role_name(Role::Changes), role_name(Role::Replication));
     let mut statements = vec![
         format!("GRANT USAGE ON SCHEMA millstream TO {edge}, {changes}, {replication}"),
-        format!("GRANT SELECT ON millstream.clients, millstream.changes_history TO {edge}"),
+        format!("GRANT SELECT ON millstream.clients, millstream.instances, millstream.changes_history TO {edge}"),
         format!(
             "GRANT SELECT, INSERT, UPDATE, DELETE ON millstream.partitions, millstream.members, millstream.clients, \
-             millstream.changes_history TO {changes}"
+             millstream.instances, millstream.changes_history TO {changes}"
         ),
         format!("GRANT SELECT, INSERT, UPDATE ON millstream.epoch TO {replication}"),
     ];
@@ -368,6 +368,10 @@ mod tests {
             scopes: Vec::new(),
             memberships: Vec::new(),
             write,
+            conflict: millstream_catalog::ConflictPolicy::Arrival,
+            delete_missing_accepted: false,
+            rules: Vec::new(),
+            validate: None,
             identity_full: false,
         }
     }

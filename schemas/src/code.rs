@@ -54,6 +54,9 @@ codes! {
     PermissionDenied = "permission_denied", Manual;
     /// A constraint, trigger, declared rule or external validator refused; the message names it.
     BusinessRule = "business_rule", Automatic;
+    /// An earlier transaction of the client that wrote the same row was rejected; this one waits until that one has been
+    /// retried or discarded.
+    PredecessorFailed = "predecessor_failed", Automatic;
     /// A value does not fit its column's type.
     InvalidValue = "invalid_value", Manual;
     /// The table is not synced.

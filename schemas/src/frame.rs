@@ -21,7 +21,7 @@ use crate::change::{Change, TableChanges};
 use crate::code::Code;
 use crate::position::{Lsn, Position};
 use crate::schema::Schema;
-use crate::stream::{Failure, TransactionResult};
+use crate::stream::{Failure, InstanceSpan, Loss, TransactionResult};
 use crate::subject::Scope;
 
 /// Largest frame that an edge accepts after `hello`, in bytes.
@@ -52,8 +52,6 @@ pub struct Hello {
     pub protocol: u32,
     /// The installation: UUIDv7 made at first start.
     pub client_id: Uuid,
-    /// Random id of this copy of the store, to tell a restored or cloned one.
-    pub instance: Uuid,
     /// JSON Web Token whose `sub` is the user id.
     pub token: String,
     /// Version of the schema that the store has, if any.
@@ -77,6 +75,16 @@ pub struct Submit {
     pub seq: u64,
     /// 1 for the first attempt.
     pub attempt: u32,
+    /// Which run of the store gave it its number. Each process that opens a store takes a random id before its first
+    /// write, so two copies of a store never share an instance beyond the point where they were copied.
+    pub instance: Uuid,
+    /// Instance of the transaction `seq - 1`, where that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Uuid>,
+    /// Earlier transactions that wrote rows which this one writes too, and that were not settled when it was recorded: if
+    /// one of them is rejected, this one is refused with `predecessor_failed`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub after: Vec<u64>,
     /// The changes, in the order in which they were made; 1 to [`MAX_TRANSACTION_CHANGES`].
     pub changes: Vec<Change>,
     /// W3C trace context of the local write.
@@ -152,6 +160,10 @@ pub struct Welcome {
     pub limits: Limits,
     /// Last `client_seq` in the ledger: the client goes on submitting after it.
     pub last_seq: u64,
+    /// Which instances submitted what the ledger has behind the client's `confirmed_seq`, by rising `first_seq`. Where the
+    /// client's own entry has another instance, another copy of its store used that number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub instances: Vec<InstanceSpan>,
     /// The outbound stream's epoch.
     pub epoch: Uuid,
     /// Whether the client's rows are kept and brought up to date, or replaced by snapshots of every scope.
@@ -211,9 +223,14 @@ pub struct Rows {
 pub struct Confirmed {
     /// All up to and including this `client_seq` are settled.
     pub seq: u64,
+    /// Instance that submitted the transaction `seq`. Another one than in the client's queue: a copy of its store did.
+    pub instance: Uuid,
     /// Those among them that failed, as far as the client has not been told before; the others are applied.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Failure>,
+    /// Those among them that lost to newer changes, in part or in whole; also only where it has not been told before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<Loss>,
 }
 
 /// A refusal.

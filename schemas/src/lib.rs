@@ -3,6 +3,7 @@
 //! - [`frame`]: the frames of the WebSocket between a client and an edge
 //! - [`stream`]: the messages on JetStream (`MS_CHANGES`, `MS_WAL`, `MS_RESULTS`) and the origin record in the WAL
 //! - [`change`]: one row operation, as clients record it and services carry it
+//! - [`clock`]: which of two changes to a column is the newer one
 //! - [`schema`]: the synced tables as clients see them
 //! - [`subject`]: subject names, partitions and scopes
 //! - [`position`]: log sequence numbers and a client's place in the outbound stream
@@ -12,6 +13,7 @@
 //! `MILLSTREAM_UPDATE=1 cargo test -p millstream-schemas`; a test fails when they drift apart.
 
 pub mod change;
+pub mod clock;
 pub mod code;
 pub mod frame;
 pub mod position;
@@ -20,6 +22,7 @@ pub mod stream;
 pub mod subject;
 
 pub use change::{Change, Operation, Row, TableChanges, TableOp, Value};
+pub use clock::{Clock, Clocks};
 pub use code::{Code, Retry};
 pub use position::{Lsn, Position};
 pub use schema::{ColumnSchema, Schema, TableSchema, TableScope};

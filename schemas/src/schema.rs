@@ -32,6 +32,9 @@ pub struct TableSchema {
     pub key: Vec<usize>,
     /// The scopes that a row belongs to. A row leaves the client when the client holds none of them.
     pub scopes: Vec<TableScope>,
+    /// Index of the column that holds a row's [`crate::clock::Clocks`], where changes merge by column.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clocks: Option<usize>,
 }
 
 impl TableSchema {

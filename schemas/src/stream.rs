@@ -27,12 +27,18 @@ pub struct Submission {
     pub client_id: Uuid,
     /// The user, from the token.
     pub user_id: String,
-    /// Id of the client's copy of its store.
-    pub instance: Uuid,
     /// `client_seq`.
     pub seq: u64,
     /// 1 for the first attempt.
     pub attempt: u32,
+    /// As in [`crate::frame::Submit::instance`].
+    pub instance: Uuid,
+    /// As in [`crate::frame::Submit::previous`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Uuid>,
+    /// As in [`crate::frame::Submit::after`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub after: Vec<u64>,
     /// The changes, in the order in which they were made.
     pub changes: Vec<Change>,
     /// W3C trace context.
@@ -85,8 +91,34 @@ pub struct Failure {
     pub change_id: Uuid,
     /// Why.
     pub code: Code,
+    /// What refused it, where that has a name: the constraint, the declared rule's code, the external validator's code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// For people; at most [`MAX_FAILURE_MESSAGE_BYTES`].
     pub message: String,
+}
+
+/// A transaction that took effect in part, or not at all, because newer changes had been made to the same columns. That
+/// is success: it is not tried again, and the winning rows come with the stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Loss {
+    /// `client_seq` of the transaction.
+    pub seq: u64,
+    /// [`Verdict::Merged`] or [`Verdict::Superseded`].
+    pub verdict: Verdict,
+    /// The first change that lost.
+    pub change_id: Uuid,
+}
+
+/// Part of a client's upload that one instance of its store submitted; it ends where the next span begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceSpan {
+    /// The instance.
+    pub instance: Uuid,
+    /// Its first `client_seq`.
+    pub first_seq: u64,
 }
 
 /// Longest text in a [`Failure`], in bytes.
@@ -114,10 +146,55 @@ pub struct OriginEntry {
     pub client_id: Uuid,
     /// Its transactions up to and including this `client_seq` are settled.
     pub seq: u64,
+    /// Instance that submitted the transaction `seq`.
+    pub instance: Uuid,
     /// Those that failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Failure>,
+    /// Those that lost to newer changes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<Loss>,
 }
+
+/// Request on `ms.validate.{table}`: what one transaction does to a table, before it is applied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ValidateRequest {
+    /// The user, from the token.
+    pub user_id: String,
+    /// The installation.
+    pub client_id: Uuid,
+    /// `client_seq`.
+    pub seq: u64,
+    /// 1 for the first attempt.
+    pub attempt: u32,
+    /// The transaction's changes to the table, in their order.
+    pub changes: Vec<Change>,
+    /// W3C trace context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+/// Answer of an external validator. None within the deadline is a fault of the server: the transaction waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "verdict", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ValidateResponse {
+    /// Go on.
+    Ok,
+    /// Reject the transaction with `business_rule`.
+    Reject {
+        /// The change at fault; absent: the first of the request.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        change_id: Option<Uuid>,
+        /// The rule's name, for programs: [`Failure::rule`]; at most [`MAX_RULE_BYTES`].
+        code: String,
+        /// For people; at most [`MAX_FAILURE_MESSAGE_BYTES`].
+        message: String,
+    },
+}
+
+/// Longest [`Failure::rule`], in bytes.
+pub const MAX_RULE_BYTES: usize = 128;
 
 /// Payload on `ms.wal.{scope}`: the JSON array of these. The rest of the message is in its headers, [`header`].
 pub type WalPayload = Vec<TableChanges>;

@@ -46,6 +46,11 @@ pub fn changes(partition: u16) -> String {
     format!("ms.changes.{partition}")
 }
 
+/// Request subject of the external validators of a table.
+pub fn validate(table: &str) -> String {
+    format!("ms.validate.{table}")
+}
+
 /// Subject of a client's results.
 pub fn results(client_id: Uuid) -> String {
     format!("ms.results.{client_id}")

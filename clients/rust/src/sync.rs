@@ -234,7 +234,6 @@ impl SyncWorker {
         let hello = ClientFrame::Hello(Hello {
             protocol: PROTOCOL_VERSION,
             client_id: info.client_id,
-            instance: info.instance,
             token,
             schema: info.schema,
             position: info.position.filter(|_| !info.resync),

@@ -169,7 +169,15 @@ impl Store {
             match submits.last_mut() {
                 Some((submit, _)) if submit.seq == entry.seq => submit.changes.push(entry.change),
                 _ => submits.push((
-                    Submit { seq: entry.seq, attempt: entry.attempts + 1, changes: vec![entry.change], traceparent },
+                    Submit {
+                        seq: entry.seq,
+                        attempt: entry.attempts + 1,
+                        instance: Uuid::nil(),
+                        previous: None,
+                        after: Vec::new(),
+                        changes: vec![entry.change],
+                        traceparent,
+                    },
                     entry.recorded_at,
                 )),
             }

@@ -3,8 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use millstream_schemas::Operation;
+use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
 use serde::Deserialize;
+
+/// Longest deadline of external validators, in milliseconds: a change must not be held for longer before others are seen to.
+const MAX_DEADLINE_MS: u64 = 30_000;
 
 /// The whole file.
 #[derive(Clone, Debug, Deserialize)]
@@ -50,6 +55,68 @@ pub struct TableConfig {
     /// Who may write; an operation without a rule is refused.
     #[serde(default)]
     pub write: WriteConfig,
+    /// How concurrent changes to one row meet. Absent: by column if the table has `field_clocks`, else by arrival.
+    pub conflict: Option<Conflict>,
+    /// What becomes of the delete of a row that is not there.
+    #[serde(default)]
+    pub delete_missing: DeleteMissing,
+    /// Business rules beyond the database's own constraints.
+    #[serde(default)]
+    pub rules: Vec<RuleConfig>,
+    /// Asks external validators before a change is applied.
+    pub validate: Option<ValidateConfig>,
+}
+
+/// How concurrent changes to one row meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Conflict {
+    /// The newer change wins, column by column (column `field_clocks`).
+    Column,
+    /// The newer change wins, for the row (columns `updated_at` and `client_id`).
+    Row,
+    /// The later arrival wins.
+    Arrival,
+}
+
+/// What becomes of the delete of a row that is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeleteMissing {
+    /// It is rejected with `entity_missing`.
+    #[default]
+    Reject,
+    /// It is applied: the row is gone, as its author wanted.
+    Accept,
+}
+
+/// A business rule: what must hold for a change.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleConfig {
+    /// Its name, for programs: a lower-case identifier, unique within the table.
+    pub code: String,
+    /// What the author of a refused change is told.
+    pub message: String,
+    /// Which operations it is for.
+    pub on: Vec<Operation>,
+    /// SQL predicate over `new` (insert, update), `old` (update, delete) and `auth`.
+    pub check: String,
+}
+
+/// External validators, asked on `ms.validate.{table}`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValidateConfig {
+    /// Which operations they are asked about.
+    pub on: Vec<Operation>,
+    /// How long to wait for an answer, in milliseconds; without one the change waits and is asked about again.
+    #[serde(default = "default_deadline_ms")]
+    pub deadline_ms: u64,
+}
+
+fn default_deadline_ms() -> u64 {
+    2_000
 }
 
 /// How a row's scope is read off it.
@@ -179,8 +246,39 @@ impl Config {
                     ));
                 }
             }
+            table.check_rules().map_err(|what| format!("[tables.{name}]: {what}"))?;
         }
         Ok(())
+    }
+}
+
+impl TableConfig {
+    fn check_rules(&self) -> Result<(), String> {
+        for (index, rule) in self.rules.iter().enumerate() {
+            let code = &rule.code;
+            let is_identifier = code.len() <= MAX_RULE_BYTES
+                && code.starts_with(|c: char| c.is_ascii_lowercase())
+                && code.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+            if !is_identifier {
+                return Err(format!("rule `{code}`: a code is a lower-case identifier, such as `title_too_short`"));
+            }
+            if self.rules[..index].iter().any(|other| other.code == *code) {
+                return Err(format!("rule `{code}` is declared twice"));
+            }
+            if rule.on.is_empty() || rule.check.trim().is_empty() {
+                return Err(format!("rule `{code}`: name its operations in `on` and its predicate in `check`"));
+            }
+            if rule.message.is_empty() || rule.message.len() > MAX_FAILURE_MESSAGE_BYTES {
+                return Err(format!("rule `{code}`: `message` has 1 to {MAX_FAILURE_MESSAGE_BYTES} bytes"));
+            }
+        }
+        match &self.validate {
+            Some(validate) if validate.on.is_empty() => Err("`validate.on` names no operation".to_owned()),
+            Some(validate) if !(1..=MAX_DEADLINE_MS).contains(&validate.deadline_ms) => {
+                Err(format!("`validate.deadline_ms` is 1 to {MAX_DEADLINE_MS}"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -213,6 +311,13 @@ mod tests {
                 &format!("{table}[scopes.team]\nmembership = {{ table = \"m\", user = \"a\", scope = \"b\" }}"),
                 "declare [tables.m]",
             ),
+            (&format!("{table}conflict = \"maybe\""), "maybe"),
+            (
+                &format!("{table}rules = [{{ code = \"A b\", message = \"m\", on = [\"insert\"], check = \"true\" }}]"),
+                "lower-case",
+            ),
+            (&format!("{table}rules = [{{ code = \"a\", message = \"m\", on = [], check = \"true\" }}]"), "`on`"),
+            (&format!("{table}validate = {{ on = [\"insert\"], deadline_ms = 0 }}"), "deadline_ms"),
         ] {
             assert!(check(text).contains(says), "{text}\n{}", check(text));
         }

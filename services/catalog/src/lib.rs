@@ -8,6 +8,9 @@ mod config;
 mod load;
 mod model;
 
-pub use config::{Config, ConfigError, MembershipConfig, OneOrMany, ScopeConfig, TableConfig, TableScopeConfig};
+pub use config::{
+    Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RuleConfig, ScopeConfig, TableConfig,
+    TableScopeConfig, ValidateConfig,
+};
 pub use load::CatalogError;
-pub use model::{Catalog, Column, Membership, Table, WriteRules};
+pub use model::{Catalog, Column, ConflictPolicy, Membership, Rule, Table, Validate, WriteRules};

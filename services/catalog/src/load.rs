@@ -1,13 +1,15 @@
 //! Resolving the configuration against the database.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use millstream_schemas::TableScope;
+use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
-use crate::config::{Config, TableConfig};
-use crate::model::{Catalog, Column, Membership, Table, WriteRules};
+use crate::config::{Config, Conflict, DeleteMissing, TableConfig};
+use crate::model::{Catalog, Column, ConflictPolicy, Membership, Rule, Table, Validate, WriteRules};
 
 /// Why the configuration does not fit the database.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +57,7 @@ fn version(catalog: &Catalog) -> String {
     let mut hash = Sha256::new();
     for table in &catalog.tables {
         let schema = table.schema();
-        hash.update(format!("{}\n{:?}\n{:?}\n", schema.name, schema.key, schema.scopes));
+        hash.update(format!("{}\n{:?}\n{:?}\n{:?}\n", schema.name, schema.key, schema.scopes, schema.clocks));
         for column in &schema.columns {
             hash.update(format!("{}\t{}\t{}\t{}\n", column.name, column.r#type, column.nullable, column.writable));
         }
@@ -136,6 +138,7 @@ async fn table(
             }
         }
     }
+    let conflict = conflict(name, declared.conflict, &columns)?;
     Ok(Table {
         oid: u32::try_from(oid).unwrap_or_default(),
         name: name.to_owned(),
@@ -149,8 +152,63 @@ async fn table(
             update: declared.write.update.clone(),
             delete: declared.write.delete.clone(),
         },
+        conflict,
+        delete_missing_accepted: declared.delete_missing == DeleteMissing::Accept,
+        rules: declared
+            .rules
+            .iter()
+            .map(|rule| Rule {
+                code: rule.code.clone(),
+                message: rule.message.clone(),
+                on: rule.on.clone(),
+                check: rule.check.clone(),
+            })
+            .collect(),
+        validate: declared.validate.as_ref().map(|validate| Validate {
+            on: validate.on.clone(),
+            deadline: Duration::from_millis(validate.deadline_ms),
+        }),
         identity_full: found.get::<&str, _>("identity") == "f",
     })
+}
+
+/// How concurrent changes meet: as declared, else by what columns there are.
+fn conflict(table: &str, declared: Option<Conflict>, columns: &[Column]) -> Result<ConflictPolicy, CatalogError> {
+    let find = |name: &str, sql_type: &str| {
+        let found = columns.iter().position(|column| column.name == name && column.sql_type == sql_type);
+        match found {
+            Some(index) if columns[index].writable => {
+                Err(CatalogError::table(table, format!("`{name}` is kept by Millstream: take it out of `writable`")))
+            }
+            found => Ok(found),
+        }
+    };
+    let missing = |policy: &str, needs: &str| {
+        let what = format!(
+            "conflict = \"{policy}\" needs {needs}; `millstream attach {table}` writes the migration that adds them"
+        );
+        CatalogError::table(table, what)
+    };
+    let clocks = || find(FIELD_CLOCKS, "jsonb");
+    let updated_at = || find(UPDATED_AT, "timestamp with time zone");
+    let client_id = || find(CLIENT_ID, "uuid");
+    let by_column = || -> Result<Option<ConflictPolicy>, CatalogError> {
+        let Some(clocks) = clocks()? else { return Ok(None) };
+        Ok(Some(ConflictPolicy::Column { clocks, updated_at: updated_at()?, client_id: client_id()? }))
+    };
+    let by_row = || -> Result<Option<ConflictPolicy>, CatalogError> {
+        let (Some(updated_at), Some(client_id)) = (updated_at()?, client_id()?) else { return Ok(None) };
+        Ok(Some(ConflictPolicy::Row { updated_at, client_id }))
+    };
+    match declared {
+        Some(Conflict::Column) => by_column()?.ok_or_else(|| missing("column", "a column `field_clocks jsonb`")),
+        Some(Conflict::Row) => {
+            by_row()?.ok_or_else(|| missing("row", "columns `updated_at timestamptz` and `client_id uuid`"))
+        }
+        Some(Conflict::Arrival) => Ok(ConflictPolicy::Arrival),
+        // A column `client_id` may well be the app's own: merging by row has to be asked for.
+        None => Ok(by_column()?.unwrap_or(ConflictPolicy::Arrival)),
+    }
 }
 
 /// The synced columns and their attribute numbers. Generated columns are left out: the WAL does not carry them.

@@ -1,8 +1,9 @@
 //! The catalog: the synced tables with everything that the services need to know of them.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use millstream_schemas::{ColumnSchema, Schema, Scope, TableSchema, TableScope};
+use millstream_schemas::{ColumnSchema, Operation, Schema, Scope, TableSchema, TableScope};
 
 /// The synced tables, as declared in `millstream.toml` and found in the database. Immutable; shared in an `Arc`.
 #[derive(Clone, Debug)]
@@ -56,6 +57,14 @@ pub struct Table {
     pub memberships: Vec<Membership>,
     /// Who may write.
     pub write: WriteRules,
+    /// How concurrent changes to one row meet.
+    pub conflict: ConflictPolicy,
+    /// Whether the delete of a row that is not there is applied rather than rejected.
+    pub delete_missing_accepted: bool,
+    /// Business rules, in the order in which they are declared.
+    pub rules: Vec<Rule>,
+    /// Which changes external validators are asked about.
+    pub validate: Option<Validate>,
     /// Whether an update's old row is complete in the WAL (`REPLICA IDENTITY FULL`).
     pub identity_full: bool,
 }
@@ -116,6 +125,10 @@ impl Table {
                 .collect(),
             key: self.key.clone(),
             scopes,
+            clocks: match self.conflict {
+                ConflictPolicy::Column { clocks, .. } => Some(clocks),
+                ConflictPolicy::Row { .. } | ConflictPolicy::Arrival => None,
+            },
         }
     }
 }
@@ -146,6 +159,51 @@ pub struct Membership {
     pub user: usize,
     /// Index of the column with the scope's id.
     pub scope: usize,
+}
+
+/// How concurrent changes to one row meet, with the columns that tell which is newer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConflictPolicy {
+    /// The newer change wins, column by column.
+    Column {
+        /// Index of `field_clocks`: the row's [`millstream_schemas::Clocks`].
+        clocks: usize,
+        /// Index of `updated_at`, if there is one: time of the row's newest change.
+        updated_at: Option<usize>,
+        /// Index of `client_id`, if there is one: the client of the row's newest change.
+        client_id: Option<usize>,
+    },
+    /// The newer change wins, for the row.
+    Row {
+        /// Index of `updated_at`.
+        updated_at: usize,
+        /// Index of `client_id`.
+        client_id: usize,
+    },
+    /// The later arrival wins.
+    Arrival,
+}
+
+/// A business rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Its name, for programs.
+    pub code: String,
+    /// For people.
+    pub message: String,
+    /// Which operations it is for.
+    pub on: Vec<Operation>,
+    /// SQL predicate over `new` (insert, update), `old` (update, delete) and `auth`.
+    pub check: String,
+}
+
+/// Which changes external validators are asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Validate {
+    /// Which operations.
+    pub on: Vec<Operation>,
+    /// How long to wait for an answer.
+    pub deadline: Duration,
 }
 
 /// SQL predicates, one an operation; an operation without one is refused to every client.

@@ -198,6 +198,8 @@ mod tests {
             client_id: Uuid::nil(),
             user_id: String::new(),
             instance: Uuid::nil(),
+            previous: None,
+            after: Vec::new(),
             seq: 1,
             attempt: 1,
             changes: (0..size).map(|_| change(millstream_schemas::Operation::Delete, "1", &[])).collect(),

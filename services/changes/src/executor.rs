@@ -405,6 +405,8 @@ impl<'a> Transaction<'a> {
                 .map(|(id, client)| OriginEntry {
                     client_id: *id,
                     seq: client.last,
+                    instance: client.instance,
+                    lost: Vec::new(),
                     failed: failures.remove(id).unwrap_or_default(),
                 })
                 .collect(),

@@ -100,6 +100,7 @@ pub(crate) async fn known(
             seq,
             change_id: row.try_get("change_id")?,
             code: row.try_get::<String, _>("code")?.parse().unwrap_or(Code::Internal),
+            rule: None,
             message: row.try_get("message")?,
         };
         failed.insert((row.try_get::<Uuid, _>("client_id")?, seq), failure);
@@ -125,6 +126,8 @@ mod tests {
             client_id: Uuid::nil(),
             user_id: "u".into(),
             instance: Uuid::nil(),
+            previous: None,
+            after: Vec::new(),
             seq: 1,
             attempt: u32::MAX,
             changes: vec![change(millstream_schemas::Operation::Update, "a\0", &[("x\0", Some("\0\\u0000"))])],

@@ -47,6 +47,7 @@ impl Planned<'_> {
                     seq,
                     change_id: rejection.change_id,
                     code: rejection.code,
+                    rule: None,
                     message: rejection.message.clone(),
                 }),
             }),

@@ -362,6 +362,8 @@ mod tests {
                 client_id: Uuid::from_u128(*client),
                 user_id: client.to_string(),
                 instance: Uuid::nil(),
+                previous: None,
+                after: Vec::new(),
                 seq: 1,
                 attempt: 1,
                 changes: vec![match op {

@@ -202,6 +202,10 @@ pub(crate) mod tests {
                 update: Some("EXISTS (SELECT FROM members m WHERE m.user_id = auth.user_id)".into()),
                 delete: None,
             },
+            conflict: millstream_catalog::ConflictPolicy::Arrival,
+            delete_missing_accepted: false,
+            rules: Vec::new(),
+            validate: None,
             identity_full: false,
         }
     }
@@ -228,6 +232,8 @@ pub(crate) mod tests {
             client_id: Uuid::from_u128(1),
             user_id: "u".into(),
             instance: Uuid::nil(),
+            previous: None,
+            after: Vec::new(),
             seq: 1,
             attempt: 1,
             changes,

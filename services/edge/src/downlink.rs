@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use axum::extract::ws::Utf8Bytes;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
-use millstream_schemas::stream::{Failure, Watermark};
+use millstream_schemas::stream::Watermark;
 use millstream_schemas::{Lsn, Position, Scope};
 use uuid::Uuid;
 
@@ -133,10 +133,8 @@ impl Downlink {
     }
 
     /// The ledger was read at `fence`: confirm it once everything that it speaks of has been sent.
-    pub fn ledger(&mut self, fence: Lsn, seq: u64, failed: Vec<Failure>) {
-        if seq > 0 {
-            self.ledger = Some((fence, Confirmed { seq, failed }));
-        }
+    pub fn ledger(&mut self, fence: Lsn, confirmed: Option<Confirmed>) {
+        self.ledger = confirmed.map(|confirmed| (fence, confirmed));
     }
 
     /// One message of the stream, in order.
@@ -244,7 +242,12 @@ impl Downlink {
             }
             if entry.seq > self.confirmed {
                 self.confirmed = entry.seq;
-                out.push(Out::Own(ServerFrame::Confirmed(Confirmed { seq: entry.seq, failed: entry.failed.clone() })));
+                out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
+                    seq: entry.seq,
+                    instance: entry.instance,
+                    failed: entry.failed.clone(),
+                    lost: entry.lost.clone(),
+                })));
                 self.staged = true;
             }
         }

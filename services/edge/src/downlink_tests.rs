@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use millstream_schemas::frame::Confirmed;
 use millstream_schemas::frame::ServerFrame;
 use millstream_schemas::stream::{OriginEntry, Watermark};
 use millstream_schemas::{Lsn, Position, Scope};
@@ -61,8 +62,14 @@ fn feed(downlink: &mut Downlink, message: Message) -> String {
 }
 
 fn origin(mut message: Message, client: Uuid, seq: u64) -> Message {
-    message.origin = vec![OriginEntry { client_id: client, seq, failed: Vec::new() }];
+    message.origin =
+        vec![OriginEntry { client_id: client, seq, instance: Uuid::nil(), failed: Vec::new(), lost: Vec::new() }];
     message
+}
+
+/// What a ledger that ends at `seq` says.
+fn ledger(seq: u64) -> Option<Confirmed> {
+    Some(Confirmed { seq, instance: Uuid::nil(), failed: Vec::new(), lost: Vec::new() })
 }
 
 #[test]
@@ -88,7 +95,7 @@ fn confirmation_comes_before_what_applies_it() {
 #[test]
 fn the_ledger_is_confirmed_behind_its_fence() {
     let mut link = downlink(&[]);
-    link.ledger(Lsn(0x10_0000 + 0x200), 5, Vec::new());
+    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5));
     assert!(link.waits());
     assert_eq!(feed(&mut link, msg(11, 0x1FF, 0, true, None)), "");
     assert_eq!(feed(&mut link, msg(12, 0x200, 0, true, None)), "confirmed5 commit12");
@@ -99,7 +106,7 @@ fn the_ledger_is_confirmed_behind_its_fence() {
 fn a_catch_up_leaves_confirmation_to_the_ledger() {
     // The message that told of a failure of 4 is of a subject that a catch-up does not fetch.
     let mut link = downlink(&[project("a")]);
-    link.ledger(Lsn(0x10_0000 + 0x200), 5, Vec::new());
+    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5));
     assert_eq!(feed(&mut link, origin(msg(11, 1, 0, true, Some(project("a"))), CLIENT, 5)), "rows11!");
     assert_eq!(
         feed(&mut link, origin(msg(12, 2, 0, true, Some(project("a"))), CLIENT, 6)),
@@ -110,7 +117,7 @@ fn a_catch_up_leaves_confirmation_to_the_ledger() {
 #[test]
 fn a_watermark_passes_the_fence_on_a_quiet_database() {
     let mut link = downlink(&[]);
-    link.ledger(Lsn(0x10_0000 + 0x200), 5, Vec::new());
+    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5));
     let mut out = Vec::new();
     let mark = Watermark { epoch: Uuid::nil(), lsn: Lsn(0x10_0000 + 0x200), seq: 11 };
     link.watermark(Watermark { epoch: CLIENT, ..mark });

@@ -151,7 +151,6 @@ struct Session {
     id: Uuid,
     client_id: Uuid,
     user_id: String,
-    instance: Uuid,
     membership: Membership,
     downlink: Downlink,
     results: mpsc::Receiver<TransactionResult>,
@@ -326,7 +325,7 @@ impl Session {
         let mut snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
         let ledger = snapshot.ledger(self.client_id, self.downlink.confirmed()).await;
         let ledger = ledger.map_err(|error| End::unavailable(&error))?;
-        self.downlink.ledger(snapshot.fence.lsn, ledger.told_seq, ledger.failed);
+        self.downlink.ledger(snapshot.fence.lsn, ledger.confirmed());
         Ok(())
     }
 
@@ -435,6 +434,10 @@ impl Session {
                 format!("a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {}", submit.changes.len());
             return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
         }
+        if submit.after.len() > MAX_TRANSACTION_CHANGES || submit.after.iter().any(|earlier| *earlier >= seq) {
+            let message = format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before seq {seq}");
+            return self.refuse(wire, Code::BadFrame, message, Some(seq)).await;
+        }
         if seq > self.expected {
             // Said once for each gap: what was under way behind an overload is not the client's fault.
             if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {
@@ -448,9 +451,11 @@ impl Session {
         let submission = Submission {
             client_id: self.client_id,
             user_id: self.user_id.clone(),
-            instance: self.instance,
             seq,
             attempt: submit.attempt,
+            instance: submit.instance,
+            previous: submit.previous,
+            after: submit.after,
             changes: submit.changes,
             traceparent: span.in_scope(telemetry::traceparent).or(submit.traceparent),
         };

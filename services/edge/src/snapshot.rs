@@ -9,8 +9,8 @@ use std::fmt::Write;
 
 use futures_util::TryStreamExt;
 use millstream_catalog::{Catalog, Table};
-use millstream_schemas::frame::ServerFrame;
-use millstream_schemas::stream::Failure;
+use millstream_schemas::frame::{Confirmed, ServerFrame};
+use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
 use millstream_schemas::subject::{GLOBAL_KIND, MAX_SCOPE_ID_BYTES, USER_KIND};
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
@@ -23,6 +23,8 @@ use crate::fence::{Fence, InvalidFence};
 const ROWS_FRAME_BYTES: usize = 128 * 1024;
 /// Most failures told at once; a client that has more asks again by connecting again.
 const MAX_FAILURES: i64 = 1_000;
+/// Most instances told at a welcome: the newest ones.
+const MAX_INSTANCES: i64 = 1_000;
 
 /// Why Postgres could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +67,20 @@ pub struct Ledger {
     pub failed: Vec<Failure>,
     /// Up to which `client_seq` those are all: less than `last_seq` if there are too many to tell at once.
     pub told_seq: u64,
+    /// Transactions behind the `client_seq` that the client knows to be confirmed that lost to newer changes.
+    pub lost: Vec<Loss>,
+    /// Who submitted what is behind it, by rising `first_seq`.
+    pub instances: Vec<InstanceSpan>,
+}
+
+impl Ledger {
+    /// What the client is told once the stream has passed the snapshot that this was read from; none if it is new.
+    pub fn confirmed(self) -> Option<Confirmed> {
+        let seq = self.told_seq;
+        let instance = self.instances.iter().rev().find(|span| span.first_seq <= seq)?.instance;
+        let lost = self.lost.into_iter().filter(|loss| loss.seq <= seq).collect();
+        Some(Confirmed { seq, instance, failed: self.failed, lost })
+    }
 }
 
 impl Snapshot {
@@ -118,14 +134,15 @@ impl Snapshot {
     /// # Errors
     /// Postgres failed.
     pub async fn ledger(&mut self, client_id: Uuid, confirmed_seq: u64) -> Result<Ledger, SnapshotError> {
-        let row = sqlx::query("SELECT user_id, last_seq FROM millstream.clients WHERE client_id = $1")
-            .bind(client_id)
-            .fetch_optional(&mut *self.transaction)
-            .await
-            .map_err(query("read the ledger"))?;
+        let row =
+            sqlx::query("SELECT user_id, last_seq, lost::text AS lost FROM millstream.clients WHERE client_id = $1")
+                .bind(client_id)
+                .fetch_optional(&mut *self.transaction)
+                .await
+                .map_err(query("read the ledger"))?;
         let Some(row) = row else { return Ok(Ledger::default()) };
         let failed = sqlx::query(
-            "SELECT seq, change_id, code, message FROM millstream.changes_history
+            "SELECT seq, change_id, code, rule, message FROM millstream.changes_history
              WHERE client_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
         )
         .bind(client_id)
@@ -138,13 +155,34 @@ impl Snapshot {
             seq: row.get::<i64, _>("seq").cast_unsigned(),
             change_id: row.get("change_id"),
             code: row.get::<&str, _>("code").parse().unwrap_or(Code::Internal),
+            rule: row.get("rule"),
             message: row.get("message"),
         };
         let last_seq = row.get::<i64, _>("last_seq").cast_unsigned();
         let cut = failed.len() as i64 == MAX_FAILURES;
         let failed: Vec<Failure> = failed.iter().map(failure).collect();
         let told_seq = failed.last().filter(|_| cut).map_or(last_seq, |last| last.seq);
-        Ok(Ledger { user_id: Some(row.get("user_id")), last_seq, failed, told_seq })
+        let lost: Vec<Loss> = serde_json::from_str(row.get("lost")).unwrap_or_default();
+        let lost = lost.into_iter().filter(|loss| loss.seq > confirmed_seq).collect();
+        // The span that covers the first number behind it, and those after.
+        let instances = sqlx::query(
+            "SELECT instance, first_seq FROM (
+                 SELECT instance, first_seq, lead(first_seq) OVER (ORDER BY first_seq) AS next
+                 FROM millstream.instances WHERE client_id = $1) AS spans
+             WHERE next IS NULL OR next > $2 + 1 ORDER BY first_seq DESC LIMIT $3",
+        )
+        .bind(client_id)
+        .bind(i64::try_from(confirmed_seq).unwrap_or(i64::MAX - 1))
+        .bind(MAX_INSTANCES)
+        .fetch_all(&mut *self.transaction)
+        .await
+        .map_err(query("read the client's instances"))?;
+        let span = |row: &sqlx::postgres::PgRow| InstanceSpan {
+            instance: row.get("instance"),
+            first_seq: row.get::<i64, _>("first_seq").cast_unsigned(),
+        };
+        let instances = instances.iter().rev().map(span).collect();
+        Ok(Ledger { user_id: Some(row.get("user_id")), last_seq, failed, told_seq, lost, instances })
     }
 
     /// Sends the rows of these scopes as frames, and ends the transaction.

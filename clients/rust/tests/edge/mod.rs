@@ -8,7 +8,7 @@ use millstream_schemas::frame::{
     ClientFrame, Confirmed, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, Resume, Rows,
     ServerFrame, Submit, Welcome,
 };
-use millstream_schemas::stream::Failure;
+use millstream_schemas::stream::{Failure, InstanceSpan};
 use millstream_schemas::{
     Code, ColumnSchema, Lsn, Operation, PROTOCOL_VERSION, Position, Row, Schema, Scope, TableChanges, TableOp,
     TableSchema, TableScope,
@@ -27,6 +27,8 @@ pub struct State {
     pub tasks: BTreeMap<String, Row>,
     pub log: Vec<Rows>,
     pub failures: HashMap<Uuid, Vec<Failure>>,
+    /// Which instances submitted what each client's ledger has.
+    pub instances: HashMap<Uuid, Vec<InstanceSpan>>,
     /// Every submission in the order of arrival.
     pub received: Vec<u64>,
     pub connections: usize,
@@ -72,6 +74,7 @@ pub fn schema() -> Schema {
             ],
             key: vec![0],
             scopes: vec![TableScope { kind: "global".into(), column: None }],
+            clocks: None,
         }],
     }
 }
@@ -211,6 +214,7 @@ impl Edge {
                 heartbeat_ms: 30_000,
             },
             last_seq,
+            instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),
             epoch: state.epoch,
             resume: if known.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         })];
@@ -228,7 +232,9 @@ impl Edge {
             }
         }
         let failed = state.failures.get(&hello.client_id).cloned().unwrap_or_default();
-        frames.push(ServerFrame::Confirmed(Confirmed { seq: last_seq, failed }));
+        let spans = state.instances.get(&hello.client_id);
+        let instance = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.instance);
+        frames.push(ServerFrame::Confirmed(Confirmed { seq: last_seq, instance, failed, lost: Vec::new() }));
         frames.push(ServerFrame::Commit { position });
         frames
     }
@@ -250,11 +256,16 @@ impl Edge {
         if submit.seq == last + 1 {
             state.traceparents.push(submit.traceparent.clone());
             state.ledger.insert(hello.client_id, submit.seq);
+            let spans = state.instances.entry(hello.client_id).or_default();
+            if spans.last().is_none_or(|span| span.instance != submit.instance) {
+                spans.push(InstanceSpan { instance: submit.instance, first_seq: submit.seq });
+            }
             let bad = submit.changes.iter().find(|change| change.values.contains(&Some("bad".into())));
             let failure = bad.map(|change| Failure {
                 seq: submit.seq,
                 change_id: change.change_id,
                 code: Code::PermissionDenied,
+                rule: None,
                 message: "bad title".into(),
             });
             let mut changes = Vec::new();
@@ -292,7 +303,12 @@ impl Edge {
             };
             state.log.push(rows.clone());
             state.failures.entry(hello.client_id).or_default().extend(failure.clone());
-            let confirmed = Confirmed { seq: submit.seq, failed: failure.into_iter().collect() };
+            let confirmed = Confirmed {
+                seq: submit.seq,
+                instance: submit.instance,
+                lost: Vec::new(),
+                failed: failure.into_iter().collect(),
+            };
             let _ = self.news.send((hello.client_id, rows, confirmed));
         }
         ServerFrame::Accepted { seq: state.ledger.get(&hello.client_id).copied().unwrap_or(0) }

@@ -88,6 +88,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
             heartbeat_ms: HEARTBEAT.as_millis() as u64,
         },
         last_seq: ledger.last_seq,
+        instances: ledger.instances.clone(),
         epoch: head.epoch,
         resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
     }))
@@ -103,18 +104,18 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     for scope in lost {
         downlink.removed(scope, &mut out);
     }
-    downlink.ledger(fence.lsn, ledger.told_seq, ledger.failed);
+    let expected = ledger.last_seq + 1;
+    downlink.ledger(fence.lsn, ledger.confirmed());
     let mut session = Session {
         edge: edge.clone(),
         id,
         client_id: hello.client_id,
         user_id,
-        instance: hello.instance,
         membership,
         downlink,
         results,
         stored: mpsc::channel(STORED_QUEUE),
-        expected: ledger.last_seq + 1,
+        expected,
         gap_told: 0,
         refusals: 0,
         heard: Instant::now(),

@@ -28,6 +28,10 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         scopes,
         memberships: Vec::new(),
         write: WriteRules::default(),
+        conflict: millstream_catalog::ConflictPolicy::Arrival,
+        delete_missing_accepted: false,
+        rules: Vec::new(),
+        validate: None,
         identity_full: false,
     }
 }

@@ -253,7 +253,18 @@ impl Edge {
         }
         state.received.push(submit.seq);
         let last = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
-        if submit.seq == last + 1 {
+        if submit.seq > last + 1 {
+            return ServerFrame::Error(ErrorFrame {
+                code: Code::OutOfOrder,
+                message: format!("{} comes next", last + 1),
+                seq: Some(last + 1),
+                retry_after_ms: None,
+                fatal: false,
+            });
+        }
+        let known = state.instances.get(&hello.client_id).and_then(|spans| spans.last()).map(|span| span.instance);
+        let follows = known.is_none() || known == Some(submit.instance) || known == submit.previous;
+        if submit.seq == last + 1 && follows {
             state.traceparents.push(submit.traceparent.clone());
             state.ledger.insert(hello.client_id, submit.seq);
             let spans = state.instances.entry(hello.client_id).or_default();
@@ -261,12 +272,19 @@ impl Edge {
                 spans.push(InstanceSpan { instance: submit.instance, first_seq: submit.seq });
             }
             let bad = submit.changes.iter().find(|change| change.values.contains(&Some("bad".into())));
-            let failure = bad.map(|change| Failure {
+            let failures = state.failures.get(&hello.client_id);
+            let behind = submit.after.iter().any(|seq| failures.into_iter().flatten().any(|failed| failed.seq == *seq));
+            let (code, message) = match behind {
+                true => (Code::PredecessorFailed, "it comes after a rejected one"),
+                false => (Code::PermissionDenied, "bad title"),
+            };
+            let refused = if behind { submit.changes.first() } else { bad };
+            let failure = refused.map(|change| Failure {
                 seq: submit.seq,
                 change_id: change.change_id,
-                code: Code::PermissionDenied,
+                code,
                 rule: None,
-                message: "bad title".into(),
+                message: message.into(),
             });
             let mut changes = Vec::new();
             if failure.is_none() {

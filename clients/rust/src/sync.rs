@@ -30,7 +30,7 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between pings.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// A connection this long silent is dead: the edge answers pings.
+/// A connection this long silent is dead, or as long as the edge bears silence if that is less: it answers pings.
 const SILENCE: Duration = Duration::from_secs(30);
 /// For a write to the socket to be taken.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -322,6 +322,7 @@ impl SyncWorker {
         // The edge may want to hear from us sooner than we would ping.
         let every =
             PING_INTERVAL.min(Duration::from_millis(welcome.limits.heartbeat_ms / 3).max(Duration::from_secs(1)));
+        let silence = SILENCE.min(Duration::from_millis(welcome.limits.heartbeat_ms).max(3 * every));
         let mut ping = interval(every);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
@@ -346,7 +347,7 @@ impl SyncWorker {
                     if self.tell(|link| link.refusals += gap).await { Ok(()) } else { Err(End::gone()) }
                 }
                 _ = ping.tick() => {
-                    if reading && heard.elapsed() > SILENCE {
+                    if reading && heard.elapsed() > silence {
                         Err(End::new(Then::Again, "silent", "the edge was silent for too long"))
                     } else {
                         if !reading {

@@ -526,3 +526,38 @@ async fn a_cloned_store_goes_on_under_an_id_of_its_own() {
         assert_equal(client, &edge).await;
     }
 }
+
+/// Item 30: a connection that is open on our side only is noticed within the heartbeat's time, and nothing is lost.
+#[tokio::test]
+async fn a_half_open_connection_is_noticed() {
+    let (edge, directory) = (Edge::start().await, directory());
+    edge.state().heartbeat_ms = 1_500;
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "x").await.confirmed().await.unwrap();
+    edge.state().deaf = true;
+    let started = Instant::now();
+    insert(&client, "2", "into the void").await;
+    until(&client, State::Offline).await;
+    assert!(started.elapsed() < Duration::from_secs(8), "noticed after {:?}", started.elapsed());
+    edge.state().deaf = false;
+    client.resume();
+    client.flush(PATIENCE).await.unwrap();
+    assert_equal(&client, &edge).await;
+}
+
+/// Item 31: however politely the edge closes, the client comes back.
+#[tokio::test]
+async fn clean_closes_are_followed_by_new_connections() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    for (n, code) in [Some(1000), None, Some(1012), Some(1001)].into_iter().enumerate() {
+        edge.state().close_with = Some(code);
+        let write = insert(&client, &n.to_string(), "x").await;
+        let mut status = client.status();
+        let again = status.wait_for(|status| status.reconnects == n as u64 + 1);
+        tokio::time::timeout(PATIENCE, again).await.unwrap().unwrap();
+        client.resume();
+        tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+    }
+    assert_equal(&client, &edge).await;
+}

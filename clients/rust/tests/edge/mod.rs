@@ -17,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use uuid::Uuid;
 
 pub const TOKEN: &str = "good";
@@ -27,6 +28,12 @@ pub struct State {
     pub tasks: BTreeMap<String, Row>,
     pub log: Vec<Rows>,
     pub failures: HashMap<Uuid, Vec<Failure>>,
+    /// What the edge says of its patience; 0 means 30 s.
+    pub heartbeat_ms: u64,
+    /// Sockets stay open and nothing is read or said any more.
+    pub deaf: bool,
+    /// The next submission is answered by closing the socket with this code.
+    pub close_with: Option<Option<u16>>,
     /// Which instances submitted what each client's ledger has.
     pub instances: HashMap<Uuid, Vec<InstanceSpan>>,
     /// Every submission in the order of arrival.
@@ -156,10 +163,20 @@ impl Edge {
         }
         let mut submitted = 0;
         loop {
+            while self.state().deaf {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
             tokio::select! {
+                () = tokio::time::sleep(std::time::Duration::from_millis(20)) => {}
                 frame = next(&mut socket) => {
                     let ClientFrame::Submit(submit) = frame? else { panic!("hello came twice") };
                     submitted += 1;
+                    let close = self.state().close_with.take();
+                    if let Some(code) = close {
+                        let frame = code.map(|code| CloseFrame { code: code.into(), reason: "".into() });
+                        let _ = socket.close(frame).await;
+                        return None;
+                    }
                     let reply = self.submit(&hello, submit);
                     if self.state().cut_after.is_some_and(|limit| submitted > limit) {
                         return None;
@@ -211,7 +228,7 @@ impl Edge {
                 window: 16,
                 frame_bytes: MAX_FRAME_BYTES,
                 transaction_changes: MAX_TRANSACTION_CHANGES,
-                heartbeat_ms: 30_000,
+                heartbeat_ms: if state.heartbeat_ms == 0 { 30_000 } else { state.heartbeat_ms },
             },
             last_seq,
             instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),

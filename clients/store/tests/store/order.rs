@@ -454,3 +454,186 @@ fn a_store_of_the_older_format_is_converted() {
     rusqlite::Connection::open(&f.path).unwrap().pragma_update(None, "user_version", 99).unwrap();
     assert!(matches!(Store::open(&f.path, f.host.clone()), Err(StoreError::TooNew { found: 99, .. })));
 }
+
+/// Item 11: a hundred changes while the clock stands, then an hour back: they are sent as they were made.
+#[test]
+fn the_order_is_that_of_recording_whatever_the_clock_does() {
+    let mut f = fixture();
+    f.host.now.store(10_000_000_000, Ordering::Relaxed);
+    for n in 0..100 {
+        if n == 50 {
+            f.host.now.fetch_sub(3_600_000_000, Ordering::Relaxed);
+        }
+        insert(&mut f, &format!("{n:03}"));
+    }
+    let submits = submits(&f);
+    let keys: Vec<_> = submits.iter().map(|submit| submit.changes[0].key[0].clone().unwrap()).collect();
+    assert_eq!(keys, (0..100).map(|n| format!("{n:03}")).collect::<Vec<_>>());
+    assert!(submits.is_sorted_by(|a, b| a.seq < b.seq && a.changes[0].stamp < b.changes[0].stamp));
+}
+
+/// Item 19: what a store holds when it is opened again, by state, and what of it is sent.
+#[test]
+fn at_start_every_entry_is_where_it_was() {
+    let mut f = fixture();
+    for id in ["a", "b", "c", "d", "e"] {
+        insert(&mut f, id);
+    }
+    f.apply(vec![told(
+        2,
+        vec![failure(1, Uuid::nil(), Code::PermissionDenied), failure(2, Uuid::nil(), Code::BusinessRule)],
+    )]);
+    f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap();
+    f.store.mark(4, 3);
+    f.store.flush_marks().unwrap();
+    let f = f.reopen();
+    assert_eq!(
+        f.read("SELECT tx, state FROM local_changes ORDER BY tx"),
+        "1|error\n2|retry_wait\n3|accepted\n4|sending\n5|pending\n6|held"
+    );
+    let info = f.store.info().unwrap();
+    assert_eq!((info.failed, info.held, info.last_seq, info.confirmed_seq), (2, 1, 5, 2));
+    assert_eq!(
+        queue(&f),
+        [entry(3, "c", &[]), entry(4, "d", &[]), entry(5, "e", &[])],
+        "what was in flight is sent again"
+    );
+}
+
+/// Item 24: over random lives of transactions, every change of state is one of the legal ones.
+#[test]
+fn states_change_only_along_the_legal_ways() {
+    const LEGAL: [(&str, &str); 17] = [
+        ("pending", "sending"),
+        ("pending", "accepted"),
+        ("sending", "accepted"),
+        ("pending", "confirmed"),
+        ("sending", "confirmed"),
+        ("accepted", "confirmed"),
+        ("pending", "retry_wait"),
+        ("sending", "retry_wait"),
+        ("accepted", "retry_wait"),
+        ("pending", "error"),
+        ("sending", "error"),
+        ("accepted", "error"),
+        ("retry_wait", "pending"),
+        ("error", "pending"),
+        ("held", "pending"),
+        // Refused for an earlier one, or put behind it.
+        ("pending", "held"),
+        ("retry_wait", "held"),
+    ];
+    let held = ["sending", "accepted", "error"].map(|from| (from, "held"));
+    let mut f = fixture();
+    rusqlite::Connection::open(&f.path)
+        .unwrap()
+        .execute_batch(
+            "CREATE TABLE transitions (was TEXT, is_now TEXT, PRIMARY KEY (was, is_now)) WITHOUT ROWID;
+             CREATE TRIGGER audit AFTER UPDATE OF state ON local_changes WHEN OLD.state <> NEW.state
+             BEGIN INSERT INTO transitions VALUES (OLD.state, NEW.state) ON CONFLICT DO NOTHING; END;",
+        )
+        .unwrap();
+    let mut random = 7u64;
+    let mut next = move |bound: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % bound
+    };
+    for step in 0..1_500u64 {
+        f.host.now.fetch_add(200_000, Ordering::Relaxed);
+        let id = format!("{}", next(8));
+        let info = f.store.info().unwrap();
+        match next(7) {
+            0 | 1 => {
+                let sql = format!(
+                    "INSERT INTO tasks (id, title) VALUES ('{id}', 'new') ON CONFLICT (id) DO UPDATE SET title = '{step}'"
+                );
+                f.write(&[&sql]).unwrap();
+            }
+            2 | 3 if info.last_seq > info.confirmed_seq => {
+                let seq = info.confirmed_seq + 1 + next(info.last_seq - info.confirmed_seq);
+                let codes = [Code::BusinessRule, Code::PermissionDenied, Code::PredecessorFailed];
+                let rejected = (info.confirmed_seq + 1..=seq)
+                    .filter(|_| next(3) == 0)
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .map(|seq| failure(seq, Uuid::nil(), codes[(seq % 3) as usize]))
+                    .collect();
+                f.apply(vec![told(seq, rejected)]);
+            }
+            4 if info.last_seq > info.confirmed_seq => {
+                let sent = info.confirmed_seq + 1 + next(info.last_seq - info.confirmed_seq);
+                f.store.mark(sent, info.confirmed_seq + next(sent - info.confirmed_seq + 1));
+                f.store.flush_marks().unwrap();
+            }
+            5 => drop(f.store.retry_due().unwrap()),
+            6 => {
+                if let Some(failed) = f.store.failed().unwrap().first() {
+                    let tx = failed.tx;
+                    if next(2) == 0 { drop(f.store.retry(tx).unwrap()) } else { f.store.discard(tx).unwrap() }
+                }
+            }
+            _ => f = f.reopen(),
+        }
+        // Numbers never have a gap, and what is held has none.
+        let numbers = f.read(
+            "SELECT DISTINCT seq FROM local_changes WHERE state IN ('pending', 'sending', 'accepted') ORDER BY seq",
+        );
+        let info = f.store.info().unwrap();
+        let expected: Vec<String> = (info.confirmed_seq + 1..=info.last_seq).map(|seq| seq.to_string()).collect();
+        assert_eq!(numbers, expected.join("\n"), "step {step}");
+    }
+    let seen = f.read("SELECT was, is_now FROM transitions");
+    for line in seen.lines() {
+        let (was, now) = line.split_once('|').unwrap();
+        assert!(LEGAL.contains(&(was, now)) || held.contains(&(was, now)), "{was} became {now}");
+    }
+    assert!(seen.lines().count() >= 12, "{seen}");
+}
+
+/// Items 10, 29: a day without network: every write commits at once, is seen, and costs no attempt.
+#[test]
+fn the_queue_takes_ten_thousand_changes_offline() {
+    let mut f = fixture();
+    let mut times = Vec::with_capacity(10_000);
+    for n in 0..10_000u64 {
+        f.host.now.fetch_add(8_640_000, Ordering::Relaxed);
+        let start = std::time::Instant::now();
+        f.write(&[&format!("INSERT INTO tasks (id, title) VALUES ('{n:05}', 'new')")]).unwrap();
+        times.push(start.elapsed());
+        if n % 100 == 0 {
+            assert!(!f.store.retry_due().unwrap());
+        }
+    }
+    times.sort_unstable();
+    assert!(times[9_900].as_millis() < 50, "99 % within {:?}", times[9_900]);
+    assert_eq!(
+        f.read("SELECT count(*), max(attempts), min(state), max(state) FROM local_changes"),
+        "10000|0|pending|pending"
+    );
+    assert_eq!(f.read("SELECT count(*) FROM tasks"), "10000");
+    let (mut after, mut count) = (0, 0);
+    while let Some(last) = f.store.entries_after(after, 512).unwrap().last() {
+        count += last.seq - after;
+        after = last.seq;
+    }
+    assert_eq!(count, 10_000);
+}
+
+/// Item 38: settled entries stay for the retention time, others for ever.
+#[test]
+fn only_settled_entries_are_pruned() {
+    let mut f = fixture();
+    for id in ["a", "b", "c"] {
+        insert(&mut f, id);
+    }
+    f.apply(vec![told(2, vec![failure(1, Uuid::nil(), Code::PermissionDenied)])]);
+    f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap();
+    assert_eq!(f.store.prune(1_000).unwrap(), 0, "its time has not passed");
+    assert_eq!(f.store.prune(u64::MAX >> 1).unwrap(), 1);
+    assert_eq!(states(&f), "1|1|error|1\n3|3|pending|0\n4|-|held|0");
+    f.store.discard(4).unwrap();
+    insert(&mut f, "d");
+    assert_eq!(f.read("SELECT max(tx), max(seq) FROM local_changes"), "5|4", "no name is given twice");
+}

@@ -8,6 +8,7 @@
 
 mod batch;
 mod consumer;
+pub mod direct;
 mod error;
 mod executor;
 mod history;
@@ -127,7 +128,7 @@ impl Service {
         let (lost_sender, lost) = mpsc::channel(NOTICES);
         let (idle_sender, idle) = mpsc::channel(NOTICES);
         let shared = Shared {
-            nats: self.nats.client.clone(),
+            nats: Some(self.nats.client.clone()),
             lost: lost_sender,
             health: self.health.clone(),
             shutdown: stop.clone(),

@@ -8,14 +8,14 @@ pub fn line(text: &str, byte: usize) -> usize {
 }
 
 /// The line of a place as problems name it: `[section.name]`, then perhaps a dotted key, in which a number counts in a
-/// list. If the key is not there, the line of what it would be in.
+/// list. If the key is not there, the line of its section; none if that is not there either.
 pub fn place(text: &str, place: &str) -> Option<usize> {
     let (section, key) = place.strip_prefix('[')?.rsplit_once(']')?;
     // A table's name may hold dots itself.
     let (kind, name) = section.split_once('.')?;
     let path = [kind, name].into_iter().chain(key.trim().split('.').filter(|part| !part.is_empty()));
     let root = DeTable::parse(text).ok()?;
-    let mut found = None;
+    let (mut found, mut depth) = (None, 0);
     let mut table = Some(root.get_ref());
     let mut list: Option<&[toml::Spanned<DeValue<'_>>]> = None;
     for part in path {
@@ -28,13 +28,14 @@ pub fn place(text: &str, place: &str) -> Option<usize> {
         } else {
             break;
         };
+        depth += 1;
         (table, list) = match value.get_ref() {
             DeValue::Table(table) => (Some(table), None),
             DeValue::Array(array) => (None, Some(&**array)),
             _ => (None, None),
         };
     }
-    found.map(|byte| line(text, byte))
+    found.filter(|_| depth >= 2).map(|byte| line(text, byte))
 }
 
 #[cfg(test)]

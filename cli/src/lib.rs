@@ -5,12 +5,14 @@
 //! - [`dev`]: the stack with an example and logs
 //! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
 //! - [`process`]: child processes that do not outlive us
-//! - [`setup`], [`keys`]: the deploy step
+//! - [`setup`], [`keys`]: the deploy step; [`attach`], [`check`]: the application's tables before it
 //! - [`client`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
 //! - [`exit`]: exit codes
 
+pub mod attach;
 pub mod bench;
 pub mod binaries;
+pub mod check;
 pub mod client;
 mod command;
 pub mod dev;

@@ -20,7 +20,14 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn help_begins_with_examples() {
-    for args in [vec!["--help"], vec!["dev", "--help"], vec!["client", "--help"], vec!["bench", "--help"]] {
+    for args in [
+        vec!["--help"],
+        vec!["dev", "--help"],
+        vec!["client", "--help"],
+        vec!["bench", "--help"],
+        vec!["attach", "--help"],
+        vec!["check", "--help"],
+    ] {
         let output = millstream(&args);
         assert!(output.status.success(), "{args:?}");
         assert!(text(&output.stdout).starts_with("Examples:"), "{args:?}: {:.200}", text(&output.stdout));
@@ -71,6 +78,16 @@ fn exit_codes_are_those_of_the_help() {
     // Options may follow the subcommand.
     let output = millstream(&["client", "--store", store, "status", "-o", "json"]);
     assert_ne!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    // Neither the file nor the database is there.
+    let nowhere = "postgres://nobody@127.0.0.1:9/nothing";
+    for command in ["check", "attach"] {
+        let output = millstream(&[command, "--config", "/nonexistent.toml", "--database-url", nowhere]);
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+        let board = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/board/millstream.toml");
+        let output = millstream(&[command, "--config", board, "--database-url", nowhere]);
+        assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
+        assert!(output.stdout.is_empty());
+    }
     let output = millstream(&["healthcheck", "http://127.0.0.1:9/readyz"]);
     assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
     assert!(output.stdout.is_empty());

@@ -63,10 +63,10 @@ fresh AS (
     RETURNING 1),
 failed AS (
     INSERT INTO millstream.changes_history
-        (client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, message, trace_id)
-    SELECT client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, message, trace_id
+        (client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, rule, message, trace_id)
+    SELECT client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, rule, message, trace_id
     FROM jsonb_to_recordset($6::jsonb) AS h(client_id uuid, user_id text, seq bigint, attempt int, change_id uuid,
-        table_name text, key jsonb, operation text, payload jsonb, code text, message text, trace_id text)
+        table_name text, key jsonb, operation text, payload jsonb, code text, rule text, message text, trace_id text)
     ON CONFLICT (client_id, seq) DO NOTHING)
 SELECT (SELECT count(*) FROM known) + (SELECT count(*) FROM fresh) AS settled,
        pg_logical_emit_message(true, $7, $8)::text AS lsn";
@@ -333,7 +333,7 @@ impl<'a> Transaction<'a> {
                     },
                 };
                 if let Some((code, message)) = refused {
-                    rejection = Some(Rejection { index, change_id: step.change_id, code, message });
+                    rejection = Some(Rejection { index, change_id: step.change_id, code, rule: None, message });
                     break;
                 }
             }
@@ -446,7 +446,11 @@ impl<'a> Transaction<'a> {
                 let submission = planned.submission;
                 let index = submission.changes.len().saturating_sub(1);
                 let change_id = submission.changes.last().map(|change| change.change_id).unwrap_or_default();
-                Failed::Condemned(submission.client_id, submission.seq, Rejection { index, change_id, code, message })
+                Failed::Condemned(
+                    submission.client_id,
+                    submission.seq,
+                    Rejection { index, change_id, code, rule: None, message },
+                )
             }
             (Fault::Unknown, Some(planned)) => {
                 Failed::Strike(planned.submission.client_id, planned.submission.seq, error)

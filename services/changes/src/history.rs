@@ -24,6 +24,7 @@ pub(crate) struct Record {
     operation: Option<&'static str>,
     payload: Box<RawValue>,
     code: Code,
+    rule: Option<String>,
     message: String,
     trace_id: Option<String>,
 }
@@ -47,6 +48,7 @@ impl Record {
             operation: change.map(|change| change.op.as_str()),
             payload: serde_json::value::to_raw_value(&submission)?,
             code: rejection.code,
+            rule: rejection.rule.clone(),
             message: rejection.message.clone(),
             trace_id: submission.traceparent.as_deref().and_then(|text| text.split('-').nth(1)).map(str::to_owned),
         })
@@ -86,7 +88,7 @@ pub(crate) async fn known(
     // Sequences of the ledger fit into a bigint, and these are not above it.
     let (clients, seqs): (Vec<Uuid>, Vec<i64>) = taken.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
     let rows = sqlx::query(
-        "SELECT h.client_id, h.seq, h.change_id, h.code, h.message FROM millstream.changes_history h \
+        "SELECT h.client_id, h.seq, h.change_id, h.code, h.rule, h.message FROM millstream.changes_history h \
          WHERE (h.client_id, h.seq) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))",
     )
     .bind(clients)
@@ -100,7 +102,7 @@ pub(crate) async fn known(
             seq,
             change_id: row.try_get("change_id")?,
             code: row.try_get::<String, _>("code")?.parse().unwrap_or(Code::Internal),
-            rule: None,
+            rule: row.try_get("rule")?,
             message: row.try_get("message")?,
         };
         failed.insert((row.try_get::<Uuid, _>("client_id")?, seq), failure);
@@ -133,7 +135,8 @@ mod tests {
             changes: vec![change(millstream_schemas::Operation::Update, "a\0", &[("x\0", Some("\0\\u0000"))])],
             traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
         };
-        let rejection = Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidValue, message: "m".into() };
+        let rejection =
+            Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidValue, rule: None, message: "m".into() };
         let record = Record::new(&submission, &rejection).unwrap();
         assert_eq!(record.trace_id.as_deref(), Some("4bf92f3577b34da6a3ce929d0e0e4736"));
         let text = serde_json::to_string(&record).unwrap();

@@ -47,7 +47,7 @@ impl Planned<'_> {
                     seq,
                     change_id: rejection.change_id,
                     code: rejection.code,
-                    rule: None,
+                    rule: rejection.rule.clone(),
                     message: rejection.message.clone(),
                 }),
             }),

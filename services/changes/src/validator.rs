@@ -19,6 +19,8 @@ pub(crate) struct Rejection {
     pub change_id: Uuid,
     /// Why.
     pub code: Code,
+    /// What refused it, where that has a name.
+    pub rule: Option<String>,
     /// For people.
     pub message: String,
 }
@@ -48,17 +50,18 @@ pub(crate) fn validate<'a>(
     let changes = &submission.changes;
     if changes.is_empty() {
         let message = "a transaction holds at least one change".to_owned();
-        return Err(Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidChange, message });
+        return Err(Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidChange, rule: None, message });
     }
     if changes.len() > MAX_TRANSACTION_CHANGES {
         let message =
             format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
-        return Err(Rejection { index: 0, change_id: changes[0].change_id, code: Code::TooLarge, message });
+        return Err(Rejection { index: 0, change_id: changes[0].change_id, code: Code::TooLarge, rule: None, message });
     }
     let refuse = |index: usize, (code, message): (Code, String)| Rejection {
         index,
         change_id: changes[index].change_id,
         code,
+        rule: None,
         message: crate::error::bounded(&message),
     };
     changes.iter().enumerate().map(|(index, change)| check(&find, change).map_err(|why| refuse(index, why))).collect()

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::batch::{Item, Mode, Owned, Queue, fences};
 use crate::executor::{Executor, Failed};
+use crate::external::{External, Questions};
 use crate::plan::Condemned;
 use crate::results::Results;
 use crate::validator::Rejection;
@@ -75,6 +76,7 @@ pub(crate) struct Lost {
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub nats: async_nats::Client,
+    pub external: Arc<External>,
     pub lost: mpsc::Sender<Lost>,
     pub health: Health,
     pub shutdown: Shutdown,
@@ -86,6 +88,8 @@ pub(crate) struct Worker {
     commands: mpsc::Receiver<Command>,
     shared: Shared,
     owned: BTreeMap<u16, Owned>,
+    /// What waits for external validators before it enters the queue.
+    questions: Questions,
     queue: Queue,
     condemned: Condemned,
     strikes: HashMap<(Uuid, u64), u32>,
@@ -94,11 +98,13 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub fn new(index: usize, executor: Executor, commands: mpsc::Receiver<Command>, shared: Shared) -> Self {
+        let questions = Questions::new(shared.external.clone());
         Worker {
             index,
             executor,
             commands,
             shared,
+            questions,
             owned: BTreeMap::new(),
             queue: Queue::default(),
             condemned: Condemned::new(),
@@ -115,12 +121,17 @@ impl Worker {
                 // What they were about is done, or somebody else's.
                 self.strikes.clear();
                 self.condemned.clear();
-                let command = tokio::select! {
-                    command = self.commands.recv() => command,
-                    () = shutdown.requested() => None,
-                };
-                let Some(command) = command else { break };
-                self.take(command).await;
+                if self.questions.gate.is_empty() {
+                    self.questions.gate.forget();
+                }
+                tokio::select! {
+                    command = self.commands.recv() => match command {
+                        Some(command) => self.take(command).await,
+                        None => break,
+                    },
+                    () = self.questions.ready() => {}
+                    () = shutdown.requested() => break,
+                }
             }
             // What is waiting, and never more than that: waiting for a full batch would only add latency.
             while !self.queue.is_full()
@@ -128,6 +139,7 @@ impl Worker {
             {
                 self.take(command).await;
             }
+            self.proceed();
             if shutdown.is_requested() {
                 break;
             }
@@ -142,11 +154,11 @@ impl Worker {
         match command {
             Command::Own { partition, state } => {
                 self.owned.insert(partition, state);
-                self.queue.retain(&self.owned);
+                self.retain();
             }
             Command::Release { partition } => {
                 let Some(state) = self.owned.remove(&partition) else { return };
-                self.queue.retain(&self.owned);
+                self.retain();
                 if let Err(error) = self.executor.release(partition, state.epoch).await {
                     // Others see it as ours until the ownership task releases it a little later.
                     tracing::warn!(%error, partition, "cannot release a partition");
@@ -154,15 +166,37 @@ impl Worker {
             }
             Command::Message { partition, sequence, payload, room } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    self.queue.extend(items(partition, sequence, &payload, room));
+                    items(partition, sequence, &payload, room).into_iter().for_each(|item| self.enqueue(item));
                 }
             }
             Command::Advance { partition, sequence } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    self.queue.extend([Item { partition, sequence, submission: None, last: true, room: None }]);
+                    self.enqueue(Item { partition, sequence, submission: None, last: true, room: None });
                 }
             }
         }
+    }
+
+    /// Into the queue, or to the external validators first.
+    fn enqueue(&mut self, item: Item) {
+        self.queue.extend(self.questions.push(item));
+    }
+
+    /// Into the queue with what validators have been heard on; what they refuse is condemned.
+    fn proceed(&mut self) {
+        let (queue, condemned) = (&mut self.queue, &mut self.condemned);
+        self.questions.proceed(|item, refusal| {
+            if let (Some(submission), Some(rejection)) = (&item.submission, refusal) {
+                condemned.insert((submission.client_id, submission.seq), rejection);
+            }
+            queue.extend([item]);
+        });
+    }
+
+    /// Drops what is done or somebody else's.
+    fn retain(&mut self) {
+        self.queue.retain(&self.owned);
+        self.questions.gate.retain(&self.owned);
     }
 
     /// One attempt at the next batch.
@@ -175,7 +209,8 @@ impl Worker {
         let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
         let committed = |worker: &mut Self| {
             for item in worker.queue.batch().0.iter().take(count) {
-                if let Some(Submission { client_id, seq, .. }) = &item.submission {
+                if let Some(submission @ Submission { client_id, seq, .. }) = &item.submission {
+                    worker.questions.gate.settled(submission);
                     worker.condemned.remove(&(*client_id, *seq));
                     worker.strikes.remove(&(*client_id, *seq));
                 }
@@ -271,7 +306,8 @@ impl Worker {
                 .and_then(|item| item.submission.as_ref()?.changes.first().map(|change| change.change_id))
                 .unwrap_or_default();
             let message = format!("the server failed on it {MAX_STRIKES} times");
-            self.condemned.insert((client_id, seq), Rejection { index: 0, change_id, code: Code::Internal, message });
+            self.condemned
+                .insert((client_id, seq), Rejection { index: 0, change_id, code: Code::Internal, rule: None, message });
             return;
         }
         self.sleep(pause).await;
@@ -334,7 +370,7 @@ impl Worker {
             }
         }
         if changed {
-            self.queue.retain(&self.owned);
+            self.retain();
         }
         Some(stored)
     }

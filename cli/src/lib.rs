@@ -6,7 +6,7 @@
 //! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
 //! - [`process`]: child processes that do not outlive us
 //! - [`setup`], [`keys`]: the deploy step
-//! - [`client`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
+//! - [`client`], [`history`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
 //! - [`exit`]: exit codes
 
 pub mod bench;
@@ -17,6 +17,7 @@ pub mod dev;
 pub mod exit;
 pub mod fetch;
 pub mod healthcheck;
+pub mod history;
 pub mod keys;
 pub mod logs;
 pub mod process;

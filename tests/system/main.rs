@@ -1,9 +1,11 @@
 //! System tests, named after the promise or the failure. Real Postgres, NATS, sockets and processes throughout.
 
 mod bad_input;
+mod history;
 mod kills;
 mod offline;
 mod restarts;
 mod structure;
 mod telemetry;
+mod validators;
 mod wire;

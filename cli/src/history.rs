@@ -87,7 +87,7 @@ pub enum Command {
         #[arg(required = true)]
         ids: Vec<i64>,
         /// Seconds to wait for each verdict
-        #[arg(long, default_value_t = 30)]
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3_600))]
         wait: u64,
     },
     /// All of them, oldest first, one JSON object on each line

@@ -1,6 +1,6 @@
 //! `millstream client`: a client of one's own, online and offline.
 
-mod output;
+pub(crate) mod output;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -9,7 +9,7 @@ use millstream_runtime::shutdown::Shutdown;
 use millstream_runtime::telemetry;
 
 use crate::exit::Exit;
-use crate::{attach, bench, check, client, dev, healthcheck, keys, setup, token};
+use crate::{attach, bench, check, client, dev, healthcheck, history, keys, setup, token};
 
 /// Offline-first sync for Postgres over NATS JetStream
 #[derive(Parser)]
@@ -34,6 +34,8 @@ enum Command {
     Dev(dev::Args),
     /// A client of one's own: read, write, watch, online and offline
     Client(client::Args),
+    /// Failed changes: list, show, replay, export
+    History(history::Args),
     /// Mint a session token
     Token(token::Args),
     /// Measure latency and throughput of the whole loop
@@ -85,6 +87,7 @@ async fn run(command: Command) -> Result<Exit, Box<dyn StdError>> {
     match command {
         Command::Dev(args) => dev::run(args).await?,
         Command::Client(args) => return Ok(client::run(args).await?),
+        Command::History(args) => return Ok(history::run(args).await?),
         Command::Token(args) => token::run(&args)?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Attach(args) => attach::run(args).await?,

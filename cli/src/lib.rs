@@ -6,7 +6,7 @@
 //! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
 //! - [`process`]: child processes that do not outlive us
 //! - [`setup`], [`keys`]: the deploy step; [`attach`], [`check`]: the application's tables before it
-//! - [`client`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
+//! - [`client`], [`history`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
 //! - [`exit`]: exit codes
 
 pub mod attach;
@@ -19,6 +19,7 @@ pub mod dev;
 pub mod exit;
 pub mod fetch;
 pub mod healthcheck;
+pub mod history;
 pub mod keys;
 pub mod logs;
 pub mod process;

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 /// Runs `millstream`, with nothing of the caller's settings.
 fn millstream(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
-    command.args(args).env("NO_COLOR", "1");
+    command.args(args).env("NO_COLOR", "1").env_remove("DATABASE_URL");
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("MILLSTREAM_") {
             command.env_remove(name);
@@ -24,6 +24,7 @@ fn help_begins_with_examples() {
         vec!["--help"],
         vec!["dev", "--help"],
         vec!["client", "--help"],
+        vec!["history", "--help"],
         vec!["bench", "--help"],
         vec!["attach", "--help"],
         vec!["check", "--help"],
@@ -62,6 +63,14 @@ fn exit_codes_are_those_of_the_help() {
     // Configuration: nobody says who the user is.
     let output = millstream(&["client", "--store", store, "sql", "SELECT 1"]);
     assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    // Configuration: neither DATABASE_URL nor dev mode's data.
+    let missing = folder.path().join("missing");
+    let output = millstream(&["history", "--data", missing.to_str().unwrap(), "list"]);
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    // Dependency down: no Postgres.
+    let nowhere = "postgres://u:p@127.0.0.1:9/app";
+    let output = millstream(&["history", "--database-url", nowhere, "list"]);
+    assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
     // Dependency down: a new store cannot get its tables.
     let output = millstream(&[
         "client",

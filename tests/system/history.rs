@@ -40,7 +40,7 @@ async fn refused(client: &Client, project: Uuid, title: &str) -> Result<u64> {
     let sql = "INSERT INTO tasks (id, project_id, title) VALUES (?, ?, ?)";
     let write = client.execute(sql, (Uuid::now_v7(), project, title.to_owned())).await?;
     match tokio::time::timeout(PATIENCE, write.confirmed()).await? {
-        Err(Error::Rejected { seq, code, .. }) if code.as_str() == "permission_denied" => Ok(seq),
+        Err(Error::Rejected { tx, code, .. }) if code.as_str() == "permission_denied" => Ok(tx),
         verdict => anyhow::bail!("{verdict:?}"),
     }
 }

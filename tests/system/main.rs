@@ -1,12 +1,15 @@
 //! System tests, named after the promise or the failure. Real Postgres, NATS, sockets and processes throughout.
 
 mod bad_input;
+mod executor;
 mod history;
 mod kills;
 mod offline;
+mod order;
 mod restarts;
 mod row_security;
 mod structure;
 mod telemetry;
 mod validators;
+mod verdicts;
 mod wire;

@@ -1,12 +1,12 @@
 //! What becomes of single changes: each kind of verdict, with its words, on a real Postgres.
 
-mod support;
+mod database;
 
+use database::{Client, Database, change};
 use millstream_schemas::Code;
 use millstream_schemas::Operation::{Delete, Insert, Update};
 use millstream_schemas::stream::{Failure, TransactionResult, Verdict};
 use sqlx::Executor as _;
-use support::{Client, Database, change};
 use uuid::Uuid;
 
 fn failure(results: &[(Uuid, TransactionResult)]) -> &Failure {

@@ -6,17 +6,8 @@ use millstream_changes::direct::Direct;
 use millstream_schemas::stream::{Submission, TransactionResult};
 use millstream_schemas::{Change, Operation};
 use sqlx::postgres::PgConnection;
-use sqlx::{Connection as _, Executor as _};
+use sqlx::Connection as _;
 use uuid::Uuid;
-
-/// As `millstream attach` writes them.
-const TRIGGERS: &str = "\
-CREATE TRIGGER millstream_clocks_insert BEFORE INSERT ON tasks FOR EACH ROW
-    WHEN (NEW.field_clocks IS NULL OR NEW.field_clocks = '{}') EXECUTE FUNCTION millstream.keep_clocks();
-CREATE TRIGGER millstream_clocks_update BEFORE UPDATE ON tasks FOR EACH ROW
-    WHEN (NEW.field_clocks IS NOT DISTINCT FROM OLD.field_clocks) EXECUTE FUNCTION millstream.keep_clocks();
-CREATE TRIGGER millstream_row_update BEFORE UPDATE ON notes FOR EACH ROW
-    WHEN (NEW.updated_at IS NOT DISTINCT FROM OLD.updated_at) EXECUTE FUNCTION millstream.keep_updated_at();";
 
 pub struct Database {
     pub stack: Stack,
@@ -27,7 +18,7 @@ pub struct Database {
 
 impl Database {
     pub async fn start() -> Database {
-        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/millstream.toml");
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/system/executor/millstream.toml");
         let stack = Stack::builder()
             .app_schema(include_str!("schema.sql"))
             .config(config)
@@ -38,8 +29,7 @@ impl Database {
             .start()
             .await
             .unwrap();
-        let mut sql = PgConnection::connect(&stack.postgres_url()).await.unwrap();
-        sql.execute(TRIGGERS).await.unwrap();
+        let sql = PgConnection::connect(&stack.postgres_url()).await.unwrap();
         let args = millstream_runtime::postgres::Args { database_url: stack.postgres_url_of(Role::Changes) };
         let options = millstream_runtime::postgres::options(&args, "test").unwrap();
         let direct = Direct::connect(options, config.into()).await.unwrap();

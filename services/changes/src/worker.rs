@@ -15,6 +15,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::batch::{Item, Mode, Owned, Queue, fences};
+use crate::error::Refusal;
 use crate::executor::{Executor, Failed};
 use crate::plan::Condemned;
 use crate::results::Results;
@@ -150,7 +151,7 @@ impl Worker {
         let count = items.len();
         self.queue.extend(items);
         if isolated {
-            self.queue.failed(count, Mode::Single);
+            self.queue.failed(count, Mode::Single, None);
         }
         while !self.queue.is_empty() {
             self.step().await.into_iter().for_each(&mut results);
@@ -217,9 +218,9 @@ impl Worker {
                 committed(self);
                 return Some(results);
             }
-            Err(Failed::Isolate(why)) => {
-                tracing::debug!(worker = self.index, transactions = count, ?mode, why, "a batch is taken apart");
-                self.queue.failed(count, mode);
+            Err(Failed::Isolate { why, at }) => {
+                tracing::debug!(worker = self.index, transactions = count, ?mode, why, at, "a batch is taken apart");
+                self.queue.failed(count, mode, at);
             }
             Err(Failed::Stale) => {
                 tracing::debug!(worker = self.index, "reading the catalog again before refusing names")
@@ -285,18 +286,13 @@ impl Worker {
         tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
         if strikes >= MAX_STRIKES {
             tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
-            let submission =
-                |item: &Item| item.submission.as_ref().is_some_and(|s| s.client_id == client_id && s.seq == seq);
-            let change_id = self
-                .queue
-                .batch()
-                .0
-                .iter()
-                .find(|item| submission(item))
-                .and_then(|item| item.submission.as_ref()?.changes.first().map(|change| change.change_id))
-                .unwrap_or_default();
             let message = format!("the server failed on it {MAX_STRIKES} times");
-            self.condemned.insert((client_id, seq), Rejection { index: 0, change_id, code: Code::Internal, message });
+            let of =
+                |item: &Item| item.submission.as_ref().filter(|s| s.client_id == client_id && s.seq == seq).cloned();
+            if let Some(submission) = self.queue.batch().0.iter().find_map(of) {
+                let rejection = Rejection::new(&submission, 0, Refusal::new(Code::Internal, message));
+                self.condemned.insert((client_id, seq), rejection);
+            }
             return;
         }
         self.sleep(pause).await;
@@ -305,8 +301,8 @@ impl Worker {
         self.recover().await;
         // It stays apart from others, also where reading the positions made the queue forget it.
         match mode {
-            Mode::Single => self.queue.failed(count.min(self.queue.len()), mode),
-            Mode::Fast | Mode::Savepoints => self.queue.isolate(count),
+            Mode::Single => self.queue.failed(count.min(self.queue.len()), mode, None),
+            Mode::Fast | Mode::Careful | Mode::Savepoints => self.queue.isolate(count),
         }
     }
 

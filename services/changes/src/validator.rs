@@ -147,7 +147,6 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
     }
     let (columns, values) = set.into_iter().unzip();
     Ok(Step {
-        change_id: change.change_id,
         table,
         op: change.op,
         columns,

@@ -35,11 +35,11 @@ const RESET: &str = "\
 TRUNCATE members, projects, tasks, notes, logs, days, ordered, secure,
     millstream.clients, millstream.instances, millstream.changes_history;
 INSERT INTO members VALUES (1, 'ann'), (1, 'bob'), (2, 'ann'), (3, 'bob');
-INSERT INTO projects VALUES (1, 'one'), (2, 'two', 1), (3, 'three', 1);
-INSERT INTO tasks (id, project_id, title, slug, field_clocks) VALUES
-    (1, 1, 'a', 's1', '{\"\": \"0000000000000005-00000000000000000000000000000000-000000000000-0000\"}'),
-    (2, 2, 'b', 's2', '{\"\": \"0000000000000005-00000000000000000000000000000000-000000000000-0000\"}'),
-    (3, 3, 'kept', 's3', '{\"\": \"0000000000000005-00000000000000000000000000000000-000000000000-0000\"}');
+INSERT INTO projects VALUES (1, 'one', NULL), (2, 'two', 1), (3, 'three', 1);
+INSERT INTO tasks (id, project_id, title, slug, updated_at, field_clocks) VALUES
+    (1, 1, 'a', 's1', 'epoch', '{\"\": \"0000000000000005-00000000000000000000000000000000-000000000000-0000\"}'),
+    (2, 2, 'b', 's2', 'epoch', '{\"\": \"0000000000000005-00000000000000000000000000000000-000000000000-0000\"}'),
+    (3, 3, 'kept', 's3', 'epoch', '{\"\": \"0000000000000005-00000000000000000000000000000000-000000000000-0000\"}');
 INSERT INTO notes (id, task_id, body, updated_at) VALUES
     ('00000000-0000-0000-0000-000000000001', 1, 'x', timestamptz 'epoch' + interval '5 microseconds');
 INSERT INTO logs (id, task_id, kind) VALUES (1, 1, 'good'), (2, 1, 'good');

@@ -204,7 +204,7 @@ async fn newer_changes_win() {
     assert_eq!(known, [Verdict::Merged, Verdict::Superseded, Verdict::Rejected, Verdict::Superseded]);
     let lost = database
         .json(
-            "SELECT string_agg(l->>'seq' || l->>'verdict', ',') FROM millstream.clients, jsonb_array_elements(lost) l",
+            "SELECT string_agg((l->>'seq') || (l->>'verdict'), ',' ORDER BY (l->>'seq')::int) FROM millstream.clients, jsonb_array_elements(lost) l",
         )
         .await;
     assert_eq!(lost, "1merged,2superseded,4superseded");

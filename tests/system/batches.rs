@@ -7,7 +7,7 @@
 
 mod generate;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -51,7 +51,8 @@ SELECT jsonb_build_object(
 
 /// What became of a submission: verdict, code, rule.
 type Known = (Verdict, Option<Code>, Option<String>);
-type Verdicts = BTreeMap<(Uuid, u64), BTreeSet<String>>;
+/// A repetition in the same batch gets the same answer, or none: the first counts, as on the wire.
+type Verdicts = BTreeMap<(Uuid, u64), String>;
 
 /// One database and its executor.
 struct Side {
@@ -67,7 +68,7 @@ impl Side {
         for (client_id, result) in self.direct.execute(batch, self.isolated).await? {
             let failure = result.failure;
             let known: Known = (result.verdict, failure.as_ref().map(|f| f.code), failure.and_then(|f| f.rule));
-            verdicts.entry((client_id, result.seq)).or_default().insert(format!("{known:?}"));
+            verdicts.entry((client_id, result.seq)).or_insert_with(|| format!("{known:?}"));
         }
         let text: String = sqlx::query_scalar(STATE).bind(now as i64).fetch_one(&mut self.watch).await?;
         let mut state = serde_json::from_str(&text)?;
@@ -257,7 +258,7 @@ struct Tally(BTreeMap<String, u64>);
 
 impl Tally {
     fn add(&mut self, verdicts: &Verdicts) {
-        for verdict in verdicts.values().flatten() {
+        for verdict in verdicts.values() {
             *self.0.entry(verdict.clone()).or_default() += 1;
         }
     }

@@ -234,7 +234,9 @@ impl Bench {
         let executor = Direct::connect(options(stack.postgres_url_of(Role::Changes), EXECUTOR)?, config.to_path_buf())
             .await
             .map_err(|error| Error::Executor(Box::new(error)))?;
-        let floor = PgConnection::connect_with(&options(stack.postgres_url(), FLOOR)?)
+        // Planned once: the plans are plain, and planning is a good part of such short statements.
+        let planned_once = [("plan_cache_mode", "force_generic_plan")];
+        let floor = PgConnection::connect_with(&options(stack.postgres_url(), FLOOR)?.options(planned_once))
             .await
             .map_err(Error::postgres("connect"))?;
         let workload = Workload::new(args.clients as usize);

@@ -5,6 +5,7 @@
 //! refused) sends the batch back, to be cut there. An error of Postgres ends the transaction; with more care, each
 //! statement has a savepoint and is halved until the change at fault is alone.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
@@ -88,29 +89,33 @@ impl<'a> Applier<'a> {
             };
             outcomes.extend(group.places.into_iter().zip(written));
         }
-        // Where it is cut first: nothing before it depends on it.
-        let mut cut: Option<usize> = None;
+        // Where it is cut: nothing before the first that has to be alone depends on it.
+        let mut cut = plan.len();
+        let mut refused = HashSet::new();
         for (Place { planned, step }, outcome) in outcomes {
             match outcome {
                 Outcome::Won => {}
                 Outcome::Lost { whole, winner } => plan[planned].lose(step, whole, winner),
                 Outcome::Refused(refusal) if plan[planned].submission.changes.len() == 1 => {
                     plan[planned].reject(step, refusal);
+                    refused.insert(planned);
                 }
-                Outcome::Refused(_) => cut = Some(cut.map_or(planned, |cut| cut.min(planned))),
+                Outcome::Refused(_) => cut = cut.min(planned),
             }
         }
-        for (index, planned) in plan.iter().enumerate() {
+        for (index, planned) in plan.iter_mut().enumerate() {
+            match rejected.refuse(planned.submission) {
+                Some(_) if !planned.steps().is_empty() => cut = cut.min(index),
+                // It was refused for another reason, without effect; but this one comes first.
+                Some(refusal) if refused.contains(&index) => planned.reject(0, refusal),
+                _ => {}
+            }
             rejected.add(planned);
-            if !planned.steps().is_empty() && rejected.refuse(planned.submission).is_some() {
-                cut = Some(cut.map_or(index, |cut| cut.min(index)));
-                break;
-            }
         }
-        match cut {
-            Some(index) => Err(Failed::isolate_at(index, "it is refused and others took effect with it")),
-            None => Ok(()),
+        if cut < plan.len() {
+            return Err(Failed::isolate_at(cut, "it is refused and others took effect with it"));
         }
+        Ok(())
     }
 
     /// A group, halved in savepoints where it fails.

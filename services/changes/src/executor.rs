@@ -23,13 +23,21 @@ use crate::settle;
 use crate::validator::Rejection;
 
 /// Limits of a worker's session. A statement has to end some time; a worker that hangs must not keep its locks.
-const SESSION: [(&str, &str); 6] = [
+const SESSION: [(&str, &str); 11] = [
     ("statement_timeout", "30s"),
     ("lock_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "10s"),
     ("default_transaction_isolation", "read committed"),
     // Compiling costs more than these short statements.
     ("jit", "off"),
+    // Rows are found by their keys. A plan that was made while a table was small, or never analysed, must not read it whole
+    // for the life of the connection.
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("enable_material", "off"),
+    // Their parameters are arrays: planning for these very values costs as much as the statement and gains nothing.
+    ("plan_cache_mode", "force_generic_plan"),
     // What triggers say for a person at a terminal has no reader here.
     ("client_min_messages", "error"),
 ];

@@ -146,14 +146,7 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
-    Ok(Step {
-        table,
-        op: change.op,
-        columns,
-        values,
-        key: &change.key,
-        stamp: change.stamp,
-    })
+    Ok(Step { table, op: change.op, columns, values, key: &change.key, stamp: change.stamp })
 }
 
 /// The predicate that guards an operation.

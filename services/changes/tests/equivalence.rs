@@ -203,7 +203,7 @@ async fn batches_come_to_the_same_as_one_by_one() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seeds = match number("MILLSTREAM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("MILLSTREAM_CASES").unwrap_or(300),
+        None => 0..number("MILLSTREAM_CASES").unwrap_or(100),
     };
     let mut database = Database::start().await;
     let (mut merged, mut superseded, mut rejected, mut applied) = (0, 0, 0, 0);

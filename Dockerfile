@@ -31,7 +31,7 @@ RUN groupadd --gid 10001 millstream \
     && chmod 0755 /usr/local/bin/millstream-entrypoint /usr/local/bin/millstream-keys \
     && install -d -o millstream -g millstream -m 0755 /run/millstream \
     && mkdir /run/millstream-keys && cd /run/millstream-keys \
-    && install -d -o millstream -g millstream -m 0755 all postgres nats setup edge changes replication
+    && install -d -o millstream -g millstream -m 0755 all postgres nats setup edge changes replication validator
 USER 10001:10001
 # Logs are read by machines here; MILLSTREAM_LOG_FORMAT=text makes them fit for people.
 ENV MILLSTREAM_LOG_FORMAT=json \

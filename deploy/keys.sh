@@ -6,9 +6,10 @@
 #   all                         everything; mounted by nothing but this
 #   postgres                    password
 #   nats                        nats-auth.conf (public keys and grants only)
-#   setup                       nats.nk, database-url, edge-password, changes-password, replication-password
+#   setup                       nats.nk, operator.nk, database-url, edge-password, changes-password, replication-password
 #   edge                        nats.nk, database-url, token-secret
 #   changes, replication        nats.nk, database-url
+#   validator                   nats.nk, for programs of one's own that answer on ms.validate.>
 #
 # MILLSTREAM_DATABASE           host:port/name of the database in the URLs
 # MILLSTREAM_TOKEN_SECRET       the secret of session tokens, where one's own backend already has one
@@ -55,6 +56,8 @@ give nats "$all/nats-auth.conf" nats-auth.conf 0444
 : > "$root/nats/nats.conf"
 
 give setup "$all/setup.nk" nats.nk
+# `millstream history replay` is run by whoever owns the database, as `setup` is.
+give setup "$all/operator.nk" operator.nk
 give_database_url setup postgres postgres
 for service in edge changes replication; do
     give setup "$all/$service-password" "$service-password"
@@ -62,4 +65,5 @@ for service in edge changes replication; do
     give_database_url "$service" "millstream_$service" "$service"
 done
 give edge "$all/token-secret" token-secret
+give validator "$all/validator.nk" nats.nk
 echo "secrets are in place" >&2

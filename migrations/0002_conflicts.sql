@@ -49,7 +49,9 @@ BEGIN
         written := millstream.clock(stamp);
         SELECT jsonb_object_agg(n.key, written) INTO changed
         FROM jsonb_each(to_jsonb(NEW)) n JOIN jsonb_each(to_jsonb(OLD)) o USING (key)
-        WHERE n.value IS DISTINCT FROM o.value AND n.key NOT IN ('field_clocks', 'updated_at', 'client_id');
+        WHERE n.value IS DISTINCT FROM o.value AND n.key NOT IN ('field_clocks', 'updated_at', 'client_id')
+          -- Generated columns are not computed yet, so they look changed.
+          AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = TG_RELID AND attname = n.key AND attgenerated <> '');
         IF changed IS NULL THEN RETURN NEW; END IF;
         NEW.field_clocks := OLD.field_clocks || changed;
     END IF;

@@ -1,12 +1,12 @@
 //! `millstream client`: a client of one's own, online and offline.
 
-mod output;
+pub(crate) mod output;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use millstream_client::{Client, Error as SdkError, State, Status};
+use millstream_client::{Client, Edit, Error as SdkError, Outcome, State, Status, Write};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::exit::Exit;
@@ -26,7 +26,9 @@ const MAX_FAILED_SHOWN: usize = 20;
   millstream client --store a.db --user alice sql \"INSERT INTO projects (id, name) VALUES (millstream_uuid(), 'Attic')\"
   millstream client --store b.db --user bob watch tasks
   millstream client --store a.db --offline sql \"DELETE FROM comments\"      queued, sent when next online
-  millstream client --store a.db --user alice -o json status")]
+  millstream client --store a.db --user alice -o json status
+  millstream client --store a.db --user alice queue list --failed
+  millstream client --store a.db --user alice queue edit 7 --set title='Buy oat milk'")]
 #[command(after_help = "Exit status: 0 done (applied, or queued while offline), 1 failed or rejected, 3 wrong \
 configuration, 4 the edge is needed and not there. Data goes to stdout, the rest to stderr.")]
 pub struct Args {
@@ -90,6 +92,54 @@ pub enum Command {
     },
     /// Connection, queue, failures, position
     Status,
+    /// The queue of local changes: what waits, what failed and why, and what to do about it
+    #[command(subcommand)]
+    Queue(Queue),
+}
+
+/// What to do with the queue. Transactions are named by their number in it.
+#[derive(clap::Subcommand)]
+pub enum Queue {
+    /// The newest entries, settled ones included
+    List {
+        /// At most so many
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+        /// Only those that failed or are held back
+        #[arg(long)]
+        failed: bool,
+    },
+    /// Submit a failed transaction again
+    Retry {
+        /// Its number
+        transaction: u64,
+    },
+    /// Submit a failed transaction again with other values
+    Edit {
+        /// Its number
+        transaction: u64,
+        /// column=value, as Postgres writes it; column= is an empty text
+        #[arg(long, value_name = "COLUMN=VALUE", value_parser = assignment)]
+        set: Vec<(String, String)>,
+        /// A column to set to null
+        #[arg(long, value_name = "COLUMN")]
+        set_null: Vec<String>,
+        /// The change, by its id; otherwise the one that failed
+        #[arg(long)]
+        change: Option<uuid::Uuid>,
+    },
+    /// Forget a failed or held transaction: its rows show the server's state
+    Discard {
+        /// Its number
+        transaction: u64,
+    },
+}
+
+fn assignment(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('=') {
+        Some((column, value)) if !column.is_empty() => Ok((column.to_owned(), value.to_owned())),
+        _ => Err("expected COLUMN=VALUE"),
+    }
 }
 
 /// The client failed.
@@ -192,6 +242,7 @@ impl Session<'_> {
             },
             Command::Watch { query, times } => self.watch(query, *times).await,
             Command::Status => self.status().await,
+            Command::Queue(queue) => self.queue(queue).await,
         }
     }
 
@@ -216,10 +267,13 @@ impl Session<'_> {
             })
             .await
             .map_err(Error::client("the write failed"))?;
-        let (rows, seq) = (*write.value(), write.seq());
-        let mut written =
-            output::Written { state: output::WriteState::Unchanged, rows, seq, code: None, message: None };
-        if seq.is_some() {
+        self.verdict(&write, Some(*write.value())).await
+    }
+
+    /// Waits for what becomes of a write, while that is of use, and prints it.
+    async fn verdict<T>(&self, write: &Write<T>, rows: Option<usize>) -> Result<Exit, Error> {
+        let mut written = output::Written { rows, tx: write.tx(), ..output::Written::default() };
+        if write.tx().is_some() {
             written.state = output::WriteState::Queued;
             let verdict = tokio::select! {
                 biased;
@@ -227,10 +281,13 @@ impl Session<'_> {
                 () = self.unreachable() => None,
             };
             match verdict {
-                Some(Ok(())) => written.state = output::WriteState::Applied,
-                Some(Err(SdkError::Rejected { code, message, .. })) => {
+                Some(Ok(Outcome::Applied)) => written.state = output::WriteState::Applied,
+                Some(Ok(Outcome::Merged)) => written.state = output::WriteState::Merged,
+                Some(Ok(Outcome::Superseded)) => written.state = output::WriteState::Superseded,
+                Some(Err(SdkError::Rejected { code, rule, message, .. })) => {
                     written.state = output::WriteState::Rejected;
                     written.code = Some(code.to_string());
+                    written.rule = rule;
                     written.message = Some(message);
                 }
                 Some(Err(error)) => return Err(Error::client("the verdict is not known")(error)),
@@ -271,6 +328,31 @@ impl Session<'_> {
         let status = self.client.status().borrow().clone();
         output::status(&status, &failed, MAX_FAILED_SHOWN, self.args.output);
         Ok(Exit::Ok)
+    }
+
+    async fn queue(&self, queue: &Queue) -> Result<Exit, Error> {
+        let failed = Error::client("the queue refused");
+        let write = match queue {
+            Queue::List { limit, failed } => {
+                let mut entries = self.client.queue(*limit).await.map_err(Error::client("cannot read the queue"))?;
+                entries.retain(|entry| !failed || output::needs_attention(entry.state));
+                output::queue(&entries, self.args.output);
+                return Ok(Exit::Ok);
+            }
+            Queue::Retry { transaction } => self.client.retry(*transaction).await.map_err(failed)?,
+            Queue::Edit { transaction, set, set_null, change } => {
+                let edit = |column: &String, value| Edit { change_id: *change, column: column.clone(), value };
+                let values = set.iter().map(|(column, value)| edit(column, Some(value.clone())));
+                let nulls = set_null.iter().map(|column| edit(column, None));
+                self.client.edit(*transaction, values.chain(nulls).collect()).await.map_err(failed)?
+            }
+            Queue::Discard { transaction } => {
+                self.client.discard(*transaction).await.map_err(failed)?;
+                output::discarded(*transaction, self.args.output);
+                return Ok(Exit::Ok);
+            }
+        };
+        self.verdict(&write, None).await
     }
 
     /// A new store has no tables before its first connection.

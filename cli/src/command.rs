@@ -9,7 +9,7 @@ use millstream_runtime::shutdown::Shutdown;
 use millstream_runtime::telemetry;
 
 use crate::exit::Exit;
-use crate::{bench, client, dev, healthcheck, keys, setup, token};
+use crate::{attach, bench, check, client, dev, healthcheck, history, keys, setup, token};
 
 /// Offline-first sync for Postgres over NATS JetStream
 #[derive(Parser)]
@@ -34,10 +34,16 @@ enum Command {
     Dev(dev::Args),
     /// A client of one's own: read, write, watch, online and offline
     Client(client::Args),
+    /// Failed changes: list, show, replay, export
+    History(history::Args),
     /// Mint a session token
     Token(token::Args),
     /// Measure latency and throughput of the whole loop
     Bench(bench::Args),
+    /// Write the migration that lets concurrent changes to a table merge
+    Attach(attach::Args),
+    /// Hold millstream.toml against the database
+    Check(check::Args),
     /// Deploy step: migrations, roles, publication, streams
     Setup(setup::Args),
     /// Deploy step: NATS identities of the services
@@ -81,8 +87,11 @@ async fn run(command: Command) -> Result<Exit, Box<dyn StdError>> {
     match command {
         Command::Dev(args) => dev::run(args).await?,
         Command::Client(args) => return Ok(client::run(args).await?),
+        Command::History(args) => return Ok(history::run(args).await?),
         Command::Token(args) => token::run(&args)?,
         Command::Bench(args) => bench::run(args).await?,
+        Command::Attach(args) => attach::run(args).await?,
+        Command::Check(args) => return Ok(check::run(args).await?),
         Command::Setup(args) => setup::run(args).await?,
         Command::Keys(args) => keys::run(&args)?,
         Command::Healthcheck(args) => healthcheck::run(&args)?,

@@ -3,7 +3,7 @@
 use std::error::Error as StdError;
 use std::process::ExitCode;
 
-use crate::{bench, binaries, client, dev, fetch, healthcheck, setup, stack, token};
+use crate::{bench, binaries, client, dev, fetch, healthcheck, history, setup, stack, token};
 
 /// How the program ends. 2, wrong usage, comes from the command line's parser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +57,9 @@ fn classify(error: &(dyn StdError + 'static)) -> Exit {
         };
     }
     if let Some(error) = error.downcast_ref::<client::Error>() {
+        return error.exit();
+    }
+    if let Some(error) = error.downcast_ref::<history::Error>() {
         return error.exit();
     }
     if let Some(bench::Error::NotConverged(_)) = error.downcast_ref::<bench::Error>() {

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use millstream_schemas::subject::{
-    CHANGES_STREAM, CHANGES_SUBJECTS, RESULTS_STREAM, RESULTS_SUBJECTS, WAL_STREAM, WAL_SUBJECTS, WATERMARK,
+    CHANGES_STREAM, CHANGES_SUBJECTS, RESULTS_STREAM, RESULTS_SUBJECTS, WAL_STREAM, WAL_SUBJECTS, WATERMARK, validate,
 };
 use nkeys::KeyPair;
 
@@ -19,8 +19,8 @@ pub const AUTH_CONF: &str = "nats-auth.conf";
 /// Flags of `millstream keys`.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Writes DIR/edge.nk, changes.nk, replication.nk and setup.nk (seeds, mode 0600) where they are \
-missing, and DIR/nats-auth.conf, which deploy/nats.conf includes."
+    after_help = "Writes DIR/edge.nk, changes.nk, replication.nk, setup.nk, validator.nk and operator.nk (seeds, mode 0600) \
+where they are missing, and DIR/nats-auth.conf, which deploy/nats.conf includes."
 )]
 pub struct Args {
     /// Folder for the keys; created when missing.
@@ -38,13 +38,18 @@ pub enum Role {
     Replication,
     /// The deploy step, which alone may create or change streams.
     Setup,
+    /// External validators: programs outside that are asked about changes.
+    Validator,
+    /// Whoever replays failed changes by `millstream history replay`.
+    Operator,
     /// Everything: for tests and the bench. Never part of a deployment, see [`Role::DEPLOYED`].
     Admin,
 }
 
 impl Role {
     /// The roles that `millstream keys` makes.
-    pub const DEPLOYED: [Role; 4] = [Role::Edge, Role::Changes, Role::Replication, Role::Setup];
+    pub const DEPLOYED: [Role; 6] =
+        [Role::Edge, Role::Changes, Role::Replication, Role::Setup, Role::Validator, Role::Operator];
 
     /// The role's name: of its key file and of its inbox.
     pub fn name(self) -> &'static str {
@@ -53,6 +58,8 @@ impl Role {
             Role::Changes => "changes",
             Role::Replication => "replication",
             Role::Setup => "setup",
+            Role::Validator => "validator",
+            Role::Operator => "operator",
             Role::Admin => "admin",
         }
     }
@@ -75,7 +82,7 @@ impl Role {
                 subscribe.push(RESULTS_SUBJECTS.into());
             }
             Role::Changes => {
-                publish.push(RESULTS_SUBJECTS.into());
+                publish.extend([RESULTS_SUBJECTS.into(), validate(">")]);
                 publish.extend(consumer_api(CHANGES_STREAM));
                 publish.extend([
                     stream_api("INFO", CHANGES_STREAM),
@@ -96,15 +103,22 @@ impl Role {
                     publish.extend(["CREATE", "UPDATE", "INFO"].map(|verb| stream_api(verb, stream)));
                 }
             }
+            // Replies only, see below.
+            Role::Validator => subscribe.push(validate(">")),
+            // Its replays go the way of all changes, and the ledger has the verdict.
+            Role::Operator => publish.push(CHANGES_SUBJECTS.into()),
             Role::Admin => {
                 publish.push(">".into());
                 subscribe.push(">".into());
             }
         }
-        // Replies go to an inbox of the role's own: with a shared prefix any service could read another's.
-        subscribe.push(format!("_INBOX_{}.>", self.name()));
-        // Replication answers watermark requests, on whatever inbox they name.
-        Grants { publish, subscribe, allow_responses: self == Role::Replication }
+        // Replies go to an inbox of the role's own: with a shared prefix any service could read another's. Who makes no
+        // requests needs none.
+        if self != Role::Validator {
+            subscribe.push(format!("_INBOX_{}.>", self.name()));
+        }
+        // Replication answers watermark requests and validators questions, on whatever inbox they name.
+        Grants { publish, subscribe, allow_responses: matches!(self, Role::Replication | Role::Validator) }
     }
 }
 
@@ -201,7 +215,12 @@ fn auth_conf(users: &[(Role, String)]) -> String {
         let grants = role.grants();
         text.push_str(&format!("            # {}\n            {{\n", role.name()));
         text.push_str(&format!("                nkey: {public_key}\n                permissions {{\n"));
-        text.push_str(&format!("                    publish {{ allow: {} }}\n", list(&grants.publish)));
+        // An empty list of what is allowed would be easy to take for no limit.
+        let publish = match grants.publish.as_slice() {
+            [] => "deny: \">\"".to_owned(),
+            allowed => format!("allow: {}", list(allowed)),
+        };
+        text.push_str(&format!("                    publish {{ {publish} }}\n"));
         text.push_str(&format!("                    subscribe {{ allow: {} }}\n", list(&grants.subscribe)));
         if grants.allow_responses {
             text.push_str("                    allow_responses: true\n");
@@ -283,6 +302,23 @@ mod tests {
         check(Role::Changes, &["ms.wal.project.x", "ms.changes.1", "$JS.API.STREAM.DELETE.MS_CHANGES"]);
         check(Role::Replication, &["ms.changes.1", "ms.results.x", "$JS.API.STREAM.PURGE.MS_WAL"]);
         check(Role::Setup, &["ms.changes.1", "$JS.API.STREAM.DELETE.MS_WAL"]);
+        check(
+            Role::Operator,
+            &["ms.wal.project.x", "ms.results.x", "ms.validate.tasks", "$JS.API.STREAM.INFO.MS_CHANGES"],
+        );
+        check(Role::Validator, &["ms.changes.1", "ms.validate.tasks", "_INBOX_changes.x", "$JS.API.INFO"]);
+        // Only the executor asks, only validators hear, and they say nothing but their answers.
+        let asks = |role: Role| role.grants().publish.iter().any(|allowed| matches(allowed, "ms.validate.tasks"));
+        let hears = |role: Role| role.grants().subscribe.iter().any(|allowed| matches(allowed, "ms.validate.tasks"));
+        assert!(Role::DEPLOYED.into_iter().all(|role| asks(role) == (role == Role::Changes)));
+        assert!(Role::DEPLOYED.into_iter().all(|role| hears(role) == (role == Role::Validator)));
+        let validator = Role::Validator.grants();
+        assert_eq!((validator.publish.len(), validator.allow_responses), (0, true));
+        assert_eq!(validator.subscribe, ["ms.validate.>"]);
+        let operator = Role::Operator.grants();
+        assert_eq!((operator.publish, operator.allow_responses), (vec![CHANGES_SUBJECTS.to_owned()], false));
+        let conf = auth_conf(&[(Role::Validator, "U".into())]);
+        assert!(conf.contains("publish { deny: \">\" }") && conf.contains("allow_responses"), "{conf}");
     }
 
     /// NATS' rule for subjects, for the patterns used here.

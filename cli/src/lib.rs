@@ -5,18 +5,21 @@
 //! - [`dev`]: the stack with an example and logs
 //! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
 //! - [`process`]: child processes that do not outlive us
-//! - [`setup`], [`keys`]: the deploy step
-//! - [`client`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
+//! - [`setup`], [`keys`]: the deploy step; [`attach`], [`check`]: the application's tables before it
+//! - [`client`], [`history`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
 //! - [`exit`]: exit codes
 
+pub mod attach;
 pub mod bench;
 pub mod binaries;
+pub mod check;
 pub mod client;
 mod command;
 pub mod dev;
 pub mod exit;
 pub mod fetch;
 pub mod healthcheck;
+pub mod history;
 pub mod keys;
 pub mod logs;
 pub mod process;

@@ -1,5 +1,5 @@
 //! `millstream setup`: the deploy step. Runs the migrations, makes the services' roles with what they may do and no
-//! more, keeps the publication in line with `millstream.toml`, and declares the streams. Doing it again changes nothing.
+//! more, keeps publication, read policies and triggers in line with `millstream.toml`, and declares the streams. Doing it again changes nothing.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -10,10 +10,15 @@ use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
 
+use crate::attach;
 use crate::keys::Role;
 
 /// The publication that replication reads.
 pub const PUBLICATION: &str = "millstream";
+/// The policy by which edge and replication read every row of a table with row security: who may read is decided by scopes.
+pub const READ_POLICY: &str = "millstream_read";
+/// The services that have a role in Postgres.
+pub const SERVICE_ROLES: [Role; 3] = [Role::Edge, Role::Changes, Role::Replication];
 /// Keeps two deployments from changing roles and grants at the same time.
 const ADVISORY_LOCK: i64 = 0x6d69_6c6c_7374_7231;
 /// How often Postgres is asked again while it is not there.
@@ -105,6 +110,15 @@ pub enum Error {
     /// `millstream.toml` against the database.
     #[error("the configuration does not fit the database")]
     Catalog(#[source] millstream_catalog::CatalogError),
+    /// Row security would hide rows from the services that read for clients.
+    #[error("the restrictive policy {policy} of {table} applies to the roles {edge} and {replication}, so clients would \
+silently lack rows: name the roles that it is for (ALTER POLICY … TO …)", edge = role_name(Role::Edge), replication = role_name(Role::Replication))]
+    Restrictive {
+        /// Quoted.
+        table: String,
+        /// Its name.
+        policy: String,
+    },
     /// NATS.
     #[error("NATS")]
     Nats(#[source] nats::Error),
@@ -126,7 +140,7 @@ impl Error {
 
     /// Whether a configuration is wrong.
     pub fn is_config(&self) -> bool {
-        matches!(self, Error::Config(_) | Error::Catalog(_) | Error::Password { .. })
+        matches!(self, Error::Config(_) | Error::Catalog(_) | Error::Password { .. } | Error::Restrictive { .. })
     }
 }
 
@@ -217,12 +231,93 @@ pub async fn database(
     let statements = grants(&catalog.tables, &schemas, &sequences, &functions)
         .into_iter()
         .chain(publication(&catalog.tables, exists));
+    let statements = statements
+        .chain(read_policies(&mut transaction, &catalog).await?)
+        .chain(missing_triggers(&mut transaction, &catalog).await.map_err(failed("list triggers"))?);
     for statement in statements {
         let action = statement.clone();
         transaction.execute(AssertSqlSafe(statement)).await.map_err(|source| Error::Postgres { action, source })?;
     }
     transaction.commit().await.map_err(failed("commit"))?;
     Ok(catalog.tables.len())
+}
+
+/// How many of our migrations the database lacks; none if it has no schema `millstream` yet.
+///
+/// # Errors
+/// Postgres cannot be asked.
+pub async fn pending_migrations(connection: &mut PgConnection) -> Result<Option<usize>, sqlx::Error> {
+    let exists: bool = sqlx::query_scalar("SELECT to_regclass('millstream.migrations') IS NOT NULL")
+        .fetch_one(&mut *connection)
+        .await?;
+    if !exists {
+        return Ok(None);
+    }
+    let done: Vec<i64> =
+        sqlx::query_scalar("SELECT version FROM millstream.migrations WHERE success").fetch_all(connection).await?;
+    Ok(Some(MIGRATIONS.iter().filter(|migration| !done.contains(&migration.version)).count()))
+}
+
+/// Lets edge and replication read every row of tables with row security. The executor is left to the app's own policies.
+async fn read_policies(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, Error> {
+    let failed = |source| Error::Postgres { action: "list policies".to_owned(), source };
+    let (edge, replication) = (role_name(Role::Edge), role_name(Role::Replication));
+    let mut statements = Vec::new();
+    for table in &catalog.tables {
+        let secured: bool = sqlx::query_scalar("SELECT relrowsecurity FROM pg_class WHERE oid = $1::int8::oid")
+            .bind(i64::from(table.oid))
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(failed)?;
+        if !secured {
+            continue;
+        }
+        let restrictive: Option<String> = sqlx::query_scalar(
+            "SELECT p.polname::text FROM pg_policy p, pg_roles r WHERE p.polrelid = $1::int8::oid AND NOT p.polpermissive \
+             AND p.polcmd IN ('*', 'r') AND r.rolname IN ($2, $3) AND NOT r.rolbypassrls AND NOT r.rolsuper \
+             AND (0::oid = ANY (p.polroles) OR EXISTS (SELECT FROM unnest(p.polroles) AS m WHERE m <> 0 AND pg_has_role(r.oid, m, 'USAGE'))) \
+             ORDER BY 1 LIMIT 1",
+        )
+        .bind(i64::from(table.oid))
+        .bind(&edge)
+        .bind(&replication)
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(failed)?;
+        if let Some(policy) = restrictive {
+            return Err(Error::Restrictive { table: table.sql_name.clone(), policy });
+        }
+        let exists: bool =
+            sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_policy WHERE polrelid = $1::int8::oid AND polname = $2)")
+                .bind(i64::from(table.oid))
+                .bind(READ_POLICY)
+                .fetch_one(&mut *connection)
+                .await
+                .map_err(failed)?;
+        let (verb, kind) = if exists { ("ALTER", "") } else { ("CREATE", " AS PERMISSIVE FOR SELECT") };
+        statements.push(format!(
+            "{verb} POLICY {READ_POLICY} ON {}{kind} TO {edge}, {replication} USING (true)",
+            table.sql_name
+        ));
+    }
+    Ok(statements)
+}
+
+/// The triggers that keep clocks where a table has the columns and not yet the triggers: whoever made the columns may
+/// have done so before the schema `millstream` was there. What is there, even disabled, is left alone.
+async fn missing_triggers(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
+    let mut statements = Vec::new();
+    for table in &catalog.tables {
+        let Some(policy) = attach::Policy::of(table.conflict) else { continue };
+        let found = attach::row_triggers(connection, i64::from(table.oid)).await?;
+        let made = attach::triggers(policy, &table.sql_name);
+        for (name, statement) in attach::TRIGGERS.into_iter().zip(made) {
+            if !found.iter().any(|trigger| trigger.name == name) {
+                statements.push(statement);
+            }
+        }
+    }
+    Ok(statements)
 }
 
 /// The NATS half: the streams.

@@ -434,6 +434,28 @@ impl Drop for Stack {
     }
 }
 
+/// URL of the application's database for its owner, as a data folder says.
+///
+/// # Errors
+/// No stack was started in the folder.
+pub fn data_postgres_url(data: &Path) -> io::Result<String> {
+    let password = fs::read_to_string(data.join("secrets/postgres.password"))?;
+    let port = ports::saved(data, Service::Postgres)?;
+    Ok(format!("postgres://postgres:{}@127.0.0.1:{port}/{DATABASE}", password.trim()))
+}
+
+/// How a role connects to the broker, as a data folder says.
+///
+/// # Errors
+/// No stack was started in the folder.
+pub fn data_nats(data: &Path, role: Role) -> io::Result<millstream_runtime::nats::Args> {
+    let port = ports::saved(data, Service::Nats)?;
+    Ok(millstream_runtime::nats::Args {
+        nats_url: format!("nats://127.0.0.1:{port}"),
+        nats_seed_file: Some(role.seed_file(&data.join("nats"))),
+    })
+}
+
 /// File with the secret of a data folder's tokens.
 pub fn token_secret_file(data: &Path) -> PathBuf {
     data.join("secrets/token.secret")

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 /// Runs `millstream`, with nothing of the caller's settings.
 fn millstream(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
-    command.args(args).env("NO_COLOR", "1");
+    command.args(args).env("NO_COLOR", "1").env_remove("DATABASE_URL");
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("MILLSTREAM_") {
             command.env_remove(name);
@@ -20,7 +20,15 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn help_begins_with_examples() {
-    for args in [vec!["--help"], vec!["dev", "--help"], vec!["client", "--help"], vec!["bench", "--help"]] {
+    for args in [
+        vec!["--help"],
+        vec!["dev", "--help"],
+        vec!["client", "--help"],
+        vec!["history", "--help"],
+        vec!["bench", "--help"],
+        vec!["attach", "--help"],
+        vec!["check", "--help"],
+    ] {
         let output = millstream(&args);
         assert!(output.status.success(), "{args:?}");
         assert!(text(&output.stdout).starts_with("Examples:"), "{args:?}: {:.200}", text(&output.stdout));
@@ -55,6 +63,14 @@ fn exit_codes_are_those_of_the_help() {
     // Configuration: nobody says who the user is.
     let output = millstream(&["client", "--store", store, "sql", "SELECT 1"]);
     assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    // Configuration: neither DATABASE_URL nor dev mode's data.
+    let missing = folder.path().join("missing");
+    let output = millstream(&["history", "--data", missing.to_str().unwrap(), "list"]);
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    // Dependency down: no Postgres.
+    let nowhere = "postgres://u:p@127.0.0.1:9/app";
+    let output = millstream(&["history", "--database-url", nowhere, "list"]);
+    assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
     // Dependency down: a new store cannot get its tables.
     let output = millstream(&[
         "client",
@@ -71,6 +87,16 @@ fn exit_codes_are_those_of_the_help() {
     // Options may follow the subcommand.
     let output = millstream(&["client", "--store", store, "status", "-o", "json"]);
     assert_ne!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    // Neither the file nor the database is there.
+    let nowhere = "postgres://nobody@127.0.0.1:9/nothing";
+    for command in ["check", "attach"] {
+        let output = millstream(&[command, "--config", "/nonexistent.toml", "--database-url", nowhere]);
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+        let board = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/board/millstream.toml");
+        let output = millstream(&[command, "--config", board, "--database-url", nowhere]);
+        assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
+        assert!(output.stdout.is_empty());
+    }
     let output = millstream(&["healthcheck", "http://127.0.0.1:9/readyz"]);
     assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
     assert!(output.stdout.is_empty());

@@ -103,11 +103,11 @@ impl Raw {
 /// A new client's `hello`.
 pub fn hello(client_id: Uuid, token: &str) -> Value {
     json!({"type": "hello", "protocol": millstream_schemas::PROTOCOL_VERSION, "client_id": client_id,
-        "instance": Uuid::new_v4(), "token": token, "confirmed_seq": 0})
+        "token": token, "confirmed_seq": 0})
 }
 
 /// A `submit` of one insert.
 pub fn submit(seq: u64, table: &str, columns: &[&str], values: &[&str]) -> Value {
-    json!({"type": "submit", "seq": seq, "attempt": 1, "changes": [{"change_id": Uuid::now_v7(), "table": table,
+    json!({"type": "submit", "seq": seq, "attempt": 1, "instance": Uuid::nil(), "changes": [{"change_id": Uuid::now_v7(), "table": table,
         "op": "insert", "key": [values.first()], "columns": columns, "values": values, "stamp": 1}]})
 }

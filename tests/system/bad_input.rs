@@ -45,7 +45,10 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
             ("{".to_owned(), "bad_frame"),
             (json!({"type": "drop_everything"}).to_string(), "bad_frame"),
             (json!({"type": "submit", "seq": 1}).to_string(), "bad_frame"),
-            (json!({"type": "submit", "seq": 1, "attempt": 1, "changes": []}).to_string(), "too_large"),
+            (
+                json!({"type": "submit", "seq": 1, "attempt": 1, "instance": Uuid::nil(), "changes": []}).to_string(),
+                "too_large",
+            ),
             (good.to_string(), "out_of_order"),
             (submit(7, "projects", &["id", "name"], &["x", "y"]).to_string(), "out_of_order"),
             (format!("\"{}\"", "x".repeat(MAX_FRAME_BYTES)), "too_large"),

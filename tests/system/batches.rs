@@ -25,7 +25,7 @@ use uuid::Uuid;
 use self::generate::Generator;
 
 const SCHEMA: &str = include_str!("batches/schema.sql");
-const ATTACH: &str = include_str!("batches/attach.sql");
+const POLICIES: &str = include_str!("batches/policies.sql");
 /// Runs, each from empty tables, and their cases.
 const RUNS: u64 = 20;
 const CASES: usize = 100;
@@ -124,7 +124,7 @@ impl Pair {
             .start()
             .await?;
         let mut app = PgConnection::connect(&stack.postgres_url()).await?;
-        app.execute(sqlx::raw_sql(ATTACH)).await?;
+        app.execute(sqlx::raw_sql(POLICIES)).await?;
         app.close().await?;
         let admin = PgConnection::connect(&stack.postgres_url().replace("/app", "/postgres")).await?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as u64;

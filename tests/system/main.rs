@@ -2,9 +2,12 @@
 
 mod bad_input;
 mod batches;
+mod history;
 mod kills;
 mod offline;
 mod restarts;
+mod row_security;
 mod structure;
 mod telemetry;
+mod validators;
 mod wire;

@@ -97,7 +97,8 @@ async fn verdicts_come_with_codes_and_block_nobody() -> Result<()> {
         }
         converged(&board, &b, "bob").await?;
 
-        let code = |result: millstream_client::Result<()>| result.err().map(|error| error.code());
+        let code =
+            |result: millstream_client::Result<millstream_client::Outcome>| result.err().map(|error| error.code());
         // Business rule: a check constraint.
         let bad = a.execute("UPDATE tasks SET title = '' WHERE id = ?", (task,)).await?;
         ensure!(code(bad.confirmed().await) == Some("business_rule"));

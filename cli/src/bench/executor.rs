@@ -25,7 +25,6 @@ use crate::stack::Stack;
 
 const CONFIG: &str = include_str!("executor/millstream.toml");
 const SCHEMA: &str = include_str!("executor/schema.sql");
-const ATTACH: &str = include_str!("executor/attach.sql");
 /// Changes in a slice: a fraction of a second.
 const SLICE_CHANGES: usize = 2_000;
 /// Slices before the measurement, in which each way of plain SQL is tried.
@@ -219,7 +218,7 @@ impl Bench {
         let connect = Error::postgres("connect");
         let mut watch = PgConnection::connect(&stack.postgres_url()).await.map_err(connect)?;
         let seed = workload::seed(args.clients as usize);
-        for sql in [ATTACH, &seed, "VACUUM ANALYZE", "CHECKPOINT"] {
+        for sql in [seed.as_str(), "VACUUM ANALYZE", "CHECKPOINT"] {
             sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
                 .execute(&mut watch)
                 .await

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use millstream_client::{FailedWrite, Rows, SqlValue, Status};
+use millstream_client::{EntryState, FailedWrite, QueueEntry, Rows, SqlValue, Status};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -13,28 +13,38 @@ use super::Output;
 const MAX_COLUMN: usize = 60;
 
 /// What became of a write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WriteState {
     /// Nothing synced was changed.
+    #[default]
     Unchanged,
     /// Durable here, sent when the edge is reachable.
     Queued,
     /// Committed in Postgres and seen in the stream.
     Applied,
+    /// The same, but some columns lost to newer changes of others.
+    Merged,
+    /// All of it lost to newer changes of others.
+    Superseded,
     /// Refused; nothing of it took effect.
     Rejected,
 }
 
 /// A write.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Written {
     pub state: WriteState,
-    pub rows: usize,
+    /// Rows changed here; none where an earlier write was submitted again.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub seq: Option<u64>,
+    pub rows: Option<usize>,
+    /// Number of the transaction in the queue.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
@@ -44,18 +54,48 @@ pub fn written(written: &Written, output: Output) {
     if output == Output::Json {
         return print(&to_json(written));
     }
-    let rows = format!("{} row{}", written.rows, if written.rows == 1 { "" } else { "s" });
-    let seq = written.seq.unwrap_or_default();
+    let rows = written.rows.map(|rows| format!(", {rows} row{}", if rows == 1 { "" } else { "s" })).unwrap_or_default();
+    let transaction = written.tx.map(|tx| format!(" (transaction {tx})")).unwrap_or_default();
     match written.state {
-        WriteState::Unchanged => print(&format!("unchanged, {rows}")),
-        WriteState::Queued => print(&format!("queued, {rows} (transaction {seq})")),
-        WriteState::Applied => print(&format!("applied, {rows} (transaction {seq})")),
         WriteState::Rejected => {
-            let (code, message) = (written.code.as_deref(), written.message.as_deref());
-            print(&format!("rejected: {} (transaction {seq})", code.unwrap_or("internal")));
-            eprintln!("{}", message.unwrap_or_default());
+            let rule = written.rule.as_ref().map(|rule| format!(", {rule}")).unwrap_or_default();
+            print(&format!("rejected: {}{rule}{transaction}", written.code.as_deref().unwrap_or("internal")));
+            eprintln!("{}", written.message.as_deref().unwrap_or_default());
         }
+        state => print(&format!("{}{rows}{transaction}", word(&state))),
     }
+}
+
+/// Prints that a transaction was discarded.
+pub fn discarded(tx: u64, output: Output) {
+    match output {
+        Output::Text => print(&format!("discarded (transaction {tx})")),
+        Output::Json => print(&json!({"state": "discarded", "tx": tx}).to_string()),
+    }
+}
+
+/// Whether an entry waits for a retry, for a person, or behind one that does.
+pub fn needs_attention(state: EntryState) -> bool {
+    matches!(state, EntryState::RetryWait | EntryState::Error | EntryState::Held)
+}
+
+/// Prints entries of the queue: a table, or one JSON array on a line.
+pub fn queue(entries: &[QueueEntry], output: Output) {
+    if output == Output::Json {
+        return print(&to_json(&entries));
+    }
+    let names = ["tx", "state", "change", "attempts", "why"].map(str::to_owned).to_vec();
+    let row = |entry: &QueueEntry| {
+        let key: Vec<&str> = entry.change.key.iter().map(|part| part.as_deref().unwrap_or("null")).collect();
+        let change = format!("{} {} {}", entry.change.op.as_str(), entry.change.table, key.join(","));
+        let state = entry.outcome.map_or_else(|| word(&entry.state), |outcome| word(&outcome));
+        let why: Vec<&str> =
+            [&entry.error_code, &entry.error_rule, &entry.error].into_iter().flatten().map(String::as_str).collect();
+        let texts = [state, change, entry.attempts.to_string(), why.join(": ")].map(SqlValue::Text);
+        let tx = SqlValue::Integer(i64::try_from(entry.tx).unwrap_or(i64::MAX));
+        std::iter::once(tx).chain(texts).collect()
+    };
+    print(&table(&Rows { columns: names, rows: entries.iter().map(row).collect() }));
 }
 
 /// Prints rows: a table, or one JSON array of objects on a line.
@@ -97,7 +137,7 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
         "pending",
         format!("{} transactions, {} of them stored on the broker", status.pending.count, status.pending.accepted),
     );
-    line("failed", format!("{} transactions", status.failed));
+    line("failed", format!("{} transactions, {} held back behind them", status.failed, status.held));
     let position = match &status.position {
         Some(position) => format!("{} in the stream, LSN {}, epoch {}", position.seq, position.lsn, position.epoch),
         None => "none: no snapshot yet".into(),
@@ -110,7 +150,7 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
         let code = failure.code.map_or_else(|| "unknown".to_owned(), |code| code.to_string());
         line(
             "  failure",
-            format!("transaction {}: {code}: {} ({})", failure.seq, failure.message, word(&failure.state)),
+            format!("transaction {}: {code}: {} ({})", failure.tx, failure.message, word(&failure.state)),
         );
     }
     print(text.trim_end());

@@ -24,8 +24,6 @@ const SECRET_CHARACTERS: usize = 32;
 /// Bytes of submitted changes, and of committed transactions, that a private broker keeps.
 const STREAMS: StreamArgs =
     StreamArgs { replicas: 1, changes_max_bytes: 1 << 30, wal_max_bytes: 4 << 30, wal_max_hours: 7 * 24 };
-/// Roles of the services.
-const ROLES: [Role; 3] = [Role::Edge, Role::Changes, Role::Replication];
 
 /// Gets a line for each step that takes long.
 type Progress = Box<dyn FnMut(&str) + Send>;
@@ -325,7 +323,7 @@ impl Stack {
 
     /// What `millstream setup` does in Postgres at a deployment.
     async fn deploy_database(&self, config: &Config) -> Result<(), Error> {
-        let passwords = ROLES.map(|role| (role, self.secrets.roles.get(role.name()).cloned()));
+        let passwords = setup::SERVICE_ROLES.map(|role| (role, self.secrets.roles.get(role.name()).cloned()));
         let args = millstream_runtime::postgres::Args { database_url: self.postgres_url() };
         let mut connection = setup::connect(&args, services::READY_LIMIT).await.map_err(Error::Setup)?;
         setup::database(&mut connection, config, &passwords).await.map(drop).map_err(Error::Setup)
@@ -345,7 +343,7 @@ fn lock(dir: &Path) -> Result<fs::File, Error> {
 fn secrets(dir: &Path) -> Result<Secrets, Error> {
     let password = |name: &str| secret(&dir.join("secrets").join(format!("{name}.password")));
     let mut roles = BTreeMap::new();
-    for role in ROLES {
+    for role in setup::SERVICE_ROLES {
         roles.insert(role.name(), password(role.name())?);
     }
     Ok(Secrets { superuser: password("postgres")?, roles, token: secret(&token_secret_file(dir))? })

@@ -37,7 +37,7 @@ struct Used {
 impl Ports {
     /// Reads what was used last time, and finds other ports for those that are taken now.
     pub fn choose(dir: &Path, edge: Option<u16>) -> Result<Ports, Error> {
-        let path = dir.join("ports.json");
+        let path = file(dir);
         // A missing or damaged file only means that the ports change.
         let used: Used = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         let mut ports = Ports { path, used: Used::default(), monitor: 0 };
@@ -103,6 +103,16 @@ impl Ports {
         let text = serde_json::to_string_pretty(&self.used).unwrap_or_default();
         write_atomically(&self.path, &text).map_err(Error::folder(&self.path))
     }
+}
+
+/// Where a part served when the stack of a data folder was last started.
+pub(super) fn saved(dir: &Path, service: Service) -> std::io::Result<u16> {
+    let used: Used = serde_json::from_slice(&fs::read(file(dir))?)?;
+    used.serving.get(service.name()).copied().ok_or_else(|| std::io::ErrorKind::NotFound.into())
+}
+
+fn file(dir: &Path) -> PathBuf {
+    dir.join("ports.json")
 }
 
 fn is_free(port: u16) -> bool {

@@ -1,6 +1,8 @@
-//! When to connect again: exponential back-off with full jitter.
+//! When to connect again, and when to try a rejected transaction again: exponential back-off with full jitter.
 //!
 //! Source of "full jitter": M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+
+use millstream_schemas::{Code, Retry};
 
 /// Bound of the first wait, in milliseconds.
 pub const BASE_MS: u64 = 500;
@@ -14,7 +16,25 @@ pub const FAILURES_AFTER_WELCOME: u32 = 1;
 /// Longest `retry_after` that is honoured, in milliseconds: a server's mistake must not silence a client for days.
 pub const RETRY_AFTER_CAP_MS: u64 = 3_600_000;
 
-/// The waits between attempts. Never gives up.
+/// Attempts at a transaction that a business rule refuses, before it waits for a person; unless the app says otherwise.
+pub const MAX_ATTEMPTS: u32 = 5;
+/// Bound of the wait before the second attempt at a rejected transaction, in milliseconds.
+pub const ATTEMPT_BASE_MS: u64 = 2_000;
+/// Bound of the longest wait between such attempts, in milliseconds.
+pub const ATTEMPT_CAP_MS: u64 = 600_000;
+
+/// How long a rejected transaction waits for its next attempt, in milliseconds; none: it waits for a person.
+///
+/// `attempts` is the number of rejections so far, `random` is uniform in `0.0..1.0`.
+pub fn next_attempt(code: Code, attempts: u32, max_attempts: u32, random: f64) -> Option<u64> {
+    if code.retry() != Retry::Automatic || attempts >= max_attempts {
+        return None;
+    }
+    let bound = ATTEMPT_BASE_MS.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(ATTEMPT_CAP_MS);
+    Some((bound as f64 * random.clamp(0.0, 1.0)) as u64)
+}
+
+/// The waits between attempts to connect. Never gives up.
 #[derive(Clone, Debug, Default)]
 pub struct Backoff {
     failures: u32,
@@ -68,6 +88,18 @@ mod tests {
             backoff.failed(0, 1.0, None);
         }
         assert_eq!(backoff.failed(0, 1.0, None), CAP_MS);
+    }
+
+    #[test]
+    fn rejected_transactions_wait_longer_each_time_up_to_the_limit() {
+        let wait = |attempts| next_attempt(Code::BusinessRule, attempts, 20, 1.0);
+        assert_eq!([1, 2, 3, 4].map(wait), [2_000, 4_000, 8_000, 16_000].map(Some));
+        assert_eq!((wait(10), wait(19), wait(20)), (Some(ATTEMPT_CAP_MS), Some(ATTEMPT_CAP_MS), None));
+        assert_eq!(next_attempt(Code::BusinessRule, 1, 20, 0.0), Some(0), "full jitter: from nothing to the bound");
+        assert_eq!(next_attempt(Code::BusinessRule, MAX_ATTEMPTS, MAX_ATTEMPTS, 0.5), None);
+        for code in [Code::PermissionDenied, Code::EntityMissing, Code::InvalidValue, Code::Internal] {
+            assert_eq!(next_attempt(code, 1, 20, 0.5), None, "{code} waits for a person");
+        }
     }
 
     #[test]

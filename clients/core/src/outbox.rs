@@ -175,7 +175,8 @@ impl Outbox {
                 self.clear_ready();
             }
             Input::Recorded(entries) => self.recorded(entries),
-            Input::Known { last } => self.last = self.last.max(last),
+            // The store's word: after it took another identity there may be less than there was.
+            Input::Known { last } => self.last = last,
             Input::Loaded(entries) => {
                 self.loading = false;
                 self.loaded(entries);

@@ -25,7 +25,7 @@ fn rows(lsn: u64, index: u32, last: bool, name: &str) -> ServerFrame {
 }
 
 fn confirmed(seq: u64) -> ServerFrame {
-    ServerFrame::Confirmed(Confirmed { seq, failed: vec![] })
+    ServerFrame::Confirmed(Confirmed { seq, instance: Uuid::nil(), failed: vec![], lost: vec![] })
 }
 
 fn commit(seq: u64) -> ServerFrame {

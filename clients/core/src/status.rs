@@ -72,6 +72,8 @@ pub struct Status {
     pub pending: Pending,
     /// Transactions that were rejected and wait for a retry or a person.
     pub failed: u64,
+    /// Transactions that are held back until an earlier one on the same rows is retried or discarded.
+    pub held: u64,
     /// Whether transactions wait for the broker's acceptance while connected.
     pub uploading: bool,
     /// Whether a snapshot is arriving.

@@ -5,18 +5,41 @@
 //! the change in `local_changes`, and the row as the server knows it in `millstream_base`, in the app's own transaction.
 //!
 //! The triggers are silent while the store itself writes: `millstream_tx()` is null then. They call these functions of
-//! the store's connection: `millstream_tx()`, `millstream_uuid()`, `millstream_now()`, `millstream_traceparent()`.
+//! the store's connection: `millstream_tx()`, `millstream_seq()`, `millstream_instance()`, `millstream_uuid()`,
+//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`.
 //!
 //! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
 //! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
 
 use millstream_schemas::TableSchema;
 
+/// Version of [`STORE_TABLES`], kept in `PRAGMA user_version`.
+pub const STORE_VERSION: i64 = 1;
+
+/// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
+pub const UPGRADE_FROM_0: &str = "
+DROP INDEX local_changes_open;
+DROP INDEX local_changes_failed;
+ALTER TABLE local_changes ADD COLUMN seq INTEGER;
+ALTER TABLE local_changes ADD COLUMN instance TEXT;
+ALTER TABLE local_changes ADD COLUMN last_error_rule TEXT;
+ALTER TABLE local_changes ADD COLUMN outcome TEXT;
+UPDATE local_changes SET seq = tx, instance = (SELECT value FROM millstream_meta WHERE key = 'instance') WHERE tx > 0;
+INSERT OR REPLACE INTO millstream_meta (key, value) SELECT 'last_tx', coalesce(max(tx), 0) FROM local_changes WHERE tx > 0;
+UPDATE local_changes SET tx = (SELECT value FROM millstream_meta WHERE key = 'last_tx') - tx WHERE tx < 0;
+INSERT OR REPLACE INTO millstream_meta (key, value) SELECT 'confirmed_instance', value FROM millstream_meta WHERE key = 'instance';
+";
+
 /// Tables of the store itself.
+///
+/// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
+/// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it.
 pub const STORE_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS local_changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     tx INTEGER NOT NULL,
+    seq INTEGER,
+    instance TEXT,
     change_id TEXT NOT NULL UNIQUE,
     tbl TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -29,23 +52,29 @@ CREATE TABLE IF NOT EXISTS local_changes (
     attempts INTEGER NOT NULL DEFAULT 0,
     next_attempt INTEGER,
     last_error_code TEXT,
+    last_error_rule TEXT,
     last_error TEXT,
+    outcome TEXT CHECK (outcome IN ('merged', 'superseded')),
     traceparent TEXT,
     recorded_at INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS local_changes_by_tx ON local_changes (tx);
-CREATE INDEX IF NOT EXISTS local_changes_open ON local_changes (tbl, key) WHERE state IN ('pending', 'sending', 'accepted');
-CREATE INDEX IF NOT EXISTS local_changes_failed ON local_changes (tx) WHERE state IN ('retry_wait', 'error');
+CREATE INDEX IF NOT EXISTS local_changes_by_seq ON local_changes (seq) WHERE seq IS NOT NULL;
+CREATE INDEX IF NOT EXISTS local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
+CREATE INDEX IF NOT EXISTS local_changes_troubled ON local_changes (tx) WHERE state <> 'confirmed' AND (attempts > 0 OR state = 'held');
 CREATE TABLE IF NOT EXISTS millstream_base (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_scopes (kind TEXT NOT NULL, id TEXT NOT NULL, replaced INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (kind, id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 ";
 
+/// Name of the queue's table.
+pub const LOCAL_CHANGES: &str = "local_changes";
+
 /// Names that synced tables may not have.
 pub fn is_reserved(table: &str) -> bool {
     let name = table.to_ascii_lowercase();
-    name == "local_changes" || name.starts_with("millstream_") || name.starts_with("sqlite_")
+    name == LOCAL_CHANGES || name.starts_with("millstream_") || name.starts_with("sqlite_")
 }
 
 /// How SQLite stores a Postgres type.
@@ -190,9 +219,15 @@ fn keep_base(table: &TableSchema, key: &str, row: &str) -> String {
 }
 
 fn record(table: &TableSchema, op: &str, key: &str, columns: &str, values: &str, previous: &str) -> String {
+    // Whoever edits a row has seen its newest change, so the edit is newer, however slow the clock here is.
+    let seen = match table.clocks {
+        Some(clocks) if op != "insert" => format!("OLD.{}", quote(&table.columns[clocks].name)),
+        _ => "NULL".to_owned(),
+    };
     format!(
-        "  INSERT INTO local_changes (tx, change_id, tbl, key, op, columns, vals, previous, stamp, state, traceparent, recorded_at)\n  \
-         VALUES (millstream_tx(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {previous}, millstream_now(), 'pending', millstream_traceparent(), millstream_now());\n",
+        "  INSERT INTO local_changes (tx, seq, instance, change_id, tbl, key, op, columns, vals, previous, stamp, state, traceparent, recorded_at)\n  \
+         VALUES (millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {previous}, \
+         millstream_stamp({seen}), 'pending', millstream_traceparent(), millstream_now());\n",
         literal(&table.name)
     )
 }
@@ -291,6 +326,7 @@ mod tests {
                 .collect(),
             key: vec![0],
             scopes: vec![],
+            clocks: None,
         }
     }
 

@@ -1,13 +1,15 @@
 //! Opening a client.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use millstream_client_core::outbox::Outbox;
+use futures_util::FutureExt;
+use millstream_client_core::backoff;
 use millstream_client_core::status::Status;
 use millstream_client_store::Store;
 use millstream_schemas::Schema;
@@ -15,7 +17,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::bus::{self, Control, Progress, WriterCommand};
+use crate::bus::{self, Control, Ended, Faults, Link, Part, Progress, WriterCommand};
 use crate::changes::{ChangesWorker, closed};
 use crate::client::{Client, Inner};
 use crate::sync::SyncWorker;
@@ -28,6 +30,9 @@ use crate::{Error, Result};
 const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Time between looks for other processes' commits.
 const POLL: Duration = Duration::from_millis(100);
+
+/// Before a worker that ended is started anew.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
 /// An error of the app's own.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -67,6 +72,8 @@ pub struct Builder {
     traceparent: Option<Traceparent>,
     apply_span: Option<ApplySpan>,
     retention: Duration,
+    max_attempts: u32,
+    faults: Option<Faults>,
     paused: bool,
 }
 
@@ -80,6 +87,8 @@ impl Builder {
             traceparent: None,
             apply_span: None,
             retention: RETENTION,
+            max_attempts: backoff::MAX_ATTEMPTS,
+            faults: None,
             paused: false,
         }
     }
@@ -130,6 +139,19 @@ impl Builder {
         self
     }
 
+    /// After how many rejections by business rules a transaction waits for a person; before that it is tried again by
+    /// itself.
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
+        self.max_attempts = attempts;
+        self
+    }
+
+    /// Puts faults into the bus between the workers, to show that nothing gets lost.
+    pub fn bus_faults(mut self, faults: Faults) -> Self {
+        self.faults = Some(faults);
+        self
+    }
+
     /// Do not connect before [`Client::resume`].
     pub fn paused(mut self) -> Self {
         self.paused = true;
@@ -140,8 +162,10 @@ impl Builder {
     pub async fn open(self) -> Result<Client> {
         let path = self.path.clone();
         let schema = self.schema.clone();
+        let max_attempts = self.max_attempts;
         let open = move || -> Result<Store> {
             let mut store = Store::open(&path.to_string_lossy(), Arc::new(SystemHost))?;
+            store.set_max_attempts(max_attempts);
             if let Some(schema) = schema
                 && store.schema().is_none()
             {
@@ -154,7 +178,9 @@ impl Builder {
 
         let (commands, command_queue) = mpsc::channel(bus::WRITER_QUEUE);
         let (changes, change_queue) = mpsc::channel(bus::CHANGES_QUEUE);
+        let changes = bus::Sender::new(changes, self.faults);
         let (frames, frame_queue) = mpsc::channel(bus::SYNC_QUEUE);
+        let frames = bus::Sender::new(frames, self.faults);
         let (notices, _) = broadcast::channel(bus::NOTICES);
         let mut initial = Status::default();
         initial.client_id = info.client_id;
@@ -172,7 +198,8 @@ impl Builder {
             status: status.clone(),
             progress: Arc::clone(&progress),
             retention: self.retention,
-            waiting: BTreeMap::new(),
+            waiting: HashMap::new(),
+            flushing: BTreeMap::new(),
             last_seq: info.last_seq,
             polls: 0,
         };
@@ -181,16 +208,15 @@ impl Builder {
             .spawn(move || writer.run())
             .map_err(Error::Start)?;
 
-        let outbox = ChangesWorker {
+        let changes_worker = ChangesWorker {
             events: change_queue,
             writer: commands.clone(),
             sync: frames,
             status: status.clone(),
             progress,
             control: control_receiver.clone(),
-            outbox: Outbox::new(info.last_seq, info.confirmed_seq),
         };
-        let sync = SyncWorker {
+        let sync_worker = SyncWorker {
             path: self.path.clone(),
             edge: self.edge,
             token: self.token,
@@ -200,12 +226,13 @@ impl Builder {
             frames: frame_queue,
             status: status.clone(),
             control: control_receiver.clone(),
-            session: 0,
+            link: Link::default(),
+            gap: false,
             welcomed: None,
         };
         let tasks: Vec<JoinHandle<()>> = vec![
-            tokio::spawn(outbox.run()),
-            tokio::spawn(sync.run()),
+            tokio::spawn(supervise("changes", changes_worker)),
+            tokio::spawn(supervise("sync", sync_worker)),
             tokio::spawn(poll(commands.clone(), control_receiver)),
         ];
         Ok(Client {
@@ -219,6 +246,18 @@ impl Builder {
                 tasks: Mutex::new(tasks),
             }),
         })
+    }
+}
+
+/// Runs a worker, and starts it anew when it asks for that or panics.
+async fn supervise(name: &str, mut part: impl Part) {
+    loop {
+        match AssertUnwindSafe(part.run()).catch_unwind().await {
+            Ok(Ended::Closed) => return,
+            Ok(Ended::Restart) => tracing::info!(worker = name, "starting the worker anew"),
+            Err(_) => tracing::error!(worker = name, "the worker panicked; starting it anew"),
+        }
+        tokio::time::sleep(RESTART_PAUSE).await;
     }
 }
 

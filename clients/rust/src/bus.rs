@@ -8,16 +8,24 @@
 //!
 //! **No deadlock**: the writer never waits for a channel, the changes worker never waits for the sync worker (it keeps
 //! what the window lets it send), and the sync worker may wait for both.
+//!
+//! **Nothing is lost**: what the changes worker and the sync worker tell each other may be lost, repeated, and meet a
+//! worker that was started anew. The truth is in the store and at the server. [`ToChanges::Known`] and [`ToChanges::Link`]
+//! say all that there is to know, so the next one makes up for a lost one, and each is repeated on a timer; a frame that
+//! gets lost leaves a gap, or `Link::sent` behind what was handed over, and is sent again. [`Faults`] puts this to the test.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::outbox::Entry;
 use millstream_client_core::replica::Work;
-use millstream_client_store::{Applied, FailedWrite, Info, QueueEntry, Recorded, Store};
+use millstream_client_store::{Applied, Edit, FailedWrite, Info, Meeting, Outcome, QueueEntry, Recorded, Store};
 use millstream_schemas::Schema;
-use tokio::sync::oneshot;
+use millstream_schemas::stream::InstanceSpan;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{Error, Result};
 
@@ -29,6 +37,76 @@ pub(crate) const CHANGES_QUEUE: usize = 1_024;
 pub(crate) const SYNC_QUEUE: usize = 512;
 /// Notices of changed tables that a watch may lag behind before it takes them all for changed.
 pub(crate) const NOTICES: usize = 256;
+
+/// Faults that a test puts into the bus between the workers.
+#[derive(Clone, Copy, Debug)]
+pub struct Faults {
+    /// Share of the messages that are dropped.
+    pub drop: f64,
+    /// Share of the messages that come twice.
+    pub duplicate: f64,
+    /// Seed of the chance.
+    pub seed: u64,
+}
+
+/// The sending end of a channel of the bus.
+pub(crate) struct Sender<T> {
+    channel: mpsc::Sender<T>,
+    faults: Option<(Faults, Arc<Mutex<StdRng>>)>,
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Sender { channel: self.channel.clone(), faults: self.faults.clone() }
+    }
+}
+
+impl<T: Clone> Sender<T> {
+    pub fn new(channel: mpsc::Sender<T>, faults: Option<Faults>) -> Self {
+        let chance = |faults: Faults| (faults, Arc::new(Mutex::new(StdRng::seed_from_u64(faults.seed))));
+        Sender { channel, faults: faults.map(chance) }
+    }
+
+    /// How often the next message goes out: once, but for faults.
+    fn times(&self) -> usize {
+        let Some((faults, chance)) = &self.faults else { return 1 };
+        let number: f64 = chance.lock().unwrap_or_else(PoisonError::into_inner).random();
+        if number < faults.drop {
+            0
+        } else if number < faults.drop + faults.duplicate {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// Sends, waiting for room. False: the receiver is gone.
+    pub async fn send(&self, message: T) -> bool {
+        for _ in 0..self.times() {
+            if self.channel.send(message.clone()).await.is_err() {
+                return false;
+            }
+        }
+        !self.channel.is_closed()
+    }
+
+    /// Sends if there is room; gives the message back if not.
+    pub fn try_send(&self, message: T) -> Result<(), T> {
+        let times = self.times();
+        if times == 0 {
+            return Ok(());
+        }
+        for _ in 1..times {
+            let _ = self.channel.try_send(message.clone());
+        }
+        self.channel.try_send(message).map_err(|refused| refused.into_inner())
+    }
+
+    /// Waits for room. False: the receiver is gone.
+    pub async fn ready(&self) -> bool {
+        self.channel.reserve().await.is_ok()
+    }
+}
 
 /// A write of the app. It runs within a transaction of its own, and replies once that is durable.
 pub(crate) struct Job(pub Box<dyn FnOnce(&mut Store) -> Done + Send>);
@@ -48,24 +126,28 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 pub(crate) enum WriterCommand {
     /// The app writes.
     Write(Job),
-    /// Tell when this transaction is settled; none: when all recorded so far are.
-    Settled(Option<u64>, Reply<()>),
+    /// Tell when this transaction is settled.
+    Settled(u64, Reply<Outcome>),
+    /// Tell when all that has a number by now is settled.
+    Flush(Reply<()>),
     /// List failed transactions.
     Failed(Reply<Vec<FailedWrite>>),
     /// List the newest entries of the queue.
     Queue(usize, Reply<Vec<QueueEntry>>),
-    /// Queue a failed transaction again; gives its new number.
-    Retry(u64, Reply<u64>),
-    /// Forget a failed transaction.
+    /// Queue a failed transaction again, with these edits.
+    Retry(u64, Vec<Edit>, Reply<()>),
+    /// Forget a failed or held transaction.
     Discard(u64, Reply<()>),
     /// Read unsettled transactions for the outbox.
-    Load { after: u64, limit: usize, reply: Reply<Vec<Recorded>> },
+    Load { after: u64, limit: usize, reply: Reply<Vec<Entry>> },
+    /// The installed schema.
+    Schema(Reply<Option<Schema>>),
     /// Apply what the edge sent.
     Perform(Vec<Work>, Reply<Applied>),
     /// Install the edge's schema; true: a snapshot is needed.
     Install(Box<Schema>, Reply<bool>),
     /// Compare the server's ledger with the store.
-    Ledger { last_seq: u64, reply: Reply<Ledger> },
+    Meet { last_seq: u64, instances: Vec<InstanceSpan>, reply: Reply<Meeting> },
     /// The store's facts.
     Info(Reply<Info>),
     /// The position is of no use any more: ask for a snapshot next time.
@@ -76,41 +158,45 @@ pub(crate) enum WriterCommand {
     Close(oneshot::Sender<()>),
 }
 
-/// How the server's ledger compares with the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ledger {
-    /// They agree, or the server went back and the store with it: go on after `last_seq`.
-    Continue,
-    /// The store is a copy of another installation's and took a new identity: connect again.
-    NewIdentity,
-}
-
 /// Events to the changes worker.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum ToChanges {
     /// The app recorded a transaction.
     Recorded(Entry),
     /// The store holds transactions up to `last`, and knows those up to `confirmed` to be settled.
     Known { last: u64, confirmed: u64 },
-    /// A session began.
-    Connected { session: u64, last_seq: u64, window: u32 },
-    /// The session ended.
-    Disconnected,
-    /// The broker has everything up to `seq`.
-    Accepted { seq: u64 },
-    /// The store knows everything up to `seq` to be settled.
-    Confirmed { seq: u64 },
-    /// The edge refused a submission.
-    Refused { retry_after_ms: Option<u64> },
+    /// Where the connection stands.
+    Link(Link),
+}
+
+/// Where the connection stands: everything that the changes worker needs to know of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Link {
+    /// Rises with each session.
+    pub session: u64,
+    /// Whether that session goes on.
+    pub online: bool,
+    /// Last `client_seq` in the server's ledger when it began.
+    pub last_seq: u64,
+    /// Most transactions submitted and not accepted.
+    pub window: u32,
+    /// Highest `client_seq` that went to the socket.
+    pub sent: u64,
+    /// The broker has everything up to here.
+    pub accepted: u64,
+    /// Submissions that the edge refused in the session.
+    pub refusals: u64,
+    /// With the last of them: not before this (milliseconds).
+    pub retry_after_ms: Option<u64>,
 }
 
 /// Frames to the sync worker.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct ToSync {
     /// The session that it was made for; those of an earlier session are dropped.
     pub session: u64,
-    /// The encoded frame.
-    pub text: String,
+    /// The encoded frame, with its number.
+    pub entry: Entry,
 }
 
 /// Tables whose rows changed.
@@ -142,4 +228,23 @@ pub(crate) struct Control {
     pub kicks: u64,
     /// Raised: cut the socket.
     pub cuts: u64,
+    /// Raised: start the changes worker anew.
+    pub changes_restarts: u64,
+    /// Raised: start the sync worker anew.
+    pub sync_restarts: u64,
+}
+
+/// A worker, as its supervisor sees it.
+pub(crate) trait Part: Send + 'static {
+    /// Runs until the client is closed or gone, or the worker is to start anew.
+    fn run(&mut self) -> impl Future<Output = Ended> + Send;
+}
+
+/// A worker ended, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The client was closed, or is gone.
+    Closed,
+    /// It is to be started anew.
+    Restart,
 }

@@ -7,82 +7,99 @@ use std::time::Duration;
 
 use millstream_client_core::outbox::{Entry, Input, Outbox, Output};
 use millstream_client_core::status::Status;
-use millstream_client_store::Recorded;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::Result;
-use crate::bus::{Control, Progress, ToChanges, ToSync, WriterCommand};
+use crate::bus::{Control, Ended, Link, Part, Progress, Sender, ToChanges, ToSync, WriterCommand};
+
+/// What was handed to the sync worker and has not reached the socket after this time was lost on the way.
+const HANDED_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) struct ChangesWorker {
     pub events: mpsc::Receiver<ToChanges>,
     pub writer: mpsc::Sender<WriterCommand>,
-    pub sync: mpsc::Sender<ToSync>,
+    pub sync: Sender<ToSync>,
     pub status: watch::Sender<Status>,
     pub progress: Arc<Progress>,
     pub control: watch::Receiver<Control>,
-    pub outbox: Outbox,
 }
 
-type Loading = oneshot::Receiver<Result<Vec<Recorded>>>;
+type Loading = oneshot::Receiver<Result<Vec<Entry>>>;
 
-impl ChangesWorker {
-    /// Runs until the client is closed or gone.
-    pub async fn run(mut self) {
+/// What the worker knows between two turns.
+struct Run {
+    outbox: Outbox,
+    link: Link,
+    /// Bounded by the window: the outbox gives out no more until something is accepted.
+    sends: VecDeque<ToSync>,
+    /// Highest number handed to the sync worker in this session, and when.
+    handed: (u64, Instant),
+}
+
+impl Part for ChangesWorker {
+    /// All that it knows comes from the store and from what it is told again and again.
+    async fn run(&mut self) -> Ended {
+        let restarts = self.control.borrow().changes_restarts;
+        let mut control = self.control.clone();
+        let (reply, info) = oneshot::channel();
+        if self.writer.send(WriterCommand::Info(reply)).await.is_err() {
+            return Ended::Closed;
+        }
+        let outbox = match info.await {
+            Ok(Ok(info)) => Outbox::new(info.last_seq, info.confirmed_seq),
+            Ok(Err(error)) => {
+                tracing::warn!(error.message = %error, "reading the queue failed");
+                return Ended::Restart;
+            }
+            Err(_) => return Ended::Closed,
+        };
         let start = Instant::now();
         let now = || start.elapsed().as_millis() as u64;
-        let mut session = 0;
-        // Bounded by the window: the outbox gives out no more until something is accepted.
-        let mut sends: VecDeque<ToSync> = VecDeque::new();
+        let mut run = Run { outbox, link: Link::default(), sends: VecDeque::new(), handed: (0, start) };
         let mut loading: Option<Loading> = None;
         loop {
-            let wake = self.outbox.poll_timeout().map(|at| start + Duration::from_millis(at));
+            let wake = run.outbox.poll_timeout().map(|at| start + Duration::from_millis(at));
             let mut inputs = Vec::new();
             tokio::select! {
                 biased;
-                () = closed(&mut self.control) => return,
+                () = closed(&mut control) => return Ended::Closed,
+                () = raised(&mut self.control, |control| control.changes_restarts, restarts) => return Ended::Restart,
                 event = self.events.recv() => {
-                    let Some(event) = event else { return };
+                    let Some(event) = event else { return Ended::Closed };
                     let mut event = Some(event);
                     while let Some(taken) = event {
-                        take(taken, &mut session, &mut sends, &mut inputs);
+                        run.take(taken, &mut inputs);
                         event = self.events.try_recv().ok();
                     }
                 }
-                permit = self.sync.reserve(), if !sends.is_empty() => {
-                    let Ok(permit) = permit else { return };
-                    if let Some(send) = sends.pop_front() {
-                        permit.send(send);
-                    }
-                    while let Some(send) = sends.pop_front() {
-                        if let Err(refused) = self.sync.try_send(send) {
-                            sends.push_front(refused.into_inner());
-                            break;
-                        }
+                room = self.sync.ready(), if !run.sends.is_empty() => {
+                    if !room {
+                        return Ended::Closed;
                     }
                 }
                 loaded = answered(&mut loading), if loading.is_some() => {
                     loading = None;
-                    let recorded = match loaded {
-                        Ok(Ok(recorded)) => recorded,
+                    let entries = match loaded {
+                        Ok(Ok(entries)) => entries,
                         Ok(Err(error)) => {
                             tracing::warn!(error.message = %error, "reading the queue failed");
                             Vec::new()
                         }
-                        Err(_) => return,
+                        Err(_) => return Ended::Closed,
                     };
-                    inputs.push(Input::Loaded(recorded.into_iter().map(|r| Entry { seq: r.seq, text: r.text }).collect()));
+                    inputs.push(Input::Loaded(entries));
                 }
                 () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => inputs.push(Input::Tick),
             }
             for input in inputs {
-                for output in self.outbox.handle(input, now()) {
+                for output in run.outbox.handle(input, now()) {
                     match output {
-                        Output::Send(entry) => sends.push_back(ToSync { session, text: entry.text }),
+                        Output::Send(entry) => run.sends.push_back(ToSync { session: run.link.session, entry }),
                         Output::Load { after, limit } => {
                             let (reply, answer) = oneshot::channel();
                             if self.writer.send(WriterCommand::Load { after, limit, reply }).await.is_err() {
-                                return;
+                                return Ended::Closed;
                             }
                             loading = Some(answer);
                         }
@@ -93,19 +110,22 @@ impl ChangesWorker {
                     }
                 }
             }
-            // The common case does not wait for another turn.
-            while let Some(send) = sends.pop_front() {
+            while let Some(send) = run.sends.pop_front() {
+                let seq = send.entry.seq;
                 if let Err(refused) = self.sync.try_send(send) {
-                    sends.push_front(refused.into_inner());
+                    run.sends.push_front(refused);
                     break;
                 }
+                run.handed = (seq, Instant::now());
             }
-            self.tell();
+            self.tell(&run.outbox);
         }
     }
+}
 
-    fn tell(&self) {
-        let (uploading, accepted) = (self.outbox.is_uploading(), self.outbox.accepted());
+impl ChangesWorker {
+    fn tell(&self, outbox: &Outbox) {
+        let (uploading, accepted) = (outbox.is_uploading(), outbox.accepted());
         self.status.send_if_modified(|status| {
             let accepted = accepted.saturating_sub(status.confirmed_seq).min(status.pending.count);
             let changed = status.uploading != uploading || status.pending.accepted != accepted;
@@ -116,36 +136,55 @@ impl ChangesWorker {
     }
 }
 
-/// Turns an event into inputs; frames that it makes void go.
-fn take(event: ToChanges, session: &mut u64, sends: &mut VecDeque<ToSync>, inputs: &mut Vec<Input>) {
-    match event {
-        ToChanges::Recorded(entry) => match inputs.last_mut() {
-            // What was recorded together is one input.
-            Some(Input::Recorded(entries)) => entries.push(entry),
-            _ => inputs.push(Input::Recorded(vec![entry])),
-        },
-        ToChanges::Known { last, confirmed } => {
-            inputs.extend([Input::Confirmed { seq: confirmed }, Input::Known { last }]);
+impl Run {
+    /// Turns an event into inputs; frames that it makes void go.
+    fn take(&mut self, event: ToChanges, inputs: &mut Vec<Input>) {
+        match event {
+            ToChanges::Recorded(entry) => match inputs.last_mut() {
+                // What was recorded together is one input.
+                Some(Input::Recorded(entries)) => entries.push(entry),
+                _ => inputs.push(Input::Recorded(vec![entry])),
+            },
+            ToChanges::Known { last, confirmed } => {
+                inputs.extend([Input::Confirmed { seq: confirmed }, Input::Known { last }]);
+            }
+            ToChanges::Link(link) => self.linked(link, inputs),
         }
-        ToChanges::Connected { session: new, last_seq, window } => {
-            *session = new;
-            sends.clear();
-            inputs.push(Input::Connected { last_seq, window });
+    }
+
+    fn linked(&mut self, link: Link, inputs: &mut Vec<Input>) {
+        let before = self.link;
+        // Older than what is known: within a session, online comes before offline.
+        if link.session < before.session || (link.session == before.session && link.online && !before.online) {
+            return;
         }
-        ToChanges::Disconnected => {
-            sends.clear();
+        if link.session != before.session {
+            self.sends.clear();
+            self.handed = (0, Instant::now());
+            self.link = Link { refusals: 0, ..link };
+            if link.online {
+                inputs.push(Input::Connected { last_seq: link.last_seq, window: link.window });
+            }
+        }
+        if before.online && !link.online {
+            self.sends.clear();
             inputs.push(Input::Disconnected);
         }
-        ToChanges::Accepted { seq } => inputs.push(Input::Accepted { seq }),
-        ToChanges::Confirmed { seq } => inputs.push(Input::Confirmed { seq }),
-        ToChanges::Refused { retry_after_ms } => {
-            sends.clear();
-            inputs.push(Input::Refused { retry_after_ms });
+        if link.online {
+            inputs.push(Input::Accepted { seq: link.accepted });
+            let lost = self.sends.is_empty() && link.sent < self.handed.0 && self.handed.1.elapsed() > HANDED_TIMEOUT;
+            if link.refusals > self.link.refusals || lost {
+                self.sends.clear();
+                self.handed = (0, Instant::now());
+                let retry_after_ms = if lost { Some(0) } else { link.retry_after_ms };
+                inputs.push(Input::Refused { retry_after_ms });
+            }
         }
+        self.link = link;
     }
 }
 
-async fn answered(loading: &mut Option<Loading>) -> Result<Result<Vec<Recorded>>, oneshot::error::RecvError> {
+async fn answered(loading: &mut Option<Loading>) -> Result<Result<Vec<Entry>>, oneshot::error::RecvError> {
     match loading {
         Some(answer) => answer.await,
         None => std::future::pending().await,
@@ -156,4 +195,12 @@ async fn answered(loading: &mut Option<Loading>) -> Result<Result<Vec<Recorded>>
 pub(crate) async fn closed(control: &mut watch::Receiver<Control>) {
     // An error means that the client is gone.
     let _ = control.wait_for(|control| control.closed).await;
+}
+
+/// Resolves when a counter is above `known`.
+pub(crate) async fn raised(control: &mut watch::Receiver<Control>, counter: fn(&Control) -> u64, known: u64) {
+    if control.wait_for(|control| counter(control) > known).await.is_err() {
+        // The client is gone: `closed` tells.
+        std::future::pending::<()>().await;
+    }
 }

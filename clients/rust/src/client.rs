@@ -1,12 +1,15 @@
 //! The client.
 
 use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use millstream_client_core::status::{State, Status};
-use millstream_client_store::{self as store, FailedWrite, QueueEntry, Store, Written};
+use millstream_client_core::trigger;
+use millstream_client_store::{self as store, Edit, FailedWrite, Outcome, QueueEntry, Store, Written};
+use millstream_schemas::Schema;
 use serde::de::DeserializeOwned;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -15,6 +18,7 @@ use uuid::Uuid;
 
 use crate::builder::{Builder, Traceparent};
 use crate::bus::{Control, Done, Job, Notice, Reply, WriterCommand};
+use crate::table::Table;
 use crate::watch::{Readers, Watch, typed};
 use crate::{Error, IntoParams, Result, Rows};
 
@@ -69,14 +73,17 @@ impl Client {
         T: Send + 'static,
         F: FnOnce(&mut Tx<'_, '_>) -> Result<T> + Send + 'static,
     {
-        let span = tracing::info_span!("millstream.write", change.seq = tracing::field::Empty);
+        let span = tracing::info_span!("millstream.write", change.tx = tracing::field::Empty);
         let traceparent = self.inner.traceparent.as_ref().and_then(|get| span.in_scope(|| get()));
         let (reply, answer) = oneshot::channel();
         let job = move |store: &mut Store| {
-            let written = store.write(traceparent.as_deref(), |tx| work(&mut Tx { tx }));
+            let written = store.write(traceparent.as_deref(), |tx| {
+                // The writer serves others too: a panic of the app's ends this transaction only.
+                catch_unwind(AssertUnwindSafe(|| work(&mut Tx { tx }))).unwrap_or(Err(Error::Panicked))
+            });
             let (result, recorded) = match written {
                 Ok(Written { value, recorded }) => {
-                    (Ok((value, recorded.as_ref().map(|recorded| recorded.seq))), recorded)
+                    (Ok((value, recorded.as_ref().map(|recorded| recorded.tx))), recorded)
                 }
                 Err(error) => (Err(error), None),
             };
@@ -92,11 +99,11 @@ impl Client {
         let recorded = span.clone();
         async {
             self.command(WriterCommand::Write(Job(Box::new(job)))).await?;
-            let (value, seq) = answer.await.map_err(|_| Error::Closed)??;
-            if let Some(seq) = seq {
-                recorded.record("change.seq", seq);
+            let (value, tx) = answer.await.map_err(|_| Error::Closed)??;
+            if let Some(tx) = tx {
+                recorded.record("change.tx", tx);
             }
-            Ok(Write { value, seq, writer: self.inner.writer.clone() })
+            Ok(Write { value, tx, writer: self.inner.writer.clone() })
         }
         .instrument(span)
         .await
@@ -135,12 +142,11 @@ impl Client {
         self.inner.status.borrow().client_id
     }
 
-    /// Waits until every transaction recorded so far is settled, applied or rejected.
+    /// Waits until every transaction recorded so far is settled, applied or rejected. Those that wait for a retry, for a
+    /// person, or behind one that does, are not waited for.
     pub async fn flush(&self, timeout: Duration) -> Result<()> {
-        let settled = self.ask(|reply| WriterCommand::Settled(None, reply));
-        match tokio::time::timeout(timeout, settled).await {
+        match tokio::time::timeout(timeout, self.ask(WriterCommand::Flush)).await {
             Err(_) => Err(Error::Timeout),
-            Ok(Err(Error::Rejected { .. })) => Ok(()),
             Ok(result) => result,
         }
     }
@@ -155,15 +161,39 @@ impl Client {
         self.ask(|reply| WriterCommand::Queue(limit, reply)).await
     }
 
-    /// Submits a failed transaction again, with the same change ids, as a new transaction at the end of the queue.
-    pub async fn retry(&self, seq: u64) -> Result<Write<()>> {
-        let seq = self.ask(|reply| WriterCommand::Retry(seq, reply)).await?;
-        Ok(Write { value: (), seq: Some(seq), writer: self.inner.writer.clone() })
+    /// Submits a failed transaction again, with the same change ids, once nothing before it on its rows waits.
+    pub async fn retry(&self, tx: u64) -> Result<Write<()>> {
+        self.edit(tx, Vec::new()).await
     }
 
-    /// Forgets a failed transaction.
-    pub async fn discard(&self, seq: u64) -> Result<()> {
-        self.ask(|reply| WriterCommand::Discard(seq, reply)).await
+    /// Submits a failed transaction again, with other values.
+    pub async fn edit(&self, tx: u64, edits: Vec<Edit>) -> Result<Write<()>> {
+        self.ask(|reply| WriterCommand::Retry(tx, edits, reply)).await?;
+        Ok(Write { value: (), tx: Some(tx), writer: self.inner.writer.clone() })
+    }
+
+    /// Forgets a failed transaction, or one that is held back behind it: its rows show the server's state.
+    pub async fn discard(&self, tx: u64) -> Result<()> {
+        self.ask(|reply| WriterCommand::Discard(tx, reply)).await
+    }
+
+    /// The failed transactions: at once, and again whenever they change.
+    pub fn watch_failed(&self) -> Watch<Vec<FailedWrite>> {
+        let (notices, client) = (self.inner.notices.subscribe(), self.clone());
+        crate::watch::watch_table(notices, trigger::LOCAL_CHANGES, move || {
+            let client = client.clone();
+            async move { client.failed().await }
+        })
+    }
+
+    /// Rows of a synced table as values of a type; see [`Table`].
+    pub fn table<T>(&self, name: impl Into<String>) -> Table<T> {
+        Table::new(self.clone(), name.into())
+    }
+
+    /// The installed schema; none before the first connection.
+    pub async fn schema(&self) -> Result<Option<Schema>> {
+        self.ask(WriterCommand::Schema).await
     }
 
     /// Goes offline, until [`Client::resume`]. Writes are recorded meanwhile.
@@ -182,6 +212,14 @@ impl Client {
     /// Cuts the connection, as a bad network would; the client connects again by itself.
     pub fn drop_connection(&self) {
         self.inner.control.send_modify(|control| control.cuts += 1);
+    }
+
+    /// Starts a worker anew, as after a crash of it. What it did not finish is done again.
+    pub fn restart(&self, worker: Worker) {
+        self.inner.control.send_modify(|control| match worker {
+            Worker::Changes => control.changes_restarts += 1,
+            Worker::Sync => control.sync_restarts += 1,
+        });
     }
 
     /// Stops the workers and closes the store. What is in the queue is sent when the store is opened again.
@@ -215,11 +253,20 @@ impl Client {
     }
 }
 
+/// A part of the client that runs on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Worker {
+    /// Decides what is sent when.
+    Changes,
+    /// Keeps the one socket.
+    Sync,
+}
+
 /// A transaction that is durable in the store.
 #[derive(Clone)]
 pub struct Write<T> {
     value: T,
-    seq: Option<u64>,
+    tx: Option<u64>,
     writer: mpsc::Sender<WriterCommand>,
 }
 
@@ -234,16 +281,17 @@ impl<T> Write<T> {
         self.value
     }
 
-    /// Its `client_seq`; none if it changed no synced row.
-    pub fn seq(&self) -> Option<u64> {
-        self.seq
+    /// The local transaction, as the queue names it; none if it changed no synced row.
+    pub fn tx(&self) -> Option<u64> {
+        self.tx
     }
 
-    /// Waits until it is settled: confirmed by the server's outbound stream, or rejected ([`Error::Rejected`]).
-    pub async fn confirmed(&self) -> Result<()> {
-        let Some(seq) = self.seq else { return Ok(()) };
+    /// Waits until it is settled: confirmed by the server's outbound stream, or rejected ([`Error::Rejected`]). Losing to
+    /// newer changes of others is success; the outcome tells.
+    pub async fn confirmed(&self) -> Result<Outcome> {
+        let Some(tx) = self.tx else { return Ok(Outcome::Applied) };
         let (reply, answer) = oneshot::channel();
-        self.writer.send(WriterCommand::Settled(Some(seq), reply)).await.map_err(|_| Error::Closed)?;
+        self.writer.send(WriterCommand::Settled(tx, reply)).await.map_err(|_| Error::Closed)?;
         answer.await.map_err(|_| Error::Closed)?
     }
 }

@@ -15,14 +15,16 @@ pub enum Error {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The server rejected the transaction; its rows show the server's state again.
-    #[error("the server rejected transaction {seq}: {code}: {message}")]
+    #[error("the server rejected transaction {tx}: {code}: {message}")]
     Rejected {
-        /// Its `client_seq`.
-        seq: u64,
+        /// The local transaction.
+        tx: u64,
         /// The change that failed.
         change_id: Uuid,
         /// Why.
         code: Code,
+        /// The constraint, declared rule or external validator that refused it.
+        rule: Option<String>,
         /// For people.
         message: String,
     },
@@ -32,13 +34,20 @@ pub enum Error {
     /// The client was closed.
     #[error("the client is closed")]
     Closed,
-    /// The store turned out to be a copy of another installation's and goes on under a new identity; the fate of this
-    /// transaction shows in the queue.
-    #[error("the store was found to be a copy and has a new identity now")]
-    NewIdentity,
     /// A row does not fit the type asked for.
     #[error("a row does not fit the type: {0}")]
     Decode(String),
+    /// A value cannot be written as a row, or names what the table does not have.
+    #[error("the value is not a row of {table}: {what}")]
+    Encode {
+        /// The table.
+        table: String,
+        /// What does not fit.
+        what: String,
+    },
+    /// The app's closure panicked; the transaction was rolled back.
+    #[error("the transaction's closure panicked")]
+    Panicked,
     /// The transaction that this write shared its commit with failed.
     #[error("the commit failed: {0}")]
     Commit(String),
@@ -63,12 +72,14 @@ impl Error {
             Error::Store(StoreError::TooManyChanges { .. } | StoreError::TooManyBytes { .. }) => "too_large",
             Error::Store(StoreError::Statement(_)) => "statement",
             Error::Store(StoreError::NotFailed(_)) => "not_failed",
+            Error::Store(StoreError::Edit { .. }) => "edit",
             Error::Store(_) => "store",
             Error::Rejected { code, .. } => code.as_str(),
             Error::Timeout => "timeout",
             Error::Closed => "closed",
-            Error::NewIdentity => "new_identity",
             Error::Decode(_) => "decode",
+            Error::Encode { .. } => "encode",
+            Error::Panicked => "panicked",
             Error::Commit(_) => "commit",
             Error::Start(_) => "start",
             Error::App(_) => "app",

@@ -15,7 +15,7 @@
 //! while let Some(rows) = open.next().await {
 //!     println!("{} open, {} pending", rows?.len(), client.status().borrow().pending.count);
 //! }
-//! # write.confirmed().await
+//! # write.confirmed().await.map(drop)
 //! # }
 //! ```
 //!
@@ -31,17 +31,20 @@ mod leader;
 mod params;
 mod rows;
 mod sync;
+mod table;
 mod watch;
 mod writer;
 
 pub use builder::{BoxError, Builder};
-pub use client::{Client, Tx, Write};
+pub use bus::Faults;
+pub use client::{Client, Tx, Worker, Write};
 pub use error::{Error, Result};
 pub use millstream_client_core::status::{LastError, Pending, Role, State, Status};
-pub use millstream_client_store::{EntryState, FailedWrite, QueueEntry, StoreError};
+pub use millstream_client_store::{Edit, EntryState, FailedWrite, Outcome, QueueEntry, StoreError};
 pub use millstream_schemas::{Change, Code, Operation, Position, Schema, Scope};
 pub use params::{IntoParams, IntoSql};
 pub use rows::Rows;
 pub use rusqlite::types::Value as SqlValue;
+pub use table::{Filter, Table};
 pub use uuid::Uuid;
 pub use watch::Watch;

@@ -7,7 +7,7 @@ use futures_util::{FutureExt, SinkExt, StreamExt};
 use millstream_client_core::backoff::Backoff;
 use millstream_client_core::replica::{ProtocolError, Replica, Work};
 use millstream_client_core::status::{LastError, Role, State, Status};
-use millstream_client_store::Applied;
+use millstream_client_store::{Applied, Meeting, StoreError};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, MAX_FRAME_BYTES, ServerFrame, Welcome};
 use millstream_schemas::{Code, PROTOCOL_VERSION, Retry};
 use tokio::net::TcpStream;
@@ -18,9 +18,9 @@ use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_tls_with_config};
 
 use crate::builder::{ApplySpan, Token};
-use crate::bus::{Control, Ledger, ToChanges, ToSync, WriterCommand};
-use crate::changes::closed;
-use crate::{Result, leader};
+use crate::bus::{Control, Ended, Link, Part, Sender, ToChanges, ToSync, WriterCommand};
+use crate::changes::{closed, raised};
+use crate::{Error, Result, leader};
 
 /// To connect, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -30,7 +30,7 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between pings.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// A connection this long silent is dead: the edge answers pings.
+/// A connection this long silent is dead, or as long as the edge bears silence if that is less: it answers pings.
 const SILENCE: Duration = Duration::from_secs(30);
 /// For a write to the socket to be taken.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -42,6 +42,8 @@ const MAX_READ_BYTES: usize = 32 * MAX_FRAME_BYTES;
 const MAX_READY_BYTES: usize = 8 * 1024 * 1024;
 /// Most frames taken from the socket at once, before they go to the writer.
 const DRAIN: usize = 4_096;
+/// Between repetitions of where the connection stands.
+const LINK_INTERVAL: Duration = Duration::from_millis(250);
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
@@ -51,11 +53,14 @@ pub(crate) struct SyncWorker {
     pub token: Token,
     pub apply_span: Option<ApplySpan>,
     pub writer: mpsc::Sender<WriterCommand>,
-    pub changes: mpsc::Sender<ToChanges>,
+    pub changes: Sender<ToChanges>,
     pub frames: mpsc::Receiver<ToSync>,
     pub status: watch::Sender<Status>,
     pub control: watch::Receiver<Control>,
-    pub session: u64,
+    /// Where the connection stands.
+    pub link: Link,
+    /// A frame is missing that has been asked for again.
+    pub gap: bool,
     /// When the edge welcomed us, in this session.
     pub welcomed: Option<Instant>,
 }
@@ -120,14 +125,29 @@ impl From<ProtocolError> for End {
     }
 }
 
-impl SyncWorker {
-    /// Runs until the client is closed or gone.
-    pub async fn run(mut self) {
+impl Part for SyncWorker {
+    async fn run(&mut self) -> Ended {
         let mut control = self.control.clone();
-        let Some(edge) = self.edge.clone() else { return };
+        let restarts = control.borrow().sync_restarts;
+        let ended = tokio::select! {
+            ended = self.sync() => ended,
+            () = raised(&mut control, |control| control.sync_restarts, restarts) => Ended::Restart,
+        };
+        // A session that was cut off has ended.
+        if !self.tell(|link| link.online = false).await { Ended::Closed } else { ended }
+    }
+}
+
+impl SyncWorker {
+    async fn sync(&mut self) -> Ended {
+        let mut control = self.control.clone();
+        let Some(edge) = self.edge.clone() else {
+            closed(&mut control).await;
+            return Ended::Closed;
+        };
         let _leadership = tokio::select! {
             leadership = leader::lead(&self.path) => leadership,
-            () = closed(&mut control) => return,
+            () = closed(&mut control) => return Ended::Closed,
         };
         self.status.send_modify(|status| status.role = Role::Leader);
         let start = Instant::now();
@@ -135,7 +155,7 @@ impl SyncWorker {
         let mut backoff = Backoff::new();
         loop {
             if control.wait_for(|control| control.closed || !control.paused).await.is_err() || control.borrow().closed {
-                return;
+                return Ended::Closed;
             }
             let before = control.borrow_and_update().clone();
             self.status.send_modify(|status| {
@@ -147,13 +167,13 @@ impl SyncWorker {
                 end = self.session(&edge) => end,
                 () = interrupted(&mut control, &before, true) => End::new(Then::Interrupted, "interrupted", "the app wanted it"),
             };
-            if self.changes.send(ToChanges::Disconnected).await.is_err() || end.then == Then::Gone {
-                return;
+            if !self.tell(|link| link.online = false).await || end.then == Then::Gone {
+                return Ended::Closed;
             }
             if end.then == Then::Snapshot
                 && self.ask(WriterCommand::ForgetPosition).await.is_err_and(|end| end.then == Then::Gone)
             {
-                return;
+                return Ended::Closed;
             }
             if let Some(welcomed) = self.welcomed {
                 backoff.connected((welcomed - start).as_millis() as u64);
@@ -167,6 +187,12 @@ impl SyncWorker {
                 }
             }
         }
+    }
+
+    /// Tells the changes worker where the connection stands now. False: the client is gone.
+    async fn tell(&mut self, change: impl FnOnce(&mut Link)) -> bool {
+        change(&mut self.link);
+        self.changes.send(ToChanges::Link(self.link)).await
     }
 
     /// Tells of the end of a session; gives the wait before the next, in milliseconds.
@@ -265,16 +291,15 @@ impl SyncWorker {
                 return Err(End::new(Then::Now, "schema", "the schema changed such that a snapshot is needed"));
             }
         }
-        let last_seq = welcome.last_seq;
-        match self.ask(|reply| WriterCommand::Ledger { last_seq, reply }).await? {
-            Ledger::Continue => Ok(welcome),
-            Ledger::NewIdentity => Err(End::new(Then::Now, "new_identity", "the store has a new identity")),
+        let (last_seq, instances) = (welcome.last_seq, std::mem::take(&mut welcome.instances));
+        match self.ask(|reply| WriterCommand::Meet { last_seq, instances, reply }).await? {
+            Meeting::Continue | Meeting::WentBack => Ok(welcome),
+            Meeting::NewIdentity => Err(End::new(Then::Now, "new_identity", "the store has a new identity")),
         }
     }
 
     /// The session proper.
     async fn serve(&mut self, socket: &mut Socket, welcome: Welcome) -> End {
-        self.session += 1;
         self.welcomed = Some(Instant::now());
         tracing::info!(session.id = %welcome.session, session.resume = ?welcome.resume, ledger.last_seq = welcome.last_seq, "connected");
         self.status.send_modify(|status| {
@@ -283,16 +308,21 @@ impl SyncWorker {
             status.user_id = Some(welcome.user_id.clone());
             status.last_error = None;
         });
-        let connected =
-            ToChanges::Connected { session: self.session, last_seq: welcome.last_seq, window: welcome.limits.window };
-        if self.changes.send(connected).await.is_err() {
+        let (session, last_seq, window) = (self.link.session + 1, welcome.last_seq, welcome.limits.window);
+        let link =
+            Link { session, online: true, last_seq, window, sent: last_seq, accepted: last_seq, ..Link::default() };
+        self.gap = false;
+        if !self.tell(|known| *known = link).await {
             return End::gone();
         }
+        let mut links = interval(LINK_INTERVAL);
+        links.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut replica = Replica::new(welcome.resume);
         let mut performing: Option<Performing> = None;
         // The edge may want to hear from us sooner than we would ping.
         let every =
             PING_INTERVAL.min(Duration::from_millis(welcome.limits.heartbeat_ms / 3).max(Duration::from_secs(1)));
+        let silence = SILENCE.min(Duration::from_millis(welcome.limits.heartbeat_ms).max(3 * every));
         let mut ping = interval(every);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
@@ -309,10 +339,15 @@ impl SyncWorker {
                 },
                 applied = performed(&mut performing), if performing.is_some() => {
                     performing = None;
-                    self.applied(applied).await
+                    outcome(applied)
+                }
+                _ = links.tick() => {
+                    // What was asked for again may have been lost again.
+                    let gap = u64::from(self.gap);
+                    if self.tell(|link| link.refusals += gap).await { Ok(()) } else { Err(End::gone()) }
                 }
                 _ = ping.tick() => {
-                    if reading && heard.elapsed() > SILENCE {
+                    if reading && heard.elapsed() > silence {
                         Err(End::new(Then::Again, "silent", "the edge was silent for too long"))
                     } else {
                         if !reading {
@@ -373,8 +408,8 @@ impl SyncWorker {
     }
 
     async fn handle(&mut self, frame: ServerFrame) -> Result<(), End> {
-        let event = match frame {
-            ServerFrame::Accepted { seq } => ToChanges::Accepted { seq },
+        let told = match frame {
+            ServerFrame::Accepted { seq } => self.tell(|link| link.accepted = link.accepted.max(seq)).await,
             // A hint that may be lost: nothing depends on it.
             ServerFrame::Results { .. } => return Ok(()),
             ServerFrame::Error(error) if error.fatal => return Err(End::error(error)),
@@ -384,22 +419,37 @@ impl SyncWorker {
                     status.last_error =
                         Some(LastError { code: error.code.to_string(), message: error.message.clone() });
                 });
-                ToChanges::Refused { retry_after_ms: error.retry_after_ms }
+                self.tell(|link| {
+                    link.refusals += 1;
+                    link.retry_after_ms = error.retry_after_ms;
+                })
+                .await
             }
             _ => return Err(End::new(Then::Again, "protocol", "the edge sent a frame out of place")),
         };
-        self.changes.send(event).await.map_err(|_| End::gone())
+        if told { Ok(()) } else { Err(End::gone()) }
     }
 
     async fn send(&mut self, socket: &mut Socket, first: ToSync) -> Result<(), End> {
         let mut frames = Vec::new();
         let mut frame = Some(first);
-        while let Some(ToSync { session, text }) = frame {
+        while let Some(ToSync { session, entry }) = frame {
             // The outbox heard of the new session only after it had made frames for the old one.
-            if session == self.session {
-                frames.push(Message::text(text));
+            if session == self.link.session {
+                if entry.seq <= self.link.sent.max(self.link.accepted) + 1 {
+                    self.link.sent = entry.seq;
+                    self.gap = false;
+                    frames.push(Message::text(entry.text));
+                } else if !std::mem::replace(&mut self.gap, true) {
+                    // The bus lost one before it: the edge would refuse this and all that follow.
+                    self.link.refusals += 1;
+                    self.link.retry_after_ms = Some(0);
+                }
             }
             frame = self.frames.try_recv().ok();
+        }
+        if self.gap && !self.tell(|_| ()).await {
+            return Err(End::gone());
         }
         flush(socket, frames).await
     }
@@ -417,21 +467,22 @@ impl SyncWorker {
         self.writer.send(WriterCommand::Perform(works, reply)).await.map_err(|_| End::gone())?;
         Ok(Performing { answer, _spans: spans })
     }
+}
 
-    async fn applied(&self, applied: Option<Result<Applied>>) -> Result<(), End> {
-        match applied {
-            Some(Ok(applied)) => {
-                self.changes.send(ToChanges::Confirmed { seq: applied.confirmed_seq }).await.map_err(|_| End::gone())
-            }
-            // Nothing of the batch was applied, nor its position taken: the next session starts before it. Where the batch
-            // itself is at fault it would fail again, so that one starts with a snapshot.
-            Some(Err(error)) => {
-                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-                let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
-                Err(End::new(then, "store", format!("{error}{cause}")))
-            }
-            None => Err(End::gone()),
+/// What the session does about a batch that the writer applied, or did not.
+fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
+    match applied {
+        Some(Ok(_)) => Ok(()),
+        // The next welcome tells which transactions were the copy's.
+        Some(Err(Error::Store(error @ StoreError::Copied))) => Err(End::new(Then::Again, "copied", error.to_string())),
+        // Nothing of the batch was applied, nor its position taken: the next session starts before it. Where the batch
+        // itself is at fault it would fail again, so that one starts with a snapshot.
+        Some(Err(error)) => {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+            let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
+            Err(End::new(then, "store", format!("{error}{cause}")))
         }
+        None => Err(End::gone()),
     }
 }
 

@@ -114,6 +114,36 @@ pub(crate) fn watch(
     .boxed()
 }
 
+/// What `read` gives: at once, and again whenever the table has changed and it gives something else.
+pub(crate) fn watch_table<T, F, Fut>(notices: broadcast::Receiver<Notice>, table: &str, read: F) -> Watch<T>
+where
+    T: Clone + PartialEq + Send + 'static,
+    F: Fn() -> Fut + Send + 'static,
+    Fut: Future<Output = Result<T>> + Send + 'static,
+{
+    let state = (notices, BTreeSet::from([table.to_owned()]), read, None::<T>, false);
+    unfold(state, |(mut notices, tables, read, mut last, ended)| async move {
+        if ended {
+            return None;
+        }
+        loop {
+            if last.is_some() && !changed(&mut notices, &tables).await {
+                return None;
+            }
+            match read().await {
+                Ok(value) if last.as_ref() == Some(&value) => {}
+                Ok(value) => {
+                    last = Some(value.clone());
+                    return Some((Ok(value), (notices, tables, read, last, false)));
+                }
+                Err(Error::Closed) => return None,
+                Err(error) => return Some((Err(error), (notices, tables, read, last, true))),
+            }
+        }
+    })
+    .boxed()
+}
+
 /// Waits until one of the tables changed; takes all notices that are there. False: the client is gone.
 async fn changed(notices: &mut broadcast::Receiver<Notice>, tables: &BTreeSet<String>) -> bool {
     use tokio::sync::broadcast::error::{RecvError, TryRecvError};

@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use millstream_client_core::outbox::Entry;
 use millstream_client_core::replica::Work;
 use millstream_client_core::status::Status;
-use millstream_client_store::{Applied, FailedWrite, Host, Recorded, Store, StoreError, Verdict};
-use millstream_schemas::stream::Failure;
+use millstream_client_store::{Applied, Host, Meeting, Outcome, Recorded, Settled, Store, StoreError, Verdict};
+use millstream_schemas::stream::{Failure, InstanceSpan};
 use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
 
-use crate::bus::{Done, Job, Ledger, Notice, Progress, Reply, ToChanges, WriterCommand};
+use crate::bus::{Done, Job, Notice, Progress, Reply, Sender, ToChanges, WriterCommand};
 use crate::{Error, Result};
 
 /// Most writes that share a commit.
@@ -41,12 +40,15 @@ impl Host for SystemHost {
 pub(crate) struct Writer {
     pub store: Store,
     pub commands: mpsc::Receiver<WriterCommand>,
-    pub changes: mpsc::Sender<ToChanges>,
+    pub changes: Sender<ToChanges>,
     pub notices: broadcast::Sender<Notice>,
     pub status: watch::Sender<Status>,
     pub progress: Arc<Progress>,
     pub retention: Duration,
-    pub waiting: BTreeMap<u64, Vec<Reply<()>>>,
+    /// Who waits for which local transaction.
+    pub waiting: HashMap<u64, Vec<Reply<Outcome>>>,
+    /// Who waits for everything up to which number.
+    pub flushing: BTreeMap<u64, Vec<Reply<()>>>,
     pub last_seq: u64,
     pub polls: u64,
 }
@@ -66,6 +68,9 @@ impl Writer {
                     for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
                         let _ = reply.send(Err(Error::Closed));
                     }
+                    for reply in std::mem::take(&mut self.flushing).into_values().flatten() {
+                        let _ = reply.send(Err(Error::Closed));
+                    }
                     // The file is closed before the app hears of it, so that it may open it again at once.
                     drop(self.store);
                     let _ = reply.send(());
@@ -80,25 +85,22 @@ impl Writer {
         match command {
             // Handled by `run`.
             WriterCommand::Write(_) | WriterCommand::Close(_) => {}
-            WriterCommand::Settled(seq, reply) => self.settled(seq, reply),
+            WriterCommand::Settled(tx, reply) => self.settled(tx, reply),
+            WriterCommand::Flush(reply) => self.flush(reply),
+            WriterCommand::Schema(reply) => answer(reply, Ok::<_, StoreError>(self.store.schema().cloned())),
             WriterCommand::Failed(reply) => answer(reply, self.store.failed()),
             WriterCommand::Queue(limit, reply) => answer(reply, self.store.entries(limit)),
-            WriterCommand::Retry(seq, reply) => {
-                let result = self.store.retry(seq).map(|recorded| {
-                    let seq = recorded.seq;
-                    self.recorded(recorded);
-                    seq
-                });
-                self.publish();
-                self.refresh_or_report();
+            WriterCommand::Retry(tx, edits, reply) => {
+                let result = self.store.edit(tx, &edits).map(drop);
+                self.queue_changed();
                 answer(reply, result);
             }
-            WriterCommand::Discard(seq, reply) => {
-                let result = self.store.discard(seq);
-                self.refresh_or_report();
+            WriterCommand::Discard(tx, reply) => {
+                let result = self.store.discard(tx);
+                self.queue_changed();
                 answer(reply, result);
             }
-            WriterCommand::Load { after, limit, reply } => answer(reply, self.store.recorded_after(after, limit)),
+            WriterCommand::Load { after, limit, reply } => answer(reply, self.store.entries_after(after, limit)),
             WriterCommand::Perform(works, reply) => {
                 let result = self.perform(&works);
                 answer(reply, result);
@@ -109,8 +111,8 @@ impl Writer {
                 self.refresh_or_report();
                 answer(reply, result);
             }
-            WriterCommand::Ledger { last_seq, reply } => {
-                let result = self.ledger(last_seq);
+            WriterCommand::Meet { last_seq, instances, reply } => {
+                let result = self.meet(last_seq, &instances);
                 answer(reply, result);
             }
             WriterCommand::ForgetPosition(reply) => answer(reply, self.store.forget_position()),
@@ -176,9 +178,10 @@ impl Writer {
     /// `sending` first would cost another fsync, and a transaction sent twice is told apart by the server's ledger. A
     /// full channel loses nothing either: the outbox reads from the store what it was not told.
     fn recorded(&mut self, recorded: Recorded) {
-        self.last_seq = self.last_seq.max(recorded.seq);
+        let Some(entry) = recorded.entry else { return self.refresh_or_report() };
+        self.last_seq = self.last_seq.max(entry.seq);
         let (last, at) = (self.last_seq, recorded.at / 1_000);
-        let _ = self.changes.try_send(ToChanges::Recorded(Entry { seq: recorded.seq, text: recorded.text }));
+        let _ = self.changes.try_send(ToChanges::Recorded(entry));
         self.status.send_modify(|status| {
             status.pending.count = last.saturating_sub(status.confirmed_seq);
             status.pending.oldest_at.get_or_insert(at);
@@ -191,8 +194,9 @@ impl Writer {
         self.store.mark(sent, accepted);
         let applied = self.store.perform(works)?;
         self.publish();
-        self.settle(applied.confirmed_seq, &applied.failures);
+        self.settle(&applied.settled);
         self.refresh()?;
+        self.tell();
         self.status.send_modify(|status| {
             status.last_synced_at = Some(SystemHost.now_micros() / 1_000);
             status.applied_transactions += applied.transactions;
@@ -200,70 +204,63 @@ impl Writer {
         Ok(applied)
     }
 
-    /// Answers those who wait for transactions up to `seq`.
-    fn settle(&mut self, seq: u64, failures: &[Failure]) {
-        let open = self.waiting.split_off(&(seq + 1));
-        let settled = std::mem::replace(&mut self.waiting, open);
-        let failures: HashMap<u64, &Failure> = failures.iter().map(|failure| (failure.seq, failure)).collect();
-        for (seq, replies) in settled {
-            for reply in replies {
-                let _ = reply.send(match failures.get(&seq) {
-                    None => Ok(()),
-                    Some(failure) => Err(Error::Rejected {
-                        seq,
-                        change_id: failure.change_id,
-                        code: failure.code,
-                        message: failure.message.clone(),
-                    }),
-                });
+    /// Something of the queue was retried, discarded or released.
+    fn queue_changed(&mut self) {
+        self.publish();
+        self.refresh_or_report();
+        self.tell();
+    }
+
+    /// Tells the changes worker how far the store is; whatever event was lost, this makes up for it.
+    fn tell(&self) {
+        let confirmed = self.status.borrow().confirmed_seq;
+        let _ = self.changes.try_send(ToChanges::Known { last: self.last_seq, confirmed });
+    }
+
+    /// Answers those who wait for these transactions.
+    fn settle(&mut self, settled: &[Settled]) {
+        for Settled { tx, result } in settled {
+            for reply in self.waiting.remove(tx).unwrap_or_default() {
+                let _ = reply.send(result.clone().map_err(|failure| rejected(*tx, failure)));
             }
         }
     }
 
-    fn settled(&mut self, seq: Option<u64>, reply: Reply<()>) {
-        match seq {
-            None => {
-                let confirmed = self.status.borrow().confirmed_seq;
-                if self.last_seq <= confirmed {
-                    let _ = reply.send(Ok(()));
-                } else {
-                    self.waiting.entry(self.last_seq).or_default().push(reply);
-                }
-            }
-            Some(seq) => match self.store.verdict(seq) {
-                Ok(Verdict::Open) => self.waiting.entry(seq).or_default().push(reply),
-                verdict => answer(reply, verdict.map_err(Error::from).and_then(settled)),
-            },
+    fn settled(&mut self, tx: u64, reply: Reply<Outcome>) {
+        match self.store.verdict(tx) {
+            Ok(Verdict::Open) => self.waiting.entry(tx).or_default().push(reply),
+            verdict => answer(reply, verdict.map_err(Error::from).and_then(|verdict| outcome(tx, verdict))),
         }
     }
 
-    fn ledger(&mut self, last_seq: u64) -> Result<Ledger, StoreError> {
-        let info = self.store.info()?;
-        if last_seq > info.last_seq {
-            tracing::warn!(
-                ledger.last_seq = last_seq,
-                store.last_seq = info.last_seq,
-                "the server knows more of this installation than its store: the store is a copy; taking a new identity"
-            );
-            self.store.become_new()?;
-            for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
-                let _ = reply.send(Err(Error::NewIdentity));
+    fn flush(&mut self, reply: Reply<()>) {
+        if self.last_seq <= self.status.borrow().confirmed_seq {
+            let _ = reply.send(Ok(()));
+        } else {
+            self.flushing.entry(self.last_seq).or_default().push(reply);
+        }
+    }
+
+    fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan]) -> Result<Meeting, StoreError> {
+        let meeting = self.store.meet(last_seq, instances)?;
+        match meeting {
+            Meeting::Continue => return Ok(meeting),
+            Meeting::WentBack => {
+                tracing::warn!(ledger.last_seq = last_seq, "the server went back: submitting again what it lost")
             }
-            self.last_seq = 0;
-            self.refresh()?;
-            return Ok(Ledger::NewIdentity);
+            Meeting::NewIdentity => {
+                tracing::warn!(
+                    ledger.last_seq = last_seq,
+                    "another copy of this store uses its client id: it has a new identity now"
+                );
+            }
         }
-        if last_seq < info.confirmed_seq {
-            tracing::warn!(
-                ledger.last_seq = last_seq,
-                store.confirmed_seq = info.confirmed_seq,
-                "the server went back: submitting again what it lost"
-            );
-            self.store.rewind(last_seq)?;
-            self.publish();
-            self.refresh()?;
-        }
-        Ok(Ledger::Continue)
+        // Numbers have changed: who waits for all of them waits for the new ones.
+        self.last_seq = self.store.info()?.last_seq;
+        let waiting: Vec<Reply<()>> = std::mem::take(&mut self.flushing).into_values().flatten().collect();
+        self.flushing.insert(self.last_seq, waiting);
+        self.queue_changed();
+        Ok(meeting)
     }
 
     fn poll(&mut self) -> Result<(), StoreError> {
@@ -271,23 +268,19 @@ impl Writer {
         if self.store.changed_elsewhere()? {
             let _ = self.notices.send(Notice::Any);
             self.refresh()?;
-            let seqs: Vec<u64> = self.waiting.keys().copied().collect();
-            for seq in seqs {
-                let verdict = self.store.verdict(seq)?;
+            let waiting: Vec<u64> = self.waiting.keys().copied().collect();
+            for tx in waiting {
+                let verdict = self.store.verdict(tx)?;
                 if verdict != Verdict::Open {
-                    for reply in self.waiting.remove(&seq).unwrap_or_default() {
-                        answer(reply, settled(verdict.clone()));
+                    for reply in self.waiting.remove(&tx).unwrap_or_default() {
+                        answer(reply, outcome(tx, verdict.clone()));
                     }
                 }
             }
         }
-        if self.polls.is_multiple_of(RETRY_POLLS) && self.status.borrow().failed > 0 {
-            let due = self.store.retry_due()?;
-            if !due.is_empty() {
-                due.into_iter().for_each(|recorded| self.recorded(recorded));
-                self.publish();
-                self.refresh()?;
-            }
+        if self.polls.is_multiple_of(RETRY_POLLS) && self.status.borrow().failed > 0 && self.store.retry_due()? {
+            self.publish();
+            self.refresh()?;
         }
         if self.polls.is_multiple_of(MARK_POLLS) && self.status.borrow().pending.count > 0 {
             let (sent, accepted) =
@@ -302,9 +295,7 @@ impl Writer {
             let pruned = self.store.prune(before)?;
             tracing::debug!(queue.pruned = pruned, "pruned settled entries");
         }
-        // Whatever event was lost, the outbox hears of it within a poll.
-        let confirmed = self.status.borrow().confirmed_seq;
-        let _ = self.changes.try_send(ToChanges::Known { last: self.last_seq, confirmed });
+        self.tell();
         Ok(())
     }
 
@@ -320,10 +311,15 @@ impl Writer {
             status.schema = info.schema;
             status.confirmed_seq = info.confirmed_seq;
             status.failed = info.failed;
+            status.held = info.held;
             status.pending.count = info.last_seq.saturating_sub(info.confirmed_seq);
             status.pending.accepted = accepted.saturating_sub(info.confirmed_seq);
             status.pending.oldest_at = info.oldest_pending.map(|at| at / 1_000);
         });
+        let open = self.flushing.split_off(&(info.confirmed_seq + 1));
+        for reply in std::mem::replace(&mut self.flushing, open).into_values().flatten() {
+            let _ = reply.send(Ok(()));
+        }
         Ok(())
     }
 
@@ -353,20 +349,23 @@ impl Writer {
     }
 }
 
-fn settled(verdict: Verdict) -> Result<()> {
+fn outcome(tx: u64, verdict: Verdict) -> Result<Outcome> {
     match verdict {
-        Verdict::Open | Verdict::Confirmed => Ok(()),
-        Verdict::Failed(failed) => Err(rejected(*failed)),
+        Verdict::Open => Ok(Outcome::Applied),
+        Verdict::Confirmed(outcome) => Ok(outcome),
+        Verdict::Failed(failed) => Err(Error::Rejected {
+            tx,
+            change_id: failed.change_id,
+            code: failed.code.unwrap_or(millstream_schemas::Code::Internal),
+            rule: failed.rule,
+            message: failed.message,
+        }),
     }
 }
 
-fn rejected(failed: FailedWrite) -> Error {
-    Error::Rejected {
-        seq: failed.seq,
-        change_id: failed.change_id,
-        code: failed.code.unwrap_or(millstream_schemas::Code::Internal),
-        message: failed.message,
-    }
+fn rejected(tx: u64, failure: Failure) -> Error {
+    let Failure { change_id, code, rule, message, .. } = failure;
+    Error::Rejected { tx, change_id, code, rule, message }
 }
 
 /// The asker may have gone.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use edge::{Edge, TOKEN, schema};
 use futures_util::StreamExt;
-use millstream_client::{Builder, Client, Code, EntryState, Error, Role, State, params};
+use millstream_client::{Builder, Client, Code, Edit, EntryState, Error, Faults, Outcome, Role, State, Worker, params};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -54,7 +54,7 @@ async fn writes_arrive_in_order_and_are_confirmed() {
     let client = ready(builder(&directory, "a", &edge)).await;
     for n in 0..100 {
         let write = insert(&client, &format!("{n:03}"), "x").await;
-        assert_eq!((*write, write.seq()), (1, Some(n + 1)));
+        assert_eq!((*write, write.tx()), (1, Some(n + 1)));
         if n % 10 == 0 {
             tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
         }
@@ -92,7 +92,7 @@ async fn after_a_cut_what_was_not_taken_is_sent_again() {
         .buffered(8)
         .collect()
         .await;
-    assert!(writes.iter().map(|write| write.seq().unwrap()).is_sorted());
+    assert!(writes.iter().map(|write| write.tx().unwrap()).is_sorted());
     let kick = async {
         loop {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -143,16 +143,16 @@ async fn a_rejection_reaches_its_author_and_the_row_is_back() {
     let write = client.execute("UPDATE tasks SET title = 'bad'", ()).await.unwrap();
     let error = write.confirmed().await.unwrap_err();
     assert!(
-        matches!(&error, Error::Rejected { seq: 2, code: Code::PermissionDenied, message, .. } if message == "bad title")
+        matches!(&error, Error::Rejected { tx: 2, code: Code::PermissionDenied, message, .. } if message == "bad title")
     );
     assert_eq!((error.code(), error.is_retryable()), ("permission_denied", false));
     assert_eq!(titles(&client).await, [("1".into(), Some("good".into()))]);
     insert(&client, "2", "later").await.confirmed().await.unwrap();
     let failed = client.failed().await.unwrap();
-    assert_eq!((failed.len(), failed[0].seq, client.status().borrow().failed), (1, 2, 1));
+    assert_eq!((failed.len(), failed[0].tx, client.status().borrow().failed), (1, 2, 1));
     let retried = client.retry(2).await.unwrap();
-    assert_eq!((retried.seq(), retried.confirmed().await.unwrap_err().code()), (Some(4), "permission_denied"));
-    client.discard(4).await.unwrap();
+    assert_eq!((retried.tx(), retried.confirmed().await.unwrap_err().code()), (Some(2), "permission_denied"));
+    client.discard(2).await.unwrap();
     assert_eq!((client.failed().await.unwrap().len(), client.status().borrow().failed), (0, 0));
     assert_equal(&client, &edge).await;
 }
@@ -300,7 +300,7 @@ async fn of_two_processes_one_sends_and_the_other_takes_over() {
     insert(&first, "1", "x").await.confirmed().await.unwrap();
     assert_eq!(watch.next().await.unwrap().unwrap(), ["1"]);
     let write = insert(&second, "2", "y").await;
-    assert_eq!(write.seq(), Some(2));
+    assert_eq!(write.tx(), Some(2));
     tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
     assert_eq!(edge.state().connections, 1, "one socket");
     let rejected = insert(&second, "3", "bad").await;
@@ -337,7 +337,7 @@ async fn refusals_and_traces() {
     let big = "x".repeat(600_000);
     assert_eq!(client.execute("UPDATE tasks SET title = ?", [big]).await.err().unwrap().code(), "too_large");
     assert_eq!(titles(&client).await, [("1".into(), Some("x".into()))]);
-    assert_eq!(client.execute("UPDATE tasks SET title = title", ()).await.unwrap().seq(), None);
+    assert_eq!(client.execute("UPDATE tasks SET title = title", ()).await.unwrap().tx(), None);
     let clone = client.clone();
     client.close().await.unwrap();
     assert_eq!(clone.execute("DELETE FROM tasks", ()).await.err().unwrap().code(), "closed");
@@ -350,4 +350,214 @@ async fn without_an_edge_the_client_records() {
     let client = Client::builder(directory.path().join("a")).schema(schema()).open().await.unwrap();
     insert(&client, "1", "x").await;
     assert!(matches!(client.flush(Duration::from_millis(50)).await, Err(Error::Timeout)));
+}
+
+/// Items 3, 4, 17: messages between the workers are lost and repeated; every change takes effect once, in order.
+#[tokio::test]
+async fn a_lossy_bus_loses_nothing() {
+    for seed in 1..=3 {
+        let (edge, directory) = (Edge::start().await, directory());
+        let faults = Faults { drop: 0.2, duplicate: 0.2, seed };
+        let client = ready(builder(&directory, "a", &edge).bus_faults(faults)).await;
+        for n in 0..300 {
+            insert(&client, &format!("{n:03}"), if n % 50 == 7 { "bad" } else { "x" }).await;
+        }
+        client.flush(Duration::from_secs(60)).await.unwrap();
+        assert_eq!(edge.state().ledger[&client.client_id()], 300, "seed {seed}");
+        assert_eq!(edge.state().log.iter().filter(|rows| !rows.changes.is_empty()).count(), 294, "seed {seed}");
+        assert_eq!(client.failed().await.unwrap().len(), 6, "seed {seed}");
+        assert_equal(&client, &edge).await;
+    }
+}
+
+/// Items 4, 64: each worker is started anew in the middle of the work, alone; nothing is lost.
+#[tokio::test]
+async fn workers_restart_alone() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    for n in 0..200 {
+        insert(&client, &format!("{n:03}"), "x").await;
+        if n % 40 == 20 {
+            client.restart(if n % 80 == 20 { Worker::Changes } else { Worker::Sync });
+        }
+    }
+    client.flush(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(edge.state().ledger[&client.client_id()], 200);
+    assert_eq!(edge.state().log.len(), 200, "each took effect once");
+    assert_equal(&client, &edge).await;
+    // Each works without the other: without the sync worker the changes worker's side records on.
+    client.pause();
+    until(&client, State::Offline).await;
+    client.restart(Worker::Changes);
+    insert(&client, "later", "x").await;
+    assert_eq!(client.status().borrow().pending.count, 1);
+    client.resume();
+    client.flush(PATIENCE).await.unwrap();
+    assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn failed_changes_are_watched_edited_and_what_follows_them_waits() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "good").await.confirmed().await.unwrap();
+    let mut failed = client.watch_failed();
+    assert_eq!(failed.next().await.unwrap().unwrap(), []);
+    let bad = client.execute("UPDATE tasks SET title = 'bad'", ()).await.unwrap();
+    assert_eq!(bad.confirmed().await.unwrap_err().code(), "permission_denied");
+    let listed = failed.next().await.unwrap().unwrap();
+    assert_eq!((listed.len(), listed[0].tx, listed[0].state), (1, 2, EntryState::Error));
+    // What follows on the same row waits, visibly; other rows do not.
+    let behind = client.execute("UPDATE tasks SET done = 1", ()).await.unwrap();
+    insert(&client, "2", "other").await.confirmed().await.unwrap();
+    assert_eq!(client.status().borrow().held, 1);
+    assert_eq!(client.query_as::<bool>("SELECT done FROM tasks WHERE id = '1'", ()).await.unwrap(), [true]);
+    client.flush(PATIENCE).await.unwrap();
+
+    let edit = |value: &str| vec![Edit { change_id: None, column: "title".into(), value: Some(value.into()) }];
+    let error = client.edit(2, vec![Edit { column: "nope".into(), ..edit("x").remove(0) }]).await.err().unwrap();
+    assert_eq!(error.code(), "edit");
+    let retried = client.edit(2, edit("better")).await.unwrap();
+    assert_eq!(retried.confirmed().await.unwrap(), Outcome::Applied);
+    assert_eq!(failed.next().await.unwrap().unwrap(), []);
+    tokio::time::timeout(PATIENCE, behind.confirmed()).await.unwrap().unwrap();
+    assert_eq!(titles(&client).await[0].1.as_deref(), Some("better"));
+    assert_equal(&client, &edge).await;
+}
+
+/// Both are in flight when the first is refused: the server refuses the second for it, and the client sends it again.
+#[tokio::test]
+async fn what_was_sent_behind_a_rejected_change_comes_after_it() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();
+    insert(&client, "1", "bad").await;
+    let behind = client.execute("UPDATE tasks SET done = 1", ()).await.unwrap();
+    client.resume();
+    tokio::time::timeout(PATIENCE, client.ready()).await.unwrap().unwrap();
+    client.flush(PATIENCE).await.unwrap();
+    assert_eq!((client.status().borrow().failed, client.status().borrow().held), (1, 1));
+    assert_eq!(edge.state().tasks.len(), 0);
+    let edit = Edit { change_id: None, column: "title".into(), value: Some("good".into()) };
+    client.edit(1, vec![edit]).await.unwrap().confirmed().await.unwrap();
+    tokio::time::timeout(PATIENCE, behind.confirmed()).await.unwrap().unwrap();
+    assert_equal(&client, &edge).await;
+    assert_eq!(client.query_as::<bool>("SELECT done FROM tasks", ()).await.unwrap(), [true]);
+}
+
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+struct Task {
+    id: String,
+    title: String,
+    done: bool,
+    #[serde(default)]
+    created_at: Option<String>,
+}
+
+#[tokio::test]
+async fn tables_hold_values_of_the_apps_own_types() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    let tasks = client.table::<Task>("tasks");
+    let mut open = tasks.filter("NOT done ORDER BY id", ()).watch();
+    assert_eq!(open.next().await.unwrap().unwrap(), []);
+    let task = Task { id: "1".into(), title: "buy milk".into(), done: false, created_at: None };
+    tasks.insert(&task).await.unwrap().confirmed().await.unwrap();
+    assert_eq!(open.next().await.unwrap().unwrap()[0].title, "buy milk");
+    let patch = serde_json::json!({"title": "buy oat milk", "done": true});
+    assert_eq!(*tasks.update(["1"], &patch).await.unwrap(), 1);
+    let found = tasks.get(["1"]).await.unwrap().unwrap();
+    assert_eq!((found.title.as_str(), found.done, found.created_at.is_some()), ("buy oat milk", true, true));
+    assert_eq!(*tasks.update(["2"], &patch).await.unwrap(), 0);
+    for (error, what) in [
+        (tasks.update(["1"], &serde_json::json!({"tilte": "x"})).await.err().unwrap(), "no column tilte"),
+        (tasks.update(["1", "2"], &patch).await.err().unwrap(), "1 parts, 2 were given"),
+        (client.table::<Task>("nope").get(["1"]).await.err().unwrap(), "no table"),
+    ] {
+        assert!(error.code() == "encode" && error.to_string().contains(what), "{error}");
+    }
+    assert_eq!(*tasks.delete(["1"]).await.unwrap(), 1);
+    assert_eq!(tasks.all().rows().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_panic_in_a_transaction_ends_that_transaction_only() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    let panicked = client.tx(|tx| {
+        tx.execute("INSERT INTO tasks (id) VALUES ('1')", ())?;
+        if tx.uuid().is_nil() { Ok(()) } else { panic!("a fault of the app's") }
+    });
+    assert_eq!(panicked.await.err().unwrap().code(), "panicked");
+    insert(&client, "2", "x").await.confirmed().await.unwrap();
+    assert_eq!(titles(&client).await.len(), 1);
+    assert_equal(&client, &edge).await;
+}
+
+/// Two processes of one device each had a copy of the store (a cloned machine): both go on, nothing is lost or doubled.
+#[tokio::test]
+async fn a_cloned_store_goes_on_under_an_id_of_its_own() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "x").await.confirmed().await.unwrap();
+    client.close().await.unwrap();
+    std::fs::copy(directory.path().join("a"), directory.path().join("b")).unwrap();
+    let (a, b) = (builder(&directory, "a", &edge).paused(), builder(&directory, "b", &edge).paused());
+    let (a, b) = (a.open().await.unwrap(), b.open().await.unwrap());
+    assert_eq!(a.client_id(), b.client_id());
+    let mut writes = Vec::new();
+    for n in 0..5 {
+        writes.push(insert(&a, &format!("a{n}"), "x").await);
+        writes.push(insert(&b, &format!("b{n}"), "x").await);
+    }
+    a.resume();
+    b.resume();
+    for write in &writes {
+        assert_eq!(tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap(), Outcome::Applied);
+    }
+    assert_ne!(a.client_id(), b.client_id());
+    assert_eq!(edge.state().tasks.len(), 11);
+    assert_eq!(edge.state().log.len(), 11, "each took effect once");
+    for client in [&a, &b] {
+        let all = client.status();
+        tokio::time::timeout(PATIENCE, all.clone().wait_for(|s| s.position.is_some_and(|p| p.seq == 11)))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_equal(client, &edge).await;
+    }
+}
+
+/// Item 30: a connection that is open on our side only is noticed within the heartbeat's time, and nothing is lost.
+#[tokio::test]
+async fn a_half_open_connection_is_noticed() {
+    let (edge, directory) = (Edge::start().await, directory());
+    edge.state().heartbeat_ms = 1_500;
+    let client = ready(builder(&directory, "a", &edge)).await;
+    insert(&client, "1", "x").await.confirmed().await.unwrap();
+    edge.state().deaf = true;
+    let started = Instant::now();
+    insert(&client, "2", "into the void").await;
+    until(&client, State::Offline).await;
+    assert!(started.elapsed() < Duration::from_secs(8), "noticed after {:?}", started.elapsed());
+    edge.state().deaf = false;
+    client.resume();
+    client.flush(PATIENCE).await.unwrap();
+    assert_equal(&client, &edge).await;
+}
+
+/// Item 31: however politely the edge closes, the client comes back.
+#[tokio::test]
+async fn clean_closes_are_followed_by_new_connections() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = ready(builder(&directory, "a", &edge)).await;
+    for (n, code) in [Some(1000), None, Some(1012), Some(1001)].into_iter().enumerate() {
+        edge.state().close_with = Some(code);
+        let write = insert(&client, &n.to_string(), "x").await;
+        let mut status = client.status();
+        let again = status.wait_for(|status| status.reconnects == n as u64 + 1);
+        tokio::time::timeout(PATIENCE, again).await.unwrap().unwrap();
+        client.resume();
+        tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+    }
+    assert_equal(&client, &edge).await;
 }

@@ -4,17 +4,19 @@
 //! the server knows it; the server's changes go there, and at the end the visible row is made anew from it and the
 //! changes that are still unsettled.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use millstream_client_core::backoff;
 use millstream_client_core::rebase::{self, Image, Pending};
 use millstream_client_core::replica::{Batch, Step, Work};
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::stream::Failure;
-use millstream_schemas::{Operation, Position, Retry, TableChanges, TableOp, Value};
+use millstream_schemas::stream::Verdict;
+use millstream_schemas::{Clock, Code, Operation, Position, TableChanges, TableOp, Value};
 use rusqlite::{OptionalExtension, params};
 
 use crate::error::{During, encode, parse};
-use crate::queue::{MAX_ATTEMPTS, next_attempt_at};
+use crate::queue::{OPEN, Outcome};
 use crate::schema::TableSql;
 use crate::value::Wire;
 use crate::{Store, StoreError};
@@ -22,14 +24,23 @@ use crate::{Store, StoreError};
 /// What a batch did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// Highest settled transaction.
+    /// Highest settled `client_seq`.
     pub confirmed_seq: u64,
-    /// Transactions that failed, and were not known to.
-    pub failures: Vec<Failure>,
+    /// Transactions that were settled, in their order.
+    pub settled: Vec<Settled>,
     /// The position that the store now has.
     pub position: Option<Position>,
     /// Number of server transactions with rows.
     pub transactions: u64,
+}
+
+/// A transaction that was settled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// The local transaction.
+    pub tx: u64,
+    /// How it took effect, or why it was rejected.
+    pub result: Result<Outcome, Failure>,
 }
 
 impl Store {
@@ -49,7 +60,7 @@ impl Store {
                 Work::Apply(batch) => {
                     let applied = self.apply(batch)?;
                     all.confirmed_seq = applied.confirmed_seq;
-                    all.failures.extend(applied.failures);
+                    all.settled.extend(applied.settled);
                     all.position = applied.position.or(all.position);
                     all.transactions += applied.transactions;
                 }
@@ -63,11 +74,11 @@ impl Store {
         let marks = self.marks.take();
         let result = self.transact(|store| {
             let mut applier = Applier::new(store)?;
-            let mut failures = Vec::new();
+            let mut settled = Vec::new();
             for step in &batch.steps {
                 match step {
                     Step::Rows(changes) => applier.rows(changes, false)?,
-                    Step::Confirmed(confirmed) => applier.confirm(confirmed, &mut failures)?,
+                    Step::Confirmed(confirmed) => applier.confirm(confirmed, &mut settled)?,
                     Step::ScopeRemoved(scope) => applier.remove_scope(scope)?,
                     Step::Snapshot { scopes, full } => applier.snapshot(scopes, *full)?,
                 }
@@ -87,7 +98,7 @@ impl Store {
             }
             Ok::<_, StoreError>(Applied {
                 confirmed_seq,
-                failures,
+                settled,
                 position: batch.position,
                 transactions: batch.transactions,
             })
@@ -209,60 +220,108 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    /// Settles transactions: failed ones wait for a retry, the others are done; none is under way any more.
-    fn confirm(&mut self, confirmed: &Confirmed, failures: &mut Vec<Failure>) -> Result<(), StoreError> {
-        const OPEN: &str = "state IN ('pending', 'sending', 'accepted')";
-        let connection = &self.store.connection;
-        // Open entries are above what was settled before; so only those are read, not the whole history.
-        let (before, seq) = (self.store.confirmed_seq().during("reading confirmed_seq")? as i64, confirmed.seq as i64);
-        if seq <= before {
+    /// Settles transactions: rejected ones wait for a retry or a person, those refused for one of these are held back
+    /// behind it, the others are done.
+    fn confirm(&mut self, confirmed: &Confirmed, settled: &mut Vec<Settled>) -> Result<(), StoreError> {
+        let store = self.store;
+        let before = store.confirmed_seq().during("reading confirmed_seq")?;
+        if confirmed.seq <= before {
             return Ok(());
         }
-        let settled: Vec<(String, String)> = connection
-            .prepare_cached(&format!(
-                "SELECT tbl, key FROM local_changes INDEXED BY local_changes_by_tx WHERE tx > ?1 AND tx <= ?2 AND {OPEN}"
-            ))
-            .and_then(|mut statement| statement.query_map([before, seq], |row| Ok((row.get(0)?, row.get(1)?)))?.collect())
-            .during("reading settled changes")?;
-        self.dirty.extend(settled);
-        for failure in &confirmed.failed {
-            let attempts: Option<i64> = connection
-                .prepare_cached(&format!("SELECT max(attempts) + 1 FROM local_changes WHERE tx = ?1 AND {OPEN}"))
-                .and_then(|mut statement| statement.query_row([failure.seq as i64], |row| row.get(0)))
-                .during("reading attempts")?;
-            // Known before, or of another life of this store.
-            let Some(attempts) = attempts else { continue };
-            let again = failure.code.retry() == Retry::Automatic && (attempts as u32) < MAX_ATTEMPTS;
-            let state = if again { "retry_wait" } else { "error" };
-            let next = again.then(|| next_attempt_at(self.store, attempts as u32) as i64);
-            connection
-                .prepare_cached(&format!(
-                    "UPDATE local_changes SET state = ?2, attempts = ?3, next_attempt = ?4, last_error_code = ?5, \
-                     last_error = CASE WHEN change_id = ?6 OR NOT EXISTS \
-                     (SELECT 1 FROM local_changes WHERE tx = ?1 AND change_id = ?6) THEN ?7 END WHERE tx = ?1 AND {OPEN}"
-                ))
-                .and_then(|mut statement| {
-                    statement.execute(params![
-                        failure.seq as i64,
-                        state,
-                        attempts,
-                        next,
-                        failure.code.as_str(),
-                        failure.change_id.to_string(),
-                        failure.message
-                    ])
-                })
-                .during("recording a failure")?;
-            failures.push(failure.clone());
+        if store.instance_of(confirmed.seq)? != Some(confirmed.instance) {
+            return Err(StoreError::Copied);
         }
-        connection
+        let range = [before as i64, confirmed.seq as i64];
+        // Open entries are above what was settled before; so only those are read, not the whole history.
+        let open: Vec<(i64, u64, u32, String, String)> = store
+            .connection
+            .prepare_cached(
+                "SELECT tx, seq, attempts, tbl, key FROM local_changes INDEXED BY local_changes_by_seq \
+                 WHERE seq > ?1 AND seq <= ?2 ORDER BY seq, id",
+            )
+            .and_then(|mut statement| {
+                let row = |row: &rusqlite::Row<'_>| {
+                    Ok((row.get(0)?, row.get::<_, i64>(1)? as u64, row.get(2)?, row.get(3)?, row.get(4)?))
+                };
+                statement.query_map(range, row)?.collect()
+            })
+            .during("reading settled changes")?;
+        let failed: BTreeMap<u64, &Failure> = confirmed.failed.iter().map(|failure| (failure.seq, failure)).collect();
+        let lost: BTreeMap<u64, Outcome> = confirmed
+            .lost
+            .iter()
+            .map(|loss| {
+                (loss.seq, if loss.verdict == Verdict::Superseded { Outcome::Superseded } else { Outcome::Merged })
+            })
+            .collect();
+        let mut last = 0;
+        for (tx, seq, attempts, table, key) in open {
+            self.dirty.insert((table, key));
+            if std::mem::replace(&mut last, seq) == seq {
+                continue;
+            }
+            let result = match failed.get(&seq) {
+                Some(failure) if failure.code == Code::PredecessorFailed => {
+                    store.hold(tx as u64)?;
+                    continue;
+                }
+                Some(failure) => {
+                    self.reject(tx, attempts + 1, failure)?;
+                    Err((*failure).clone())
+                }
+                None => Ok(lost.get(&seq).copied().unwrap_or(Outcome::Applied)),
+            };
+            if let Ok(outcome) = result
+                && let Some(word) = outcome.as_str()
+            {
+                store
+                    .connection
+                    .prepare_cached("UPDATE local_changes SET outcome = ?2 WHERE tx = ?1")
+                    .and_then(|mut statement| statement.execute(params![tx, word]))
+                    .during("recording an outcome")?;
+            }
+            settled.push(Settled { tx: tx as u64, result });
+        }
+        store
+            .connection
             .prepare_cached(&format!(
-                "UPDATE local_changes INDEXED BY local_changes_by_tx SET state = 'confirmed', next_attempt = NULL, last_error_code = NULL, \
-                 last_error = NULL WHERE tx > ?1 AND tx <= ?2 AND {OPEN}"
+                "UPDATE local_changes INDEXED BY local_changes_by_seq SET state = 'confirmed', next_attempt = NULL, \
+                 last_error_code = NULL, last_error_rule = NULL, last_error = NULL WHERE seq > ?1 AND seq <= ?2 AND {OPEN}"
             ))
-            .and_then(|mut statement| statement.execute([before, seq]))
+            .and_then(|mut statement| statement.execute(range))
             .during("settling changes")?;
-        self.store.set_meta("confirmed_seq", seq)
+        store.set_confirmed(confirmed.seq, Some(confirmed.instance))?;
+        store.release()
+    }
+
+    /// Records a rejection.
+    fn reject(&self, tx: i64, attempts: u32, failure: &Failure) -> Result<(), StoreError> {
+        let store = self.store;
+        // A fresh UUID's last bits are random.
+        let random = (store.session.uuid().as_u128() as u32) as f64 / (u64::from(u32::MAX) + 1) as f64;
+        let wait = backoff::next_attempt(failure.code, attempts, store.max_attempts, random);
+        let next = wait.map(|wait| (store.session.now() + wait * 1_000) as i64);
+        store
+            .connection
+            .prepare_cached(&format!(
+                "UPDATE local_changes SET state = ?2, attempts = ?3, next_attempt = ?4, last_error_code = ?5, last_error_rule = ?6, \
+                 last_error = CASE WHEN change_id = ?7 OR NOT EXISTS \
+                 (SELECT 1 FROM local_changes WHERE tx = ?1 AND change_id = ?7) THEN ?8 END WHERE tx = ?1 AND {OPEN}"
+            ))
+            .and_then(|mut statement| {
+                statement.execute(params![
+                    tx,
+                    if next.is_some() { "retry_wait" } else { "error" },
+                    attempts,
+                    next,
+                    failure.code.as_str(),
+                    failure.rule,
+                    failure.change_id.to_string(),
+                    failure.message
+                ])
+            })
+            .during("recording a failure")?;
+        Ok(())
     }
 
     /// Makes the visible form of dirty rows anew; rows without changes under way need no base any more.
@@ -273,7 +332,8 @@ impl<'a> Applier<'a> {
             let pending = self.pending(&name, &key)?;
             let Some(base) = self.base(&name, &key)? else { continue };
             let settled = pending.is_empty();
-            self.show(table, &key, rebase::overlay(base, &pending))?;
+            let clocks = table.table.clocks.map(|index| table.table.columns[index].name.as_str());
+            self.show(table, &key, rebase::overlay(base, &pending, clocks))?;
             if settled {
                 self.store
                     .connection
@@ -285,24 +345,41 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
+    /// The unsettled changes of a row, in the order in which they were made. Held ones are among them: the app's edit
+    /// stays visible while it waits.
     fn pending(&self, table: &str, key: &str) -> Result<Vec<Pending>, StoreError> {
-        let rows: Vec<(String, String, String)> = self
+        type Found = (String, String, String, i64, Option<i64>);
+        let rows: Vec<Found> = self
             .store
             .connection
             .prepare_cached(
-                "SELECT op, columns, vals FROM local_changes WHERE tbl = ?1 AND key = ?2 \
-                 AND state IN ('pending', 'sending', 'accepted') ORDER BY tx, id",
+                "SELECT op, columns, vals, stamp, seq FROM local_changes INDEXED BY local_changes_live WHERE tbl = ?1 AND key = ?2 \
+                 AND state <> 'confirmed' AND state NOT IN ('retry_wait', 'error') ORDER BY tx, id",
             )
             .and_then(|mut statement| {
-                statement.query_map([table, key], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
+                let row = |row: &rusqlite::Row<'_>| {
+                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+                };
+                statement.query_map([table, key], row)?.collect()
             })
             .during("reading changes under way")?;
-        rows.iter()
-            .map(|(op, columns, values)| {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let client_id = self.store.meta_uuid("client_id")?.unwrap_or_default();
+        rows.into_iter()
+            .map(|(op, columns, values, stamp, seq)| {
                 Ok(Pending {
-                    op: operation(op),
-                    columns: parse(columns, "list of columns")?,
-                    values: parse(values, "list of values")?,
+                    op: operation(&op),
+                    columns: parse(&columns, "list of columns")?,
+                    values: parse(&values, "list of values")?,
+                    // Without a number yet: it will have a higher one than any that the server knows.
+                    clock: Clock {
+                        stamp: stamp as u64,
+                        client_id,
+                        seq: seq.map_or(u64::MAX, |seq| seq as u64),
+                        index: u32::MAX,
+                    },
                 })
             })
             .collect()

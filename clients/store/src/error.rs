@@ -70,6 +70,25 @@ pub enum StoreError {
     /// There is no failed transaction of that number.
     #[error("transaction {0} is not a failed one")]
     NotFailed(u64),
+    /// An edit names what the transaction does not have.
+    #[error("the edit does not fit transaction {tx}: {what}")]
+    Edit {
+        /// The transaction.
+        tx: u64,
+        /// What does not fit.
+        what: String,
+    },
+    /// The server took a transaction of this number from another copy of this store.
+    #[error("another copy of this store uses its client id")]
+    Copied,
+    /// A newer version of the library wrote the store.
+    #[error("the store has format {found}, this version knows up to {known}: upgrade the app")]
+    TooNew {
+        /// Its format.
+        found: i64,
+        /// The newest known one.
+        known: i64,
+    },
 }
 
 impl StoreError {

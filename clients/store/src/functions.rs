@@ -1,9 +1,10 @@
 //! SQL functions of the store's connections, and the guard over what the app's statements may do.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use millstream_client_core::trigger;
+use millstream_schemas::Clocks;
 use rusqlite::Connection;
 use rusqlite::functions::FunctionFlags;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
@@ -23,8 +24,12 @@ pub trait Host: Send + Sync {
 /// State of the connection that SQL functions see.
 pub(crate) struct Session {
     host: Arc<dyn Host>,
-    /// Number of the app's transaction; 0 outside of one and while the store writes for itself.
+    /// The app's transaction; 0 outside of one and while the store writes for itself.
     tx: AtomicI64,
+    /// The `client_seq` that it gets, unless it is held back.
+    seq: AtomicI64,
+    /// This run of the store; see [`millstream_schemas::frame::Submit::instance`].
+    instance: OnceLock<Uuid>,
     /// The app's statements are being prepared: the guard is up.
     guarded: AtomicBool,
     /// Last stamp given out or seen: the hybrid logical clock, in microseconds.
@@ -37,16 +42,19 @@ impl Session {
         Session {
             host,
             tx: AtomicI64::new(0),
+            seq: AtomicI64::new(0),
+            instance: OnceLock::new(),
             guarded: AtomicBool::new(false),
             stamp: AtomicU64::new(0),
             traceparent: Mutex::new(None),
         }
     }
 
-    /// The app's statements follow, as transaction `tx`.
-    pub fn begin(&self, tx: u64, traceparent: Option<&str>) {
+    /// The app's statements follow, as transaction `tx` with the number `seq`.
+    pub fn begin(&self, tx: u64, seq: u64, traceparent: Option<&str>) {
         *self.traceparent.lock().unwrap_or_else(PoisonError::into_inner) = traceparent.map(str::to_owned);
         self.tx.store(tx as i64, Ordering::Relaxed);
+        self.seq.store(seq as i64, Ordering::Relaxed);
         self.guarded.store(true, Ordering::Relaxed);
     }
 
@@ -63,6 +71,12 @@ impl Session {
 
     pub fn uuid(&self) -> Uuid {
         self.host.uuid()
+    }
+
+    /// This run of the store: made when it first numbers a transaction, so that a copy of the file that another process
+    /// opens never numbers under the same.
+    pub fn instance(&self) -> Uuid {
+        *self.instance.get_or_init(|| self.host.uuid())
     }
 
     /// Next stamp: the time, or one more than the last stamp where the clock stands or was set back.
@@ -102,7 +116,22 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
         .during(operation)?;
     let s = Arc::clone(session);
     connection
-        .create_scalar_function("millstream_now", 0, flags, move |_| Ok(s.next_stamp() as i64))
+        .create_scalar_function("millstream_seq", 0, flags, move |_| Ok(s.seq.load(Ordering::Relaxed)))
+        .during(operation)?;
+    let s = Arc::clone(session);
+    connection
+        .create_scalar_function("millstream_instance", 0, flags, move |_| Ok(s.instance().to_string()))
+        .during(operation)?;
+    let s = Arc::clone(session);
+    connection.create_scalar_function("millstream_now", 0, flags, move |_| Ok(s.now() as i64)).during(operation)?;
+    let s = Arc::clone(session);
+    connection
+        .create_scalar_function("millstream_stamp", 1, flags, move |context| {
+            if let Some(clocks) = context.get::<Option<String>>(0)? {
+                s.observe(Clocks::parse(&clocks).newest().stamp);
+            }
+            Ok(s.next_stamp() as i64)
+        })
         .during(operation)?;
     let s = Arc::clone(session);
     connection

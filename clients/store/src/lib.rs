@@ -12,6 +12,7 @@ mod apply;
 mod error;
 mod functions;
 mod meta;
+mod number;
 mod queue;
 mod read;
 mod schema;
@@ -22,15 +23,16 @@ mod write;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use millstream_client_core::trigger;
+use millstream_client_core::{backoff, trigger};
 use millstream_schemas::Schema;
 use rusqlite::Connection;
 
-pub use apply::Applied;
+pub use apply::{Applied, Settled};
 pub use error::StoreError;
 pub use functions::Host;
 pub use meta::Info;
-pub use queue::{EntryState, FailedWrite, QueueEntry, Verdict};
+pub use number::Meeting;
+pub use queue::{Edit, EntryState, FailedWrite, Outcome, QueueEntry, Verdict};
 pub use read::{Reader, Table};
 pub use write::{MAX_TRANSACTION_BYTES, Recorded, Tx, Written};
 
@@ -56,6 +58,8 @@ pub struct Store {
     grouped: bool,
     /// Sent and accepted up to here, as far as the rows of `local_changes` do not say so yet.
     marks: Option<(u64, u64)>,
+    /// Rejections by business rules before a transaction waits for a person.
+    max_attempts: u32,
 }
 
 impl Store {
@@ -74,7 +78,7 @@ impl Store {
         require_durability(&connection)?;
         // `INSERT OR REPLACE` deletes the row that it replaces: only with this does the delete trigger see it.
         connection.pragma_update(None, "recursive_triggers", true).during("setting recursive_triggers")?;
-        connection.execute_batch(trigger::STORE_TABLES).during("creating the store's tables")?;
+        create_tables(&connection)?;
 
         let session = Arc::new(Session::new(host));
         functions::register(&connection, &session, true)?;
@@ -98,6 +102,7 @@ impl Store {
             data_version: 0,
             grouped: false,
             marks: None,
+            max_attempts: backoff::MAX_ATTEMPTS,
         };
         store.prepare_identity()?;
         store.schema = store.meta_json("schema")?;
@@ -105,6 +110,11 @@ impl Store {
         functions::guard(&store.connection, &store.session)?;
         store.data_version = store.read_data_version()?;
         Ok(store)
+    }
+
+    /// Sets after how many rejections by business rules a transaction waits for a person.
+    pub fn set_max_attempts(&mut self, attempts: u32) {
+        self.max_attempts = attempts.max(1);
     }
 
     /// The installed schema.
@@ -138,6 +148,41 @@ impl Store {
             .prepare_cached("PRAGMA data_version")
             .and_then(|mut statement| statement.query_row([], |row| row.get(0)))
             .during("reading data_version")
+    }
+}
+
+/// Creates the store's own tables, or brings those of an older version up to date.
+fn create_tables(connection: &Connection) -> Result<(), StoreError> {
+    let version = || {
+        connection
+            .pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))
+            .during("reading the store's version")
+    };
+    if version()? == trigger::STORE_VERSION {
+        return Ok(());
+    }
+    let upgrade = || -> Result<(), StoreError> {
+        // Under the lock: another process may have done it meanwhile.
+        let found = version()?;
+        if found > trigger::STORE_VERSION {
+            return Err(StoreError::TooNew { found, known: trigger::STORE_VERSION });
+        }
+        let old: bool = connection
+            .query_row("SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'local_changes')", [], |row| row.get(0))
+            .during("looking for the store's tables")?;
+        if old && found == 0 {
+            connection.execute_batch(trigger::UPGRADE_FROM_0).during("upgrading the store's tables")?;
+        }
+        connection.execute_batch(trigger::STORE_TABLES).during("creating the store's tables")?;
+        connection.pragma_update(None, "user_version", trigger::STORE_VERSION).during("storing the store's version")
+    };
+    connection.execute_batch("BEGIN IMMEDIATE").during("beginning a transaction")?;
+    match upgrade() {
+        Ok(()) => connection.execute_batch("COMMIT").during("committing"),
+        Err(error) => {
+            connection.execute_batch("ROLLBACK").during("rolling back")?;
+            Err(error)
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use rusqlite::{OptionalExtension, ToSql, params};
 use uuid::Uuid;
 
 use crate::error::{During, encode, parse};
+use crate::queue::{FAILED, TROUBLED};
 use crate::{Store, StoreError};
 
 /// The store's facts, as `hello` and the status need them.
@@ -13,8 +14,6 @@ use crate::{Store, StoreError};
 pub struct Info {
     /// The installation.
     pub client_id: Uuid,
-    /// This copy of the store.
-    pub instance: Uuid,
     /// Version of the installed schema.
     pub schema: Option<String>,
     /// Where the rows stand; none before the first snapshot.
@@ -23,12 +22,14 @@ pub struct Info {
     pub resync: bool,
     /// Scopes whose rows the store holds.
     pub scopes: Vec<Scope>,
-    /// Highest settled transaction.
+    /// Highest settled `client_seq`.
     pub confirmed_seq: u64,
-    /// Highest recorded transaction.
+    /// Highest `client_seq` given out.
     pub last_seq: u64,
     /// Number of failed transactions.
     pub failed: u64,
+    /// Number of transactions held back behind them.
+    pub held: u64,
     /// When the oldest unsettled transaction was recorded, in microseconds since 1970.
     pub oldest_pending: Option<u64>,
 }
@@ -36,16 +37,13 @@ pub struct Info {
 impl Store {
     pub(crate) fn prepare_identity(&mut self) -> Result<(), StoreError> {
         if self.meta_uuid("client_id")?.is_none() {
-            let (client_id, instance) = (self.session.uuid(), self.session.uuid());
             // OR IGNORE: two processes may open a new store at the same time.
-            for (key, value) in [("client_id", client_id), ("instance", instance)] {
-                self.connection
-                    .execute(
-                        "INSERT OR IGNORE INTO millstream_meta (key, value) VALUES (?1, ?2)",
-                        params![key, value.to_string()],
-                    )
-                    .during("storing the identity")?;
-            }
+            self.connection
+                .execute(
+                    "INSERT OR IGNORE INTO millstream_meta (key, value) VALUES ('client_id', ?1)",
+                    params![self.session.uuid().to_string()],
+                )
+                .during("storing the identity")?;
         }
         let stamp: i64 = self
             .connection
@@ -61,19 +59,19 @@ impl Store {
 
     /// The store's facts.
     pub fn info(&self) -> Result<Info, StoreError> {
-        let (failed, oldest): (i64, Option<i64>) = self
+        let (failed, held, oldest): (i64, i64, Option<i64>) = self
             .connection
-            .prepare_cached(
-                "SELECT (SELECT count(DISTINCT tx) FROM local_changes WHERE state IN ('retry_wait', 'error')), \
-                 (SELECT recorded_at FROM local_changes WHERE tx > ?1 ORDER BY tx LIMIT 1)",
-            )
+            .prepare_cached(&format!(
+                "SELECT (SELECT count(DISTINCT tx) FROM local_changes INDEXED BY local_changes_troubled WHERE {TROUBLED} AND {FAILED}), \
+                 (SELECT count(DISTINCT tx) FROM local_changes INDEXED BY local_changes_troubled WHERE {TROUBLED} AND state = 'held'), \
+                 (SELECT recorded_at FROM local_changes WHERE seq > ?1 ORDER BY seq LIMIT 1)"
+            ))
             .and_then(|mut statement| {
-                statement.query_row([self.confirmed_seq()? as i64], |row| Ok((row.get(0)?, row.get(1)?)))
+                statement.query_row([self.confirmed_seq()? as i64], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
             })
             .during("reading the queue's state")?;
         Ok(Info {
             client_id: self.meta_uuid("client_id")?.unwrap_or_default(),
-            instance: self.meta_uuid("instance")?.unwrap_or_default(),
             schema: self.schema.as_ref().map(|schema| schema.version.clone()),
             position: self.meta_json("position")?,
             resync: self.meta("resync")?.is_some_and(|flag| flag != Value::Null),
@@ -81,6 +79,7 @@ impl Store {
             confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?,
             last_seq: self.last_seq().during("reading the last number")?,
             failed: failed as u64,
+            held: held as u64,
             oldest_pending: oldest.map(|at| at as u64),
         })
     }
@@ -110,15 +109,32 @@ impl Store {
             .map(|seq| seq as u64)
     }
 
-    /// Highest recorded transaction. Only settled ones are ever removed from the queue, hence the greater of the two.
+    /// Highest `client_seq` given out. Only settled ones are ever removed from the queue, hence the greater of the two.
     pub(crate) fn last_seq(&self) -> rusqlite::Result<u64> {
         self.connection
             .prepare_cached(
-                "SELECT max(coalesce((SELECT max(tx) FROM local_changes), 0), \
+                "SELECT max(coalesce((SELECT max(seq) FROM local_changes WHERE seq IS NOT NULL), 0), \
                  coalesce((SELECT value FROM millstream_meta WHERE key = 'confirmed_seq'), 0))",
             )?
             .query_row([], |row| row.get::<_, i64>(0))
             .map(|seq| seq as u64)
+    }
+
+    /// Highest local transaction that there ever was.
+    pub(crate) fn last_tx(&self) -> Result<u64, StoreError> {
+        self.connection
+            .prepare_cached(
+                "SELECT max(coalesce((SELECT max(tx) FROM local_changes), 0), \
+                 coalesce((SELECT value FROM millstream_meta WHERE key = 'last_tx'), 0))",
+            )
+            .and_then(|mut statement| statement.query_row([], |row| row.get::<_, i64>(0)))
+            .map(|tx| tx as u64)
+            .during("reading the last transaction")
+    }
+
+    /// Entries are about to be removed: remembers the last transaction, so that none is ever named again.
+    pub(crate) fn keep_last_tx(&self) -> Result<(), StoreError> {
+        self.set_meta("last_tx", self.last_tx()? as i64)
     }
 
     pub(crate) fn set_meta(&self, key: &str, value: impl ToSql) -> Result<(), StoreError> {
@@ -147,7 +163,7 @@ impl Store {
         }
     }
 
-    fn meta_uuid(&self, key: &'static str) -> Result<Option<Uuid>, StoreError> {
+    pub(crate) fn meta_uuid(&self, key: &'static str) -> Result<Option<Uuid>, StoreError> {
         Ok(match self.meta(key)? {
             Some(Value::Text(text)) => text.parse().ok(),
             _ => None,

@@ -1,21 +1,22 @@
-//! The queue `local_changes`: reading it, retrying, discarding, pruning, and going back with the server.
+//! The queue `local_changes`: its entries, and what a person does with those that the server rejected.
 
-use std::collections::BTreeMap;
-
+use millstream_client_core::outbox::Entry;
 use millstream_schemas::frame::Submit;
-use millstream_schemas::{Change, Code, Value};
-use rusqlite::{Row, params};
+use millstream_schemas::{Change, Code, Operation, Value};
+use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::apply::{Applier, operation};
-use crate::error::{During, parse};
-use crate::{Recorded, Store, StoreError};
+use crate::error::{During, encode, parse};
+use crate::{Store, StoreError};
 
-/// Attempts at a transaction that a business rule refuses, before it waits for a person.
-pub const MAX_ATTEMPTS: u32 = 5;
-/// Bound of the first wait between attempts, in microseconds; doubles.
-const ATTEMPT_BASE_MICROS: u64 = 1_000_000;
+/// SQL: the entry has a number and is not settled.
+pub(crate) const OPEN: &str = "state IN ('pending', 'sending', 'accepted')";
+/// SQL: the server rejected it.
+pub(crate) const FAILED: &str = "state IN ('retry_wait', 'error')";
+/// SQL: rejected, tried again, or held back. Later changes of the same rows wait behind it.
+pub(crate) const TROUBLED: &str = "state <> 'confirmed' AND (attempts > 0 OR state = 'held')";
 
 /// State of an entry of the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -31,7 +32,7 @@ pub enum EntryState {
     RetryWait,
     /// Rejected; waits for a person.
     Error,
-    /// Held back.
+    /// Held back until an earlier transaction on the same rows is retried or discarded.
     Held,
     /// Settled; kept for the retention time.
     Confirmed,
@@ -52,23 +53,59 @@ impl EntryState {
     }
 }
 
+/// How a transaction took effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Every change did.
+    Applied,
+    /// Some columns lost to newer changes of others.
+    Merged,
+    /// All of it lost to newer changes of others.
+    Superseded,
+}
+
+impl Outcome {
+    pub(crate) fn as_str(self) -> Option<&'static str> {
+        match self {
+            Outcome::Applied => None,
+            Outcome::Merged => Some("merged"),
+            Outcome::Superseded => Some("superseded"),
+        }
+    }
+
+    fn parse(word: Option<&str>) -> Self {
+        match word {
+            Some("merged") => Outcome::Merged,
+            Some("superseded") => Outcome::Superseded,
+            _ => Outcome::Applied,
+        }
+    }
+}
+
 /// One change in the queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct QueueEntry {
-    /// `client_seq` of its transaction.
-    pub seq: u64,
+    /// The local transaction; its name for good.
+    pub tx: u64,
+    /// Its `client_seq`: another one each time that it is sent anew after a rejection; none while it is held back.
+    pub seq: Option<u64>,
     /// The change.
     pub change: Change,
     /// Values before it: of the changed columns, or the deleted row; JSON.
     pub previous: Option<String>,
     /// Where it stands.
     pub state: EntryState,
+    /// How it took effect, once it is confirmed.
+    pub outcome: Option<Outcome>,
     /// Verdicts against it so far.
     pub attempts: u32,
     /// When it is tried again: microseconds since 1970.
     pub next_attempt: Option<u64>,
     /// Code of the last verdict against it.
     pub error_code: Option<String>,
+    /// The constraint, rule or validator that refused it.
+    pub error_rule: Option<String>,
     /// Text of the last verdict against it; only on the change that failed.
     pub error: Option<String>,
     /// When it was recorded: microseconds since 1970.
@@ -78,12 +115,14 @@ pub struct QueueEntry {
 /// A transaction that the server rejected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FailedWrite {
-    /// Its `client_seq`.
-    pub seq: u64,
+    /// The local transaction.
+    pub tx: u64,
     /// `error` or `retry_wait`.
     pub state: EntryState,
     /// Why.
     pub code: Option<Code>,
+    /// The constraint, rule or validator that refused it.
+    pub rule: Option<String>,
     /// For people.
     pub message: String,
     /// The change that failed.
@@ -102,92 +141,110 @@ pub enum Verdict {
     /// Not settled.
     Open,
     /// Done.
-    Confirmed,
+    Confirmed(Outcome),
     /// Rejected.
     Failed(Box<FailedWrite>),
 }
 
-const COLUMNS: &str = "tx, change_id, tbl, key, op, columns, vals, stamp, previous, state, attempts, next_attempt, \
-                       last_error_code, last_error, recorded_at, traceparent";
+/// A new value for a column that a rejected change sets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// The change; none: the one that failed.
+    pub change_id: Option<Uuid>,
+    /// The column, which clients may set; of the key only those of an insert stay as they are.
+    pub column: String,
+    /// The value, as Postgres writes it.
+    pub value: Value,
+}
+
+const COLUMNS: &str = "tx, seq, instance, change_id, tbl, key, op, columns, vals, stamp, previous, state, outcome, attempts, \
+                       next_attempt, last_error_code, last_error_rule, last_error, recorded_at, traceparent";
 
 struct Raw {
     entry: QueueEntry,
+    instance: Option<Uuid>,
     traceparent: Option<String>,
 }
 
-struct Columns(Box<[String; 5]>, i64, QueueEntryRest);
-type QueueEntryRest =
-    (i64, Option<String>, String, i64, Option<i64>, Option<String>, Option<String>, i64, Option<String>);
-
-fn columns(row: &Row<'_>) -> rusqlite::Result<Columns> {
-    Ok(Columns(
-        Box::new([row.get(1)?, row.get(2)?, row.get(3)?, row.get(5)?, row.get(6)?]),
-        row.get(0)?,
-        (
-            row.get(7)?,
-            row.get(8)?,
-            row.get(9)?,
-            row.get(10)?,
-            row.get(11)?,
-            row.get(12)?,
-            row.get(13)?,
-            row.get(14)?,
-            row.get(15)?,
-        ),
-    ))
+/// A row of [`COLUMNS`]; the JSON texts of key, columns and values are read by [`decoded`].
+fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
+    let id = |text: String| text.parse().unwrap_or_default();
+    let unsigned = |value: Option<i64>| value.map(|value| value as u64);
+    let state = EntryState::parse(row.get_ref(11)?.as_str()?);
+    let outcome = Outcome::parse(row.get::<_, Option<String>>(12)?.as_deref());
+    let entry = QueueEntry {
+        tx: row.get::<_, i64>(0)? as u64,
+        seq: unsigned(row.get(1)?),
+        change: Change {
+            change_id: id(row.get(3)?),
+            table: row.get(4)?,
+            op: operation(row.get_ref(6)?.as_str()?),
+            key: Vec::new(),
+            columns: Vec::new(),
+            values: Vec::new(),
+            stamp: row.get::<_, i64>(9)? as u64,
+        },
+        previous: row.get(10)?,
+        state,
+        outcome: (state == EntryState::Confirmed).then_some(outcome),
+        attempts: row.get(13)?,
+        next_attempt: unsigned(row.get(14)?),
+        error_code: row.get(15)?,
+        error_rule: row.get(16)?,
+        error: row.get(17)?,
+        recorded_at: row.get::<_, i64>(18)? as u64,
+    };
+    let raw = Raw { entry, instance: row.get::<_, Option<String>>(2)?.map(id), traceparent: row.get(19)? };
+    Ok((raw, [row.get(5)?, row.get(7)?, row.get(8)?]))
 }
 
-/// Wall-clock time of the next attempt: exponential, the upper half of each wait jittered by a fresh UUID's random bits.
-pub(crate) fn next_attempt_at(store: &Store, attempts: u32) -> u64 {
-    let wait = ATTEMPT_BASE_MICROS << attempts.saturating_sub(1).min(16);
-    let random = store.session.uuid().as_u128() as u64 % (wait / 2 + 1);
-    store.session.now() + wait / 2 + random
+fn decoded((mut raw, [key, columns, values]): (Raw, [String; 3])) -> Result<Raw, StoreError> {
+    raw.entry.change.key = parse(&key, "key")?;
+    raw.entry.change.columns = parse(&columns, "list of columns")?;
+    raw.entry.change.values = parse(&values, "list of values")?;
+    Ok(raw)
 }
 
 impl Store {
     fn select(&self, suffix: &str, params: impl rusqlite::Params) -> Result<Vec<Raw>, StoreError> {
-        let sql = format!("SELECT {COLUMNS}, op FROM local_changes {suffix}");
-        let rows: Vec<(Columns, String)> = self
+        let sql = format!("SELECT {COLUMNS} FROM local_changes {suffix}");
+        let rows: Vec<(Raw, [String; 3])> = self
             .connection
             .prepare_cached(&sql)
-            .and_then(|mut statement| statement.query_map(params, |row| Ok((columns(row)?, row.get(16)?)))?.collect())
+            .and_then(|mut statement| statement.query_map(params, raw)?.collect())
             .during("reading the queue")?;
-        rows.into_iter().map(|(columns, op)| raw(columns, &op)).collect()
+        rows.into_iter().map(decoded).collect()
     }
 
-    /// Unsettled transactions after `after` by rising number, with the time they were recorded; at most `limit`.
-    pub(crate) fn submits(&self, after: u64, limit: usize) -> Result<Vec<(Submit, u64)>, StoreError> {
+    /// Numbered transactions after `after` that are not settled, by rising number; at most `limit`.
+    pub fn pending(&self, after: u64, limit: usize) -> Result<Vec<Submit>, StoreError> {
+        // Behind what is confirmed, numbers have no gaps and all are open.
+        let after = after.max(self.confirmed_seq().during("reading confirmed_seq")?);
         let raws = self.select(
-            // By number, not by state: the index of open entries would be read whole.
-            "INDEXED BY local_changes_by_tx WHERE tx > ?1 AND state IN ('pending', 'sending', 'accepted') AND tx <= (SELECT max(tx) FROM \
-             (SELECT DISTINCT tx FROM local_changes INDEXED BY local_changes_by_tx \
-             WHERE tx > ?1 AND state IN ('pending', 'sending', 'accepted') ORDER BY tx LIMIT ?2)) ORDER BY tx, id",
-            params![after as i64, limit as i64],
+            "INDEXED BY local_changes_by_seq WHERE seq > ?1 AND seq <= ?2 ORDER BY seq, id",
+            params![after as i64, (after + limit as u64) as i64],
         )?;
-        let mut submits: Vec<(Submit, u64)> = Vec::new();
-        for Raw { entry, traceparent } in raws {
+        let mut before = self.instance_of(after)?;
+        let mut submits: Vec<Submit> = Vec::new();
+        for Raw { entry, instance, traceparent } in raws {
+            let (seq, instance) = (entry.seq.unwrap_or_default(), instance.unwrap_or_default());
             match submits.last_mut() {
-                Some((submit, _)) if submit.seq == entry.seq => submit.changes.push(entry.change),
-                _ => submits.push((
-                    Submit {
-                        seq: entry.seq,
+                Some(submit) if submit.seq == seq => submit.changes.push(entry.change),
+                _ => {
+                    submits.push(Submit {
+                        seq,
                         attempt: entry.attempts + 1,
-                        instance: Uuid::nil(),
-                        previous: None,
-                        after: Vec::new(),
+                        instance,
+                        previous: before.filter(|before| *before != instance),
+                        after: self.predecessors(entry.tx, seq)?,
                         changes: vec![entry.change],
                         traceparent,
-                    },
-                    entry.recorded_at,
-                )),
+                    });
+                    before = Some(instance);
+                }
             }
         }
         Ok(submits)
-    }
-
-    /// Unsettled transactions after `after` by rising number; at most `limit`.
-    pub fn pending(&self, after: u64, limit: usize) -> Result<Vec<Submit>, StoreError> {
-        Ok(self.submits(after, limit)?.into_iter().map(|(submit, _)| submit).collect())
     }
 
     /// The newest entries of the queue, settled ones included, newest last; at most `limit`.
@@ -199,97 +256,156 @@ impl Store {
 
     /// The rejected transactions, oldest first.
     pub fn failed(&self) -> Result<Vec<FailedWrite>, StoreError> {
-        let raws = self.select("WHERE state IN ('retry_wait', 'error') ORDER BY tx, id", [])?;
+        let raws = self.select(&format!("WHERE {TROUBLED} AND {FAILED} ORDER BY tx, id"), [])?;
         Ok(failed(raws))
     }
 
-    /// What became of a transaction.
-    pub fn verdict(&self, seq: u64) -> Result<Verdict, StoreError> {
-        if seq > self.confirmed_seq().during("reading confirmed_seq")? {
-            return Ok(Verdict::Open);
+    /// What became of a transaction. One that is not in the queue any more is taken for applied.
+    pub fn verdict(&self, tx: u64) -> Result<Verdict, StoreError> {
+        let raws = self.select("WHERE tx = ?1 ORDER BY id", [tx as i64])?;
+        let outcome = match raws.first() {
+            None => Outcome::Applied,
+            Some(raw) => match (raw.entry.state, raw.entry.outcome) {
+                (EntryState::Confirmed, outcome) => outcome.unwrap_or(Outcome::Applied),
+                (EntryState::RetryWait | EntryState::Error, _) => {
+                    return Ok(failed(raws).pop().map_or(Verdict::Open, |failed| Verdict::Failed(Box::new(failed))));
+                }
+                _ => return Ok(Verdict::Open),
+            },
+        };
+        Ok(Verdict::Confirmed(outcome))
+    }
+
+    /// Queues a failed transaction again, with the same change ids; its attempts count from the start. It waits if an
+    /// earlier transaction on the same rows waits.
+    pub fn retry(&mut self, tx: u64) -> Result<Option<Entry>, StoreError> {
+        self.edit(tx, &[])
+    }
+
+    /// As [`Store::retry`], with other values for some columns.
+    pub fn edit(&mut self, tx: u64, edits: &[Edit]) -> Result<Option<Entry>, StoreError> {
+        let seq = self.transact(|store| {
+            store.keys(tx, FAILED)?;
+            for edit in edits {
+                store.change_value(tx, edit)?;
+            }
+            let seq = store.requeue(tx, true)?;
+            // What is behind it goes on too: if this one is refused again, the server refuses those.
+            store.release()?;
+            Ok::<_, StoreError>(seq)
+        })?;
+        match seq {
+            Some(seq) => Ok(self.entries_after(seq - 1, 1)?.pop()),
+            None => Ok(None),
         }
-        let raws = self.select("WHERE tx = ?1 AND state IN ('retry_wait', 'error') ORDER BY id", [seq as i64])?;
-        Ok(failed(raws).pop().map_or(Verdict::Confirmed, |failed| Verdict::Failed(Box::new(failed))))
     }
 
-    /// Queues a failed transaction again, with the same change ids, as a new transaction.
-    pub fn retry(&mut self, seq: u64) -> Result<Recorded, StoreError> {
-        let new = self.transact(|store| store.requeue(seq, true))?;
-        self.recorded_after(new - 1, 1)?.pop().ok_or(StoreError::NotFailed(seq))
+    fn change_value(&self, tx: u64, edit: &Edit) -> Result<(), StoreError> {
+        let refuse = |what: String| StoreError::Edit { tx, what };
+        let raws = self.select(&format!("WHERE tx = ?1 AND {FAILED} ORDER BY id"), [tx as i64])?;
+        let wanted = edit.change_id.or_else(|| failed_change(&raws));
+        let raw = raws.into_iter().find(|raw| Some(raw.entry.change.change_id) == wanted);
+        let mut change = raw.map(|raw| raw.entry.change).ok_or_else(|| refuse("it has no such change".into()))?;
+        let table = self.table(&change.table)?;
+        let known = table.table.column(&edit.column);
+        let (name, column) =
+            (&edit.column, known.ok_or_else(|| refuse(format!("there is no column {}", edit.column)))?);
+        if change.op == Operation::Delete {
+            return Err(refuse("a delete sets no column".into()));
+        }
+        if !table.table.columns[column].writable || table.table.key.contains(&column) {
+            return Err(refuse(format!("the column {name} cannot be changed")));
+        }
+        match change.columns.iter().position(|column| column == name) {
+            Some(place) => change.values[place] = edit.value.clone(),
+            None => {
+                change.columns.push(name.clone());
+                change.values.push(edit.value.clone());
+            }
+        }
+        self.connection
+            .prepare_cached("UPDATE local_changes SET columns = ?2, vals = ?3, stamp = ?4 WHERE change_id = ?1")
+            .and_then(|mut statement| {
+                let stamp = self.session.next_stamp() as i64;
+                let id = change.change_id.to_string();
+                statement.execute(params![id, encode(&change.columns), encode(&change.values), stamp])
+            })
+            .during("editing a change")?;
+        Ok(())
     }
 
-    /// Queues those failed transactions again whose time has come.
-    pub fn retry_due(&mut self) -> Result<Vec<Recorded>, StoreError> {
+    /// Queues those failed transactions again whose time has come. True: there were some.
+    pub fn retry_due(&mut self) -> Result<bool, StoreError> {
         let now = self.session.now() as i64;
         let due: Vec<i64> = self
             .connection
-            .prepare_cached(
-                "SELECT DISTINCT tx FROM local_changes WHERE state = 'retry_wait' AND next_attempt <= ?1 ORDER BY tx",
-            )
+            .prepare_cached(&format!(
+                "SELECT DISTINCT tx FROM local_changes INDEXED BY local_changes_troubled \
+                 WHERE {TROUBLED} AND state = 'retry_wait' AND next_attempt <= ?1 ORDER BY tx"
+            ))
             .and_then(|mut statement| statement.query_map([now], |row| row.get(0))?.collect())
             .during("reading due retries")?;
         if due.is_empty() {
-            return Ok(Vec::new());
+            return Ok(false);
         }
-        let first = self.transact(|store| {
-            let mut first = u64::MAX;
-            for tx in &due {
-                first = first.min(store.requeue(*tx as u64, false)?);
-            }
-            Ok::<_, StoreError>(first)
-        })?;
-        self.recorded_after(first - 1, due.len())
+        self.transact(|store| due.iter().try_for_each(|tx| store.requeue(*tx as u64, false).map(drop)))?;
+        Ok(true)
     }
 
-    /// Gives a failed transaction the next number, and shows its changes again.
-    fn requeue(&self, seq: u64, by_hand: bool) -> Result<u64, StoreError> {
-        let keys = self.failed_keys(seq)?;
-        let new = self.last_seq().during("reading the last number")? + 1;
+    /// Shows a failed transaction's changes again and gives it the next number, if none waits before it.
+    fn requeue(&self, tx: u64, by_hand: bool) -> Result<Option<u64>, StoreError> {
+        let keys = self.keys(tx, FAILED)?;
         let mut applier = Applier::new(self)?;
         for (table, key) in &keys {
             applier.keep_base(table, key)?;
         }
         self.connection
             .prepare_cached(
-                "UPDATE local_changes SET tx = ?2, state = 'pending', next_attempt = NULL, attempts = CASE WHEN ?3 THEN 0 ELSE attempts END \
-                 WHERE tx = ?1 AND state IN ('retry_wait', 'error')",
+                "UPDATE local_changes SET next_attempt = NULL, attempts = CASE WHEN ?2 THEN 0 ELSE attempts END WHERE tx = ?1",
             )
-            .and_then(|mut statement| statement.execute(params![seq as i64, new as i64, by_hand]))
+            .and_then(|mut statement| statement.execute(params![tx as i64, by_hand]))
             .during("queueing again")?;
+        let seq = self.number(tx)?;
         applier.finish()?;
-        Ok(new)
+        Ok(seq)
     }
 
-    /// Forgets a failed transaction. Its rows show the server's state already.
-    pub fn discard(&mut self, seq: u64) -> Result<(), StoreError> {
+    /// Forgets a failed or held transaction; its rows show the server's state.
+    pub fn discard(&mut self, tx: u64) -> Result<(), StoreError> {
+        const WAITING: &str = "state IN ('retry_wait', 'error', 'held')";
         self.transact(|store| {
-            store.failed_keys(seq)?;
+            let keys = store.keys(tx, WAITING)?;
+            store.keep_last_tx()?;
             store
                 .connection
-                .execute("DELETE FROM local_changes WHERE tx = ?1 AND state IN ('retry_wait', 'error')", [seq as i64])
+                .execute(&format!("DELETE FROM local_changes WHERE tx = ?1 AND {WAITING}"), [tx as i64])
                 .during("discarding a transaction")?;
-            Ok(())
+            let mut applier = Applier::new(store)?;
+            applier.dirty.extend(keys);
+            applier.finish()?;
+            store.release()
         })
     }
 
-    fn failed_keys(&self, seq: u64) -> Result<Vec<(String, String)>, StoreError> {
+    /// The rows that a transaction in these states writes.
+    pub(crate) fn keys(&self, tx: u64, states: &str) -> Result<Vec<(String, String)>, StoreError> {
         let keys: Vec<(String, String)> = self
             .connection
-            .prepare_cached(
-                "SELECT DISTINCT tbl, key FROM local_changes WHERE tx = ?1 AND state IN ('retry_wait', 'error')",
-            )
-            .and_then(|mut statement| {
-                statement.query_map([seq as i64], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
-            })
-            .during("reading a failed transaction")?;
-        if keys.is_empty() { Err(StoreError::NotFailed(seq)) } else { Ok(keys) }
+            .prepare_cached(&format!("SELECT DISTINCT tbl, key FROM local_changes WHERE tx = ?1 AND {states}"))
+            .and_then(|mut statement| statement.query_map([tx as i64], |row| Ok((row.get(0)?, row.get(1)?)))?.collect())
+            .during("reading a transaction")?;
+        if keys.is_empty() { Err(StoreError::NotFailed(tx)) } else { Ok(keys) }
     }
 
     /// Removes settled entries recorded before `before` (microseconds since 1970); others are never removed.
     pub fn prune(&mut self, before: u64) -> Result<usize, StoreError> {
-        self.connection
-            .execute("DELETE FROM local_changes WHERE state = 'confirmed' AND recorded_at < ?1", [before as i64])
-            .during("pruning the queue")
+        self.transact(|store| {
+            store.keep_last_tx()?;
+            store
+                .connection
+                .execute("DELETE FROM local_changes WHERE state = 'confirmed' AND recorded_at < ?1", [before as i64])
+                .during("pruning the queue")
+        })
     }
 
     /// Notes what was sent and accepted. Written with the next batch or by [`Store::flush_marks`]: a mark is not worth
@@ -315,7 +431,7 @@ impl Store {
         }
         for (through, state, from) in [(accepted, "accepted", "'pending', 'sending'"), (sent, "sending", "'pending'")] {
             let sql = format!(
-                "UPDATE local_changes INDEXED BY local_changes_by_tx SET state = '{state}' WHERE tx > ?1 AND tx <= ?2 AND state IN ({from})"
+                "UPDATE local_changes INDEXED BY local_changes_by_seq SET state = '{state}' WHERE seq > ?1 AND seq <= ?2 AND state IN ({from})"
             );
             self.connection
                 .prepare_cached(&sql)
@@ -325,102 +441,38 @@ impl Store {
         Ok(())
     }
 
-    /// The server's ledger stands at `last_seq`, before what this store knows to be settled: the server was restored to an
-    /// earlier point. Everything after it that is still in the queue is submitted again, in the old order.
-    ///
-    /// Numbers stay as they are, unless some are missing: then the rest moves up, because the ledger admits no gap.
-    pub fn rewind(&mut self, last_seq: u64) -> Result<(), StoreError> {
-        self.transact(|store| {
-            let rows: Vec<(i64, String, String)> = store
-                .connection
-                .prepare_cached("SELECT tx, tbl, key FROM local_changes WHERE tx > ?1 ORDER BY tx, id")
-                .and_then(|mut statement| {
-                    statement.query_map([last_seq as i64], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
-                })
-                .during("reading what the server lost")?;
-            let mut applier = Applier::new(store)?;
-            for (_, table, key) in &rows {
-                applier.keep_base(table, key)?;
+    /// Instance that numbered `seq`, as far as this store knows.
+    pub(crate) fn instance_of(&self, seq: u64) -> Result<Option<Uuid>, StoreError> {
+        let own: Option<Option<String>> = self
+            .connection
+            .prepare_cached("SELECT instance FROM local_changes WHERE seq = ?1 LIMIT 1")
+            .and_then(|mut statement| statement.query_row([seq as i64], |row| row.get(0)).optional())
+            .during("reading an instance")?;
+        match own.flatten() {
+            Some(text) => Ok(text.parse().ok()),
+            None if seq == self.confirmed_seq().during("reading confirmed_seq")? => {
+                self.meta_uuid("confirmed_instance")
             }
-            let numbers: BTreeMap<i64, ()> = rows.iter().map(|(tx, _, _)| (*tx, ())).collect();
-            // Rising, and never above the old number: no two transactions ever share one.
-            for (new, old) in (last_seq as i64 + 1..).zip(numbers.into_keys()) {
-                store
-                    .connection
-                    .prepare_cached(
-                        "UPDATE local_changes SET tx = ?2, state = 'pending', next_attempt = NULL WHERE tx = ?1",
-                    )
-                    .and_then(|mut statement| statement.execute([old, new]))
-                    .during("queueing again")?;
-            }
-            store.set_meta("confirmed_seq", last_seq as i64)?;
-            applier.finish()
-        })
-    }
-
-    /// The server's ledger is ahead of everything this store ever recorded: this store is a copy or was restored, and
-    /// the numbers it would use are taken. It goes on as a new installation; what is unsettled is numbered anew.
-    pub fn become_new(&mut self) -> Result<(), StoreError> {
-        self.transact(|store| {
-            let open: Vec<i64> = store
-                .connection
-                .prepare_cached(
-                    "SELECT DISTINCT tx FROM local_changes WHERE state IN ('pending', 'sending', 'accepted') ORDER BY tx",
-                )
-                .and_then(|mut statement| statement.query_map([], |row| row.get(0))?.collect())
-                .during("reading the queue")?;
-            // Settled and failed entries keep their place in the list, behind numbers that are never sent.
-            store
-                .connection
-                .execute("UPDATE local_changes SET tx = -tx WHERE state NOT IN ('pending', 'sending', 'accepted') AND tx > 0", [])
-                .during("setting settled entries aside")?;
-            for (new, old) in (1i64..).zip(open) {
-                store
-                    .connection
-                    .execute("UPDATE local_changes SET tx = ?2, state = 'pending' WHERE tx = ?1", [old, new])
-                    .during("numbering anew")?;
-            }
-            store.set_meta("confirmed_seq", 0)?;
-            store.set_meta("client_id", store.session.uuid().to_string())?;
-            store.set_meta("instance", store.session.uuid().to_string())
-        })
+            None => Ok(None),
+        }
     }
 }
 
-fn raw(Columns(texts, tx, rest): Columns, op: &str) -> Result<Raw, StoreError> {
-    let [change_id, table, key, columns, values] = *texts;
-    let (stamp, previous, state, attempts, next_attempt, error_code, error, recorded_at, traceparent) = rest;
-    let change = Change {
-        change_id: change_id.parse().unwrap_or_default(),
-        table,
-        op: operation(op),
-        key: parse::<Vec<Value>>(&key, "key")?,
-        columns: parse(&columns, "list of columns")?,
-        values: parse(&values, "list of values")?,
-        stamp: stamp as u64,
-    };
-    let entry = QueueEntry {
-        seq: tx.unsigned_abs(),
-        change,
-        previous,
-        state: EntryState::parse(&state),
-        attempts: attempts as u32,
-        next_attempt: next_attempt.map(|at| at as u64),
-        error_code,
-        error,
-        recorded_at: recorded_at as u64,
-    };
-    Ok(Raw { entry, traceparent })
+/// The change that failed: the one with a message, else the first.
+fn failed_change(raws: &[Raw]) -> Option<Uuid> {
+    let failed = raws.iter().find(|raw| raw.entry.error.is_some()).or(raws.first());
+    failed.map(|raw| raw.entry.change.change_id)
 }
 
 fn failed(raws: Vec<Raw>) -> Vec<FailedWrite> {
     let mut writes: Vec<FailedWrite> = Vec::new();
     for Raw { entry, .. } in raws {
-        if writes.last().is_none_or(|write| write.seq != entry.seq) {
+        if writes.last().is_none_or(|write| write.tx != entry.tx) {
             writes.push(FailedWrite {
-                seq: entry.seq,
+                tx: entry.tx,
                 state: entry.state,
                 code: entry.error_code.as_deref().and_then(|code| code.parse().ok()),
+                rule: entry.error_rule,
                 message: String::new(),
                 change_id: entry.change.change_id,
                 attempts: entry.attempts,

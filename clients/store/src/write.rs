@@ -1,5 +1,6 @@
 //! The app's transactions.
 
+use millstream_client_core::outbox::Entry;
 use millstream_schemas::frame::{ClientFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
 use rusqlite::types::Value;
 use rusqlite::{Connection, params_from_iter};
@@ -31,15 +32,15 @@ pub struct Written<T> {
     pub recorded: Option<Recorded>,
 }
 
-/// A transaction of the queue, encoded to be sent.
+/// A transaction that is in the queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recorded {
-    /// `client_seq`.
-    pub seq: u64,
-    /// The `submit` frame.
-    pub text: String,
+    /// The local transaction.
+    pub tx: u64,
     /// When it was recorded, in microseconds since 1970.
     pub at: u64,
+    /// Its number and `submit` frame; none while it is held back.
+    pub entry: Option<Entry>,
 }
 
 /// The app's transaction under way.
@@ -99,8 +100,9 @@ impl Tx<'_> {
 impl Store {
     /// Runs the app's transaction: its rows and their queue entries become durable together, or not at all.
     ///
-    /// Its number is the highest recorded one plus one, read under SQLite's write lock; so numbers have no gaps whatever
-    /// is rolled back, and processes that share the store never give out the same one.
+    /// Its `client_seq` is the highest one plus one, read under SQLite's write lock; so numbers have no gaps whatever is
+    /// rolled back, and processes that share the store never give out the same one. A transaction that writes a row with a
+    /// rejected or held change under it gets none yet: it is held back.
     pub fn write<T, E: From<StoreError>>(
         &mut self,
         traceparent: Option<&str>,
@@ -108,8 +110,9 @@ impl Store {
     ) -> Result<Written<T>, E> {
         let store = &*self;
         store.transact(|store| {
+            let tx = store.last_tx()? + 1;
             let seq = store.last_seq().during("reading the last number")? + 1;
-            store.session.begin(seq, traceparent);
+            store.session.begin(tx, seq, traceparent);
             let result = work(&mut Tx { store, depth: 0 });
             store.session.end();
             if store.connection.is_autocommit() {
@@ -117,46 +120,52 @@ impl Store {
                 return result.and(Err(StoreError::TransactionLost.into()));
             }
             let value = result?;
-            Ok(Written { value, recorded: store.recorded(seq)? })
+            Ok(Written { value, recorded: store.recorded(tx, seq)? })
         })
     }
 
     /// What the transaction under way left in the queue, within the limits.
-    fn recorded(&self, seq: u64) -> Result<Option<Recorded>, StoreError> {
-        let found: i64 = self
+    fn recorded(&self, tx: u64, seq: u64) -> Result<Option<Recorded>, StoreError> {
+        let (found, at): (i64, Option<i64>) = self
             .connection
-            .prepare_cached("SELECT count(*) FROM local_changes WHERE tx = ?1")
-            .and_then(|mut statement| statement.query_row([seq as i64], |row| row.get(0)))
+            .prepare_cached("SELECT count(*), min(recorded_at) FROM local_changes WHERE tx = ?1")
+            .and_then(|mut statement| statement.query_row([tx as i64], |row| Ok((row.get(0)?, row.get(1)?))))
             .during("counting changes")?;
-        if found == 0 {
-            return Ok(None);
-        }
+        let Some(at) = at else { return Ok(None) };
         if found as usize > MAX_TRANSACTION_CHANGES {
             return Err(StoreError::TooManyChanges { found: found as usize });
         }
-        let recorded = self.recorded_after(seq - 1, 1)?.pop();
-        match &recorded {
-            Some(recorded) if recorded.text.len() > MAX_TRANSACTION_BYTES => {
-                Err(StoreError::TooManyBytes { found: recorded.text.len() })
-            }
-            _ => Ok(recorded),
+        // Also of one that is to be held back: its size must not be found out when its time comes.
+        let entry = self.entries_after(seq - 1, 1)?.pop();
+        if let Some(Entry { text, .. }) = &entry
+            && text.len() > MAX_TRANSACTION_BYTES
+        {
+            return Err(StoreError::TooManyBytes { found: text.len() });
         }
+        let entry = if self.is_blocked(tx)? {
+            self.hold(tx)?;
+            None
+        } else {
+            entry
+        };
+        Ok(Some(Recorded { tx, at: at as u64, entry }))
     }
 
-    /// Unsettled transactions after `after`, encoded, by rising number; at most `limit`, and fewer if they are large.
-    pub fn recorded_after(&self, after: u64, limit: usize) -> Result<Vec<Recorded>, StoreError> {
-        let mut found: Vec<Recorded> = Vec::new();
+    /// Numbered transactions after `after` that are not settled, encoded, by rising number; at most `limit`, and fewer if
+    /// they are large.
+    pub fn entries_after(&self, after: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        let mut found: Vec<Entry> = Vec::new();
         let mut bytes = 0;
         while found.len() < limit && bytes < READ_BYTES {
-            let from = found.last().map_or(after, |recorded| recorded.seq);
-            let page = self.submits(from, READ_PAGE.min(limit - found.len()))?;
+            let from = found.last().map_or(after, |entry| entry.seq);
+            let page = self.pending(from, READ_PAGE.min(limit - found.len()))?;
             if page.is_empty() {
                 break;
             }
-            for (submit, at) in page {
+            for submit in page {
                 let (seq, text) = (submit.seq, encode(&ClientFrame::Submit(submit)));
                 bytes += text.len();
-                found.push(Recorded { seq, at, text });
+                found.push(Entry { seq, text });
             }
         }
         Ok(found)

@@ -182,12 +182,12 @@ pub enum ConfigError {
         source: Box<toml::de::Error>,
     },
     /// It contradicts itself.
-    #[error("{}: {what}", path.display())]
+    #[error("{}: {}", path.display(), problems.join("\n"))]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// Where and what.
-        what: String,
+        /// Where and what, each.
+        problems: Vec<String>,
     },
 }
 
@@ -197,31 +197,35 @@ impl Config {
     /// # Errors
     /// See [`ConfigError`].
     pub fn read(path: impl AsRef<Path>) -> Result<Config, ConfigError> {
-        let path = path.as_ref().to_path_buf();
-        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
-        Config::parse(&text, path)
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let config = Config::parse(&text, path)?;
+        let problems = config.problems();
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError::Invalid { path: path.into(), problems }) }
     }
 
-    fn parse(text: &str, path: PathBuf) -> Result<Config, ConfigError> {
-        let config: Config = toml::from_str(text)
-            .map_err(|source| ConfigError::Parse { path: path.clone(), source: Box::new(source) })?;
-        config.check().map_err(|what| ConfigError::Invalid { path, what })?;
-        Ok(config)
+    /// The file's text, as far as it is well formed; [`Config::problems`] says whether it makes sense.
+    ///
+    /// # Errors
+    /// [`ConfigError::Parse`].
+    pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+        toml::from_str(text).map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })
     }
 
-    fn check(&self) -> Result<(), String> {
+    /// Everything in it that contradicts itself, each with the section that it is in: `[tables.tasks]: …`.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
         if self.tables.is_empty() {
-            return Err("no [tables.NAME] is declared, so there is nothing to sync".to_owned());
+            problems.push("no [tables.NAME] is declared, so there is nothing to sync".to_owned());
         }
         for (kind, scope) in &self.scopes {
             if kind == USER_KIND || kind == GLOBAL_KIND {
-                return Err(format!("[scopes.{kind}]: `{kind}` is built in; choose another name"));
-            }
-            if format!("{kind}:x").parse::<millstream_schemas::Scope>().is_err() {
-                return Err(format!("[scopes.{kind}]: a kind is a lower-case identifier, such as `project`"));
+                problems.push(format!("[scopes.{kind}]: `{kind}` is built in; choose another name"));
+            } else if format!("{kind}:x").parse::<millstream_schemas::Scope>().is_err() {
+                problems.push(format!("[scopes.{kind}]: a kind is a lower-case identifier, such as `project`"));
             }
             if !self.tables.contains_key(&scope.membership.table) {
-                return Err(format!(
+                problems.push(format!(
                     "[scopes.{kind}]: membership table `{0}` is not synced; declare [tables.{0}]",
                     scope.membership.table
                 ));
@@ -229,56 +233,59 @@ impl Config {
         }
         for (name, table) in &self.tables {
             if table.scope.as_slice().is_empty() {
-                return Err(format!("[tables.{name}]: `scope` is empty, so nobody could read it"));
+                problems.push(format!("[tables.{name}]: `scope` is empty, so nobody could read it"));
             }
             for scope in table.scope.as_slice() {
                 let known =
                     scope.kind == USER_KIND || scope.kind == GLOBAL_KIND || self.scopes.contains_key(&scope.kind);
                 if !known {
-                    return Err(format!(
+                    problems.push(format!(
                         "[tables.{name}]: scope kind `{0}` is not declared; add [scopes.{0}]",
                         scope.kind
                     ));
                 }
                 if (scope.kind == GLOBAL_KIND) != scope.column.is_none() {
-                    return Err(format!(
+                    problems.push(format!(
                         "[tables.{name}]: every scope but `global` names its `column`, and `global` none"
                     ));
                 }
             }
-            table.check_rules().map_err(|what| format!("[tables.{name}]: {what}"))?;
+            problems.extend(table.problems().into_iter().map(|what| format!("[tables.{name}]: {what}")));
         }
-        Ok(())
+        problems
     }
 }
 
 impl TableConfig {
-    fn check_rules(&self) -> Result<(), String> {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
         for (index, rule) in self.rules.iter().enumerate() {
             let code = &rule.code;
             let is_identifier = code.len() <= MAX_RULE_BYTES
                 && code.starts_with(|c: char| c.is_ascii_lowercase())
                 && code.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
             if !is_identifier {
-                return Err(format!("rule `{code}`: a code is a lower-case identifier, such as `title_too_short`"));
+                problems.push(format!("rule `{code}`: a code is a lower-case identifier, such as `title_too_short`"));
             }
             if self.rules[..index].iter().any(|other| other.code == *code) {
-                return Err(format!("rule `{code}` is declared twice"));
+                problems.push(format!("rule `{code}` is declared twice"));
             }
             if rule.on.is_empty() || rule.check.trim().is_empty() {
-                return Err(format!("rule `{code}`: name its operations in `on` and its predicate in `check`"));
+                problems.push(format!("rule `{code}`: name its operations in `on` and its predicate in `check`"));
             }
             if rule.message.is_empty() || rule.message.len() > MAX_FAILURE_MESSAGE_BYTES {
-                return Err(format!("rule `{code}`: `message` has 1 to {MAX_FAILURE_MESSAGE_BYTES} bytes"));
+                problems.push(format!("rule `{code}`: `message` has 1 to {MAX_FAILURE_MESSAGE_BYTES} bytes"));
             }
         }
-        match &self.validate {
-            Some(validate) if validate.on.is_empty() => Err("`validate.on` names no operation".to_owned()),
-            Some(validate) if !(1..=MAX_DEADLINE_MS).contains(&validate.deadline_ms) => {
-                Err(format!("`validate.deadline_ms` is 1 to {MAX_DEADLINE_MS}"))
+        if let Some(validate) = &self.validate {
+            if validate.on.is_empty() {
+                problems.push("`validate.on` names no operation".to_owned());
             }
-            _ => Ok(()),
+            if !(1..=MAX_DEADLINE_MS).contains(&validate.deadline_ms) {
+                problems.push(format!("`validate.deadline_ms` is 1 to {MAX_DEADLINE_MS}"));
+            }
         }
+        problems
     }
 }
 
@@ -287,8 +294,9 @@ mod tests {
     use super::*;
 
     fn check(text: &str) -> String {
-        match Config::parse(text, "millstream.toml".into()) {
-            Ok(_) => "ok".to_owned(),
+        match Config::parse(text, Path::new("millstream.toml")) {
+            Ok(config) if config.problems().is_empty() => "ok".to_owned(),
+            Ok(config) => config.problems().join("\n"),
             Err(error) => error.to_string(),
         }
     }
@@ -321,6 +329,14 @@ mod tests {
         ] {
             assert!(check(text).contains(says), "{text}\n{}", check(text));
         }
+    }
+
+    #[test]
+    fn all_mistakes_are_named_at_once() {
+        let text =
+            "[tables.a]\nscope = { kind = \"team\" }\nvalidate = { on = [], deadline_ms = 0 }\n[tables.b]\nscope = []";
+        let says = check(text);
+        assert_eq!(says.lines().count(), 5, "{says}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod model;
 
 pub use config::{
     Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RuleConfig, ScopeConfig, TableConfig,
-    TableScopeConfig, ValidateConfig,
+    TableScopeConfig, ValidateConfig, WriteConfig,
 };
 pub use load::CatalogError;
 pub use model::{Catalog, Column, ConflictPolicy, Membership, Rule, Table, Validate, WriteRules};

@@ -28,27 +28,57 @@ pub enum CatalogError {
     },
 }
 
-impl CatalogError {
-    fn table(table: &str, what: impl Into<String>) -> Self {
-        CatalogError::Table { table: table.to_owned(), what: what.into() }
-    }
-}
-
 impl Catalog {
     /// Finds every declared table, its columns, types and key in the database.
     ///
     /// # Errors
-    /// A table or column does not exist, a table has no primary key, or the database cannot be asked.
+    /// The first declaration that does not fit, or the database cannot be asked.
     pub async fn load(connection: &mut PgConnection, config: &Config) -> Result<Catalog, CatalogError> {
+        let (catalog, problems) = Catalog::collect(connection, config).await?;
+        problems.into_iter().next().map_or(Ok(catalog), Err)
+    }
+
+    /// Like [`Catalog::load`], but goes on: the catalog of what could be found, and every declaration that does not fit.
+    /// With problems, the catalog is good for finding more of them and for nothing else.
+    ///
+    /// # Errors
+    /// The database cannot be asked.
+    pub async fn collect(
+        connection: &mut PgConnection,
+        config: &Config,
+    ) -> Result<(Catalog, Vec<CatalogError>), CatalogError> {
         let mut tables = Vec::with_capacity(config.tables.len());
+        let mut problems = Vec::new();
         for (name, declared) in &config.tables {
-            tables.push(table(connection, name, declared, config).await?);
+            let mut found = Problems { table: name, problems: &mut problems };
+            tables.extend(table(connection, name, declared, config, &mut found).await?);
         }
         let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
         let by_oid = tables.iter().enumerate().map(|(index, table)| (table.oid, index)).collect();
         let mut catalog = Catalog { version: String::new(), tables, by_name, by_oid };
         catalog.version = version(&catalog);
-        Ok(catalog)
+        Ok((catalog, problems))
+    }
+}
+
+/// What does not fit in the declaration of one table.
+struct Problems<'a> {
+    table: &'a str,
+    problems: &'a mut Vec<CatalogError>,
+}
+
+impl Problems<'_> {
+    fn add(&mut self, what: impl Into<String>) {
+        self.problems.push(CatalogError::Table { table: self.table.to_owned(), what: what.into() });
+    }
+
+    /// The index of a column, if there is one of that name.
+    fn column(&mut self, columns: &[Column], name: &str) -> Option<usize> {
+        let found = columns.iter().position(|column| column.name == name);
+        if found.is_none() {
+            self.add(format!("it has no column `{name}`"));
+        }
+        found
     }
 }
 
@@ -70,7 +100,8 @@ async fn table(
     name: &str,
     declared: &TableConfig,
     config: &Config,
-) -> Result<Table, CatalogError> {
+    problems: &mut Problems<'_>,
+) -> Result<Option<Table>, CatalogError> {
     let (schema, relation) = name.split_once('.').unwrap_or(("public", name));
     let found = sqlx::query(
         "SELECT c.oid::int8 AS oid, c.relkind::text AS kind, c.relreplident::text AS identity,
@@ -82,14 +113,18 @@ async fn table(
     .bind(relation)
     .fetch_optional(&mut *connection)
     .await
-    .map_err(CatalogError::Query)?
-    .ok_or_else(|| CatalogError::table(name, format!("table {schema}.{relation} does not exist in the database")))?;
+    .map_err(CatalogError::Query)?;
+    let Some(found) = found else {
+        problems.add(format!("table {schema}.{relation} does not exist in the database"));
+        return Ok(None);
+    };
     if !matches!(found.get("kind"), "r" | "p") {
-        return Err(CatalogError::table(name, "only ordinary and partitioned tables can be synced, not views"));
+        problems.add("only ordinary and partitioned tables can be synced, not views");
+        return Ok(None);
     }
     let oid: i64 = found.get("oid");
 
-    let (columns, numbers) = columns(connection, oid, name, declared).await?;
+    let (columns, numbers) = columns(connection, oid, declared, problems).await?;
     let key_numbers: Option<Vec<i16>> =
         // By way of text: an int2vector counts from 0, which sqlx does not decode.
         sqlx::query_scalar(
@@ -100,46 +135,38 @@ async fn table(
             .fetch_optional(&mut *connection)
             .await
             .map_err(CatalogError::Query)?;
-    let key = key_numbers
-        .ok_or_else(|| CatalogError::table(name, "it has no primary key; a synced table needs one"))?
-        .iter()
-        .map(|number| numbers.iter().position(|n| n == number))
-        .collect::<Option<Vec<_>>>()
-        .ok_or_else(|| CatalogError::table(name, "a generated column is part of its primary key"))?;
+    if key_numbers.is_none() {
+        problems.add("it has no primary key; a synced table needs one");
+    }
+    let key_numbers = key_numbers.unwrap_or_default();
+    let key: Vec<usize> = key_numbers.iter().filter_map(|number| numbers.iter().position(|n| n == number)).collect();
+    if key.len() < key_numbers.len() {
+        problems.add("a generated column is part of its primary key");
+    }
 
-    let index = |column: &str| {
-        columns
-            .iter()
-            .position(|c| c.name == column)
-            .ok_or_else(|| CatalogError::table(name, format!("it has no column `{column}`")))
-    };
     let mut scopes = Vec::new();
     for scope in declared.scope.as_slice() {
-        let column = scope.column.as_deref().map(index).transpose()?;
-        scopes.push(TableScope { kind: scope.kind.clone(), column });
+        let column = scope.column.as_deref().map(|column| problems.column(&columns, column));
+        if column != Some(None) {
+            scopes.push(TableScope { kind: scope.kind.clone(), column: column.flatten() });
+        }
     }
     let mut memberships = Vec::new();
     for (kind, scope) in config.scopes.iter().filter(|(_, scope)| scope.membership.table == name) {
         let membership = &scope.membership;
-        memberships.push(Membership {
-            kind: kind.clone(),
-            user: index(&membership.user)?,
-            scope: index(&membership.scope)?,
-        });
-    }
-    if declared.write.insert.is_some() {
-        for &column in &key {
-            if !columns[column].writable {
-                let missing = &columns[column].name;
-                return Err(CatalogError::table(
-                    name,
-                    format!("clients may insert, so the key column `{missing}` must be in `writable`"),
-                ));
-            }
+        let user = problems.column(&columns, &membership.user);
+        let scope = problems.column(&columns, &membership.scope);
+        if let (Some(user), Some(scope)) = (user, scope) {
+            memberships.push(Membership { kind: kind.clone(), user, scope });
         }
     }
-    let conflict = conflict(name, declared.conflict, &columns)?;
-    Ok(Table {
+    if declared.write.insert.is_some() {
+        for missing in key.iter().map(|&column| &columns[column]).filter(|column| !column.writable) {
+            problems.add(format!("clients may insert, so the key column `{}` must be in `writable`", missing.name));
+        }
+    }
+    let conflict = conflict(declared.conflict, &columns, problems);
+    Ok(Some(Table {
         oid: u32::try_from(oid).unwrap_or_default(),
         name: name.to_owned(),
         sql_name: found.get("sql_name"),
@@ -169,54 +196,46 @@ async fn table(
             deadline: Duration::from_millis(validate.deadline_ms),
         }),
         identity_full: found.get::<&str, _>("identity") == "f",
-    })
+    }))
 }
 
 /// How concurrent changes meet: as declared, else by what columns there are.
-fn conflict(table: &str, declared: Option<Conflict>, columns: &[Column]) -> Result<ConflictPolicy, CatalogError> {
-    let find = |name: &str, sql_type: &str| {
-        let found = columns.iter().position(|column| column.name == name && column.sql_type == sql_type);
-        match found {
-            Some(index) if columns[index].writable => {
-                Err(CatalogError::table(table, format!("`{name}` is kept by Millstream: take it out of `writable`")))
-            }
-            found => Ok(found),
+fn conflict(declared: Option<Conflict>, columns: &[Column], problems: &mut Problems<'_>) -> ConflictPolicy {
+    let mut find = |name: &str, sql_type: &str| {
+        let found = columns.iter().position(|column| column.name == name && column.sql_type == sql_type)?;
+        if columns[found].writable {
+            problems.add(format!("`{name}` is kept by Millstream: take it out of `writable`"));
         }
+        Some(found)
     };
-    let missing = |policy: &str, needs: &str| {
-        let what = format!(
-            "conflict = \"{policy}\" needs {needs}; `millstream attach {table}` writes the migration that adds them"
-        );
-        CatalogError::table(table, what)
+    // A column `client_id` may well be the app's own: merging by row has to be asked for.
+    let policy = match declared {
+        Some(Conflict::Arrival) => Some(ConflictPolicy::Arrival),
+        Some(Conflict::Row) => find(UPDATED_AT, "timestamp with time zone")
+            .zip(find(CLIENT_ID, "uuid"))
+            .map(|(updated_at, client_id)| ConflictPolicy::Row { updated_at, client_id }),
+        Some(Conflict::Column) | None => find(FIELD_CLOCKS, "jsonb").map(|clocks| ConflictPolicy::Column {
+            clocks,
+            updated_at: find(UPDATED_AT, "timestamp with time zone"),
+            client_id: find(CLIENT_ID, "uuid"),
+        }),
     };
-    let clocks = || find(FIELD_CLOCKS, "jsonb");
-    let updated_at = || find(UPDATED_AT, "timestamp with time zone");
-    let client_id = || find(CLIENT_ID, "uuid");
-    let by_column = || -> Result<Option<ConflictPolicy>, CatalogError> {
-        let Some(clocks) = clocks()? else { return Ok(None) };
-        Ok(Some(ConflictPolicy::Column { clocks, updated_at: updated_at()?, client_id: client_id()? }))
+    let needs = match (policy, declared) {
+        (None, Some(Conflict::Column)) => "conflict = \"column\" needs a column `field_clocks jsonb`",
+        (None, Some(Conflict::Row)) => "conflict = \"row\" needs columns `updated_at timestamptz` and `client_id uuid`",
+        (policy, _) => return policy.unwrap_or(ConflictPolicy::Arrival),
     };
-    let by_row = || -> Result<Option<ConflictPolicy>, CatalogError> {
-        let (Some(updated_at), Some(client_id)) = (updated_at()?, client_id()?) else { return Ok(None) };
-        Ok(Some(ConflictPolicy::Row { updated_at, client_id }))
-    };
-    match declared {
-        Some(Conflict::Column) => by_column()?.ok_or_else(|| missing("column", "a column `field_clocks jsonb`")),
-        Some(Conflict::Row) => {
-            by_row()?.ok_or_else(|| missing("row", "columns `updated_at timestamptz` and `client_id uuid`"))
-        }
-        Some(Conflict::Arrival) => Ok(ConflictPolicy::Arrival),
-        // A column `client_id` may well be the app's own: merging by row has to be asked for.
-        None => Ok(by_column()?.unwrap_or(ConflictPolicy::Arrival)),
-    }
+    let table = problems.table;
+    problems.add(format!("{needs}; `millstream attach {table}` writes the migration that adds them"));
+    ConflictPolicy::Arrival
 }
 
 /// The synced columns and their attribute numbers. Generated columns are left out: the WAL does not carry them.
 async fn columns(
     connection: &mut PgConnection,
     oid: i64,
-    name: &str,
     declared: &TableConfig,
+    problems: &mut Problems<'_>,
 ) -> Result<(Vec<Column>, Vec<i16>), CatalogError> {
     let rows = sqlx::query(
         "SELECT attname::text AS name, quote_ident(attname) AS sql_name, attnum AS number, atttypid::int8 AS type,
@@ -244,10 +263,9 @@ async fn columns(
         });
         numbers.push(row.get("number"));
     }
-    if let Some(unknown) = declared.writable.iter().find(|column| !writable[column.as_str()]) {
-        return Err(CatalogError::table(
-            name,
-            format!("`writable` names `{unknown}`, which is not a column of it (generated columns cannot be written)"),
+    for unknown in declared.writable.iter().filter(|column| !writable[column.as_str()]) {
+        problems.add(format!(
+            "`writable` names `{unknown}`, which is not a column of it (generated columns cannot be written)"
         ));
     }
     Ok((columns, numbers))

@@ -2,6 +2,7 @@
 //! its own policy on failures: only where submissions come from and verdicts go to is different.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::{Shutdown, Trigger};
@@ -13,6 +14,7 @@ use uuid::Uuid;
 
 use crate::batch::{Item, Owned};
 use crate::executor::Executor;
+use crate::external::External;
 use crate::worker::{Lost, Shared, Worker};
 
 /// Its partition, under a stream epoch that is its own.
@@ -58,7 +60,9 @@ impl Direct {
         made.await.map_err(DirectError::Partition)?;
         let (trigger, shutdown) = Shutdown::manual();
         let (lost_sender, lost) = mpsc::channel(1);
-        let shared = Shared { nats: None, lost: lost_sender, health: Health::new(), shutdown };
+        let health = Health::new();
+        let external = Arc::new(External::nobody(health.clone()));
+        let shared = Shared { nats: None, external, lost: lost_sender, health, shutdown };
         let executor = Executor::new(options, config, stream_epoch);
         let (_, commands) = mpsc::channel(1);
         let mut worker = Worker::new(0, executor, commands, shared);

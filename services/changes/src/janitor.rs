@@ -1,4 +1,5 @@
-//! Housekeeping of the stream: idle partitions are moved on, and what every partition has behind it is purged.
+//! Housekeeping. Of the stream: idle partitions are moved on, and what every partition has behind it is purged. Of the
+//! database: what is older than its `retention` is forgotten.
 
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::consumer::Idle;
 use crate::ownership::Assignment;
+use crate::retention::Retention;
 
 /// Time between rounds.
 const PERIOD: Duration = Duration::from_secs(30);
@@ -29,6 +31,7 @@ enum JanitorError {
 
 pub(crate) struct Janitor {
     pub pool: PgPool,
+    pub retention: Retention,
     pub stream: Stream,
     pub stream_epoch: String,
     pub assignment: watch::Receiver<Assignment>,
@@ -38,12 +41,19 @@ pub(crate) struct Janitor {
 
 impl Janitor {
     /// Runs until shutdown.
-    pub async fn run(self) {
+    pub async fn run(mut self) {
         let mut rounds = tokio::time::interval_at(tokio::time::Instant::now() + PERIOD, PERIOD);
         rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = self.shutdown.requested() => return,
+                () = tokio::time::sleep_until(self.retention.due()) => {
+                    let shutdown = self.shutdown.clone();
+                    tokio::select! {
+                        () = shutdown.requested() => return,
+                        () = self.retention.round() => continue,
+                    }
+                }
                 _ = rounds.tick() => {}
             }
             tokio::select! {

@@ -3,8 +3,9 @@
 //! `ownership` decides which partitions of the stream are this process's; the `consumer` reads them and hands each
 //! message to one of a few `worker`s; a worker cuts `batch`es and has the `executor` apply each in one Postgres
 //! transaction, guarded by the partition's position and the client's `ledger`. The `validator` says what needs no
-//! database, `statement` holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go
-//! out by `results` and, if they are rejections, into `history`. The `janitor` keeps the stream small.
+//! database, `external` asks validators outside (what waits for them stands at the `gate`), `statement` holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go
+//! out by `results` and, if they are rejections, into `history`. The `janitor` keeps the stream small,
+//! `retention` the tables.
 
 mod apply;
 mod batch;
@@ -14,6 +15,8 @@ mod error;
 mod executor;
 mod explain;
 mod group;
+mod external;
+mod gate;
 mod history;
 mod janitor;
 mod ledger;
@@ -22,6 +25,7 @@ mod ownership;
 mod plan;
 mod predicate;
 mod results;
+mod retention;
 mod settle;
 mod statement;
 mod traits;
@@ -46,8 +50,10 @@ use uuid::Uuid;
 
 use crate::consumer::{Consumer, Ended, Lane, WORKER_COMMANDS, WORKER_KIB};
 use crate::executor::Executor;
+use crate::external::External;
 use crate::janitor::Janitor;
 use crate::ownership::{Assignment, Ownership};
+use crate::retention::Retention;
 use crate::worker::{Shared, Worker};
 
 pub use error::Error;
@@ -78,6 +84,9 @@ pub struct Args {
     /// Batches that may be in Postgres at the same time; each has a connection of its own
     #[arg(long, env = "MILLSTREAM_CHANGES_WORKERS", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: u16,
+    /// Days for which failed changes are kept; longer than clients may stay away. 0 keeps them for ever
+    #[arg(long, env = "MILLSTREAM_HISTORY_RETENTION_DAYS", default_value_t = 90)]
+    pub history_retention_days: u16,
 }
 
 /// Runs the service until shutdown.
@@ -86,7 +95,7 @@ pub struct Args {
 /// The configuration cannot be used, or the broker refuses us. Postgres and the stream are waited for.
 pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     // What cannot get better by waiting ends the process at once; the workers read the file again when they need it.
-    Config::read(&args.config).map_err(Error::Config)?;
+    let config = Config::read(&args.config).map_err(Error::Config)?;
     let options = postgres::options(&args.postgres, "changes").map_err(Error::PostgresUrl)?;
     let pool = postgres::pool(&args.postgres, "changes", POOL_CONNECTIONS).map_err(Error::PostgresUrl)?;
     let health = Health::new();
@@ -99,7 +108,8 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         nats = nats::connect(&args.nats, "changes") => nats.map_err(Error::Nats)?,
         () = shutdown.requested() => return Ok(()),
     };
-    let service = Service { args, options, pool, health, nats, shutdown };
+    let external = Arc::new(External::new(&config, nats.client.clone(), health.clone()));
+    let service = Service { args, options, pool, health, nats, external, shutdown };
     while let Some(ended) = service.serve().await? {
         match ended {
             Ended::Shutdown => break,
@@ -117,6 +127,7 @@ struct Service {
     pool: PgPool,
     health: Health,
     nats: Nats,
+    external: Arc<External>,
     shutdown: Shutdown,
 }
 
@@ -135,6 +146,7 @@ impl Service {
         let (idle_sender, idle) = mpsc::channel(NOTICES);
         let shared = Shared {
             nats: Some(self.nats.client.clone()),
+            external: self.external.clone(),
             lost: lost_sender,
             health: self.health.clone(),
             shutdown: stop.clone(),
@@ -168,6 +180,7 @@ impl Service {
         });
         let janitor = Janitor {
             pool: self.pool.clone(),
+            retention: Retention::new(self.pool.clone(), self.args.history_retention_days),
             stream: stream.clone(),
             stream_epoch: stream_epoch.clone(),
             assignment: assignment.clone(),

@@ -17,6 +17,7 @@ use uuid::Uuid;
 use crate::batch::{Item, Mode, Owned, Queue, fences};
 use crate::error::Refusal;
 use crate::executor::{Executor, Failed};
+use crate::external::{External, Questions};
 use crate::plan::Condemned;
 use crate::results::Results;
 use crate::validator::Rejection;
@@ -77,6 +78,8 @@ pub(crate) struct Lost {
 pub(crate) struct Shared {
     /// Where results go; none: to whoever makes the worker step.
     pub nats: Option<async_nats::Client>,
+    /// Asks external validators.
+    pub external: Arc<External>,
     pub lost: mpsc::Sender<Lost>,
     pub health: Health,
     pub shutdown: Shutdown,
@@ -88,6 +91,8 @@ pub(crate) struct Worker {
     commands: mpsc::Receiver<Command>,
     shared: Shared,
     owned: BTreeMap<u16, Owned>,
+    /// What waits for external validators before it enters the queue.
+    questions: Questions,
     queue: Queue,
     condemned: Condemned,
     strikes: HashMap<(Uuid, u64), u32>,
@@ -96,11 +101,13 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub fn new(index: usize, executor: Executor, commands: mpsc::Receiver<Command>, shared: Shared) -> Self {
+        let questions = Questions::new(shared.external.clone());
         Worker {
             index,
             executor,
             commands,
             shared,
+            questions,
             owned: BTreeMap::new(),
             queue: Queue::default(),
             condemned: Condemned::new(),
@@ -115,12 +122,14 @@ impl Worker {
         loop {
             if self.queue.is_empty() {
                 self.forget();
-                let command = tokio::select! {
-                    command = self.commands.recv() => command,
-                    () = shutdown.requested() => None,
-                };
-                let Some(command) = command else { break };
-                self.take(command).await;
+                tokio::select! {
+                    command = self.commands.recv() => match command {
+                        Some(command) => self.take(command).await,
+                        None => break,
+                    },
+                    () = self.questions.ready() => {}
+                    () = shutdown.requested() => break,
+                }
             }
             // What is waiting, and never more than that: waiting for a full batch would only add latency.
             while !self.queue.is_full()
@@ -128,6 +137,7 @@ impl Worker {
             {
                 self.take(command).await;
             }
+            self.proceed();
             if shutdown.is_requested() {
                 break;
             }
@@ -143,7 +153,7 @@ impl Worker {
     /// Takes a partition over.
     pub fn own(&mut self, partition: u16, state: Owned) {
         self.owned.insert(partition, state);
-        self.queue.retain(&self.owned);
+        self.retain();
     }
 
     /// Works until these items are done with; `isolated`: one by one.
@@ -163,6 +173,9 @@ impl Worker {
     fn forget(&mut self) {
         self.strikes.clear();
         self.condemned.clear();
+        if self.questions.gate.is_empty() {
+            self.questions.gate.forget();
+        }
     }
 
     async fn take(&mut self, command: Command) {
@@ -170,7 +183,7 @@ impl Worker {
             Command::Own { partition, state } => self.own(partition, state),
             Command::Release { partition } => {
                 let Some(state) = self.owned.remove(&partition) else { return };
-                self.queue.retain(&self.owned);
+                self.retain();
                 if let Err(error) = self.executor.release(partition, state.epoch).await {
                     // Others see it as ours until the ownership task releases it a little later.
                     tracing::warn!(%error, partition, "cannot release a partition");
@@ -178,15 +191,37 @@ impl Worker {
             }
             Command::Message { partition, sequence, payload, room } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    self.queue.extend(items(partition, sequence, &payload, room));
+                    items(partition, sequence, &payload, room).into_iter().for_each(|item| self.enqueue(item));
                 }
             }
             Command::Advance { partition, sequence } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    self.queue.extend([Item { partition, sequence, submission: None, last: true, room: None }]);
+                    self.enqueue(Item { partition, sequence, submission: None, last: true, room: None });
                 }
             }
         }
+    }
+
+    /// Into the queue, or to the external validators first.
+    fn enqueue(&mut self, item: Item) {
+        self.queue.extend(self.questions.push(item));
+    }
+
+    /// Into the queue with what validators have been heard on; what they refuse is condemned.
+    fn proceed(&mut self) {
+        let (queue, condemned) = (&mut self.queue, &mut self.condemned);
+        self.questions.proceed(|item, refusal| {
+            if let (Some(submission), Some(rejection)) = (&item.submission, refusal) {
+                condemned.insert((submission.client_id, submission.seq), rejection);
+            }
+            queue.extend([item]);
+        });
+    }
+
+    /// Drops what is done or somebody else's.
+    fn retain(&mut self) {
+        self.queue.retain(&self.owned);
+        self.questions.gate.retain(&self.owned);
     }
 
     /// One attempt at the next batch; gives the results of what is committed.
@@ -199,7 +234,8 @@ impl Worker {
         let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
         let committed = |worker: &mut Self| {
             for item in worker.queue.batch().0.iter().take(count) {
-                if let Some(Submission { client_id, seq, .. }) = &item.submission {
+                if let Some(submission @ Submission { client_id, seq, .. }) = &item.submission {
+                    worker.questions.gate.settled(submission);
                     worker.condemned.remove(&(*client_id, *seq));
                     worker.strikes.remove(&(*client_id, *seq));
                 }
@@ -355,7 +391,7 @@ impl Worker {
             }
         }
         if changed {
-            self.queue.retain(&self.owned);
+            self.retain();
         }
         Some(stored)
     }

@@ -18,6 +18,36 @@ pub async fn check(connection: &mut PgConnection, catalog: &Catalog, publication
     if encoding == "SQL_ASCII" {
         return Err(Error::Encoding);
     }
+    let mut problems = publication_problems(connection, catalog, publication).await?;
+    problems.extend(identity_problems(connection, catalog).await?.into_iter().map(|(_, problem)| problem));
+    if problems.is_empty() { Ok(()) } else { Err(Error::Tables(problems.join("\n"))) }
+}
+
+/// The replica identities that do not cover what deletes and moves between scopes need: table, and what to do.
+///
+/// # Errors
+/// Postgres cannot be asked.
+pub async fn identity_problems(
+    connection: &mut PgConnection,
+    catalog: &Catalog,
+) -> Result<Vec<(String, String)>, Error> {
+    let mut problems = Vec::new();
+    for table in &catalog.tables {
+        let found = identity(connection, table).await?;
+        problems.extend(problem(table, &found).map(|problem| (table.name.clone(), problem)));
+    }
+    Ok(problems)
+}
+
+/// The tables that the publication lacks, and what to do about each.
+///
+/// # Errors
+/// Postgres cannot be asked.
+pub async fn publication_problems(
+    connection: &mut PgConnection,
+    catalog: &Catalog,
+    publication: &str,
+) -> Result<Vec<String>, Error> {
     let mut problems = Vec::new();
     let published = published(connection, publication).await?;
     for table in &catalog.tables {
@@ -31,13 +61,11 @@ pub async fn check(connection: &mut PgConnection, catalog: &Catalog, publication
                 table.sql_name
             )),
         }
-        let found = identity(connection, table).await?;
-        problems.extend(problem(table, &found));
     }
     if published.is_none() {
         problems.push(format!("the publication {publication} does not exist: run `millstream setup`"));
     }
-    if problems.is_empty() { Ok(()) } else { Err(Error::Tables(problems.join("\n"))) }
+    Ok(problems)
 }
 
 /// Object ids of the published tables (roots of partitioned ones); none if there is no such publication.

@@ -38,6 +38,7 @@ use millstream_runtime::{nats, postgres};
 
 use crate::assemble::AssembleError;
 pub use crate::error::Error;
+pub use crate::identity::{identity_problems, publication_problems};
 use crate::session::{Shared, part};
 use crate::wal::Source;
 

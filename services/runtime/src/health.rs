@@ -29,7 +29,13 @@ pub struct Args {
 
 /// What the process needs, and which of it is there. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Health(Arc<Mutex<BTreeMap<&'static str, bool>>>);
+pub struct Health(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    parts: BTreeMap<&'static str, bool>,
+    notes: BTreeMap<String, &'static str>,
+}
 
 impl Health {
     /// Nothing needed yet.
@@ -39,34 +45,47 @@ impl Health {
 
     /// Says that `part` is there, or not. A part counts from its first mention.
     pub fn set_ready(&self, part: &'static str, ready: bool) {
-        let before = self.parts().insert(part, ready);
+        let before = self.state().parts.insert(part, ready);
         if before != Some(ready) {
             tracing::debug!(part, ready, "readiness");
         }
     }
 
-    fn parts(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, bool>> {
+    /// Says, or takes back, what an operator should know although the process as a whole does its work.
+    pub fn set_note(&self, about: &str, note: Option<&'static str>) {
+        let mut state = self.state();
+        match note {
+            Some(note) => state.notes.insert(about.to_owned(), note),
+            None => state.notes.remove(about),
+        };
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether every part is there.
     pub fn is_ready(&self) -> bool {
-        let parts = self.parts();
-        !parts.is_empty() && parts.values().all(|ready| *ready)
+        let state = self.state();
+        !state.parts.is_empty() && state.parts.values().all(|ready| *ready)
     }
 
-    /// Routes `/livez` and `/readyz`; the latter names each part.
+    /// A line for each part, then for each note.
+    fn text(&self) -> String {
+        let state = self.state();
+        let parts = state.parts.iter().map(|(part, ready)| (*part, if *ready { "ok" } else { "not ready" }));
+        let notes = state.notes.iter().map(|(about, note)| (about.as_str(), *note));
+        parts.chain(notes).map(|(about, says)| format!("{about}: {says}\n")).collect()
+    }
+
+    /// Routes `/livez` and `/readyz`; the latter names each part, and the notes.
     pub fn router(&self) -> Router {
         let health = self.clone();
         let ready = move || {
             let health = health.clone();
             async move {
-                let text: String = health
-                    .parts()
-                    .iter()
-                    .map(|(part, ready)| format!("{part}: {}\n", if *ready { "ok" } else { "not ready" }))
-                    .collect();
-                (if health.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text)
+                let status = if health.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                (status, health.text())
             }
         };
         Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(ready))
@@ -110,5 +129,23 @@ async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown) {
                 tracing::debug!(%error, "connection ended");
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_told_but_do_not_make_unready() {
+        let health = Health::new();
+        health.set_ready("nats", true);
+        health.set_note("validators of tasks", Some("no verdict"));
+        assert!(health.is_ready());
+        assert_eq!(health.text(), "nats: ok\nvalidators of tasks: no verdict\n");
+        health.set_note("validators of tasks", None);
+        health.set_ready("nats", false);
+        assert!(!health.is_ready());
+        assert_eq!(health.text(), "nats: not ready\n");
     }
 }

@@ -54,6 +54,7 @@ CREATE TABLE notes (
     updated_at timestamptz NOT NULL DEFAULT now(),
     client_id uuid
 );
+ALTER TABLE notes ENABLE ROW LEVEL SECURITY;
 
 -- By arrival; a deferred foreign key, a statement trigger that counts rows.
 CREATE TABLE links (

@@ -17,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use uuid::Uuid;
 
 pub const TOKEN: &str = "good";
@@ -27,6 +28,12 @@ pub struct State {
     pub tasks: BTreeMap<String, Row>,
     pub log: Vec<Rows>,
     pub failures: HashMap<Uuid, Vec<Failure>>,
+    /// What the edge says of its patience; 0 means 30 s.
+    pub heartbeat_ms: u64,
+    /// Sockets stay open and nothing is read or said any more.
+    pub deaf: bool,
+    /// The next submission is answered by closing the socket with this code.
+    pub close_with: Option<Option<u16>>,
     /// Which instances submitted what each client's ledger has.
     pub instances: HashMap<Uuid, Vec<InstanceSpan>>,
     /// Every submission in the order of arrival.
@@ -156,10 +163,20 @@ impl Edge {
         }
         let mut submitted = 0;
         loop {
+            while self.state().deaf {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
             tokio::select! {
+                () = tokio::time::sleep(std::time::Duration::from_millis(20)) => {}
                 frame = next(&mut socket) => {
                     let ClientFrame::Submit(submit) = frame? else { panic!("hello came twice") };
                     submitted += 1;
+                    let close = self.state().close_with.take();
+                    if let Some(code) = close {
+                        let frame = code.map(|code| CloseFrame { code: code.into(), reason: "".into() });
+                        let _ = socket.close(frame).await;
+                        return None;
+                    }
                     let reply = self.submit(&hello, submit);
                     if self.state().cut_after.is_some_and(|limit| submitted > limit) {
                         return None;
@@ -211,7 +228,7 @@ impl Edge {
                 window: 16,
                 frame_bytes: MAX_FRAME_BYTES,
                 transaction_changes: MAX_TRANSACTION_CHANGES,
-                heartbeat_ms: 30_000,
+                heartbeat_ms: if state.heartbeat_ms == 0 { 30_000 } else { state.heartbeat_ms },
             },
             last_seq,
             instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),
@@ -253,7 +270,18 @@ impl Edge {
         }
         state.received.push(submit.seq);
         let last = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
-        if submit.seq == last + 1 {
+        if submit.seq > last + 1 {
+            return ServerFrame::Error(ErrorFrame {
+                code: Code::OutOfOrder,
+                message: format!("{} comes next", last + 1),
+                seq: Some(last + 1),
+                retry_after_ms: None,
+                fatal: false,
+            });
+        }
+        let known = state.instances.get(&hello.client_id).and_then(|spans| spans.last()).map(|span| span.instance);
+        let follows = known.is_none() || known == Some(submit.instance) || known == submit.previous;
+        if submit.seq == last + 1 && follows {
             state.traceparents.push(submit.traceparent.clone());
             state.ledger.insert(hello.client_id, submit.seq);
             let spans = state.instances.entry(hello.client_id).or_default();
@@ -261,12 +289,19 @@ impl Edge {
                 spans.push(InstanceSpan { instance: submit.instance, first_seq: submit.seq });
             }
             let bad = submit.changes.iter().find(|change| change.values.contains(&Some("bad".into())));
-            let failure = bad.map(|change| Failure {
+            let failures = state.failures.get(&hello.client_id);
+            let behind = submit.after.iter().any(|seq| failures.into_iter().flatten().any(|failed| failed.seq == *seq));
+            let (code, message) = match behind {
+                true => (Code::PredecessorFailed, "it comes after a rejected one"),
+                false => (Code::PermissionDenied, "bad title"),
+            };
+            let refused = if behind { submit.changes.first() } else { bad };
+            let failure = refused.map(|change| Failure {
                 seq: submit.seq,
                 change_id: change.change_id,
-                code: Code::PermissionDenied,
+                code,
                 rule: None,
-                message: "bad title".into(),
+                message: message.into(),
             });
             let mut changes = Vec::new();
             if failure.is_none() {

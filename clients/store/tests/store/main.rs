@@ -2,172 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+mod fixture;
+mod order;
 
+use std::sync::atomic::Ordering;
+
+use fixture::{changes, column, confirmed, delete, failed, fixture, schema, stage, task, upsert};
 use millstream_client_core::replica::{Batch, Step, Work};
-use millstream_client_store::{EntryState, Host, MAX_TRANSACTION_BYTES, Reader, Store, StoreError, Verdict};
-use millstream_schemas::frame::{Confirmed, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
-use millstream_schemas::stream::Failure;
-use millstream_schemas::{
-    Code, ColumnSchema, Lsn, Operation, Position, Row, Schema, Scope, TableChanges, TableOp, TableSchema, TableScope,
-};
+use millstream_client_store::{MAX_TRANSACTION_BYTES, Outcome, Store, StoreError, Verdict};
+use millstream_schemas::frame::{MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
+use millstream_schemas::{Code, ColumnSchema, Lsn, Operation, Position, Scope, TableChanges, TableOp, TableSchema};
 use rusqlite::types::Value;
 use uuid::Uuid;
-
-/// A clock that stands still unless told otherwise; ids count.
-struct FakeHost {
-    now: AtomicU64,
-    ids: AtomicU64,
-}
-
-impl Host for FakeHost {
-    fn now_micros(&self) -> u64 {
-        self.now.load(Ordering::Relaxed)
-    }
-
-    fn uuid(&self) -> Uuid {
-        Uuid::from_u128(u128::from(self.ids.fetch_add(1, Ordering::Relaxed)))
-    }
-}
-
-struct Fixture {
-    store: Store,
-    host: Arc<FakeHost>,
-    path: String,
-    directory: tempfile::TempDir,
-}
-
-fn column(name: &str, r#type: &str, writable: bool) -> ColumnSchema {
-    ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable }
-}
-
-fn schema() -> Schema {
-    let project = vec![TableScope { kind: "project".into(), column: Some(1) }];
-    Schema {
-        version: "1".into(),
-        tables: vec![
-            TableSchema {
-                name: "tasks".into(),
-                columns: vec![
-                    column("id", "uuid", true),
-                    column("project_id", "uuid", true),
-                    column("title", "text", true),
-                    column("done", "boolean", true),
-                    column("position", "double precision", true),
-                    column("photo", "bytea", true),
-                    column("created_at", "timestamp with time zone", false),
-                ],
-                key: vec![0],
-                scopes: project,
-            },
-            TableSchema {
-                name: "members".into(),
-                columns: vec![
-                    column("project_id", "uuid", true),
-                    column("user_id", "text", true),
-                    column("role", "text", true),
-                ],
-                key: vec![0, 1],
-                scopes: vec![
-                    TableScope { kind: "project".into(), column: Some(0) },
-                    TableScope { kind: "user".into(), column: Some(1) },
-                ],
-            },
-        ],
-    }
-}
-
-fn fixture() -> Fixture {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("store.db").to_string_lossy().into_owned();
-    let host = Arc::new(FakeHost { now: AtomicU64::new(1_000), ids: AtomicU64::new(1) });
-    let mut store = Store::open(&path, host.clone()).unwrap();
-    store.install(&schema()).unwrap();
-    Fixture { store, host, path, directory }
-}
-
-impl Fixture {
-    /// As after kill -9: nothing is closed properly, the file is opened again.
-    fn reopen(self) -> Fixture {
-        let Fixture { store, host, path, directory } = self;
-        std::mem::forget(store);
-        let store = Store::open(&path, host.clone()).unwrap();
-        Fixture { store, host, path, directory }
-    }
-
-    fn write(&mut self, statements: &[&str]) -> Result<Option<u64>, StoreError> {
-        let written =
-            self.store.write(None, |tx| statements.iter().try_for_each(|sql| tx.execute(sql, &[]).map(|_| ())))?;
-        Ok(written.recorded.map(|recorded| recorded.seq))
-    }
-
-    fn apply(&mut self, steps: Vec<Step>) -> millstream_client_store::Applied {
-        let position = Position { epoch: Uuid::nil(), seq: 1, lsn: Lsn(1) };
-        let batch = Batch { steps, position: Some(position), ..Batch::default() };
-        self.store.perform(&[Work::Apply(batch)]).unwrap()
-    }
-
-    fn read(&self, sql: &str) -> String {
-        let reader = Reader::open(&self.path, self.host.clone()).unwrap();
-        let rows = reader.query(sql, &[]).unwrap().rows;
-        let cell = |value: &Value| match value {
-            Value::Null => "-".to_owned(),
-            Value::Integer(value) => value.to_string(),
-            Value::Real(value) => value.to_string(),
-            Value::Text(value) => value.clone(),
-            Value::Blob(value) => format!("{value:?}"),
-        };
-        let line = |row: &Vec<Value>| row.iter().map(cell).collect::<Vec<_>>().join("|");
-        rows.iter().map(line).collect::<Vec<_>>().join("\n")
-    }
-
-    fn changes(&self) -> String {
-        self.read("SELECT tx, op, key, columns, vals FROM local_changes ORDER BY id")
-    }
-
-    fn tasks(&self) -> String {
-        self.read("SELECT id, title, done FROM tasks ORDER BY id")
-    }
-
-    fn bases(&self) -> String {
-        self.read("SELECT key, row FROM millstream_base ORDER BY key")
-    }
-}
-
-fn task(id: &str, project: &str, title: &str, done: bool) -> Row {
-    let text = |text: &str| Some(text.to_owned());
-    vec![
-        text(id),
-        text(project),
-        text(title),
-        text(if done { "t" } else { "f" }),
-        text("1.5"),
-        None,
-        text("2026-01-01 00:00:00+00"),
-    ]
-}
-
-fn changes(table: &str, op: TableOp, rows: Vec<Row>) -> TableChanges {
-    TableChanges { table: table.into(), op, columns: None, rows }
-}
-
-fn upsert(rows: Vec<Row>) -> Step {
-    Step::Rows(vec![changes("tasks", TableOp::Upsert, rows)])
-}
-
-fn delete(id: &str) -> Step {
-    Step::Rows(vec![changes("tasks", TableOp::Delete, vec![vec![Some(id.into())]])])
-}
-
-fn confirmed(seq: u64) -> Step {
-    Step::Confirmed(Confirmed { seq, failed: vec![] })
-}
-
-fn failed(seq: u64, code: Code) -> Step {
-    let failure = Failure { seq, change_id: Uuid::nil(), code, message: "no".into() };
-    Step::Confirmed(Confirmed { seq, failed: vec![failure] })
-}
 
 #[test]
 fn triggers_record_what_changed_in_text_form() {
@@ -292,7 +138,7 @@ fn numbers_have_no_gaps_whatever_is_rolled_back() {
         assert!(tx.execute("INSERT INTO tasks (id) VALUES ('f'), ('a')", &[]).is_err());
         tx.savepoint(|tx| tx.execute("INSERT INTO tasks (id) VALUES ('g')", &[]))
     });
-    assert_eq!(written.unwrap().recorded.unwrap().seq, 2);
+    assert_eq!(written.unwrap().recorded.unwrap().entry.unwrap().seq, 2);
     assert!(matches!(
         f.write(&["INSERT INTO tasks (id) VALUES ('h')", "INSERT OR ROLLBACK INTO tasks (id) VALUES ('a')"]),
         Err(StoreError::Statement(_))
@@ -318,7 +164,7 @@ fn grouped_writes_are_whole_each_on_its_own() {
                     tx.execute("INSERT INTO members VALUES ('p', ?1, 'x')", &[Value::Text(id.into())])?;
                     tx.execute("INSERT INTO tasks (id) VALUES (?1)", &[Value::Text(id.into())])
                 });
-                written.map(|written| written.recorded.unwrap().seq).map_err(|_: StoreError| ())
+                written.map(|written| written.recorded.unwrap().entry.unwrap().seq).map_err(|_: StoreError| ())
             })
         })
         .unwrap();
@@ -354,7 +200,7 @@ fn pending_changes_stay_on_top_of_newer_server_rows() {
     f.apply(vec![upsert(vec![task("a", "p", "second", true)]), confirmed(2)]);
     assert_eq!((f.tasks(), f.bases()), ("a|second|1".into(), String::new()));
     assert_eq!(f.read("SELECT DISTINCT state FROM local_changes"), "confirmed");
-    assert_eq!(f.store.verdict(2).unwrap(), Verdict::Confirmed);
+    assert_eq!(f.store.verdict(2).unwrap(), Verdict::Confirmed(Outcome::Applied));
 }
 
 #[test]
@@ -390,66 +236,6 @@ fn truncate_keeps_pending_inserts() {
         .unwrap();
     f.apply(vec![Step::Rows(vec![changes("tasks", TableOp::Truncate, vec![])])]);
     assert_eq!(f.tasks(), "c|new|-");
-}
-
-#[test]
-fn a_rejection_brings_the_confirmed_row_back_and_is_listed() {
-    let mut f = fixture();
-    f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
-    f.write(&["UPDATE tasks SET title = 'mine'", "INSERT INTO tasks (id) VALUES ('b')"]).unwrap();
-    f.write(&["UPDATE tasks SET done = 1 WHERE id = 'a'"]).unwrap();
-    let change_id = f.store.pending(0, 1).unwrap()[0].changes[1].change_id;
-    let failure = Failure { seq: 1, change_id, code: Code::PermissionDenied, message: "not yours".into() };
-    let applied = f.apply(vec![Step::Confirmed(Confirmed { seq: 1, failed: vec![failure.clone()] })]);
-    assert_eq!(applied.failures, std::slice::from_ref(&failure));
-    assert_eq!(f.tasks(), "a|server|1", "the later, independent change stays visible");
-    let listed = f.store.failed().unwrap();
-    assert_eq!(listed.len(), 1);
-    assert_eq!(
-        (listed[0].change_id, listed[0].code, listed[0].state),
-        (change_id, Some(Code::PermissionDenied), EntryState::Error)
-    );
-    assert_eq!((listed[0].message.as_str(), listed[0].changes.len(), listed[0].attempts), ("not yours", 2, 1));
-    // Told again at the next connection: nothing new.
-    let again = f.apply(vec![Step::Confirmed(Confirmed { seq: 1, failed: vec![failure] })]);
-    assert_eq!(again.failures, []);
-
-    // A person says: again. Same change ids, a new number, shown again.
-    let retried = f.store.retry(1).unwrap();
-    assert_eq!(retried.seq, 3);
-    assert_eq!(f.tasks(), "a|mine|1\nb|-|-");
-    assert!(matches!(f.store.retry(1), Err(StoreError::NotFailed(1))));
-    let submit = f.store.pending(2, 1).unwrap().remove(0);
-    assert_eq!((submit.seq, submit.attempt, submit.changes[1].change_id), (3, 1, change_id));
-    f.apply(vec![failed(3, Code::PermissionDenied)]);
-    f.store.discard(3).unwrap();
-    assert_eq!((f.store.failed().unwrap().len(), f.tasks(), f.bases()), (0, "a|server|0".into(), String::new()));
-}
-
-#[test]
-fn business_rules_are_tried_again_up_to_the_limit() {
-    let mut f = fixture();
-    let mut seq = f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap().unwrap();
-    for attempt in 1..=5u32 {
-        assert_eq!(f.store.pending(0, 1).unwrap()[0].attempt, attempt);
-        f.apply(vec![failed(seq, Code::BusinessRule)]);
-        assert_eq!(f.tasks(), "");
-        assert!(f.store.retry_due().unwrap().is_empty(), "not before its time");
-        f.host.now.fetch_add(60_000_000, Ordering::Relaxed);
-        let mut due = f.store.retry_due().unwrap();
-        if attempt == 5 {
-            assert!(due.is_empty(), "then a person decides");
-            assert_eq!(f.store.failed().unwrap()[0].attempts, 5);
-        } else {
-            seq = due.pop().unwrap().seq;
-            assert_eq!(seq, u64::from(attempt) + 1);
-            assert_eq!(f.tasks(), "a|-|-");
-        }
-    }
-}
-
-fn stage(f: &mut Fixture, rows: Vec<Row>) {
-    f.store.perform(&[Work::ClearStage, Work::Stage(vec![changes("tasks", TableOp::Upsert, rows)])]).unwrap();
 }
 
 #[test]
@@ -513,40 +299,6 @@ fn a_lost_scope_takes_its_rows_unless_another_holds_them() {
 }
 
 #[test]
-fn a_restored_server_gets_again_what_it_lost() {
-    let mut f = fixture();
-    for id in ["a", "b", "c", "d"] {
-        f.write(&[&format!("INSERT INTO tasks (id, title) VALUES ('{id}', 'mine')")]).unwrap();
-    }
-    f.apply(vec![failed(1, Code::InvalidValue), confirmed(3)]);
-    f.store.discard(1).unwrap();
-    // Its ledger says 0 again; number 1 is gone for good, so the rest moves up.
-    f.store.rewind(0).unwrap();
-    let submits = f.store.pending(0, 10).unwrap();
-    let found: Vec<(u64, &str)> = submits.iter().map(|s| (s.seq, s.changes[0].key[0].as_deref().unwrap())).collect();
-    assert_eq!(found, [(1, "b"), (2, "c"), (3, "d")]);
-    assert_eq!(f.store.info().unwrap().confirmed_seq, 0);
-    // The server's snapshot lacks them: they stay visible, since they are on their way again.
-    f.store.perform(&[]).unwrap();
-    f.apply(vec![Step::Snapshot { scopes: vec![], full: true }]);
-    assert_eq!(f.read("SELECT id FROM tasks ORDER BY id"), "b\nc\nd");
-}
-
-#[test]
-fn a_copied_store_takes_a_new_identity() {
-    let mut f = fixture();
-    f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap();
-    f.apply(vec![confirmed(1)]);
-    f.write(&["INSERT INTO tasks (id) VALUES ('b')"]).unwrap();
-    let before = f.store.info().unwrap();
-    f.store.become_new().unwrap();
-    let after = f.store.info().unwrap();
-    assert_ne!(before.client_id, after.client_id);
-    assert_eq!((after.confirmed_seq, after.last_seq), (0, 1));
-    assert_eq!(f.store.pending(0, 9).unwrap()[0].changes[0].key, [Some("b".to_owned())]);
-}
-
-#[test]
 fn a_new_schema_keeps_rows_and_queue() {
     let mut f = fixture();
     f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
@@ -561,6 +313,7 @@ fn a_new_schema_keeps_rows_and_queue() {
         columns: vec![column("id", "bigint", true)],
         key: vec![0],
         scopes: vec![],
+        clocks: None,
     });
     assert!(f.store.install(&newer).unwrap(), "the rows of a newly synced table come with a snapshot");
     assert!(!f.store.install(&newer).unwrap());
@@ -633,7 +386,7 @@ fn another_connection_is_noticed_and_numbers_are_shared() {
     assert_eq!(f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap(), Some(1));
     assert!(!f.store.changed_elsewhere().unwrap(), "its own commits are not elsewhere");
     let written = other.write(None, |tx| tx.execute("INSERT INTO tasks (id) VALUES ('b')", &[])).unwrap();
-    assert_eq!(written.recorded.unwrap().seq, 2);
+    assert_eq!(written.recorded.unwrap().entry.unwrap().seq, 2);
     assert!(f.store.changed_elsewhere().unwrap());
     assert_eq!(f.store.info().unwrap().last_seq, 2);
     assert_eq!(f.store.take_written().into_iter().filter(|t| t == "tasks").count(), 1);

@@ -1,0 +1,215 @@
+//! `millstream check`: holds `millstream.toml` against the live database and says everything that does not fit, with the
+//! remedy. It reads the database and changes nothing there.
+
+mod database;
+mod locate;
+mod predicate;
+
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
+use millstream_runtime::postgres;
+use serde::Serialize;
+use sqlx::PgConnection;
+
+use crate::client::Output;
+use crate::exit::Exit;
+use crate::setup;
+
+/// Flags of `millstream check`.
+#[derive(clap::Args, Clone)]
+#[command(before_help = "Examples:
+  millstream check
+  millstream check --config app/millstream.toml -o json")]
+#[command(after_help = "The database is only read. Exit status 5 when something does not fit.")]
+pub struct Args {
+    /// The synced tables
+    #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
+    pub config: PathBuf,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+    /// The database, preferably as owner of the tables.
+    #[command(flatten)]
+    pub postgres: postgres::Args,
+}
+
+/// It could not be checked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `millstream.toml` cannot be read.
+    #[error("the configuration is not usable")]
+    Config(#[source] ConfigError),
+    /// The database cannot be reached.
+    #[error("the database")]
+    Connect(#[source] setup::Error),
+    /// The database cannot be read.
+    #[error("cannot read the database's catalog")]
+    Postgres(#[source] sqlx::Error),
+    /// Publication and replica identities cannot be read.
+    #[error("cannot read what is replicated")]
+    Replication(#[source] Box<millstream_replication::Error>),
+    /// Nobody listens.
+    #[error("cannot write to stdout")]
+    Output(#[source] io::Error),
+}
+
+/// Something that does not fit.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// Section or key of the file, such as `[tables.tasks] write.insert`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
+    /// Line of the file, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<usize>,
+    /// What is wrong.
+    pub message: String,
+    /// The part of a predicate that Postgres points at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub excerpt: Option<Excerpt>,
+    /// What to do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
+}
+
+/// A line of a predicate, and a place in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Excerpt {
+    /// The line.
+    pub text: String,
+    /// The character pointed at, from 1.
+    pub column: usize,
+}
+
+impl Problem {
+    fn new(message: impl Into<String>) -> Problem {
+        Problem { message: message.into(), ..Problem::default() }
+    }
+
+    /// Of a synced table.
+    fn table(name: &str, message: impl Into<String>) -> Problem {
+        Problem { place: Some(format!("[tables.{name}]")), ..Problem::new(message) }
+    }
+
+    /// From a text that begins with its section.
+    fn sectioned(text: &str) -> Problem {
+        match text.split_once("]: ") {
+            Some((section, message)) if section.starts_with('[') => {
+                Problem { place: Some(format!("{section}]")), ..Problem::new(message) }
+            }
+            _ => Problem::new(text),
+        }
+    }
+
+    fn fix(self, fix: impl Into<String>) -> Problem {
+        Problem { fix: Some(fix.into()), ..self }
+    }
+
+    /// For people, over several lines.
+    fn text(&self, file: &Path) -> String {
+        let mut text = file.display().to_string();
+        if let Some(line) = self.line {
+            text.push_str(&format!(":{line}"));
+        }
+        text.push_str(": ");
+        if let Some(place) = &self.place {
+            text.push_str(&format!("{place}: "));
+        }
+        text.push_str(&self.message);
+        if let Some(excerpt) = &self.excerpt {
+            let indent = " ".repeat(excerpt.column.saturating_sub(1));
+            text.push_str(&format!("\n    {}\n    {indent}^", excerpt.text));
+        }
+        if let Some(fix) = &self.fix {
+            text.push_str(&format!("\n  fix: {fix}"));
+        }
+        text.push('\n');
+        text
+    }
+}
+
+/// What `-o json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    ok: bool,
+    config: &'a Path,
+    problems: &'a [Problem],
+}
+
+/// Runs `millstream check`.
+pub async fn run(args: Args) -> Result<Exit, Error> {
+    let path = &args.config;
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| Error::Config(ConfigError::Read { path: path.clone(), source }))?;
+    let problems = match Config::parse(&text, path) {
+        Ok(config) => {
+            let mut connection = setup::connect(&args.postgres, Duration::ZERO).await.map_err(Error::Connect)?;
+            check(&mut connection, &config, &text).await?
+        }
+        // Without its structure there is nothing to hold against the database.
+        Err(ConfigError::Parse { source, .. }) => vec![Problem {
+            line: source.span().map(|span| locate::line(&text, span.start)),
+            ..Problem::new(source.to_string().trim_end())
+        }],
+        Err(error) => return Err(Error::Config(error)),
+    };
+    let ok = problems.is_empty();
+    let output = match args.output {
+        Output::Json => {
+            let report = Report { ok, config: path, problems: &problems };
+            format!("{}\n", serde_json::to_string(&report).unwrap_or_default())
+        }
+        Output::Text if ok => format!("{}: fits the database\n", path.display()),
+        Output::Text => problems.iter().map(|problem| problem.text(path)).collect::<Vec<_>>().join("\n"),
+    };
+    io::stdout().lock().write_all(output.as_bytes()).map_err(Error::Output)?;
+    if !ok {
+        eprintln!("{} problem{}", problems.len(), if problems.len() == 1 { "" } else { "s" });
+    }
+    Ok(if ok { Exit::Ok } else { Exit::Problems })
+}
+
+/// Everything that does not fit, of the file first. `text` is the file, for places in it.
+///
+/// # Errors
+/// The database cannot be asked.
+pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -> Result<Vec<Problem>, Error> {
+    let mut problems: Vec<Problem> = config.problems().iter().map(|text| Problem::sectioned(text)).collect();
+    let (catalog, misfits) = Catalog::collect(connection, config).await.map_err(|error| match error {
+        CatalogError::Query(source) => Error::Postgres(source),
+        other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
+    })?;
+    problems.extend(misfits.iter().map(|error| Problem::sectioned(&error.to_string())));
+    for table in &catalog.tables {
+        problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
+    }
+    problems.extend(database::check(connection, config, &catalog).await?);
+    for problem in &mut problems {
+        problem.line = problem.place.as_deref().and_then(|place| locate::place(text, place));
+    }
+    Ok(problems)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_names_its_place_and_points_at_it() {
+        let problem = Problem {
+            place: Some("[tables.tasks] write.insert".into()),
+            line: Some(7),
+            excerpt: Some(Excerpt { text: "new.titel <> ''".into(), column: 5 }),
+            ..Problem::new("column new.titel does not exist").fix("perhaps new.title")
+        };
+        assert_eq!(
+            problem.text(Path::new("m.toml")),
+            "m.toml:7: [tables.tasks] write.insert: column new.titel does not exist\n    new.titel <> ''\n        ^\n  fix: perhaps new.title\n"
+        );
+        assert_eq!(Problem::sectioned("[tables.a]: it: is"), Problem::table("a", "it: is"));
+        assert_eq!(Problem::sectioned("nothing").place, None);
+    }
+}

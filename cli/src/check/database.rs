@@ -1,0 +1,265 @@
+//! Whether the database is ready: settings, roles, publication, replica identities, triggers, row security.
+
+use std::collections::HashSet;
+
+use millstream_catalog::{Catalog, Config, Conflict, ConflictPolicy, Table};
+use millstream_replication::{identity_problems, publication_problems};
+use sqlx::{PgConnection, Row};
+
+use super::{Error, Problem};
+use crate::attach::{FoundTrigger, Policy, TRIGGERS, row_triggers};
+use crate::keys::Role;
+use crate::setup::{self, PUBLICATION, READ_POLICY, SERVICE_ROLES, role_name};
+
+/// The remedy for most of it.
+const SETUP: &str = "run `millstream setup`";
+
+/// What does not fit.
+pub async fn check(connection: &mut PgConnection, config: &Config, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
+    let mut problems = Vec::new();
+    let row = sqlx::query("SELECT current_setting('wal_level'), current_setting('server_encoding')")
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(Error::Postgres)?;
+    let (wal_level, encoding): (String, String) = (row.get(0), row.get(1));
+    if wal_level != "logical" {
+        problems.push(
+            Problem::new(format!("wal_level is `{wal_level}`; replication needs `logical`"))
+                .fix("ALTER SYSTEM SET wal_level = logical, then restart Postgres"),
+        );
+    }
+    if encoding == "SQL_ASCII" {
+        problems.push(
+            Problem::new("the database's encoding is SQL_ASCII, so its texts cannot be replicated").fix("use UTF8"),
+        );
+    }
+    let identities = identity_problems(connection, catalog).await.map_err(replication)?;
+    problems.extend(identities.into_iter().map(|(table, problem)| Problem::table(&table, problem)));
+    match setup::pending_migrations(connection).await.map_err(Error::Postgres)? {
+        Some(0) => {}
+        Some(pending) => {
+            problems.push(Problem::new(format!("the schema millstream lacks {pending} of our migrations")).fix(SETUP))
+        }
+        None => {
+            // Roles, publication and triggers would all be missing, for this one reason.
+            problems.push(Problem::new("the database has no schema millstream yet").fix(SETUP));
+            return Ok(problems);
+        }
+    }
+    let (roles, found) = roles(connection).await?;
+    problems.extend(found);
+    problems.extend(rights(connection, catalog, &roles).await?);
+    problems.extend(publication(connection, catalog).await?);
+    for table in &catalog.tables {
+        let found = row_triggers(connection, i64::from(table.oid)).await.map_err(Error::Postgres)?;
+        let declared = config.tables.get(&table.name).and_then(|table| table.conflict);
+        problems.extend(clocks(table, declared, &found));
+        problems.extend(row_security(connection, table).await?);
+    }
+    Ok(problems)
+}
+
+fn replication(error: millstream_replication::Error) -> Error {
+    Error::Replication(Box::new(error))
+}
+
+/// The roles that are there, and what is wrong with them.
+async fn roles(connection: &mut PgConnection) -> Result<(HashSet<String>, Vec<Problem>), Error> {
+    let names: Vec<String> = SERVICE_ROLES.map(role_name).into();
+    let rows = sqlx::query(
+        "SELECT rolname::text, rolcanlogin, rolreplication OR rolsuper FROM pg_roles WHERE rolname = ANY ($1)",
+    )
+    .bind(&names)
+    .fetch_all(connection)
+    .await
+    .map_err(Error::Postgres)?;
+    let mut problems = Vec::new();
+    for name in &names {
+        let Some(row) = rows.iter().find(|row| row.get::<&str, _>(0) == name) else {
+            problems.push(Problem::new(format!("the role {name} does not exist")).fix(SETUP));
+            continue;
+        };
+        if !row.get::<bool, _>(1) {
+            problems
+                .push(Problem::new(format!("the role {name} may not log in")).fix(format!("ALTER ROLE {name} LOGIN")));
+        }
+        if *name == role_name(Role::Replication) && !row.get::<bool, _>(2) {
+            problems.push(Problem::new(format!("the role {name} may not replicate")).fix(SETUP));
+        }
+    }
+    Ok((rows.iter().map(|row| row.get(0)).collect(), problems))
+}
+
+/// The rights that the services lack on synced tables.
+async fn rights(
+    connection: &mut PgConnection,
+    catalog: &Catalog,
+    roles: &HashSet<String>,
+) -> Result<Vec<Problem>, Error> {
+    let mut problems = Vec::new();
+    for table in &catalog.tables {
+        let mut needed: Vec<(Role, &str)> = SERVICE_ROLES.map(|role| (role, "SELECT")).into();
+        needed.extend(operations(table).map(|(verb, _)| (Role::Changes, verb)));
+        for (role, verb) in needed {
+            let role = role_name(role);
+            if !roles.contains(&role) {
+                continue;
+            }
+            let has: bool = sqlx::query_scalar("SELECT has_table_privilege($1, $2::int8::oid, $3)")
+                .bind(&role)
+                .bind(i64::from(table.oid))
+                .bind(verb)
+                .fetch_one(&mut *connection)
+                .await
+                .map_err(Error::Postgres)?;
+            if !has {
+                problems.push(Problem::table(&table.name, format!("{role} has no right to {verb}")).fix(SETUP));
+            }
+        }
+    }
+    Ok(problems)
+}
+
+/// The declared operations: SQL's word, and its letter in `pg_policy`.
+fn operations(table: &Table) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let write = &table.write;
+    let all = [(&write.insert, "INSERT", "a"), (&write.update, "UPDATE", "w"), (&write.delete, "DELETE", "d")];
+    all.map(|(rule, verb, letter)| rule.is_some().then_some((verb, letter))).into_iter().flatten()
+}
+
+async fn publication(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
+    let found = publication_problems(connection, catalog, PUBLICATION).await.map_err(replication)?;
+    let mut problems: Vec<Problem> = found.into_iter().map(Problem::new).collect();
+    let whole: Option<bool> = sqlx::query_scalar(
+        "SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND pubviaroot FROM pg_publication WHERE pubname = $1",
+    )
+    .bind(PUBLICATION)
+    .fetch_optional(connection)
+    .await
+    .map_err(Error::Postgres)?;
+    if whole == Some(false) {
+        problems.push(
+            Problem::new(format!(
+                "the publication {PUBLICATION} does not publish every operation by way of the root table"
+            ))
+            .fix(SETUP),
+        );
+    }
+    Ok(problems)
+}
+
+/// Whether the columns and triggers that keep clocks are whole.
+fn clocks(table: &Table, declared: Option<Conflict>, found: &[FoundTrigger]) -> Vec<Problem> {
+    let attach = format!("run `millstream attach {}`", table.name);
+    if declared == Some(Conflict::Arrival) {
+        return Vec::new();
+    }
+    let Some(policy) = Policy::of(table.conflict) else {
+        // Missing columns of a declared policy are told of by the catalog.
+        return match table.conflict {
+            ConflictPolicy::Column { .. } => vec![
+                Problem::table(
+                    &table.name,
+                    "it merges by column, but lacks `updated_at timestamptz` or `client_id uuid`, which the triggers for plain SQL keep",
+                )
+                .fix(attach),
+            ],
+            ConflictPolicy::Row { .. } | ConflictPolicy::Arrival => Vec::new(),
+        };
+    };
+    let function = format!("millstream.{}", policy.function());
+    let problem = |name: &&str| {
+        let what = match found.iter().find(|trigger| trigger.name == *name) {
+            None => "is missing",
+            Some(trigger) if trigger.function != function => "is of another conflict policy",
+            Some(trigger) if !trigger.enabled => "is disabled",
+            Some(_) => return None,
+        };
+        let message = format!(
+            "it merges by {}, but its trigger {name} {what}: plain SQL would leave the clocks behind",
+            policy.name()
+        );
+        Some(Problem::table(&table.name, message).fix(attach.clone()))
+    };
+    TRIGGERS.iter().filter_map(problem).collect()
+}
+
+/// A policy of row security that applies to a role.
+struct RowPolicy {
+    name: String,
+    permissive: bool,
+    /// `*` for all, `r`, `a`, `w`, `d`.
+    command: String,
+    role: String,
+}
+
+impl RowPolicy {
+    fn is_for(&self, role: &str, command: &str) -> bool {
+        self.role == role && (self.command == "*" || self.command == command)
+    }
+}
+
+async fn row_security(connection: &mut PgConnection, table: &Table) -> Result<Vec<Problem>, Error> {
+    let names: Vec<String> = SERVICE_ROLES.map(role_name).into();
+    let subject: Vec<String> = sqlx::query_scalar(
+        "SELECT r.rolname::text FROM pg_roles r, pg_class c WHERE c.oid = $1::int8::oid AND c.relrowsecurity \
+         AND r.rolname = ANY ($2) AND NOT r.rolbypassrls AND NOT r.rolsuper ORDER BY 1",
+    )
+    .bind(i64::from(table.oid))
+    .bind(&names)
+    .fetch_all(&mut *connection)
+    .await
+    .map_err(Error::Postgres)?;
+    let rows = sqlx::query(
+        "SELECT p.polname::text, p.polpermissive, p.polcmd::text, r.rolname::text FROM pg_policy p JOIN pg_roles r ON r.rolname = ANY ($2) \
+         WHERE p.polrelid = $1::int8::oid AND (0::oid = ANY (p.polroles) \
+           OR EXISTS (SELECT FROM unnest(p.polroles) AS m WHERE m <> 0 AND pg_has_role(r.oid, m, 'USAGE'))) ORDER BY 1, 4",
+    )
+    .bind(i64::from(table.oid))
+    .bind(&names)
+    .fetch_all(connection)
+    .await
+    .map_err(Error::Postgres)?;
+    let policy = |row: &sqlx::postgres::PgRow| RowPolicy {
+        name: row.get(0),
+        permissive: row.get(1),
+        command: row.get(2),
+        role: row.get(3),
+    };
+    let policies: Vec<RowPolicy> = rows.iter().map(policy).collect();
+    Ok(row_security_problems(table, &subject, &policies))
+}
+
+/// What row security hides from roles that are subject to it.
+fn row_security_problems(table: &Table, subject: &[String], policies: &[RowPolicy]) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for role in subject {
+        let permits = |command: &str| policies.iter().any(|policy| policy.permissive && policy.is_for(role, command));
+        if *role == role_name(Role::Changes) {
+            let writes = operations(table).collect::<Vec<_>>();
+            let needed = writes.iter().copied().chain((!writes.is_empty()).then_some(("SELECT", "r")));
+            for (verb, _) in needed.filter(|(_, letter)| !permits(letter)) {
+                problems.push(
+                    Problem::table(&table.name, format!("row security is on, and no policy lets {role} {verb}: clients' changes fail"))
+                        .fix(format!("CREATE POLICY … ON {} FOR {verb} TO {role} …; current_setting('millstream.user_id') is the author", table.sql_name)),
+                );
+            }
+            continue;
+        }
+        if !policies.iter().any(|policy| policy.name == READ_POLICY && policy.is_for(role, "r")) {
+            let message = format!("row security is on, and hides rows from {role}: clients would silently lack them");
+            problems.push(
+                Problem::table(&table.name, message).fix(format!("{SETUP}, which makes the policy {READ_POLICY}")),
+            );
+        }
+        for policy in policies.iter().filter(|policy| !policy.permissive && policy.is_for(role, "r")) {
+            let message = format!(
+                "the restrictive policy {} hides rows from {role}: clients would silently lack them",
+                policy.name
+            );
+            problems
+                .push(Problem::table(&table.name, message).fix("name the roles that it is for: ALTER POLICY … TO …"));
+        }
+    }
+    problems
+}

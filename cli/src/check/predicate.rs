@@ -1,0 +1,151 @@
+//! Whether predicates and rules compile: Postgres plans each in the shape in which the executor evaluates it, as the
+//! executor's role if there is one, and does not run it.
+
+use std::fmt::Write as _;
+
+use millstream_catalog::Table;
+use millstream_schemas::Operation;
+use sqlx::postgres::{PgDatabaseError, PgErrorPosition};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+
+use super::{Excerpt, Problem};
+use crate::keys::Role;
+use crate::setup;
+
+const OPERATIONS: [Operation; 3] = [Operation::Insert, Operation::Update, Operation::Delete];
+
+/// What is wrong with the predicates of a table.
+pub async fn check(connection: &mut PgConnection, table: &Table) -> Result<Vec<Problem>, sqlx::Error> {
+    let mut problems: Vec<Problem> = Vec::new();
+    let declared = [&table.write.insert, &table.write.update, &table.write.delete];
+    for (op, predicate) in OPERATIONS.into_iter().zip(declared) {
+        let Some(predicate) = predicate else { continue };
+        let place = format!("[tables.{}] write.{}", table.name, op.as_str());
+        let found = compile(connection, table, op, predicate).await?;
+        problems.extend(found.map(|problem| Problem { place: Some(place), ..problem }));
+    }
+    for (index, rule) in table.rules.iter().enumerate() {
+        let place = format!("[tables.{}] rules.{index}.check", table.name);
+        for op in OPERATIONS.into_iter().filter(|op| rule.on.contains(op)) {
+            let Some(problem) = compile(connection, table, op, &rule.check).await? else { continue };
+            let message = format!("rule `{}` on {}: {}", rule.code, op.as_str(), problem.message);
+            problems.push(Problem { place: Some(place.clone()), message, ..problem });
+        }
+    }
+    Ok(problems)
+}
+
+/// Plans a predicate; what Postgres says if it cannot.
+async fn compile(
+    connection: &mut PgConnection,
+    table: &Table,
+    op: Operation,
+    predicate: &str,
+) -> Result<Option<Problem>, sqlx::Error> {
+    let (before, after) = shape(table, op);
+    let mut transaction = connection.begin().await?;
+    // Predicates run with the executor's rights. Who may not take its role checks with his own.
+    let mut attempt = transaction.begin().await?;
+    let role = AssertSqlSafe(format!("SET LOCAL ROLE {}", setup::role_name(Role::Changes)));
+    if sqlx::query(role).execute(&mut *attempt).await.is_ok() {
+        attempt.commit().await?
+    } else {
+        attempt.rollback().await?
+    }
+    // Prepared, so that it is one statement whatever the predicate holds.
+    let sql = AssertSqlSafe(format!("{before}{predicate}{after}"));
+    let planned = sqlx::query(sql).persistent(false).execute(&mut *transaction).await;
+    transaction.rollback().await?;
+    match planned {
+        Ok(_) => Ok(None),
+        Err(sqlx::Error::Database(error)) => {
+            let Some(error) = error.try_downcast_ref::<PgDatabaseError>() else {
+                return Err(sqlx::Error::Database(error));
+            };
+            Ok(Some(problem(error, before.chars().count(), predicate)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// What stands before and after a predicate: it sees `new` and `old` with the types of the table, and `auth`.
+fn shape(table: &Table, op: Operation) -> (String, String) {
+    let mut new = String::new();
+    for column in &table.columns {
+        let comma = if new.is_empty() { "" } else { ", " };
+        let _infallible = write!(new, "{comma}NULL::{} AS {}", column.sql_type, column.sql_name);
+    }
+    // OFFSET 0: or the planner would compute with these nulls.
+    let new = format!("(SELECT {new} OFFSET 0) AS new");
+    let auth = "(SELECT NULL::text AS user_id, NULL::uuid AS client_id OFFSET 0) AS auth";
+    let old = format!("{} AS old", table.sql_name);
+    let guard = "CASE WHEN auth.user_id IS NOT NULL THEN (\n";
+    let guarded = "\n) ELSE false END";
+    match op {
+        Operation::Insert => (format!("EXPLAIN SELECT FROM {auth}, {new} WHERE {guard}"), guarded.into()),
+        Operation::Update => (
+            format!("EXPLAIN SELECT FROM {auth}, {old} WHERE CASE WHEN auth.user_id IS NOT NULL THEN (\nSELECT (\n"),
+            format!("\n) FROM {new}{guarded}"),
+        ),
+        Operation::Delete => (format!("EXPLAIN SELECT FROM {auth}, {old} WHERE {guard}"), guarded.into()),
+    }
+}
+
+fn problem(error: &PgDatabaseError, before: usize, predicate: &str) -> Problem {
+    let position = match error.position() {
+        Some(PgErrorPosition::Original(position)) => position.checked_sub(before),
+        _ => None,
+    };
+    let message = error.message();
+    let fix = match error.code() {
+        "42501" => Some(format!(
+            "`millstream setup` grants what is declared; what else a predicate reads, grant to {}",
+            setup::role_name(Role::Changes)
+        )),
+        // undefined_table
+        "42P01" if message.contains("\"old\"") || message.contains("\"new\"") => {
+            Some("`new` is there on insert and update, `old` on update and delete".to_owned())
+        }
+        _ => error.hint().map(str::to_owned),
+    };
+    let message = match message.strip_prefix("CASE types ") {
+        // Our CASE, around the predicate.
+        Some(_) if message.contains("boolean") => format!("it is not true or false: {message}"),
+        _ => message.to_owned(),
+    };
+    Problem { excerpt: position.and_then(|at| excerpt(predicate, at)), fix, ..Problem::new(message) }
+}
+
+/// The line of a character of a predicate (from 1), and the place in the line.
+fn excerpt(predicate: &str, position: usize) -> Option<Excerpt> {
+    let mut left = position.checked_sub(1)?;
+    for line in predicate.split('\n') {
+        let length = line.chars().count();
+        if left <= length {
+            // A tab would move the caret.
+            return Some(Excerpt { text: line.replace(['\t', '\r'], " "), column: left + 1 });
+        }
+        left -= length + 1;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_found_in_the_predicate() {
+        let check = |text: &str, position, expected: Option<(&str, usize)>| {
+            let expected = expected.map(|(text, column)| Excerpt { text: text.into(), column });
+            assert_eq!(excerpt(text, position), expected, "{text} {position}");
+        };
+        check("new.a", 1, Some(("new.a", 1)));
+        check("new.a\n\tAND new.b", 7, Some((" AND new.b", 1)));
+        check("é = new.a", 5, Some(("é = new.a", 5)));
+        // Just behind the end: something is missing there.
+        check("a =", 4, Some(("a =", 4)));
+        check("a", 0, None);
+        check("a", 9, None);
+    }
+}

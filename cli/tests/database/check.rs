@@ -1,0 +1,200 @@
+//! `millstream check`: broken configurations and databases, and what is said of each.
+
+use millstream::check::{Problem, check};
+use sqlx::{Connection as _, PgConnection};
+
+use crate::{database, parse, run};
+
+const SCHEMA: &str = r#"
+CREATE TABLE members (project_id uuid, user_id text, PRIMARY KEY (project_id, user_id));
+CREATE TABLE tasks (
+    id uuid PRIMARY KEY,
+    project_id uuid NOT NULL,
+    title text NOT NULL,
+    done boolean NOT NULL DEFAULT false,
+    size int GENERATED ALWAYS AS (length(title)) STORED,
+    field_clocks jsonb NOT NULL DEFAULT '{}',
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    client_id uuid
+);
+ALTER TABLE tasks REPLICA IDENTITY FULL;
+CREATE TABLE secrets (id int PRIMARY KEY);
+CREATE VIEW view AS SELECT * FROM tasks;
+CREATE TABLE keyless (project_id uuid);
+CREATE TABLE narrow (id int PRIMARY KEY, project_id uuid NOT NULL);
+"#;
+
+const CONFIG: &str = r#"[scopes.project]
+membership = { table = "members", user = "user_id", scope = "project_id" }
+
+[tables.members]
+scope = { kind = "project", column = "project_id" }
+conflict = "arrival"
+
+[tables.tasks]
+scope = { kind = "project", column = "project_id" }
+writable = ["id", "project_id", "title", "done"]
+write.insert = "EXISTS (SELECT FROM members m WHERE m.project_id = new.project_id AND m.user_id = auth.user_id)"
+write.update = "old.done IS DISTINCT FROM new.done OR title <> ''"
+write.delete = "old.size > 0 AND auth.client_id IS NOT NULL"
+rules = [
+    { code = "blank", message = "no title", on = ["insert", "update"], check = "new.title ~ '\\S'" },
+]
+"#;
+
+/// What is said of the database after this SQL and of the file with these parts replaced; nothing of it stays.
+async fn found(connection: &mut PgConnection, sql: &str, from: &str, to: &str) -> Vec<Problem> {
+    assert!(CONFIG.contains(from), "{from}");
+    let text = CONFIG.replacen(from, to, 1);
+    let mut transaction = connection.begin().await.expect("Postgres does");
+    run(&mut transaction, sql).await;
+    let problems = check(&mut transaction, &parse(&text), &text).await.expect("Postgres does");
+    transaction.rollback().await.expect("Postgres does");
+    problems
+}
+
+/// One problem, whose place, line, message and remedy contain these.
+async fn one(
+    connection: &mut PgConnection,
+    sql: &str,
+    (from, to): (&str, &str),
+    says: (&str, Option<usize>, &str, &str),
+) {
+    let problems = found(connection, sql, from, to).await;
+    let (place, line, message, fix) = says;
+    let fits = |problem: &Problem| {
+        problem.place.as_deref().unwrap_or("") == place
+            && problem.line == line
+            && problem.message.contains(message)
+            && problem.fix.as_deref().unwrap_or("").contains(fix)
+    };
+    assert!(problems.len() == 1 && fits(&problems[0]), "{sql} {to}: not {says:?} but\n{problems:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_named_with_the_remedy() {
+    let (_stack, mut connection) = database(SCHEMA, CONFIG).await;
+    let pg = &mut connection;
+    assert_eq!(found(pg, "", "", "").await, []);
+    let same = ("", "");
+    let table = |name: &str| format!("{CONFIG}[tables.{name}]\nscope = {{ kind = \"global\" }}\n");
+    let whole = |text: &str| text.to_owned();
+
+    // The file against the tables.
+    for (text, place, line, says) in [
+        (table("nowhere"), "[tables.nowhere]", 17, "table public.nowhere does not exist"),
+        (table("view"), "[tables.view]", 17, "not views"),
+        (whole(&CONFIG.replace("\"title\", \"done\"", "\"titel\"")), "[tables.tasks]", 8, "`writable` names `titel`"),
+        (
+            whole(&CONFIG.replace("\"id\", \"project_id\", \"title\"", "\"project_id\"")),
+            "[tables.tasks]",
+            8,
+            "key column `id`",
+        ),
+        (
+            whole(&CONFIG.replace("scope = \"project_id\" }", "scope = \"projekt\" }")),
+            "[tables.members]",
+            4,
+            "no column `projekt`",
+        ),
+        (
+            whole(&CONFIG.replace("\"title\", \"done\"", "\"done\", \"updated_at\"")),
+            "[tables.tasks]",
+            8,
+            "take it out of `writable`",
+        ),
+    ] {
+        one(pg, "", (CONFIG, &text), (place, Some(line), says, "")).await;
+    }
+    let declared_row = ("conflict = \"arrival\"", "conflict = \"row\"");
+    one(pg, "", declared_row, ("[tables.members]", Some(4), "needs columns `updated_at", "")).await;
+
+    // Predicates.
+    let insert = "EXISTS (SELECT FROM members m WHERE m.project_id = new.project_id AND m.user_id = auth.user_id)";
+    for (predicate, says, fix, column) in [
+        ("new.titel <> ''", "column new.titel does not exist", "new.title", Some(1)),
+        ("new.title <> '' AND (", "syntax error", "", None),
+        ("old.done", "missing FROM-clause entry for table \\\"old\\\"", "`old` on update and delete", Some(1)),
+        ("new.done = 'maybe'", "invalid input syntax for type boolean", "", Some(12)),
+        ("new.title", "it is not true or false", "", Some(1)),
+        ("auth.user = 'a'", "column auth.user does not exist", "", Some(1)),
+        ("auth.client_id = auth.user_id", "operator does not exist: uuid = text", "", Some(16)),
+        ("frobnicate(new.id)", "function frobnicate(uuid) does not exist", "", Some(1)),
+        ("EXISTS (SELECT FROM secrets)", "permission denied for table secrets", "millstream_changes", None),
+        ("true); DROP TABLE tasks; SELECT (true", "syntax error at or near", "", None),
+    ] {
+        let says = says.replace("\\\"", "\"");
+        one(pg, "", (insert, predicate), ("[tables.tasks] write.insert", Some(11), &says, fix)).await;
+        let problem = &found(pg, "", insert, predicate).await[0];
+        if let Some(column) = column {
+            assert_eq!(problem.excerpt.as_ref().map(|e| (e.text.as_str(), e.column)), Some((predicate, column)));
+        }
+    }
+    let rule = ("new.title ~ '\\\\S'", "new.name <> ''");
+    let problems = found(pg, "", rule.0, rule.1).await;
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    assert!(problems[1].message.starts_with("rule `blank` on update: column new.name"), "{problems:?}");
+    assert_eq!(problems[1].line, Some(15));
+
+    // The database.
+    for (sql, place, line, says, fix) in [
+        ("ALTER TABLE tasks REPLICA IDENTITY DEFAULT", "[tables.tasks]", Some(8), "lacks project_id", ""),
+        (
+            "DROP TRIGGER millstream_clocks_insert ON tasks",
+            "[tables.tasks]",
+            Some(8),
+            "_insert is missing",
+            "attach tasks",
+        ),
+        (
+            "ALTER TABLE tasks DISABLE TRIGGER millstream_clocks_update",
+            "[tables.tasks]",
+            Some(8),
+            "_update is disabled",
+            "attach tasks",
+        ),
+        (
+            "ALTER TABLE tasks DROP COLUMN client_id CASCADE",
+            "[tables.tasks]",
+            Some(8),
+            "lacks `updated_at timestamptz` or `client_id",
+            "attach tasks",
+        ),
+        ("ALTER PUBLICATION millstream DROP TABLE tasks", "", None, "tasks is not in the publication", ""),
+        (
+            "ALTER PUBLICATION millstream SET (publish = 'insert')",
+            "",
+            None,
+            "does not publish every operation",
+            "setup",
+        ),
+        ("DROP PUBLICATION millstream", "", None, "publication millstream does not exist", ""),
+        ("DROP SCHEMA millstream CASCADE", "", None, "no schema millstream", "setup"),
+        ("DELETE FROM millstream.migrations WHERE version = 2", "", None, "lacks 1 of our migrations", "setup"),
+        (
+            "REVOKE SELECT ON tasks FROM millstream_edge",
+            "[tables.tasks]",
+            Some(8),
+            "millstream_edge has no right to SELECT",
+            "setup",
+        ),
+        ("ALTER ROLE millstream_edge RENAME TO other", "", None, "the role millstream_edge does not exist", "setup"),
+        ("ALTER ROLE millstream_replication NOREPLICATION", "", None, "may not replicate", "setup"),
+        ("ALTER ROLE millstream_changes NOLOGIN", "", None, "may not log in", "LOGIN"),
+    ] {
+        one(pg, sql, same, (place, line, says, fix)).await;
+    }
+    // Everything is said at once.
+    let text = "[tables.nowhere]\nscope = []\nvalidate = { on = [] }\n[tables.keyless]\nscope = { kind = \"global\" }\n[tables.narrow]\nscope = { kind = \"user\", column = \"project_id\" }\n";
+    let problems = found(pg, "DROP SCHEMA millstream CASCADE", CONFIG, text).await;
+    for says in [
+        "`scope` is empty",
+        "names no operation",
+        "does not exist",
+        "no primary key",
+        "replica identity of narrow",
+        "no schema",
+    ] {
+        assert!(problems.iter().any(|problem| problem.message.contains(says)), "{says}: {problems:#?}");
+    }
+}

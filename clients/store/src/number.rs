@@ -1,0 +1,205 @@
+//! Which transaction has which number: holding back what must wait, and meeting a server whose ledger is elsewhere.
+//!
+//! A local transaction keeps its name `tx`. Its number `client_seq` says when it is sent: numbers have no gaps, and what is
+//! sent has one. A transaction that writes a row on which an earlier one is in trouble gets none until that one is out of
+//! it; so the changes of one row take effect in the order in which they were made, retries included.
+
+use millstream_schemas::stream::InstanceSpan;
+use rusqlite::params;
+use uuid::Uuid;
+
+use crate::apply::Applier;
+use crate::error::During;
+use crate::queue::{OPEN, TROUBLED};
+use crate::{Store, StoreError};
+
+/// How the server's ledger compares with the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meeting {
+    /// They agree: go on behind it.
+    Continue,
+    /// The server was restored to an earlier point; what it lost is submitted again.
+    WentBack,
+    /// The server took other transactions under this client id: the store is a copy of another one, or was restored. It
+    /// has a new identity now.
+    NewIdentity,
+}
+
+impl Store {
+    /// Whether a transaction has to wait for an earlier one on the same rows.
+    pub(crate) fn is_blocked(&self, tx: u64) -> Result<bool, StoreError> {
+        self.connection
+            .prepare_cached(&format!(
+                "SELECT EXISTS (SELECT 1 FROM local_changes INDEXED BY local_changes_troubled WHERE {TROUBLED} AND tx < ?1) \
+                 AND EXISTS (SELECT 1 FROM local_changes mine JOIN local_changes AS e INDEXED BY local_changes_live \
+                 ON e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' \
+                 WHERE mine.tx = ?1 AND e.tx < ?1 AND (e.attempts > 0 OR e.state = 'held'))"
+            ))
+            .and_then(|mut statement| statement.query_row([tx as i64], |row| row.get(0)))
+            .during("looking for an earlier transaction in trouble")
+    }
+
+    /// Holds a transaction back.
+    pub(crate) fn hold(&self, tx: u64) -> Result<(), StoreError> {
+        self.connection
+            .prepare_cached("UPDATE local_changes SET state = 'held', seq = NULL, instance = NULL WHERE tx = ?1")
+            .and_then(|mut statement| statement.execute([tx as i64]))
+            .during("holding a transaction back")?;
+        Ok(())
+    }
+
+    /// Gives a transaction the next number, or holds it back.
+    pub(crate) fn number(&self, tx: u64) -> Result<Option<u64>, StoreError> {
+        if self.is_blocked(tx)? {
+            self.hold(tx)?;
+            return Ok(None);
+        }
+        let seq = self.last_seq().during("reading the last number")? + 1;
+        self.connection
+            .prepare_cached("UPDATE local_changes SET state = 'pending', seq = ?2, instance = ?3 WHERE tx = ?1")
+            .and_then(|mut statement| {
+                statement.execute(params![tx as i64, seq as i64, self.session.instance().to_string()])
+            })
+            .during("numbering a transaction")?;
+        Ok(Some(seq))
+    }
+
+    /// Numbers those held transactions that need not wait any more.
+    pub(crate) fn release(&self) -> Result<(), StoreError> {
+        for tx in self.transactions(&format!(
+            "INDEXED BY local_changes_troubled WHERE {TROUBLED} AND state = 'held' ORDER BY tx"
+        ))? {
+            self.number(tx)?;
+        }
+        Ok(())
+    }
+
+    /// Numbers of the nearest unsettled or failed transactions before `seq` that wrote the rows of `tx`.
+    pub(crate) fn predecessors(&self, tx: u64, seq: u64) -> Result<Vec<u64>, StoreError> {
+        let mut found: Vec<u64> = self
+            .connection
+            .prepare_cached(
+                "SELECT DISTINCT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live \
+                 WHERE e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' AND e.seq < ?2) AS before \
+                 FROM local_changes AS mine WHERE mine.tx = ?1",
+            )
+            .and_then(|mut statement| {
+                statement.query_map([tx as i64, seq as i64], |row| row.get::<_, Option<i64>>(0))?.collect()
+            })
+            .map(|found: Vec<Option<i64>>| found.into_iter().flatten().map(|seq| seq as u64).collect())
+            .during("reading earlier transactions")?;
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Compares the server's ledger with the store, and follows it where they differ.
+    pub fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan]) -> Result<Meeting, StoreError> {
+        let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
+        let own = self.instance_of(last_seq)?;
+        let theirs = submitted_by(instances, last_seq);
+        let foreign = own.zip(theirs).is_some_and(|(own, theirs)| own != theirs);
+        if foreign || last_seq > self.last_seq().during("reading the last number")? {
+            self.become_new(last_seq, instances)?;
+            Ok(Meeting::NewIdentity)
+        } else if last_seq < confirmed {
+            self.rewind(last_seq, theirs)?;
+            Ok(Meeting::WentBack)
+        } else {
+            Ok(Meeting::Continue)
+        }
+    }
+
+    /// The ledger stands before what this store knows to be settled. Everything after it that is still in the queue is
+    /// submitted again, in the old order.
+    fn rewind(&mut self, last_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
+        self.transact(|store| {
+            let again = store
+                .transactions(&format!("WHERE seq > {last_seq} AND (state = 'confirmed' OR {OPEN}) ORDER BY seq"))?;
+            let mut applier = Applier::new(store)?;
+            for tx in &again {
+                for (table, key) in store.keys(*tx, "1")? {
+                    applier.keep_base(&table, &key)?;
+                }
+            }
+            store
+                .connection
+                .execute("UPDATE local_changes SET seq = NULL, instance = NULL WHERE seq > ?1", [last_seq as i64])
+                .during("taking numbers back")?;
+            store.set_confirmed(last_seq, instance)?;
+            for tx in again {
+                store
+                    .connection
+                    .prepare_cached(
+                        "UPDATE local_changes SET state = 'pending', outcome = NULL, attempts = 0 WHERE tx = ?1",
+                    )
+                    .and_then(|mut statement| statement.execute([tx as i64]))
+                    .during("queueing again")?;
+                store.number(tx)?;
+            }
+            applier.finish()
+        })
+    }
+
+    /// The numbers that this store would use are taken: it goes on as a new installation. What the ledger shows to have been
+    /// submitted by this store's own instances (before it was copied) is settled; the rest is numbered anew.
+    fn become_new(&mut self, last_seq: u64, instances: &[InstanceSpan]) -> Result<(), StoreError> {
+        self.transact(|store| {
+            let open: Vec<(i64, i64, Option<String>)> = store
+                .connection
+                .prepare_cached(&format!(
+                    "SELECT DISTINCT tx, seq, instance FROM local_changes WHERE {OPEN} ORDER BY seq"
+                ))
+                .and_then(|mut statement| {
+                    statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
+                })
+                .during("reading the queue")?;
+            let mut applier = Applier::new(store)?;
+            let mut rest = Vec::new();
+            for (tx, seq, instance) in open {
+                let (tx, seq) = (tx as u64, seq as u64);
+                let own = instance.and_then(|text| text.parse::<Uuid>().ok());
+                if seq > last_seq || own.is_none() || submitted_by(instances, seq) != own {
+                    rest.push(tx);
+                    continue;
+                }
+                applier.dirty.extend(store.keys(tx, OPEN)?);
+                store
+                    .connection
+                    .prepare_cached("UPDATE local_changes SET state = 'confirmed' WHERE tx = ?1")
+                    .and_then(|mut statement| statement.execute([tx as i64]))
+                    .during("settling what was submitted before the copy")?;
+            }
+            store
+                .connection
+                .execute("UPDATE local_changes SET seq = NULL, instance = NULL", [])
+                .during("taking numbers back")?;
+            store.set_confirmed(0, None)?;
+            store.set_meta("client_id", store.session.uuid().to_string())?;
+            for tx in rest {
+                store.number(tx)?;
+            }
+            applier.finish()
+        })
+    }
+
+    pub(crate) fn set_confirmed(&self, seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
+        self.set_meta("confirmed_seq", seq as i64)?;
+        self.set_meta("confirmed_instance", instance.map(|instance| instance.to_string()))
+    }
+
+    fn transactions(&self, suffix: &str) -> Result<Vec<u64>, StoreError> {
+        let mut found: Vec<u64> = self
+            .connection
+            .prepare_cached(&format!("SELECT tx FROM local_changes {suffix}"))
+            .and_then(|mut statement| statement.query_map([], |row| row.get::<_, i64>(0))?.collect())
+            .map(|found: Vec<i64>| found.into_iter().map(|tx| tx as u64).collect())
+            .during("reading transactions")?;
+        found.dedup();
+        Ok(found)
+    }
+}
+
+/// The instance whose span covers a number.
+fn submitted_by(instances: &[InstanceSpan], seq: u64) -> Option<Uuid> {
+    instances.iter().rev().find(|span| span.first_seq <= seq).map(|span| span.instance)
+}

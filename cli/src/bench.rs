@@ -1,19 +1,25 @@
-//! `millstream bench`: measures the whole loop on a private stack, and in the same run the floor below it: what this
-//! machine's Postgres and JetStream do at best. Absolutes depend on the machine; the ratio to the floor travels.
+//! `millstream bench`: measures the whole loop on a private stack, or a part of it, and in the same run the floor below it:
+//! what this machine's Postgres and JetStream do at best. Absolutes depend on the machine; the ratio to the floor travels.
 
 mod cpu;
+mod drain;
+mod executor;
 mod floor;
 mod load;
 mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+use tempfile::TempDir;
 
 use crate::stack::{self, Service, Stack};
 
-/// The bench runs on the board example.
+pub use drain::DrainArgs;
+pub use executor::ExecutorArgs;
+
+/// The whole stack runs the board example.
 const CONFIG: &str = include_str!("../../examples/board/millstream.toml");
 const SCHEMA: &str = include_str!("../../examples/board/schema.sql");
 
@@ -21,7 +27,9 @@ const SCHEMA: &str = include_str!("../../examples/board/schema.sql");
 #[derive(clap::Args, Debug)]
 #[command(before_help = "Examples:
   cargo millstream bench loop            for people
-  cargo millstream bench loop --json     one JSON object on stdout")]
+  cargo millstream bench loop --json     one JSON object on stdout
+  cargo millstream bench executor        the executor beside plain SQL
+  cargo millstream bench drain           a long offline queue")]
 pub struct Args {
     /// What to measure.
     #[command(subcommand)]
@@ -33,6 +41,10 @@ pub struct Args {
 pub enum What {
     /// From a write on one client to the applied row on another: latency at a steady rate, then throughput
     Loop(LoopArgs),
+    /// From submitted changes to committed rows: the executor beside the same batches by plain SQL
+    Executor(ExecutorArgs),
+    /// From going online with a long queue to its last confirmation, and whether rows flicker meanwhile
+    Drain(DrainArgs),
 }
 
 /// Flags of `millstream bench loop`.
@@ -105,13 +117,16 @@ pub enum Error {
         /// Why it failed.
         source: Box<millstream_client::Error>,
     },
+    /// The executor.
+    #[error("the executor")]
+    Executor(#[source] Box<millstream_changes::direct::DirectError>),
     /// A client did not get there in time.
     #[error("{0}")]
     Late(String),
     /// A histogram.
     #[error("a time cannot be recorded")]
     Histogram,
-    /// At the end a client's rows differ from Postgres': the numbers mean nothing.
+    /// At the end rows differ that should be the same: the numbers mean nothing.
     #[error("not converged: {0}")]
     NotConverged(String),
 }
@@ -148,7 +163,14 @@ struct Percentiles {
 
 /// Runs `millstream bench`.
 pub async fn run(args: Args) -> Result<(), Error> {
-    let What::Loop(args) = args.what;
+    match args.what {
+        What::Loop(args) => whole_loop(args).await,
+        What::Executor(args) => executor::run(args).await,
+        What::Drain(args) => drain::run(args).await,
+    }
+}
+
+async fn whole_loop(args: LoopArgs) -> Result<(), Error> {
     if args.clients < 2 || !args.clients.is_multiple_of(2) {
         return Err(Error::Flag("--clients must be an even number from 2 on"));
     }
@@ -156,30 +178,8 @@ pub async fn run(args: Args) -> Result<(), Error> {
     {
         return Err(Error::Flag("--rate, the seconds and --changes-per-transaction must be at least 1"));
     }
-    let folder = match &args.dir {
-        Some(dir) => std::fs::create_dir_all(dir).and_then(|()| tempfile::tempdir_in(dir)),
-        None => tempfile::Builder::new().prefix("millstream-bench-").tempdir(),
-    };
-    let folder = folder.map_err(|source| Error::Folder { path: args.dir.clone().unwrap_or_default(), source })?;
-    let file = |source| Error::Folder { path: folder.path().into(), source };
-    // Postgres may run as another user, who must get through.
-    use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o711)).map_err(file)?;
-    let config = folder.path().join("millstream.toml");
-    std::fs::write(&config, CONFIG).map_err(file)?;
-    eprintln!("starting a private stack …");
-    let mut builder = Stack::builder();
-    if let Ok(own) = std::env::current_exe() {
-        builder = builder.executable(own);
-    }
-    let mut stack = builder
-        .dir(folder.path().join("stack"))
-        .app_schema(SCHEMA)
-        .config(config)
-        .service_env("RUST_LOG", "warn")
-        .start()
-        .await
-        .map_err(Error::Stack)?;
+    let folder = folder(args.dir.as_deref(), CONFIG)?;
+    let mut stack = start(&folder).await?;
     let outcome = measure(&mut stack, &args, folder.path()).await;
     if outcome.is_err() {
         eprintln!("{}", stack.logs());
@@ -192,6 +192,38 @@ pub async fn run(args: Args) -> Result<(), Error> {
         print(&report);
     }
     Ok(())
+}
+
+/// A new folder with a `millstream.toml`.
+fn folder(dir: Option<&Path>, config: &str) -> Result<TempDir, Error> {
+    let folder = match dir {
+        Some(dir) => std::fs::create_dir_all(dir).and_then(|()| tempfile::tempdir_in(dir)),
+        None => tempfile::Builder::new().prefix("millstream-bench-").tempdir(),
+    };
+    let folder = folder.map_err(|source| Error::Folder { path: dir.unwrap_or(Path::new("")).into(), source })?;
+    let file = |source| Error::Folder { path: folder.path().into(), source };
+    // Postgres may run as another user, who must get through.
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o711)).map_err(file)?;
+    std::fs::write(folder.path().join("millstream.toml"), config).map_err(file)?;
+    Ok(folder)
+}
+
+/// Starts a private stack with the board example.
+async fn start(folder: &TempDir) -> Result<Stack, Error> {
+    eprintln!("starting a private stack …");
+    let mut builder = Stack::builder();
+    if let Ok(own) = std::env::current_exe() {
+        builder = builder.executable(own);
+    }
+    builder
+        .dir(folder.path().join("stack"))
+        .app_schema(SCHEMA)
+        .config(folder.path().join("millstream.toml"))
+        .service_env("RUST_LOG", "warn")
+        .start()
+        .await
+        .map_err(Error::Stack)
 }
 
 async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &std::path::Path) -> Result<Report, Error> {

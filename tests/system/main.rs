@@ -1,6 +1,7 @@
 //! System tests, named after the promise or the failure. Real Postgres, NATS, sockets and processes throughout.
 
 mod bad_input;
+mod batches;
 mod executor;
 mod history;
 mod kills;

@@ -76,6 +76,12 @@ impl Sample {
     }
 }
 
+/// CPU time of one process so far in microseconds; 0 if it is gone.
+pub fn micros(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+    stat.and_then(|stat| parse_process(&stat)).map_or(0, |ticks| ticks.used * 1_000_000 / TICKS_PER_SECOND)
+}
+
 /// Microseconds per change between two samples.
 pub fn per_change(before: &Sample, after: &Sample, services: &[(Service, u32)], changes: u64) -> PerChange {
     let micros = |ticks: u64| {

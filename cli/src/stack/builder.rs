@@ -51,6 +51,7 @@ pub struct Builder {
     nats_conf: String,
     deployed_keys_only: bool,
     services: Option<Vec<Service>>,
+    database_only: bool,
     settings: Settings,
     progress: Option<Progress>,
 }
@@ -123,6 +124,12 @@ impl Builder {
         self
     }
 
+    /// Start Postgres alone, with all that `millstream setup` makes in it.
+    pub fn database_only(mut self) -> Self {
+        self.database_only = true;
+        self
+    }
+
     /// Make no broker user that may do everything ([`Role::Admin`]).
     pub fn deployed_keys_only(mut self) -> Self {
         self.deployed_keys_only = true;
@@ -161,12 +168,14 @@ impl Builder {
             progress(&format!("ended what an earlier run left: {}", left.join(", ")));
         }
         let millstream = match (&self.settings.config, self.executable) {
-            (None, executable) => executable,
-            (Some(_), Some(executable)) => Some(executable),
-            (Some(_), None) => Some(services::executable()?),
+            (Some(_), None) if !self.database_only => Some(services::executable()?),
+            (_, executable) => executable,
         };
         let binaries = Binaries {
-            nats_server: binaries::nats_server(&mut progress).map_err(Error::Binaries)?,
+            nats_server: match self.database_only {
+                true => PathBuf::new(),
+                false => binaries::nats_server(&mut progress).map_err(Error::Binaries)?,
+            },
             postgres: binaries::postgres(&mut progress).map_err(Error::Binaries)?,
             millstream,
         };
@@ -205,13 +214,22 @@ impl Builder {
             _temporary: temporary,
         };
         stack.spawn_instance((Service::Postgres, 0))?;
-        stack.spawn_instance((Service::Nats, 0))?;
+        if !self.database_only {
+            stack.spawn_instance((Service::Nats, 0))?;
+        }
         stack.wait_ready((Service::Postgres, 0)).await?;
         stack.take_over_database(self.app_schema.as_deref(), self.seed.as_deref(), &mut progress).await?;
-        stack.wait_ready((Service::Nats, 0)).await?;
+        if !self.database_only {
+            stack.wait_ready((Service::Nats, 0)).await?;
+        }
         let Some(config) = stack.settings.config.clone() else { return Ok(stack) };
         let config = Config::read(&config).map_err(Error::Config)?;
-        stack.deploy(&config).await?;
+        stack.deploy_database(&config).await?;
+        if self.database_only {
+            return Ok(stack);
+        }
+        let nats = stack.nats_args(Role::Setup);
+        setup::streams(&nats, &STREAMS, services::READY_LIMIT).await.map_err(Error::Setup)?;
         let services = self.services.unwrap_or_else(|| Service::OWN.to_vec());
         for &service in &services {
             stack.spawn_instance((service, 0))?;
@@ -303,13 +321,12 @@ impl Stack {
         }
     }
 
-    /// What `millstream setup` does at a deployment.
-    async fn deploy(&self, config: &Config) -> Result<(), Error> {
+    /// What `millstream setup` does in Postgres at a deployment.
+    async fn deploy_database(&self, config: &Config) -> Result<(), Error> {
         let passwords = setup::SERVICE_ROLES.map(|role| (role, self.secrets.roles.get(role.name()).cloned()));
         let args = millstream_runtime::postgres::Args { database_url: self.postgres_url() };
         let mut connection = setup::connect(&args, services::READY_LIMIT).await.map_err(Error::Setup)?;
-        setup::database(&mut connection, config, &passwords).await.map_err(Error::Setup)?;
-        setup::streams(&self.nats_args(Role::Setup), &STREAMS, services::READY_LIMIT).await.map_err(Error::Setup)
+        setup::database(&mut connection, config, &passwords).await.map(drop).map_err(Error::Setup)
     }
 }
 

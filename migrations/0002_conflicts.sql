@@ -10,6 +10,9 @@ CREATE TABLE millstream.instances (
     instance uuid NOT NULL,
     PRIMARY KEY (client_id, first_seq)
 );
+-- Until now an instance was the store itself.
+INSERT INTO millstream.instances (client_id, first_seq, instance)
+SELECT client_id, 1, instance FROM millstream.clients WHERE instance IS NOT NULL AND last_seq > 0;
 
 -- Newest transactions that lost to newer changes: [{"seq", "verdict", "change_id"}, …], a bounded number.
 ALTER TABLE millstream.clients ADD COLUMN lost jsonb NOT NULL DEFAULT '[]';

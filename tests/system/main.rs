@@ -7,6 +7,7 @@ mod history;
 mod kills;
 mod offline;
 mod order;
+mod requirements;
 mod restarts;
 mod row_security;
 mod structure;

@@ -43,3 +43,14 @@ fn crates_depend_only_on_what_is_below_them() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn the_readme_shows_the_example_that_is_compiled() -> Result<()> {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let readme = std::fs::read_to_string(format!("{root}/README.md"))?;
+    let example = std::fs::read_to_string(format!("{root}/clients/rust/examples/hello.rs"))?;
+    // Without what only a file of its own needs.
+    let program = &example[example.find("use ").context("no program")?..];
+    ensure!(readme.contains(program.trim()), "README.md and clients/rust/examples/hello.rs differ");
+    Ok(())
+}

@@ -7,13 +7,15 @@ use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use millstream::keys::Role;
 use millstream::stack::Service;
-use millstream_client::{EntryState, Error, Outcome, State};
+use millstream_client::{EntryState, Error, Host, Outcome, State};
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{OriginEntry, header};
 use millstream_schemas::{Clock, Clocks};
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use millstream_tests::raw::Raw;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use uuid::Uuid;
@@ -145,7 +147,9 @@ async fn the_newer_edit_wins_in_whatever_order_it_arrives() -> Result<()> {
         ensure!(scalar(&mut sql, "SELECT count(*)::text FROM millstream.changes_history".into()).await? == "0");
         // The loss is told in the log: which change, its stamp and the winner's clock.
         let log = std::fs::read_to_string(board.stack.log_path(Service::Changes))?;
-        let told = log.lines().filter(|line| line.contains("lost to") && line.contains("change.id") && line.contains("winner"));
+        let told = log
+            .lines()
+            .filter(|line| line.contains("lost to") && line.contains("change.id") && line.contains("winner"));
         ensure!(told.clone().count() == 3, "{} losses in the log", told.count());
         let stamp = (now - 10).to_string();
         ensure!(told.clone().any(|line| line.contains(&stamp)), "no stamp in the log");
@@ -503,6 +507,119 @@ async fn the_log_names_the_client_of_each_change() -> Result<()> {
             let row = format!("SELECT bool_and(client_id = '{}')::text FROM tasks WHERE id = '{id}'", a.client_id());
             ensure!(["true", ""].contains(&scalar(&mut sql, row).await?.as_str()), "{statement}");
         }
+        Ok(())
+    };
+    board.explain(result.await)
+}
+
+/// A clock that is off by so many microseconds.
+struct Skewed(i64);
+
+impl Host for Skewed {
+    fn now_micros(&self) -> u64 {
+        micros().saturating_add_signed(self.0)
+    }
+
+    fn uuid(&self) -> Uuid {
+        Uuid::now_v7()
+    }
+}
+
+/// The heart of merging: clients with clocks a day off, offline and online by chance, edit the columns of the same rows.
+/// Afterwards all replicas equal Postgres, and each column has the value of the newest edit.
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_converge_to_the_newest_edit_whatever_the_clocks_and_the_network_do() -> Result<()> {
+    const ROUNDS: usize = 6;
+    const EDITS: usize = 60;
+    let board = Board::start().await?;
+    let result = async {
+        let mut sql = board.postgres().await?;
+        let project = project(&mut sql).await?;
+        let mut random = StdRng::seed_from_u64(
+            std::env::var("MILLSTREAM_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1),
+        );
+        let mut ids = Vec::new();
+        for _ in 0..4 {
+            ids.push(task(&mut sql, project).await?);
+        }
+        let day = 24 * 3_600 * 1_000_000;
+        let mut clients = Vec::new();
+        for (n, skew) in [0, -day, day, 30_000_000, -1_000_000].into_iter().enumerate() {
+            let user = ["alice", "bob"][n % 2];
+            let client = board.builder(&n.to_string(), user).host(Skewed(skew)).open().await?;
+            client.ready().await?;
+            clients.push((client, user, skew));
+        }
+        let mut total = 0;
+        for round in 0..ROUNDS {
+            for (client, _, _) in &clients {
+                if random.random_bool(0.6) { client.pause() } else { client.resume() }
+            }
+            for n in 0..EDITS {
+                let (client, _, _) = &clients[random.random_range(0..clients.len())];
+                let id = &ids[random.random_range(0..ids.len())];
+                let value = format!("{round}.{n}");
+                let set = match random.random_range(0..3) {
+                    0 => "title = ?1 || ' t'",
+                    1 => "position = ?3",
+                    _ => "title = ?1 || ' tp', position = ?3",
+                };
+                let statement = format!("UPDATE tasks SET {set} WHERE id = ?2 AND ?1 <> '' AND ?3 >= 0");
+                client.execute(&statement, (value, id, (round * EDITS + n) as f64)).await?;
+                total += 1;
+            }
+            for (client, _, _) in &clients {
+                client.resume();
+                client.flush(PATIENCE).await?;
+            }
+            for (client, user, _) in &clients {
+                converged(&board, client, user).await?;
+            }
+        }
+        let mut edits = Vec::new();
+        let mut outcomes = BTreeMap::new();
+        for (client, _, skew) in &clients {
+            for entry in client.queue(10_000).await? {
+                ensure!(entry.state == EntryState::Confirmed, "{entry:?}");
+                *outcomes.entry(format!("{:?}", entry.outcome)).or_insert(0) += 1;
+                let seq = entry.seq.context("a confirmed entry has a number")?;
+                let clock = Clock { stamp: entry.change.stamp, client_id: client.client_id(), seq, index: 0 };
+                edits.push((entry.change, clock, *skew));
+            }
+        }
+        ensure!(edits.len() == total, "{} of {total} edits", edits.len());
+        for id in &ids {
+            let clocks = Clocks::parse(
+                &scalar(&mut sql, format!("SELECT field_clocks::text FROM tasks WHERE id = '{id}'")).await?,
+            );
+            for column in ["title", "position"] {
+                let value = scalar(&mut sql, format!("SELECT {column}::text FROM tasks WHERE id = '{id}'")).await?;
+                let winner = clocks.of(column);
+                let of_column = |change: &millstream_client::Change| {
+                    let place = change.columns.iter().position(|name| name == column)?;
+                    (change.key[0].as_ref() == Some(id)).then(|| change.values[place].clone().unwrap_or_default())
+                };
+                let written = edits
+                    .iter()
+                    .find(|(change, clock, _)| {
+                        of_column(change).is_some() && (clock.client_id, clock.seq) == (winner.client_id, winner.seq)
+                    })
+                    .and_then(|(change, _, _)| of_column(change));
+                ensure!(
+                    written.as_deref() == Some(&value),
+                    "{column} of {id} is {value}, its clock's edit wrote {written:?}"
+                );
+                // Those that were not cut to the bound compare as they were made.
+                for (change, clock, _) in edits.iter().filter(|(_, _, skew)| *skew <= 30_000_000) {
+                    ensure!(
+                        of_column(change).is_none() || *clock <= winner,
+                        "{column} of {id}: {clock} is newer than {winner}"
+                    );
+                }
+            }
+        }
+        ensure!(outcomes.len() >= 2, "nothing ever lost: {outcomes:?}");
+        println!("{total} edits by {} clients: {outcomes:?}", clients.len());
         Ok(())
     };
     board.explain(result.await)

@@ -205,7 +205,7 @@ pub fn triggers(policy: Policy, table: &str) -> [String; 2] {
         // The default has been put in before the trigger sees the row.
         Policy::Row => (
             "NEW.client_id IS NULL AND (NEW.updated_at IS NULL OR NEW.updated_at = now())",
-            "NEW.updated_at IS NOT DISTINCT FROM OLD.updated_at",
+            "NEW.updated_at IS NOT DISTINCT FROM OLD.updated_at AND NEW.client_id IS NOT DISTINCT FROM OLD.client_id",
         ),
     };
     let statement = |name: &str, event: &str, when: &str| {

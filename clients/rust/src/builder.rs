@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use millstream_client_core::backoff;
 use millstream_client_core::status::Status;
-use millstream_client_store::Store;
+use millstream_client_store::{Host, Store};
 use millstream_schemas::Schema;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -74,6 +74,7 @@ pub struct Builder {
     retention: Duration,
     max_attempts: u32,
     faults: Option<Faults>,
+    host: Arc<dyn Host>,
     paused: bool,
 }
 
@@ -89,6 +90,7 @@ impl Builder {
             retention: RETENTION,
             max_attempts: backoff::MAX_ATTEMPTS,
             faults: None,
+            host: Arc::new(SystemHost),
             paused: false,
         }
     }
@@ -146,6 +148,12 @@ impl Builder {
         self
     }
 
+    /// Where stamps and ids come from: otherwise the system's clock and random numbers. For tests of what clocks do.
+    pub fn host(mut self, host: impl Host + 'static) -> Self {
+        self.host = Arc::new(host);
+        self
+    }
+
     /// Puts faults into the bus between the workers, to show that nothing gets lost.
     pub fn bus_faults(mut self, faults: Faults) -> Self {
         self.faults = Some(faults);
@@ -162,9 +170,9 @@ impl Builder {
     pub async fn open(self) -> Result<Client> {
         let path = self.path.clone();
         let schema = self.schema.clone();
-        let max_attempts = self.max_attempts;
+        let (max_attempts, host) = (self.max_attempts, Arc::clone(&self.host));
         let open = move || -> Result<Store> {
-            let mut store = Store::open(&path.to_string_lossy(), Arc::new(SystemHost))?;
+            let mut store = Store::open(&path.to_string_lossy(), host)?;
             store.set_max_attempts(max_attempts);
             if let Some(schema) = schema
                 && store.schema().is_none()

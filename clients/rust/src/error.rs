@@ -45,6 +45,9 @@ pub enum Error {
         /// What does not fit.
         what: String,
     },
+    /// The transaction was discarded while it waited.
+    #[error("transaction {0} was discarded")]
+    Discarded(u64),
     /// The app's closure panicked; the transaction was rolled back.
     #[error("the transaction's closure panicked")]
     Panicked,
@@ -79,6 +82,7 @@ impl Error {
             Error::Closed => "closed",
             Error::Decode(_) => "decode",
             Error::Encode { .. } => "encode",
+            Error::Discarded(_) => "discarded",
             Error::Panicked => "panicked",
             Error::Commit(_) => "commit",
             Error::Start(_) => "start",

@@ -97,6 +97,11 @@ impl Writer {
             }
             WriterCommand::Discard(tx, reply) => {
                 let result = self.store.discard(tx);
+                if result.is_ok() {
+                    for waiting in self.waiting.remove(&tx).unwrap_or_default() {
+                        let _ = waiting.send(Err(Error::Discarded(tx)));
+                    }
+                }
                 self.queue_changed();
                 answer(reply, result);
             }
@@ -226,6 +231,20 @@ impl Writer {
         }
     }
 
+    /// Answers those who wait for transactions that the store knows to be settled.
+    fn settle_by_store(&mut self) -> Result<(), StoreError> {
+        let waiting: Vec<u64> = self.waiting.keys().copied().collect();
+        for tx in waiting {
+            let verdict = self.store.verdict(tx)?;
+            if verdict != Verdict::Open {
+                for reply in self.waiting.remove(&tx).unwrap_or_default() {
+                    answer(reply, outcome(tx, verdict.clone()));
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn settled(&mut self, tx: u64, reply: Reply<Outcome>) {
         match self.store.verdict(tx) {
             Ok(Verdict::Open) => self.waiting.entry(tx).or_default().push(reply),
@@ -259,6 +278,7 @@ impl Writer {
         self.last_seq = self.store.info()?.last_seq;
         let waiting: Vec<Reply<()>> = std::mem::take(&mut self.flushing).into_values().flatten().collect();
         self.flushing.insert(self.last_seq, waiting);
+        self.settle_by_store()?;
         self.queue_changed();
         Ok(meeting)
     }
@@ -268,15 +288,7 @@ impl Writer {
         if self.store.changed_elsewhere()? {
             let _ = self.notices.send(Notice::Any);
             self.refresh()?;
-            let waiting: Vec<u64> = self.waiting.keys().copied().collect();
-            for tx in waiting {
-                let verdict = self.store.verdict(tx)?;
-                if verdict != Verdict::Open {
-                    for reply in self.waiting.remove(&tx).unwrap_or_default() {
-                        answer(reply, outcome(tx, verdict.clone()));
-                    }
-                }
-            }
+            self.settle_by_store()?;
         }
         if self.polls.is_multiple_of(RETRY_POLLS) && self.status.borrow().failed > 0 && self.store.retry_due()? {
             self.publish();

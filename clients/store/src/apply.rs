@@ -32,6 +32,8 @@ pub struct Applied {
     pub position: Option<Position>,
     /// Number of server transactions with rows.
     pub transactions: u64,
+    /// Whether transactions that were held back have numbers now.
+    pub released: bool,
 }
 
 /// A transaction that was settled.
@@ -47,7 +49,12 @@ impl Store {
     /// Does what a session's staging found ready, in order. Each [`Work::Apply`] is one local transaction, whole or not
     /// at all; it is durable with the app's next write at the latest.
     pub fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
-        self.relaxed(|store| store.perform_all(works))
+        let applied = self.relaxed(|store| store.perform_all(works))?;
+        if applied.released {
+            // Numbers that are about to be sent have to be on the disk: this commit waits for it, and so for those before it.
+            self.transact(|store| store.set_meta("stamp", store.session.stamp() as i64))?;
+        }
+        Ok(applied)
     }
 
     fn perform_all(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
@@ -63,6 +70,7 @@ impl Store {
                     all.settled.extend(applied.settled);
                     all.position = applied.position.or(all.position);
                     all.transactions += applied.transactions;
+                    all.released |= applied.released;
                 }
             }
         }
@@ -101,6 +109,7 @@ impl Store {
                 settled,
                 position: batch.position,
                 transactions: batch.transactions,
+                released: applier.released,
             })
         });
         if result.is_err() {
@@ -115,6 +124,8 @@ pub(crate) struct Applier<'a> {
     pub store: &'a Store,
     /// Whether any row has changes under way; if none has, no row is looked up.
     pub based: bool,
+    /// Whether held transactions were numbered.
+    pub released: bool,
     /// Rows, by table and key, whose visible form is to be made anew.
     pub dirty: BTreeSet<(String, String)>,
 }
@@ -126,7 +137,7 @@ impl<'a> Applier<'a> {
             .prepare_cached("SELECT EXISTS (SELECT 1 FROM millstream_base)")
             .and_then(|mut statement| statement.query_row([], |row| row.get(0)))
             .during("looking for changes under way")?;
-        Ok(Applier { store, based, dirty: BTreeSet::new() })
+        Ok(Applier { store, based, released: false, dirty: BTreeSet::new() })
     }
 
     /// Applies row changes. `diff`: rows that are equal already are not written.
@@ -291,7 +302,8 @@ impl<'a> Applier<'a> {
             .and_then(|mut statement| statement.execute(range))
             .during("settling changes")?;
         store.set_confirmed(confirmed.seq, Some(confirmed.instance))?;
-        store.release()
+        self.released |= store.release()?;
+        Ok(())
     }
 
     /// Records a rejection.

@@ -78,7 +78,7 @@ impl Store {
         require_durability(&connection)?;
         // `INSERT OR REPLACE` deletes the row that it replaces: only with this does the delete trigger see it.
         connection.pragma_update(None, "recursive_triggers", true).during("setting recursive_triggers")?;
-        create_tables(&connection)?;
+        let upgraded = create_tables(&connection)?;
 
         let session = Arc::new(Session::new(host));
         functions::register(&connection, &session, true)?;
@@ -107,6 +107,9 @@ impl Store {
         store.prepare_identity()?;
         store.schema = store.meta_json("schema")?;
         store.index_tables();
+        if upgraded {
+            store.make_triggers()?;
+        }
         functions::guard(&store.connection, &store.session)?;
         store.data_version = store.read_data_version()?;
         Ok(store)
@@ -151,15 +154,15 @@ impl Store {
     }
 }
 
-/// Creates the store's own tables, or brings those of an older version up to date.
-fn create_tables(connection: &Connection) -> Result<(), StoreError> {
+/// Creates the store's own tables, or brings those of an older version up to date. True: it did.
+fn create_tables(connection: &Connection) -> Result<bool, StoreError> {
     let version = || {
         connection
             .pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))
             .during("reading the store's version")
     };
     if version()? == trigger::STORE_VERSION {
-        return Ok(());
+        return Ok(false);
     }
     let upgrade = || -> Result<(), StoreError> {
         // Under the lock: another process may have done it meanwhile.
@@ -178,7 +181,7 @@ fn create_tables(connection: &Connection) -> Result<(), StoreError> {
     };
     connection.execute_batch("BEGIN IMMEDIATE").during("beginning a transaction")?;
     match upgrade() {
-        Ok(()) => connection.execute_batch("COMMIT").during("committing"),
+        Ok(()) => connection.execute_batch("COMMIT").during("committing").map(|()| true),
         Err(error) => {
             connection.execute_batch("ROLLBACK").during("rolling back")?;
             Err(error)

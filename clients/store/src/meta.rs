@@ -45,16 +45,20 @@ impl Store {
                 )
                 .during("storing the identity")?;
         }
-        let stamp: i64 = self
-            .connection
-            .query_row(
-                "SELECT max(coalesce((SELECT max(stamp) FROM local_changes), 0), coalesce((SELECT value FROM millstream_meta WHERE key = 'stamp'), 0))",
-                [],
-                |row| row.get(0),
-            )
-            .during("reading the last stamp")?;
-        self.session.observe(stamp as u64);
         Ok(())
+    }
+
+    /// The newest stamp that a process of this store has given out or seen. (Stamps rise with the transactions, and an edit
+    /// gives the newest to what is behind it.)
+    pub(crate) fn last_stamp(&self) -> Result<u64, StoreError> {
+        self.connection
+            .prepare_cached(
+                "SELECT max(coalesce((SELECT max(stamp) FROM local_changes WHERE tx = (SELECT max(tx) FROM local_changes)), 0), \
+                 coalesce((SELECT value FROM millstream_meta WHERE key = 'stamp'), 0))",
+            )
+            .and_then(|mut statement| statement.query_row([], |row| row.get::<_, i64>(0)))
+            .map(|stamp| stamp as u64)
+            .during("reading the last stamp")
     }
 
     /// The store's facts.

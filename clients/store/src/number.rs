@@ -64,14 +64,15 @@ impl Store {
         Ok(Some(seq))
     }
 
-    /// Numbers those held transactions that need not wait any more.
-    pub(crate) fn release(&self) -> Result<(), StoreError> {
+    /// Numbers those held transactions that need not wait any more. True: there were some.
+    pub(crate) fn release(&self) -> Result<bool, StoreError> {
+        let mut released = false;
         for tx in self.transactions(&format!(
             "INDEXED BY local_changes_troubled WHERE {TROUBLED} AND state = 'held' ORDER BY tx"
         ))? {
-            self.number(tx)?;
+            released |= self.number(tx)?.is_some();
         }
-        Ok(())
+        Ok(released)
     }
 
     /// Numbers of the nearest unsettled or failed transactions before `seq` that wrote the rows of `tx`.
@@ -110,31 +111,40 @@ impl Store {
     }
 
     /// The ledger stands before what this store knows to be settled. Everything after it that is still in the queue is
-    /// submitted again, in the old order.
+    /// submitted again, in the old order; what was rejected, too, for the server does not know that it was.
+    ///
+    /// Numbers and instances stay as they are, as far as there is no gap: the broker may still hold the old submissions, and
+    /// what comes from there and from here has to be the same.
     fn rewind(&mut self, last_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
         self.transact(|store| {
-            let again = store
-                .transactions(&format!("WHERE seq > {last_seq} AND (state = 'confirmed' OR {OPEN}) ORDER BY seq"))?;
+            let again: Vec<(i64, i64)> = store
+                .connection
+                .prepare_cached("SELECT DISTINCT tx, seq FROM local_changes WHERE seq > ?1 ORDER BY seq")
+                .and_then(|mut statement| {
+                    statement.query_map([last_seq as i64], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+                })
+                .during("reading what the server lost")?;
             let mut applier = Applier::new(store)?;
-            for tx in &again {
-                for (table, key) in store.keys(*tx, "1")? {
+            for (tx, _) in &again {
+                for (table, key) in store.keys(*tx as u64, "1")? {
                     applier.keep_base(&table, &key)?;
                 }
             }
             store
                 .connection
-                .execute("UPDATE local_changes SET seq = NULL, instance = NULL WHERE seq > ?1", [last_seq as i64])
-                .during("taking numbers back")?;
+                .execute(
+                    "UPDATE local_changes SET state = 'pending', outcome = NULL, attempts = 0, next_attempt = NULL WHERE seq > ?1",
+                    [last_seq as i64],
+                )
+                .during("queueing again")?;
             store.set_confirmed(last_seq, instance)?;
-            for tx in again {
-                store
-                    .connection
-                    .prepare_cached(
-                        "UPDATE local_changes SET state = 'pending', outcome = NULL, attempts = 0 WHERE tx = ?1",
-                    )
-                    .and_then(|mut statement| statement.execute([tx as i64]))
-                    .during("queueing again")?;
-                store.number(tx)?;
+            let kept = again.iter().zip(last_seq as i64 + 1..).take_while(|((_, seq), next)| seq == next).count();
+            store
+                .connection
+                .execute("UPDATE local_changes SET seq = NULL, instance = NULL WHERE seq > ?1", [(last_seq + kept as u64) as i64])
+                .during("taking numbers back")?;
+            for (tx, _) in &again[kept..] {
+                store.number(*tx as u64)?;
             }
             applier.finish()
         })
@@ -178,6 +188,7 @@ impl Store {
             for tx in rest {
                 store.number(tx)?;
             }
+            store.release()?;
             applier.finish()
         })
     }

@@ -289,6 +289,10 @@ impl Store {
             for edit in edits {
                 store.change_value(tx, edit)?;
             }
+            if !edits.is_empty() {
+                store.restamp_after(tx)?;
+            }
+            store.set_meta("stamp", store.session.stamp() as i64)?;
             let seq = store.requeue(tx, true)?;
             // What is behind it goes on too: if this one is refused again, the server refuses those.
             store.release()?;
@@ -331,6 +335,25 @@ impl Store {
                 statement.execute(params![id, encode(&change.columns), encode(&change.values), stamp])
             })
             .during("editing a change")?;
+        Ok(())
+    }
+
+    /// An edit is made now; what was recorded later on the same rows stays later.
+    fn restamp_after(&self, tx: u64) -> Result<(), StoreError> {
+        let later: Vec<i64> = self
+            .connection
+            .prepare_cached(
+                "SELECT e.id FROM local_changes AS e INDEXED BY local_changes_live WHERE e.state <> 'confirmed' AND e.tx > ?1 \
+                 AND (e.tbl, e.key) IN (SELECT tbl, key FROM local_changes WHERE tx = ?1) ORDER BY e.tx, e.id",
+            )
+            .and_then(|mut statement| statement.query_map([tx as i64], |row| row.get(0))?.collect())
+            .during("reading later changes")?;
+        for id in later {
+            self.connection
+                .prepare_cached("UPDATE local_changes SET stamp = ?2 WHERE id = ?1")
+                .and_then(|mut statement| statement.execute([id, self.session.next_stamp() as i64]))
+                .during("keeping later changes later")?;
+        }
         Ok(())
     }
 
@@ -383,7 +406,7 @@ impl Store {
             let mut applier = Applier::new(store)?;
             applier.dirty.extend(keys);
             applier.finish()?;
-            store.release()
+            store.release().map(drop)
         })
     }
 

@@ -185,6 +185,17 @@ impl Store {
         Ok(stale)
     }
 
+    /// Makes the triggers of the installed tables anew.
+    pub(crate) fn make_triggers(&mut self) -> Result<(), StoreError> {
+        let Some(schema) = self.schema.clone() else { return Ok(()) };
+        self.transact(|store| {
+            schema.tables.iter().try_for_each(|table| {
+                store.batch(&trigger::drop_triggers(&table.name))?;
+                store.batch(&trigger::create_triggers(table))
+            })
+        })
+    }
+
     fn batch(&self, sql: &str) -> Result<(), StoreError> {
         self.connection.execute_batch(sql).during("changing a table")
     }

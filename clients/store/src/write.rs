@@ -112,6 +112,8 @@ impl Store {
         store.transact(|store| {
             let tx = store.last_tx()? + 1;
             let seq = store.last_seq().during("reading the last number")? + 1;
+            // Another process may have given out later stamps.
+            store.session.observe(store.last_stamp()?);
             store.session.begin(tx, seq, traceparent);
             let result = work(&mut Tx { store, depth: 0 });
             store.session.end();

@@ -5,7 +5,7 @@
 //! refused) sends the batch back, to be cut there. An error of Postgres ends the transaction; with more care, each
 //! statement has a savepoint and is halved until the change at fault is alone.
 
-use std::collections::HashSet;
+use std::cell::Cell;
 use std::sync::Arc;
 
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
@@ -20,7 +20,7 @@ use crate::error::{Fault, Refusal, classify, names_values};
 use crate::executor::Failed;
 use crate::explain;
 use crate::group::{Group, Groups, Place};
-use crate::plan::{Planned, Rejected};
+use crate::plan::{Action, Planned, Rejected};
 use crate::statement::{InputRow, Statement, Statements};
 use crate::validator::Step;
 
@@ -46,6 +46,8 @@ pub(crate) struct Applier<'a> {
     statements: &'a mut Statements,
     /// The database's time at the batch's beginning, microseconds since 1970.
     now: u64,
+    /// How many stamps were cut to the bound.
+    cut: Cell<u64>,
     /// Whom `millstream.user_id` names.
     user: Option<String>,
     savepoints: usize,
@@ -53,13 +55,19 @@ pub(crate) struct Applier<'a> {
 
 impl<'a> Applier<'a> {
     pub fn new(connection: &'a mut PgConnection, statements: &'a mut Statements, now: u64) -> Self {
-        Applier { connection, statements, now, user: None, savepoints: 0 }
+        Applier { connection, statements, now, cut: Cell::new(0), user: None, savepoints: 0 }
     }
 
     fn row<'b>(&self, planned: &Planned<'_>, user_id: &'b str, index: usize, step: &'b Step<'b>) -> InputRow<'b> {
         let (client_id, seq) = (planned.submission.client_id, planned.submission.seq);
-        // A client whose clock is ahead must not win for as long as it is.
-        let stamp = step.stamp.min(self.now + MAX_AHEAD_MICROS);
+        // A client whose clock is ahead must not win for as long as it is. What is cut to the bound keeps its order there.
+        let bound = self.now + MAX_AHEAD_MICROS;
+        let stamp = if step.stamp > bound {
+            self.cut.set(self.cut.get() + 1);
+            bound + self.cut.get()
+        } else {
+            step.stamp
+        };
         let clock = Clock { stamp, client_id, seq, index: u32::try_from(index).unwrap_or(u32::MAX) };
         InputRow { step, user_id, client_id, clock }
     }
@@ -91,14 +99,12 @@ impl<'a> Applier<'a> {
         }
         // Where it is cut: nothing before the first that has to be alone depends on it.
         let mut cut = plan.len();
-        let mut refused = HashSet::new();
         for (Place { planned, step }, outcome) in outcomes {
             match outcome {
                 Outcome::Won => {}
                 Outcome::Lost { whole, winner } => plan[planned].lose(step, whole, winner),
                 Outcome::Refused(refusal) if plan[planned].submission.changes.len() == 1 => {
                     plan[planned].reject(step, refusal);
-                    refused.insert(planned);
                 }
                 Outcome::Refused(_) => cut = cut.min(planned),
             }
@@ -107,7 +113,7 @@ impl<'a> Applier<'a> {
             match rejected.refuse(planned.submission) {
                 Some(_) if !planned.steps().is_empty() => cut = cut.min(index),
                 // It was refused for another reason, without effect; but this one comes first.
-                Some(refusal) if refused.contains(&index) => planned.reject(0, refusal),
+                Some(refusal) if matches!(planned.action, Action::Reject(_)) => planned.reject(0, refusal),
                 _ => {}
             }
             rejected.add(planned);

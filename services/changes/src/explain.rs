@@ -7,7 +7,7 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
 use crate::apply::Outcome;
-use crate::error::{Refusal, bounded, names_values};
+use crate::error::{Fault, Refusal, bounded, classify, names_values};
 use crate::statement::{Statement, cast_type};
 use crate::validator::Step;
 
@@ -89,7 +89,9 @@ pub(crate) async fn value_at_fault(
                         error.as_database_error().and_then(|error| error.code()).unwrap_or_default().into_owned();
                     return Ok(Refusal { message: bounded(&misfit(&state, &name, sql_type)), ..refusal });
                 }
-                Err(error) => return Err(error),
+                Err(error) if matches!(classify(&error), Fault::Server | Fault::Gone) => return Err(error),
+                // Another check of the type's: the transaction is failed now, the first refusal stands.
+                Err(_) => return Ok(refusal),
             }
         }
     }

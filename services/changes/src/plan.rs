@@ -167,10 +167,13 @@ pub(crate) fn plan<'a>(
                 return Planned::new(submission, Action::Skip);
             }
             let action = match ledger.decide(submission) {
-                Decision::Take => match (condemned.get(&(client, seq)), rejected.refuse(submission)) {
-                    (Some(rejection), _) => Action::Reject(rejection.clone()),
-                    (None, Some(refusal)) => Action::Reject(Rejection::new(submission, 0, refusal)),
-                    (None, None) => match validator::validate(&find, submission) {
+                Decision::Take => match (rejected.refuse(submission), condemned.get(&(client, seq))) {
+                    (Some(refusal), _) => Action::Reject(Rejection::new(submission, 0, refusal)),
+                    // Another copy of the store may have used the number for something else.
+                    (None, Some(rejection)) if submission.changes.iter().any(|c| c.change_id == rejection.change_id) => {
+                        Action::Reject(rejection.clone())
+                    }
+                    (None, _) => match validator::validate(&find, submission) {
                         Ok(steps) => Action::Apply(steps),
                         Err(rejection) => Action::Reject(rejection),
                     },

@@ -75,6 +75,8 @@ pub struct Downlink {
     confirmed: u64,
     /// The ledger as read at some fence, to be confirmed once the stream passes it.
     ledger: Option<(Lsn, Confirmed)>,
+    /// It does not tell of everything up to its fence: the session ends behind it.
+    cut: bool,
     watermark: Option<Watermark>,
 }
 
@@ -103,6 +105,7 @@ impl Downlink {
             staged: false,
             confirmed: 0,
             ledger: None,
+            cut: false,
             watermark: None,
         }
     }
@@ -133,8 +136,15 @@ impl Downlink {
     }
 
     /// The ledger was read at `fence`: confirm it once everything that it speaks of has been sent.
-    pub fn ledger(&mut self, fence: Lsn, confirmed: Option<Confirmed>) {
+    /// `cut`: it does not tell of everything, so that the client has to come again for the rest.
+    pub fn ledger(&mut self, fence: Lsn, confirmed: Option<Confirmed>, cut: bool) {
         self.ledger = confirmed.map(|confirmed| (fence, confirmed));
+        self.cut = cut;
+    }
+
+    /// Whether a ledger that does not tell of everything has been told: nothing may be confirmed behind it.
+    pub fn is_cut(&self) -> bool {
+        self.cut && self.ledger.is_none()
     }
 
     /// One message of the stream, in order.
@@ -240,7 +250,7 @@ impl Downlink {
                 // This transaction committed after all that the ledger speaks of, so that has been sent.
                 self.confirm_ledger(out);
             }
-            if entry.seq > self.confirmed {
+            if entry.seq > self.confirmed && !self.cut {
                 self.confirmed = entry.seq;
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
                     seq: entry.seq,

@@ -95,7 +95,7 @@ fn confirmation_comes_before_what_applies_it() {
 #[test]
 fn the_ledger_is_confirmed_behind_its_fence() {
     let mut link = downlink(&[]);
-    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5));
+    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5), false);
     assert!(link.waits());
     assert_eq!(feed(&mut link, msg(11, 0x1FF, 0, true, None)), "");
     assert_eq!(feed(&mut link, msg(12, 0x200, 0, true, None)), "confirmed5 commit12");
@@ -106,7 +106,7 @@ fn the_ledger_is_confirmed_behind_its_fence() {
 fn a_catch_up_leaves_confirmation_to_the_ledger() {
     // The message that told of a failure of 4 is of a subject that a catch-up does not fetch.
     let mut link = downlink(&[project("a")]);
-    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5));
+    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5), false);
     assert_eq!(feed(&mut link, origin(msg(11, 1, 0, true, Some(project("a"))), CLIENT, 5)), "rows11!");
     assert_eq!(
         feed(&mut link, origin(msg(12, 2, 0, true, Some(project("a"))), CLIENT, 6)),
@@ -117,7 +117,7 @@ fn a_catch_up_leaves_confirmation_to_the_ledger() {
 #[test]
 fn a_watermark_passes_the_fence_on_a_quiet_database() {
     let mut link = downlink(&[]);
-    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5));
+    link.ledger(Lsn(0x10_0000 + 0x200), ledger(5), false);
     let mut out = Vec::new();
     let mark = Watermark { epoch: Uuid::nil(), lsn: Lsn(0x10_0000 + 0x200), seq: 11 };
     link.watermark(Watermark { epoch: CLIENT, ..mark });

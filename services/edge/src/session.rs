@@ -303,6 +303,9 @@ impl Session {
             }
             self.downlink.settle(&mut self.out);
             self.flush(wire).await?;
+            if self.downlink.is_cut() && self.out.is_empty() {
+                return Err(End::retry(Code::Unavailable, "there are more failures to tell: connect again"));
+            }
             // Until nothing is left, not until a batch is short: a scope joined meanwhile was not woken for before.
             if batch.is_empty() {
                 return Ok(());
@@ -325,7 +328,8 @@ impl Session {
         let mut snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
         let ledger = snapshot.ledger(self.client_id, self.downlink.confirmed()).await;
         let ledger = ledger.map_err(|error| End::unavailable(&error))?;
-        self.downlink.ledger(snapshot.fence.lsn, ledger.confirmed());
+        let cut = ledger.is_cut();
+        self.downlink.ledger(snapshot.fence.lsn, ledger.confirmed(), cut);
         Ok(())
     }
 

@@ -74,6 +74,11 @@ pub struct Ledger {
 }
 
 impl Ledger {
+    /// Whether there are too many failures to tell at once.
+    pub fn is_cut(&self) -> bool {
+        self.told_seq < self.last_seq
+    }
+
     /// What the client is told once the stream has passed the snapshot that this was read from; none if it is new.
     pub fn confirmed(self) -> Option<Confirmed> {
         let seq = self.told_seq;

@@ -5,8 +5,8 @@ use millstream::stack::Stack;
 use millstream_changes::direct::Direct;
 use millstream_schemas::stream::{Submission, TransactionResult};
 use millstream_schemas::{Change, Operation};
-use sqlx::postgres::PgConnection;
 use sqlx::Connection as _;
+use sqlx::postgres::PgConnection;
 use uuid::Uuid;
 
 pub struct Database {

@@ -105,7 +105,8 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         downlink.removed(scope, &mut out);
     }
     let expected = ledger.last_seq + 1;
-    downlink.ledger(fence.lsn, ledger.confirmed());
+    let cut = ledger.is_cut();
+    downlink.ledger(fence.lsn, ledger.confirmed(), cut);
     let mut session = Session {
         edge: edge.clone(),
         id,

@@ -211,6 +211,44 @@ fn a_failed_change_can_be_edited() {
     assert_eq!(f.tasks(), "a|better|1");
 }
 
+#[test]
+fn what_follows_an_edited_change_stays_the_newer() {
+    let mut f = fixture();
+    f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
+    update(&mut f, "a", "first");
+    f.apply(vec![told(1, vec![failure(1, Uuid::nil(), Code::PermissionDenied)])]);
+    update(&mut f, "a", "second");
+    let edit = Edit { change_id: None, column: "title".into(), value: Some("edited".into()) };
+    f.store.edit(1, &[edit]).unwrap();
+    let stamps: Vec<u64> = submits(&f).iter().map(|submit| submit.changes[0].stamp).collect();
+    assert!(stamps.len() == 2 && stamps[0] < stamps[1], "{stamps:?}");
+    // And so does what another process writes that has been open all the while.
+    let mut other = Store::open(&f.path, f.host.clone()).unwrap();
+    f.host.now.fetch_add(1_000_000, Ordering::Relaxed);
+    update(&mut f, "a", "third");
+    f.host.now.fetch_sub(1_000_000, Ordering::Relaxed);
+    other.write(None, |tx| tx.execute("UPDATE tasks SET title = 'fourth'", &[])).unwrap();
+    let stamps: Vec<u64> = submits(&f).iter().map(|submit| submit.changes[0].stamp).collect();
+    assert!(stamps.len() == 4 && stamps.is_sorted_by(|a, b| a < b), "{stamps:?}");
+}
+
+/// What the broker still holds of the old submissions has to be what comes from here.
+#[test]
+fn a_restored_server_finds_the_old_numbers() {
+    let mut f = fixture();
+    for id in ["a", "b", "c", "d"] {
+        insert(&mut f, id);
+    }
+    let before = submits(&f);
+    f.apply(vec![told(4, vec![failure(2, Uuid::nil(), Code::PermissionDenied)])]);
+    let instance = before[0].instance;
+    let mut f = f.reopen();
+    assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }]).unwrap(), Meeting::WentBack);
+    let again = submits(&f);
+    assert_eq!(again.iter().map(|s| (s.seq, s.instance)).collect::<Vec<_>>(), [2, 3, 4].map(|seq| (seq, instance)));
+    assert!(again.iter().zip(&before[1..]).all(|(now, then)| now.changes == then.changes));
+}
+
 /// Items 16, 25, 28: losing is success.
 #[test]
 fn what_lost_to_newer_changes_is_settled() {
@@ -421,6 +459,11 @@ fn a_store_of_the_older_format_is_converted() {
              CREATE INDEX local_changes_by_tx ON local_changes (tx);
              CREATE INDEX local_changes_open ON local_changes (tbl, key) WHERE state IN ('pending', 'sending', 'accepted');
              CREATE INDEX local_changes_failed ON local_changes (tx) WHERE state IN ('retry_wait', 'error');
+             DROP TRIGGER millstream_insert_tasks;
+             CREATE TRIGGER millstream_insert_tasks AFTER INSERT ON tasks WHEN millstream_tx() IS NOT NULL BEGIN
+                 INSERT INTO local_changes (tx, change_id, tbl, key, op, columns, vals, previous, stamp, state, traceparent, recorded_at)
+                 VALUES (millstream_tx(), millstream_uuid(), 'tasks', '[]', 'insert', '[]', '[]', NULL, millstream_now(), 'pending', NULL, millstream_now());
+             END;
              INSERT INTO millstream_meta VALUES ('instance', '00000000-0000-0000-0000-0000000000aa');
              INSERT INTO millstream_meta VALUES ('confirmed_seq', 1);",
         )

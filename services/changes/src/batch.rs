@@ -14,8 +14,8 @@ pub(crate) const MAX_CHANGES: usize = 1_000;
 /// of the server is slowed down.
 pub(crate) const MAX_SAVEPOINTS: usize = 60;
 
-/// So few transactions that are known to hold a bad one are applied one by one rather than halved once more.
-const MIN_HALVED: usize = 8;
+/// So many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
+const WARY: usize = 10;
 
 /// One submission of a message, or a message without any.
 #[derive(Debug)]
@@ -52,35 +52,31 @@ pub(crate) struct Owned {
 /// How the next batch is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Set-wise, all or nothing.
+    /// Set-wise, without savepoints.
     Fast,
+    /// Set-wise, each statement in a savepoint.
+    Careful,
     /// Change by change, a savepoint each transaction.
     Savepoints,
-    /// As `Savepoints`, one transaction alone: a failure of COMMIT is then its own.
+    /// As `Savepoints`, one transaction alone.
     Single,
 }
 
 /// The worker's queue: items in stream order, and how many of the first are to be applied how.
 ///
-/// A fast batch that fails is halved until few transactions are left around the bad one; those are applied in
-/// savepoints. Where many are bad, fast batches become smaller, and grow again as they succeed.
-#[derive(Debug)]
+/// A fast batch that fails is tried again with care. Where one transaction is known not to go with the others, those
+/// before it come first, then it alone.
+#[derive(Debug, Default)]
 pub(crate) struct Queue {
     items: VecDeque<Item>,
-    /// Most transactions in a fast batch.
-    fast: usize,
-    /// The first ones, known to hold a bad one among them.
-    suspect: usize,
-    /// The first ones, to be applied in savepoints.
+    /// Batches still to be careful with.
+    wary: usize,
+    /// The first ones, to be applied before those that are isolated.
+    ahead: usize,
+    /// Those behind them, to be applied in savepoints.
     isolated: usize,
     /// The first ones, to be applied alone.
     single: usize,
-}
-
-impl Default for Queue {
-    fn default() -> Self {
-        Queue { items: VecDeque::new(), fast: MAX_TRANSACTIONS, suspect: 0, isolated: 0, single: 0 }
-    }
 }
 
 impl Queue {
@@ -106,16 +102,15 @@ impl Queue {
 
     /// The next batch and how to apply it.
     pub fn batch(&mut self) -> (&[Item], Mode) {
+        let set_wise = if self.wary > 0 { Mode::Careful } else { Mode::Fast };
         let (mode, limit) = if self.single > 0 {
             (Mode::Single, 1)
+        } else if self.ahead > 0 {
+            (set_wise, self.ahead.min(MAX_TRANSACTIONS))
         } else if self.isolated > 0 {
             (Mode::Savepoints, self.isolated.min(MAX_SAVEPOINTS))
-        } else if self.suspect > MIN_HALVED {
-            (Mode::Fast, self.suspect / 2)
-        } else if self.suspect > 0 {
-            (Mode::Savepoints, self.suspect)
         } else {
-            (Mode::Fast, self.fast)
+            (set_wise, MAX_TRANSACTIONS)
         };
         let mut changes = 0;
         let mut count = 0;
@@ -132,35 +127,37 @@ impl Queue {
     /// The first `count` items are committed, in `mode`.
     pub fn done(&mut self, count: usize, mode: Mode) {
         self.items.drain(..count);
-        for first in [&mut self.suspect, &mut self.isolated, &mut self.single] {
-            *first = first.saturating_sub(count);
-        }
-        if mode == Mode::Fast {
-            self.fast = (self.fast * 2).min(MAX_TRANSACTIONS);
-        }
-    }
-
-    /// The first `count` items failed in `mode`: be more careful with them.
-    pub fn failed(&mut self, count: usize, mode: Mode) {
-        match mode {
-            Mode::Fast => {
-                self.suspect = count;
-                self.fast = (self.fast / 2).max(MIN_HALVED);
-            }
-            Mode::Savepoints | Mode::Single => self.single = self.single.max(count),
+        self.single = self.single.saturating_sub(count);
+        let ahead = self.ahead.min(count);
+        self.ahead -= ahead;
+        self.isolated = self.isolated.saturating_sub(count - ahead);
+        if mode == Mode::Careful {
+            self.wary = self.wary.saturating_sub(1);
         }
     }
 
-    /// Apply the first `count` items in savepoints: one of them ended its backend, and halving would do so repeatedly.
+    /// The first `count` items failed in `mode`: be more careful with them. `at` is the item that does not go with the
+    /// others, if that is known.
+    pub fn failed(&mut self, count: usize, mode: Mode, at: Option<usize>) {
+        match (mode, at) {
+            (Mode::Fast | Mode::Careful, Some(at)) => (self.ahead, self.isolated) = (at, 1),
+            (Mode::Fast, None) => self.wary = WARY,
+            (Mode::Careful, None) => (self.ahead, self.isolated) = (0, count),
+            (Mode::Savepoints | Mode::Single, _) => self.single = self.single.max(count),
+        }
+    }
+
+    /// Apply the first `count` items in savepoints: one of them ended its backend, and trying once more with others
+    /// would do so again.
     pub fn isolate(&mut self, count: usize) {
-        self.isolated = self.isolated.max(count.min(self.items.len()));
+        (self.ahead, self.isolated) = (0, self.isolated.max(count.min(self.items.len())));
     }
 
     /// Drops what the positions say is done, and what belongs to partitions that are not owned any more.
     pub fn retain(&mut self, owned: &BTreeMap<u16, Owned>) {
         self.items.retain(|item| owned.get(&item.partition).is_some_and(|state| item.sequence > state.position));
         // How many of the first were to be isolated is not known any more: the next failure will tell.
-        (self.suspect, self.isolated, self.single) = (0, 0, 0);
+        (self.ahead, self.isolated, self.single) = (0, 0, 0);
     }
 }
 
@@ -242,26 +239,32 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_transaction_is_closed_in_on() {
-        let mut queue = queue(vec![message(1, 1, &[1; 200])]);
-        let bad = 70;
-        let (mut start, mut attempts) = (0, Vec::new());
-        while start < 200 {
-            let (items, mode) = queue.batch();
-            let count = items.len();
-            attempts.push((count, mode));
-            if mode == Mode::Fast && (start..start + count).contains(&bad) {
-                queue.failed(count, mode);
-            } else {
-                queue.done(count, mode);
-                start += count;
-            }
+    fn what_does_not_go_with_others_is_cut_out() {
+        use Mode::{Careful, Fast, Savepoints};
+        let mut queue = queue(vec![message(1, 1, &[1; 300])]);
+        let next = |queue: &mut Queue| (queue.batch().0.len(), queue.batch().1);
+        // Something fails: once more, with care, and then for a while.
+        assert_eq!(next(&mut queue), (100, Fast));
+        queue.failed(100, Fast, None);
+        assert_eq!(next(&mut queue), (100, Careful));
+        queue.failed(100, Careful, Some(70));
+        for (count, mode) in [(70, Careful), (1, Savepoints), (100, Careful)] {
+            assert_eq!(next(&mut queue), (count, mode));
+            queue.done(count, mode);
         }
-        use Mode::{Fast, Savepoints};
-        // 0 to 99 hold it; 0 to 49 do not; 50 to 74 do; 50 to 61 and 62 to 67 do not; so 68 to 74 do.
-        let expected =
-            [(100, Fast), (50, Fast), (25, Fast), (12, Fast), (6, Fast), (7, Savepoints), (100, Fast), (25, Fast)];
-        assert_eq!(attempts, expected);
+        // The first one of a batch.
+        queue.failed(100, Careful, Some(0));
+        assert_eq!(next(&mut queue), (1, Savepoints));
+        queue.done(1, Savepoints);
+        for _ in 2..WARY {
+            assert_eq!(queue.batch().1, Careful);
+            queue.done(1, Careful);
+        }
+        assert_eq!(queue.batch().1, Fast);
+        // Only COMMIT says no.
+        queue.wary = 1;
+        queue.failed(100, Careful, None);
+        assert_eq!(next(&mut queue), (MAX_SAVEPOINTS, Savepoints));
     }
 
     #[test]
@@ -273,7 +276,7 @@ mod tests {
         assert_eq!((queue.batch().0.len(), queue.batch().1), (MAX_SAVEPOINTS, Mode::Savepoints));
         queue.done(MAX_SAVEPOINTS, Mode::Savepoints);
         assert_eq!((queue.batch().0.len(), queue.batch().1), (30, Mode::Savepoints));
-        queue.failed(30, Mode::Savepoints);
+        queue.failed(30, Mode::Savepoints, None);
         assert_eq!((queue.batch().0.len(), queue.batch().1), (1, Mode::Single));
         queue.done(30, Mode::Single);
         assert_eq!((queue.batch().0.len(), queue.batch().1), (50, Mode::Fast));

@@ -24,11 +24,28 @@ pub enum Error {
     TaskEnded(&'static str),
 }
 
+/// Why a change is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub code: Code,
+    /// What refused it, where that has a name.
+    pub rule: Option<String>,
+    /// For people.
+    pub message: String,
+}
+
+impl Refusal {
+    /// Without a name.
+    pub fn new(code: Code, message: impl AsRef<str>) -> Refusal {
+        Refusal { code, rule: None, message: bounded(message.as_ref()) }
+    }
+}
+
 /// Meaning of an error that a statement met.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The change itself cannot be applied: reject it.
-    Verdict(Code, String),
+    Verdict(Refusal),
     /// Postgres, or the way to it, cannot serve now: roll back and try the same again, for ever.
     Server,
     /// The backend went away during the statement: a server fault, unless it keeps happening on one change.
@@ -70,13 +87,13 @@ pub(crate) fn classify(error: &sqlx::Error) -> Fault {
 pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
     let class = error.state.get(..2).unwrap_or("");
     match (class, error.state) {
-        (_, "23502") => Fault::Verdict(
+        (_, "23502") => Fault::Verdict(Refusal::new(
             Code::BusinessRule,
             match error.column {
                 Some(column) => format!("column \"{column}\" must not be null"),
                 None => "a column must not be null".to_owned(),
             },
-        ),
+        )),
         ("23", state) => {
             let kind = match state {
                 "23503" => "foreign key constraint",
@@ -86,14 +103,19 @@ pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
                 _ => "constraint",
             };
             let name = error.constraint.unwrap_or("(unnamed)");
-            Fault::Verdict(Code::BusinessRule, format!("{kind} \"{name}\" does not hold"))
+            let refusal = Refusal::new(Code::BusinessRule, format!("{kind} \"{name}\" does not hold"));
+            Fault::Verdict(Refusal { rule: error.constraint.map(str::to_owned), ..refusal })
         }
-        // What triggers raise, and views WITH CHECK OPTION: their message is written by the schema's author for people.
-        ("P0" | "44", _) => Fault::Verdict(Code::BusinessRule, bounded(error.message)),
-        ("22", _) => Fault::Verdict(Code::InvalidValue, bounded(error.message)),
+        // What triggers raise, and views WITH CHECK OPTION: their message is written by the schema's author for people,
+        // who may name a constraint too (RAISE … USING CONSTRAINT).
+        ("P0" | "44", _) => Fault::Verdict(Refusal {
+            rule: error.constraint.map(str::to_owned),
+            ..Refusal::new(Code::BusinessRule, error.message)
+        }),
+        ("22", _) => Fault::Verdict(Refusal::new(Code::InvalidValue, error.message)),
         // A value too large for an index entry or a row.
-        (_, "54000") => Fault::Verdict(Code::InvalidValue, bounded(error.message)),
-        (_, "42501") => Fault::Verdict(Code::PermissionDenied, bounded(error.message)),
+        (_, "54000") => Fault::Verdict(Refusal::new(Code::InvalidValue, error.message)),
+        (_, "42501") => Fault::Verdict(Refusal::new(Code::PermissionDenied, error.message)),
         // A statement that was stopped by its own time limit may be stopped by it every time.
         (_, "57014") => Fault::Unknown,
         ("08" | "28" | "3D" | "40" | "53" | "55" | "57" | "58", _) => Fault::Server,
@@ -114,6 +136,11 @@ pub(crate) fn keeps_connection(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Database(error) if !error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "25P03"))
 }
 
+/// Whether a value did not fit its type.
+pub(crate) fn names_values(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state.starts_with("22"))
+}
+
 /// Cut to what fits into a failure's message, at a character boundary.
 pub(crate) fn bounded(message: &str) -> String {
     let mut end = message.len().min(MAX_FAILURE_MESSAGE_BYTES);
@@ -130,7 +157,7 @@ mod tests {
     #[test]
     fn states_have_meanings() {
         let code = |state: &str| match classify_reported(Reported { state, message: "m", ..Default::default() }) {
-            Fault::Verdict(code, _) => Some(code),
+            Fault::Verdict(refusal) => Some(refusal.code),
             _ => None,
         };
         for (state, expected) in [
@@ -165,7 +192,12 @@ mod tests {
             constraint: Some("tasks_pkey"),
             column: None,
         });
-        assert_eq!(fault, Fault::Verdict(Code::BusinessRule, "unique constraint \"tasks_pkey\" does not hold".into()));
+        let expected = Refusal {
+            code: Code::BusinessRule,
+            rule: Some("tasks_pkey".into()),
+            message: "unique constraint \"tasks_pkey\" does not hold".into(),
+        };
+        assert_eq!(fault, Fault::Verdict(expected));
     }
 
     #[test]

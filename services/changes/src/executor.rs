@@ -4,25 +4,23 @@
 //! them waits, and then finds another position or epoch. What becomes of an error is decided by the caller, from
 //! [`Failed`]; here everything is rolled back.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use millstream_runtime::telemetry;
-use millstream_schemas::stream::{Failure, ORIGIN_PREFIX, OriginEntry, OriginRecord};
-use millstream_schemas::{Code, Operation};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
+use sqlx::{ConnectOptions, Connection, PgConnection, Row};
 use uuid::Uuid;
 
+use crate::apply::Applier;
 use crate::batch::{Fence, Item, Mode, Owned};
 use crate::error::{Fault, classify, is_drift, keeps_connection};
-use crate::history::{self, Record};
-use crate::ledger::Ledger;
+use crate::history;
 use crate::model::{Model, ModelError};
-use crate::plan::{Action, Condemned, Planned, depends_on_catalog, plan};
+use crate::plan::{Action, Condemned, Planned, Rejected, depends_on_catalog, plan, predecessors};
 use crate::results::Results;
-use crate::statement::{InputRow, Statements};
-use crate::validator::{Rejection, Step, explain};
+use crate::settle;
+use crate::validator::Rejection;
 
 /// Limits of a worker's session. A statement has to end some time; a worker that hangs must not keep its locks.
 const SESSION: [(&str, &str); 6] = [
@@ -35,41 +33,6 @@ const SESSION: [(&str, &str); 6] = [
     // What triggers say for a person at a terminal has no reader here.
     ("client_min_messages", "error"),
 ];
-
-/// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
-/// another owner changed the ledger meanwhile, it would have moved the position or the epoch too, and the fence fails.
-const FENCE: &str = "\
-WITH fenced AS (
-    UPDATE millstream.partitions AS p SET position = f.new
-    FROM unnest($2::smallint[], $3::bigint[], $4::bigint[], $5::bigint[]) AS f(partition, epoch, old, new)
-    WHERE p.stream_epoch = $1 AND p.partition = f.partition AND p.epoch = f.epoch AND p.position = f.old
-    RETURNING p.partition)
-SELECT (SELECT count(*) FROM fenced) AS fenced, c.client_id, c.user_id, c.last_seq
-FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uuid[])";
-
-/// Ledger, history and origin in one round trip, the last before COMMIT. The ledger is compared and set, so that even
-/// an owner under another stream epoch cannot take a transaction twice.
-const SETTLE: &str = "\
-WITH n AS (
-    SELECT * FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::uuid[], $5::bigint[]) AS n(client_id, user_id, last_seq, instance, stored)),
-known AS (
-    UPDATE millstream.clients AS c SET last_seq = n.last_seq, instance = n.instance, last_seen = now()
-    FROM n WHERE c.client_id = n.client_id AND c.last_seq = n.stored AND c.user_id = n.user_id
-    RETURNING 1),
-fresh AS (
-    INSERT INTO millstream.clients (client_id, user_id, last_seq, instance)
-    SELECT client_id, user_id, last_seq, instance FROM n WHERE stored IS NULL
-    ON CONFLICT (client_id) DO NOTHING
-    RETURNING 1),
-failed AS (
-    INSERT INTO millstream.changes_history
-        (client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, message, trace_id)
-    SELECT client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, message, trace_id
-    FROM jsonb_to_recordset($6::jsonb) AS h(client_id uuid, user_id text, seq bigint, attempt int, change_id uuid,
-        table_name text, key jsonb, operation text, payload jsonb, code text, message text, trace_id text)
-    ON CONFLICT (client_id, seq) DO NOTHING)
-SELECT (SELECT count(*) FROM known) + (SELECT count(*) FROM fresh) AS settled,
-       pg_logical_emit_message(true, $7, $8)::text AS lsn";
 
 const POSITIONS: &str = "\
 SELECT partition, epoch, position FROM millstream.partitions
@@ -84,8 +47,8 @@ WHERE stream_epoch = $1 AND partition = $2 AND epoch = $3";
 pub(crate) enum Failed {
     /// Another owner took a partition over, or a position is not the one in memory.
     Fenced,
-    /// Something in the batch cannot be applied, or not together with the rest.
-    Isolate(String),
+    /// Something in the batch cannot be applied, or not together with the rest: the submission with this index, if known.
+    Isolate { why: String, at: Option<usize> },
     /// This transaction, alone in its batch, is refused by COMMIT.
     Condemned(Uuid, u64, Rejection),
     /// This transaction met an error that nobody understands.
@@ -102,6 +65,13 @@ pub(crate) enum Failed {
     Ledger,
     /// Nobody knows whether COMMIT happened. The results hold if it did.
     Unsure(Results, sqlx::Error),
+}
+
+impl Failed {
+    /// See [`Failed::Isolate`].
+    pub fn isolate_at(submission: usize, why: &str) -> Failed {
+        Failed::Isolate { why: why.to_owned(), at: Some(submission) }
+    }
 }
 
 /// A worker's connection and what it knows.
@@ -143,11 +113,16 @@ impl Executor {
             None => Model::load(connection, &config).await.map_err(Failed::Model)?,
         };
         let transaction = Transaction { connection, items, fences, mode, condemned };
-        let outcome = transaction.run(&mut current, &stream_epoch).await;
+        let mut outcome = transaction.run(&mut current, &stream_epoch).await;
+        if let Err(Failed::Isolate { at: Some(at), .. }) = &mut outcome {
+            // From an index among submissions to one among items.
+            let mut submissions = items.iter().enumerate().filter(|(_, item)| item.submission.is_some());
+            *at = submissions.nth(*at).map_or(0, |(index, _)| index);
+        }
         let (keep_model, keep_connection) = match &outcome {
             Ok(_) | Err(Failed::Fenced | Failed::Condemned(..) | Failed::Ledger) => (true, true),
             // Drift shows as an error of a statement, whichever way it is treated.
-            Err(Failed::Isolate(_)) => (true, true),
+            Err(Failed::Isolate { .. }) => (true, true),
             Err(Failed::Stale | Failed::Model(_)) => (false, true),
             Err(Failed::Strike(_, _, error)) => (!is_drift(error), keeps_connection(error)),
             Err(Failed::Server(error)) => (true, keeps_connection(error)),
@@ -217,21 +192,29 @@ struct Transaction<'a> {
 }
 
 impl<'a> Transaction<'a> {
-    async fn run(mut self, model: &mut Model, stream_epoch: &str) -> Result<Results, Failed> {
+    async fn run(self, model: &mut Model, stream_epoch: &str) -> Result<Results, Failed> {
         sqlx::raw_sql("BEGIN").execute(&mut *self.connection).await.map_err(Failed::Server)?;
-        let mut ledger = self.fence(stream_epoch).await?;
+        let (mut ledger, now) = settle::fence(self.connection, stream_epoch, self.items, self.fences).await?;
         let fresh = model.is_fresh();
         let Model { catalog, statements, .. } = model;
         let items: &'a [Item] = self.items;
-        let submissions = items.iter().filter_map(|item| item.submission.as_ref());
-        let mut plan = plan(submissions, &mut ledger, |name| catalog.table(name), self.condemned);
+        let submissions = || items.iter().filter_map(|item| item.submission.as_ref());
+        let mut rejected = Rejected::default();
+        let named = predecessors(submissions(), &ledger);
+        if !named.is_empty() {
+            rejected.0 = history::rejected(self.connection, &named).await.map_err(Failed::Server)?;
+        }
+        let mut plan = plan(submissions(), &mut ledger, |name| catalog.table(name), self.condemned, &mut rejected);
         if !fresh && depends_on_catalog(&plan) {
             return Err(Failed::Stale);
         }
         let spans: Vec<tracing::Span> = plan.iter().map(span).collect();
+        let mut applier = Applier::new(self.connection, statements, now);
         match self.mode {
-            Mode::Fast => self.apply_runs(&plan, statements).await?,
-            Mode::Savepoints | Mode::Single => self.apply_each(&mut plan, statements).await?,
+            Mode::Fast | Mode::Careful => {
+                applier.set_wise(&mut plan, &mut rejected, self.mode == Mode::Careful).await?;
+            }
+            Mode::Savepoints | Mode::Single => applier.one_by_one(&mut plan, &mut rejected).await?,
         }
         let mut results = Results::default();
         let repeated: Vec<(Uuid, u64)> = plan
@@ -253,205 +236,31 @@ impl<'a> Transaction<'a> {
         let traceparent = last.and_then(|(planned, span)| {
             span.in_scope(telemetry::traceparent).or_else(|| planned.submission.traceparent.clone())
         });
-        self.settle(&plan, &ledger, traceparent).await?;
+        settle::settle(self.connection, &plan, &ledger, traceparent).await?;
         self.commit(&plan, results).await
-    }
-
-    async fn fence(&mut self, stream_epoch: &str) -> Result<Ledger, Failed> {
-        let column = |value: fn(&Fence) -> i64| self.fences.iter().map(value).collect::<Vec<i64>>();
-        let partitions: Vec<i16> = self.fences.iter().map(|fence| fence.partition as i16).collect();
-        let clients: Vec<Uuid> = self
-            .items
-            .iter()
-            .filter_map(|item| item.submission.as_ref())
-            .map(|submission| submission.client_id)
-            .collect();
-        let rows = sqlx::query(FENCE)
-            .bind(stream_epoch)
-            .bind(partitions)
-            .bind(column(|fence| fence.epoch))
-            .bind(column(|fence| fence.old as i64))
-            .bind(column(|fence| fence.new as i64))
-            .bind(clients)
-            .fetch_all(&mut *self.connection)
-            .await
-            .map_err(Failed::Server)?;
-        let mut ledger = Ledger::default();
-        for row in &rows {
-            let fenced: i64 = row.try_get("fenced").map_err(Failed::Server)?;
-            if fenced != self.fences.len() as i64 {
-                return Err(Failed::Fenced);
-            }
-            if let Some(client_id) = row.try_get::<Option<Uuid>, _>("client_id").map_err(Failed::Server)? {
-                let last: i64 = row.try_get("last_seq").map_err(Failed::Server)?;
-                ledger.load(client_id, row.try_get("user_id").map_err(Failed::Server)?, last as u64);
-            }
-        }
-        Ok(ledger)
-    }
-
-    /// Set-wise, all or nothing.
-    async fn apply_runs(&mut self, plan: &[Planned<'_>], statements: &mut Statements) -> Result<(), Failed> {
-        let steps = plan.iter().flat_map(|planned| {
-            let steps: &[Step<'_>] = if let Action::Apply(steps) = &planned.action { steps } else { &[] };
-            steps.iter().map(|step| (step, planned.submission.user_id.as_str(), planned.submission.client_id))
-        });
-        for run in statements.runs(steps) {
-            match self.write(run.statement.sql.clone(), &run.rows).await {
-                Ok(affected) if affected == run.rows.len() as u64 => {}
-                Ok(affected) => {
-                    return Err(Failed::Isolate(format!("{affected} of {} rows were affected", run.rows.len())));
-                }
-                Err(error) => {
-                    return Err(match classify(&error) {
-                        Fault::Server => Failed::Server(error),
-                        Fault::Gone => Failed::Gone(error),
-                        Fault::Verdict(code, _) => Failed::Isolate(code.to_string()),
-                        Fault::Unknown => Failed::Isolate(error.to_string()),
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// One change at a time, each transaction in a savepoint; what fails becomes a rejection.
-    async fn apply_each(&mut self, plan: &mut [Planned<'_>], statements: &mut Statements) -> Result<(), Failed> {
-        for planned in plan {
-            let submission = planned.submission;
-            let Action::Apply(steps) = &planned.action else { continue };
-            let strike = |error| Failed::Strike(submission.client_id, submission.seq, error);
-            self.raw("SAVEPOINT change").await?;
-            let mut rejection = None;
-            for (index, step) in steps.iter().enumerate() {
-                let refused = match self.apply_one(step, &submission.user_id, submission.client_id, statements).await {
-                    Ok(refused) => refused,
-                    Err(error) => match classify(&error) {
-                        Fault::Verdict(code, message) => Some((code, message)),
-                        Fault::Server => return Err(Failed::Server(error)),
-                        Fault::Gone | Fault::Unknown => return Err(strike(error)),
-                    },
-                };
-                if let Some((code, message)) = refused {
-                    rejection = Some(Rejection { index, change_id: step.change_id, code, message });
-                    break;
-                }
-            }
-            match rejection {
-                None => self.raw("RELEASE SAVEPOINT change").await?,
-                Some(rejection) => {
-                    self.raw("ROLLBACK TO SAVEPOINT change; RELEASE SAVEPOINT change").await?;
-                    planned.action = Action::Reject(rejection);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn apply_one(
-        &mut self,
-        step: &Step<'_>,
-        user_id: &str,
-        client_id: Uuid,
-        statements: &mut Statements,
-    ) -> Result<Option<(Code, String)>, sqlx::Error> {
-        let statement = statements.of(step);
-        let rows = [InputRow::new(step, user_id, client_id)];
-        if self.write(statement.sql.clone(), &rows).await? > 0 {
-            return Ok(None);
-        }
-        let exists = step.op != Operation::Insert && {
-            let count: i64 = sqlx::query_scalar(AssertSqlSafe(statement.count_sql.clone()))
-                .bind(encode(&rows)?)
-                .fetch_one(&mut *self.connection)
-                .await?;
-            count > 0
-        };
-        Ok(Some(explain(step.table, step.op, exists)))
-    }
-
-    async fn write(&mut self, sql: std::sync::Arc<str>, rows: &[InputRow<'_>]) -> Result<u64, sqlx::Error> {
-        // The text is made of the catalog's names and the operator's rules; values are bound.
-        let done = sqlx::query(AssertSqlSafe(sql)).bind(encode(rows)?).execute(&mut *self.connection).await?;
-        Ok(done.rows_affected())
-    }
-
-    async fn raw(&mut self, sql: &'static str) -> Result<(), Failed> {
-        sqlx::raw_sql(sql).execute(&mut *self.connection).await.map(drop).map_err(Failed::Server)
-    }
-
-    async fn settle(
-        &mut self,
-        plan: &[Planned<'_>],
-        ledger: &Ledger,
-        traceparent: Option<String>,
-    ) -> Result<(), Failed> {
-        let mut failures: HashMap<Uuid, Vec<Failure>> = HashMap::new();
-        let mut records = Vec::new();
-        for planned in plan {
-            let Action::Reject(rejection) = &planned.action else { continue };
-            records.push(Record::new(planned.submission, rejection).map_err(unencodable).map_err(Failed::Server)?);
-            if let Some(failure) = planned.result().and_then(|result| result.failure) {
-                failures.entry(planned.submission.client_id).or_default().push(failure);
-            }
-        }
-        let changed: Vec<_> = ledger.changed().collect();
-        if changed.is_empty() {
-            return Ok(());
-        }
-        let origin = OriginRecord {
-            clients: changed
-                .iter()
-                .map(|(id, client)| OriginEntry {
-                    client_id: *id,
-                    seq: client.last,
-                    instance: client.instance,
-                    lost: Vec::new(),
-                    failed: failures.remove(id).unwrap_or_default(),
-                })
-                .collect(),
-            traceparent,
-        };
-        let row = sqlx::query(SETTLE)
-            .bind(changed.iter().map(|(id, _)| *id).collect::<Vec<_>>())
-            .bind(changed.iter().map(|(_, client)| client.user_id.clone()).collect::<Vec<_>>())
-            .bind(changed.iter().map(|(_, client)| client.last as i64).collect::<Vec<_>>())
-            .bind(changed.iter().map(|(_, client)| client.instance).collect::<Vec<_>>())
-            .bind(changed.iter().map(|(_, client)| client.stored.map(|stored| stored as i64)).collect::<Vec<_>>())
-            .bind(encode(&records).map_err(Failed::Server)?)
-            .bind(ORIGIN_PREFIX)
-            .bind(encode(&origin).map_err(Failed::Server)?)
-            .fetch_one(&mut *self.connection)
-            .await
-            .map_err(Failed::Server)?;
-        let settled: i64 = row.try_get("settled").map_err(Failed::Server)?;
-        if settled == changed.len() as i64 { Ok(()) } else { Err(Failed::Ledger) }
     }
 
     async fn commit(self, plan: &[Planned<'_>], results: Results) -> Result<Results, Failed> {
         let Err(error) = sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await else {
+            plan.iter().for_each(Planned::log_losses);
             return Ok(results);
         };
         if !keeps_connection(&error) {
             return Err(Failed::Unsure(results, error));
         }
         // Postgres said no: a deferred constraint, most likely. It names no change, so the transaction has to be alone.
-        let alone = match (self.mode, plan) {
-            (Mode::Single, [planned]) => Some(planned),
-            _ => None,
-        };
+        let alone = if let [planned] = plan { Some(planned) } else { None };
         Err(match (classify(&error), alone) {
             (Fault::Server | Fault::Gone, _) => Failed::Server(error),
-            (Fault::Verdict(code, message), Some(planned)) => {
+            (Fault::Verdict(refusal), Some(planned)) => {
                 let submission = planned.submission;
-                let index = submission.changes.len().saturating_sub(1);
-                let change_id = submission.changes.last().map(|change| change.change_id).unwrap_or_default();
-                Failed::Condemned(submission.client_id, submission.seq, Rejection { index, change_id, code, message })
+                let rejection = Rejection::new(submission, submission.changes.len().saturating_sub(1), refusal);
+                Failed::Condemned(submission.client_id, submission.seq, rejection)
             }
             (Fault::Unknown, Some(planned)) => {
                 Failed::Strike(planned.submission.client_id, planned.submission.seq, error)
             }
-            (Fault::Verdict(..) | Fault::Unknown, None) => Failed::Isolate(error.to_string()),
+            (Fault::Verdict(_) | Fault::Unknown, None) => Failed::Isolate { why: error.to_string(), at: None },
         })
     }
 }
@@ -470,12 +279,4 @@ fn span(planned: &Planned<'_>) -> tracing::Span {
     );
     telemetry::set_parent(&span, submission.traceparent.as_deref());
     span
-}
-
-fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, sqlx::Error> {
-    serde_json::to_string(value).map_err(unencodable)
-}
-
-fn unencodable(error: serde_json::Error) -> sqlx::Error {
-    sqlx::Error::Encode(Box::new(error))
 }

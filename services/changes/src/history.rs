@@ -1,6 +1,7 @@
 //! `millstream.changes_history`: the failed changes, and only those; also the memory that answers a resent failure.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 use millstream_schemas::stream::{Failure, Submission, TransactionResult, Verdict};
 use millstream_schemas::{Code, Value};
@@ -24,6 +25,7 @@ pub(crate) struct Record {
     operation: Option<&'static str>,
     payload: Box<RawValue>,
     code: Code,
+    rule: Option<String>,
     message: String,
     trace_id: Option<String>,
 }
@@ -47,6 +49,7 @@ impl Record {
             operation: change.map(|change| change.op.as_str()),
             payload: serde_json::value::to_raw_value(&submission)?,
             code: rejection.code,
+            rule: rejection.rule.clone(),
             message: rejection.message.clone(),
             trace_id: submission.traceparent.as_deref().and_then(|text| text.split('-').nth(1)).map(str::to_owned),
         })
@@ -78,7 +81,8 @@ fn storable(submission: &Submission) -> Cow<'_, Submission> {
     Cow::Owned(copy)
 }
 
-/// The verdicts of transactions that were taken before: rejected if the history says so, otherwise applied.
+/// The verdicts of transactions that were taken before: rejected if the history says so, merged or superseded while the
+/// ledger remembers that, otherwise applied.
 pub(crate) async fn known(
     connection: &mut PgConnection,
     taken: &[(Uuid, u64)],
@@ -86,33 +90,55 @@ pub(crate) async fn known(
     // Sequences of the ledger fit into a bigint, and these are not above it.
     let (clients, seqs): (Vec<Uuid>, Vec<i64>) = taken.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
     let rows = sqlx::query(
-        "SELECT h.client_id, h.seq, h.change_id, h.code, h.message FROM millstream.changes_history h \
-         WHERE (h.client_id, h.seq) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))",
+        "SELECT t.client_id, t.seq, h.change_id, h.code, h.rule, h.message, \
+                (SELECT l->>'verdict' FROM millstream.clients c, jsonb_array_elements(c.lost) AS l \
+                 WHERE c.client_id = t.client_id AND (l->>'seq')::bigint = t.seq LIMIT 1) AS lost \
+         FROM unnest($1::uuid[], $2::bigint[]) WITH ORDINALITY AS t(client_id, seq, i) \
+         LEFT JOIN millstream.changes_history h ON h.client_id = t.client_id AND h.seq = t.seq ORDER BY t.i",
     )
     .bind(clients)
     .bind(seqs)
     .fetch_all(connection)
     .await?;
-    let mut failed = std::collections::HashMap::new();
-    for row in rows {
-        let seq = row.try_get::<i64, _>("seq")? as u64;
-        let failure = Failure {
-            seq,
-            change_id: row.try_get("change_id")?,
-            code: row.try_get::<String, _>("code")?.parse().unwrap_or(Code::Internal),
-            rule: None,
-            message: row.try_get("message")?,
-        };
-        failed.insert((row.try_get::<Uuid, _>("client_id")?, seq), failure);
-    }
-    Ok(taken
-        .iter()
-        .map(|(client, seq)| {
-            let failure = failed.get(&(*client, *seq)).cloned();
-            let verdict = if failure.is_some() { Verdict::Rejected } else { Verdict::Applied };
-            (*client, TransactionResult { seq: *seq, verdict, failure })
+    rows.iter()
+        .map(|row| {
+            let seq = row.try_get::<i64, _>("seq")? as u64;
+            let failure = match row.try_get::<Option<String>, _>("code")? {
+                Some(code) => Some(Failure {
+                    seq,
+                    change_id: row.try_get("change_id")?,
+                    code: code.parse().unwrap_or(Code::Internal),
+                    rule: row.try_get("rule")?,
+                    message: row.try_get("message")?,
+                }),
+                None => None,
+            };
+            let verdict = match row.try_get::<Option<&str>, _>("lost")? {
+                _ if failure.is_some() => Verdict::Rejected,
+                Some("merged") => Verdict::Merged,
+                Some("superseded") => Verdict::Superseded,
+                _ => Verdict::Applied,
+            };
+            Ok((row.try_get("client_id")?, TransactionResult { seq, verdict, failure }))
         })
-        .collect())
+        .collect()
+}
+
+/// Which of these transactions were rejected.
+pub(crate) async fn rejected(
+    connection: &mut PgConnection,
+    named: &[(Uuid, u64)],
+) -> Result<HashSet<(Uuid, u64)>, sqlx::Error> {
+    let (clients, seqs): (Vec<Uuid>, Vec<i64>) = named.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
+    let rows = sqlx::query(
+        "SELECT h.client_id, h.seq FROM unnest($1::uuid[], $2::bigint[]) AS n(client_id, seq) \
+         JOIN millstream.changes_history h ON h.client_id = n.client_id AND h.seq = n.seq",
+    )
+    .bind(clients)
+    .bind(seqs)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(|row| Ok((row.try_get("client_id")?, row.try_get::<i64, _>("seq")? as u64))).collect()
 }
 
 #[cfg(test)]
@@ -133,7 +159,8 @@ mod tests {
             changes: vec![change(millstream_schemas::Operation::Update, "a\0", &[("x\0", Some("\0\\u0000"))])],
             traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
         };
-        let rejection = Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidValue, message: "m".into() };
+        let rejection =
+            Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidValue, rule: None, message: "m".into() };
         let record = Record::new(&submission, &rejection).unwrap();
         assert_eq!(record.trace_id.as_deref(), Some("4bf92f3577b34da6a3ce929d0e0e4736"));
         let text = serde_json::to_string(&record).unwrap();

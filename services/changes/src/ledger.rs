@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use millstream_schemas::stream::{InstanceSpan, Submission};
 use uuid::Uuid;
 
 /// What to do with a submission.
@@ -18,6 +19,8 @@ pub(crate) enum Decision {
     Gap,
     /// The client belongs to another user.
     Foreign,
+    /// Another copy of the client's store has submitted under this number or before it.
+    Fork,
 }
 
 /// A client's state.
@@ -25,8 +28,8 @@ pub(crate) enum Decision {
 pub(crate) struct Client {
     /// The user that the client is bound to.
     pub user_id: String,
-    /// Id of the client's copy of its store, as of the last submission taken.
-    pub instance: Uuid,
+    /// Which run of the client's store submitted `last`; none where it was taken before instances were known.
+    pub instance: Option<Uuid>,
     /// `last_seq` in the database; none for a client that it does not know.
     pub stored: Option<u64>,
     /// Last `client_seq` taken.
@@ -37,38 +40,55 @@ pub(crate) struct Client {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     clients: HashMap<Uuid, Client>,
+    spans: Vec<(Uuid, InstanceSpan)>,
 }
 
 impl Ledger {
     /// Adds what the database knows of a client.
-    pub fn load(&mut self, client_id: Uuid, user_id: String, last_seq: u64) {
-        self.clients
-            .insert(client_id, Client { user_id, instance: Uuid::nil(), stored: Some(last_seq), last: last_seq });
+    pub fn load(&mut self, client_id: Uuid, user_id: String, last_seq: u64, instance: Option<Uuid>) {
+        self.clients.insert(client_id, Client { user_id, instance, stored: Some(last_seq), last: last_seq });
+    }
+
+    /// Whether the database, as opposed to this batch, has taken a transaction.
+    pub fn is_stored(&self, client_id: Uuid, seq: u64) -> bool {
+        self.clients.get(&client_id).and_then(|client| client.stored).is_some_and(|stored| seq <= stored)
     }
 
     /// Applies the rule to a submission, and takes it if it is the next.
-    pub fn decide(&mut self, client_id: Uuid, user_id: &str, instance: Uuid, seq: u64) -> Decision {
-        let last = match self.clients.get(&client_id) {
-            Some(client) if client.user_id != user_id => return Decision::Foreign,
-            Some(client) => client.last,
-            None => 0,
+    pub fn decide(&mut self, submission: &Submission) -> Decision {
+        let &Submission { client_id, seq, instance, previous, .. } = submission;
+        let (last, known) = match self.clients.get(&client_id) {
+            Some(client) if client.user_id != submission.user_id => return Decision::Foreign,
+            Some(client) => (client.last, client.instance),
+            None => (0, None),
         };
-        if seq == 0 || seq > last + 1 {
+        if seq == 0 || seq > last.saturating_add(1) {
             return Decision::Gap;
         }
         if seq <= last {
             return Decision::Duplicate;
         }
+        // A store goes on where its last run ended; a copy of it goes on where that copy's did.
+        if known.is_some_and(|known| known != instance && previous != Some(known)) {
+            return Decision::Fork;
+        }
         // The user is bound by the first submission that is taken, not by one that is skipped.
         let client = self.clients.entry(client_id).or_insert_with(|| Client {
-            user_id: user_id.to_owned(),
-            instance,
+            user_id: submission.user_id.clone(),
+            instance: None,
             stored: None,
             last: 0,
         });
         client.last = seq;
-        client.instance = instance;
+        if client.instance.replace(instance) != Some(instance) {
+            self.spans.push((client_id, InstanceSpan { instance, first_seq: seq }));
+        }
         Decision::Take
+    }
+
+    /// Where instances began, in the batch.
+    pub fn spans(&self) -> &[(Uuid, InstanceSpan)] {
+        &self.spans
     }
 
     /// The clients whose state changed.
@@ -83,13 +103,27 @@ mod tests {
 
     const CLIENT: Uuid = Uuid::from_u128(1);
 
+    fn submission(user: &str, seq: u64, instance: u128, previous: Option<u128>) -> Submission {
+        Submission {
+            client_id: CLIENT,
+            user_id: user.into(),
+            seq,
+            attempt: 1,
+            instance: Uuid::from_u128(instance),
+            previous: previous.map(Uuid::from_u128),
+            after: Vec::new(),
+            changes: Vec::new(),
+            traceparent: None,
+        }
+    }
+
     fn check(stored: Option<(&str, u64)>, submissions: &[(&str, u64, Decision)], last: Option<u64>) {
         let mut ledger = Ledger::default();
         if let Some((user, seq)) = stored {
-            ledger.load(CLIENT, user.into(), seq);
+            ledger.load(CLIENT, user.into(), seq, None);
         }
         for &(user, seq, expected) in submissions {
-            assert_eq!(ledger.decide(CLIENT, user, Uuid::nil(), seq), expected, "{user} {seq}");
+            assert_eq!(ledger.decide(&submission(user, seq, 0, None)), expected, "{user} {seq}");
         }
         assert_eq!(ledger.changed().map(|(_, client)| client.last).next(), last);
     }
@@ -107,5 +141,25 @@ mod tests {
         check(Some(("a", 7)), &[("a", 8, Take)], Some(8));
         check(Some(("a", 7)), &[("b", 8, Foreign), ("b", 1, Foreign), ("a", 8, Take)], Some(8));
         check(None, &[("b", 2, Gap), ("a", 1, Take), ("b", 2, Foreign)], Some(1));
+    }
+
+    #[test]
+    fn a_copy_of_a_store_is_not_taken_for_it() {
+        use Decision::{Duplicate, Fork, Take};
+        let check = |stored: Option<u128>, steps: &[(u64, u128, Option<u128>, Decision)], spans: &[(u64, u128)]| {
+            let mut ledger = Ledger::default();
+            ledger.load(CLIENT, "a".into(), 7, stored.map(Uuid::from_u128));
+            for &(seq, instance, previous, expected) in steps {
+                assert_eq!(ledger.decide(&submission("a", seq, instance, previous)), expected, "{seq} {instance}");
+            }
+            let found: Vec<_> = ledger.spans().iter().map(|(_, s)| (s.first_seq, s.instance.as_u128())).collect();
+            assert_eq!(found, spans);
+        };
+        // Nothing is known of the past: whoever comes first.
+        check(None, &[(8, 1, None, Take), (9, 2, None, Fork), (9, 1, None, Take)], &[(8, 1)]);
+        check(Some(1), &[(8, 1, None, Take)], &[]);
+        // The next run of the same store, and a copy that goes on from before it.
+        check(Some(1), &[(8, 2, Some(1), Take), (8, 3, Some(1), Duplicate), (9, 3, Some(1), Fork)], &[(8, 2)]);
+        check(Some(1), &[(8, 2, None, Fork), (8, 2, Some(9), Fork)], &[]);
     }
 }

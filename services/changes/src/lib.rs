@@ -6,18 +6,25 @@
 //! database, `statement` holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go
 //! out by `results` and, if they are rejections, into `history`. The `janitor` keeps the stream small.
 
+mod apply;
 mod batch;
 mod consumer;
+pub mod direct;
 mod error;
 mod executor;
+mod explain;
+mod group;
 mod history;
 mod janitor;
 mod ledger;
 mod model;
 mod ownership;
 mod plan;
+mod predicate;
 mod results;
+mod settle;
 mod statement;
+mod traits;
 mod validator;
 mod worker;
 
@@ -127,7 +134,7 @@ impl Service {
         let (lost_sender, lost) = mpsc::channel(NOTICES);
         let (idle_sender, idle) = mpsc::channel(NOTICES);
         let shared = Shared {
-            nats: self.nats.client.clone(),
+            nats: Some(self.nats.client.clone()),
             lost: lost_sender,
             health: self.health.clone(),
             shutdown: stop.clone(),

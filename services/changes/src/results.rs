@@ -35,3 +35,12 @@ impl Results {
         }
     }
 }
+
+impl IntoIterator for Results {
+    type Item = (Uuid, TransactionResult);
+    type IntoIter = Box<dyn Iterator<Item = Self::Item> + Send>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        Box::new(self.0.into_iter().flat_map(|(id, results)| results.into_iter().map(move |result| (id, result))))
+    }
+}

@@ -1,209 +1,397 @@
-//! The SQL that writes: one static text per (table, operation, set of columns), for any number of rows.
+//! The SQL that writes: one static text per shape (table, operation, set of columns), for any number of rows.
 //!
-//! Its only parameter is a JSON array with an object a row: `k` the key, `v` the values in column order, `u` the user
-//! and `c` the client. Values arrive as text and are cast to their column's type, so what Postgres once wrote reads back
-//! exactly. The permission predicate is evaluated in the same statement, for the row that is written.
+//! Its parameters are arrays, one a column: key, values, who writes, the change's clock. Values arrive as text and are cast
+//! to their column's type, so what Postgres once wrote reads back exactly. The statement decides what has to hold in one
+//! view of the database: whether the row is there, whether the user may (the permission predicate), whether the declared
+//! rules hold, and whether the change is newer than what it writes over (see [`millstream_schemas::clock`]). It writes and
+//! tells of the rows for which all that is so; a second text explains the others.
 //!
 //! Identifiers come from the catalog alone.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use millstream_catalog::Table;
-use millstream_schemas::{Operation, Value};
-use serde::Serialize;
+use millstream_catalog::{ConflictPolicy, Table};
+use millstream_schemas::{Clock, Operation};
 use uuid::Uuid;
 
+use crate::group::Shape;
+use crate::predicate::Mentions;
+use crate::traits::Traits;
 use crate::validator::{Step, rule};
 
 /// Most texts kept; column sets are the clients' choice, so there can be many.
 const MAX_CACHED: usize = 1_000;
 
-/// What the database says of a table beyond the catalog; it bounds how far rows may share a statement.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Traits {
-    /// It has triggers that see all rows of a statement at once, so that several rows differ from one after another.
-    pub statement_triggers: bool,
-    /// Deleting or updating its rows may write others.
-    pub cascades: bool,
-    /// What it stores may depend on `millstream.user_id`: triggers, row security, defaults or checks that call functions.
-    pub personal: bool,
-}
-
-/// A text, and how far rows may share it.
+/// The texts of a shape.
 #[derive(Debug)]
 pub(crate) struct Statement {
-    /// Writes the rows.
+    /// Writes the rows. Updates and deletes give for each row that they wrote its number (1, 2, 3 …) and, where some
+    /// columns lost, the newest clock of those.
     pub sql: Arc<str>,
-    /// Counts those of the rows that exist, by key.
-    pub count_sql: Arc<str>,
-    /// One row at a time, since the outcome for a row may depend on the rows before it.
-    pub alone: bool,
-    /// Rows of one user and client only, since more than the predicate's `auth` may read who writes.
-    pub personal: bool,
+    /// Says of rows that were not written, by number: `found`, `allowed`, `broken` (index into `rules`), `wins`, and the
+    /// newest clock that the row has, `winner`.
+    pub explain_sql: Arc<str>,
+    /// The declared rules for the operation: code and message.
+    pub rules: Vec<(String, String)>,
+    /// Row security may keep rows from being written that can be seen.
+    pub row_security: bool,
+    /// What it depends on.
+    pub shape: Shape,
 }
 
-/// One row of a statement's parameter.
-#[derive(Clone, Debug, Serialize)]
+/// One row of a statement's parameters.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct InputRow<'a> {
-    k: &'a [Value],
-    v: &'a [Option<&'a str>],
-    u: &'a str,
-    c: Uuid,
-}
-
-impl<'a> InputRow<'a> {
-    /// The row of a checked change.
-    pub fn new(step: &'a Step<'a>, user_id: &'a str, client_id: Uuid) -> Self {
-        InputRow { k: step.key, v: &step.values, u: user_id, c: client_id }
-    }
-
-    fn same_identity(&self, other: &InputRow<'_>) -> bool {
-        self.c == other.c && self.u == other.u
-    }
-}
-
-/// Consecutive changes that one statement applies.
-#[derive(Debug)]
-pub(crate) struct Run<'a> {
-    /// How.
-    pub statement: Arc<Statement>,
-    /// To what; their number is the number of rows that must be affected.
-    pub rows: Vec<InputRow<'a>>,
+    pub step: &'a Step<'a>,
+    pub user_id: &'a str,
+    pub client_id: Uuid,
+    pub clock: Clock,
 }
 
 /// The texts made so far.
 #[derive(Debug, Default)]
 pub(crate) struct Statements {
     traits: HashMap<u32, Traits>,
+    views: Vec<String>,
     cache: HashMap<(u32, Operation, Vec<usize>), Arc<Statement>>,
+    conflicts: HashMap<(usize, usize), bool>,
+    made: usize,
 }
 
 impl Statements {
-    /// Starts with what the database says of tables, by object id.
-    pub fn new(traits: HashMap<u32, Traits>) -> Self {
-        Statements { traits, cache: HashMap::new() }
+    /// Starts with what the database says of tables, and the names of views.
+    pub fn new(traits: Vec<Traits>, views: Vec<String>) -> Self {
+        Statements { traits: traits.into_iter().map(|traits| (traits.oid, traits)).collect(), views, ..Self::default() }
     }
 
     /// The statement for a change.
     pub fn of(&mut self, step: &Step<'_>) -> Arc<Statement> {
-        let shape = (step.table.oid, step.op, step.columns.clone());
-        if let Some(statement) = self.cache.get(&shape) {
+        let key = (step.table.oid, step.op, step.columns.clone());
+        if let Some(statement) = self.cache.get(&key) {
             return statement.clone();
         }
         if self.cache.len() >= MAX_CACHED {
             self.cache.clear();
+            self.conflicts.clear();
         }
-        // Without knowledge of the table: one by one.
-        let traits = self.traits.get(&step.table.oid).copied().unwrap_or(Traits {
-            statement_triggers: true,
-            cascades: true,
-            personal: true,
+        self.made += 1;
+        let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
+        let unknown = Traits::unknown(table.oid);
+        let traits = self.traits.get(&table.oid).unwrap_or(&unknown);
+        let writer = Writer { table, op, columns };
+        let mut mentions = Mentions::default();
+        writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
+        let reads_view = self.views.iter().any(|view| mentions.names.contains(view));
+        let statement = Arc::new(Statement {
+            sql: writer.write().into(),
+            explain_sql: writer.explain().into(),
+            rules: writer.rules().map(|rule| (rule.code.clone(), rule.message.clone())).collect(),
+            row_security: traits.row_security,
+            shape: Shape::new(self.made, table, op, columns, traits, mentions, reads_view),
         });
-        let statement = Arc::new(write(step.table, step.op, &step.columns, traits));
-        self.cache.insert(shape, statement.clone());
+        self.cache.insert(key, statement.clone());
         statement
     }
 
-    /// Cuts changes into runs of one statement each, keeping their order.
-    pub fn runs<'a>(&mut self, steps: impl Iterator<Item = (&'a Step<'a>, &'a str, Uuid)>) -> Vec<Run<'a>> {
-        let mut runs: Vec<Run<'a>> = Vec::new();
-        for (step, user_id, client_id) in steps {
-            let row = InputRow::new(step, user_id, client_id);
-            let statement = self.of(step);
-            match runs.last_mut() {
-                Some(run)
-                    if Arc::ptr_eq(&run.statement, &statement)
-                        && !statement.alone
-                        && (!statement.personal || run.rows[0].same_identity(&row))
-                        && !run.rows.iter().any(|other| other.k == row.k) =>
-                {
-                    run.rows.push(row);
-                }
-                _ => runs.push(Run { statement, rows: vec![row] }),
-            }
-        }
-        runs
+    /// Whether changes of two shapes may depend on their order, even if of different rows.
+    pub fn conflict(&mut self, a: &Shape, b: &Shape) -> bool {
+        let pair = (a.id.min(b.id), a.id.max(b.id));
+        *self.conflicts.entry(pair).or_insert_with(|| a.conflicts(b))
     }
 }
 
-/// `auth`, evaluated for each row: sets who writes for triggers and defaults, and shows it to the predicate.
-const AUTH: &str = "LATERAL (SELECT set_config('millstream.user_id', millstream_input.e->>'u', true) AS user_id, \
-                    (millstream_input.e->>'c')::uuid AS client_id OFFSET 0) AS auth";
-const INPUT: &str = "jsonb_array_elements($1::jsonb) WITH ORDINALITY AS millstream_input(e, i)";
+/// Who writes, for predicates.
+const AUTH: &str =
+    "LATERAL (SELECT millstream_input.ms_user AS user_id, millstream_input.ms_client AS client_id) AS auth";
+/// The change's time.
+const AT: &str = "(timestamptz 'epoch' + millstream_input.ms_at * interval '1 microsecond')";
+const CLOCK: &str = "millstream_input.ms_clock COLLATE \"C\"";
+const NOBODY: &str = "uuid '00000000-0000-0000-0000-000000000000'";
 
-fn write(table: &Table, op: Operation, columns: &[usize], traits: Traits) -> Statement {
-    let name = &table.sql_name;
-    let column = |index: usize| table.columns[index].sql_name.as_str();
-    let list = |separator: &str, text: &dyn Fn(usize) -> String| {
-        (0..table.columns.len()).map(text).collect::<Vec<_>>().join(separator)
-    };
-    let value = |index: usize| {
-        let place = columns.iter().position(|set| *set == index)?;
-        Some(format!("(millstream_input.e->'v'->>{place})::{}", cast_type(&table.columns[index].sql_type)))
-    };
-    let key: Vec<String> = table
-        .key
-        .iter()
-        .enumerate()
-        .map(|(place, index)| {
-            let r#type = cast_type(&table.columns[*index].sql_type);
-            format!("old.{} = (millstream_input.e->'k'->>{place})::{type}", column(*index))
-        })
-        .collect();
-    let key = key.join(" AND ");
-    // The validator lets no operation through that has no rule.
-    let rule = rule(table, op).unwrap_or("false");
-    // `auth` has to be evaluated before anything of the rule, and before triggers: the CASE makes the rule depend on it,
-    // whatever the planner would like to evaluate early. The line ends keep a comment at a rule's end within the rule.
-    let guarded = |rule: &str| format!("CASE WHEN auth.user_id IS NOT NULL THEN (\n{rule}\n) ELSE false END");
-    let sql = match op {
-        Operation::Insert => {
-            let names: Vec<&str> = columns.iter().map(|index| column(*index)).collect();
-            let new = list(", ", &|index| {
-                let value =
-                    value(index).unwrap_or_else(|| format!("NULL::{}", cast_type(&table.columns[index].sql_type)));
-                format!("{value} AS {}", column(index))
-            });
-            let selected: Vec<String> = names.iter().map(|name| format!("new.{name}")).collect();
-            format!(
-                "INSERT INTO {name} ({})\nSELECT {}\nFROM {INPUT}, {AUTH}, LATERAL (SELECT {new} OFFSET 0) AS new\nWHERE {}\nORDER BY millstream_input.i",
-                names.join(", "),
-                selected.join(", "),
-                guarded(rule),
-            )
-        }
-        Operation::Update => {
-            let set: Vec<String> =
-                columns.iter().filter_map(|index| Some(format!("{} = {}", column(*index), value(*index)?))).collect();
-            let new = list(", ", &|index| {
-                let value = value(index).unwrap_or_else(|| format!("old.{}", column(index)));
-                format!("{value} AS {}", column(index))
-            });
-            // `old` is the target itself, so that the rule is evaluated again for a row that changed meanwhile.
-            format!(
-                "UPDATE {name} AS old SET {}\nFROM {INPUT}, {AUTH}\nWHERE {key} AND {}",
-                set.join(", "),
-                guarded(&format!("SELECT (\n{rule}\n) FROM (SELECT {new}) AS new")),
-            )
-        }
-        Operation::Delete => {
-            format!("DELETE FROM {name} AS old USING {INPUT}, {AUTH}\nWHERE {key} AND {}", guarded(rule))
-        }
-    };
-    let count_sql = format!("SELECT count(*) FROM {INPUT}, {name} AS old WHERE {key}");
-    let cascades = traits.cascades && op != Operation::Insert;
-    Statement {
-        sql: format!("/* millstream {} */ {sql}", op.as_str()).into(),
-        count_sql: count_sql.into(),
-        alone: traits.statement_triggers || cascades || mentions(rule, &table.name),
-        personal: traits.personal || calls_functions(rule),
+/// Makes the texts of a shape.
+struct Writer<'a> {
+    table: &'a Table,
+    op: Operation,
+    columns: &'a [usize],
+}
+
+impl<'a> Writer<'a> {
+    fn rules(&self) -> impl Iterator<Item = &'a millstream_catalog::Rule> + use<'a> {
+        let op = self.op;
+        self.table.rules.iter().filter(move |rule| rule.on.contains(&op))
     }
+
+    /// The permission predicate, then those of rules.
+    fn predicates(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        // The validator lets no operation through that has no rule.
+        let permission = rule(self.table, self.op).unwrap_or("false");
+        std::iter::once(permission).chain(self.rules().map(|rule| rule.check.as_str()))
+    }
+
+    fn column(&self, index: usize) -> &'a str {
+        &self.table.columns[index].sql_name
+    }
+
+    fn cast(&self, input: &str, index: usize) -> String {
+        format!("millstream_input.{input}::{}", cast_type(&self.table.columns[index].sql_type))
+    }
+
+    /// The value that the change gives a column.
+    fn value(&self, index: usize) -> Option<String> {
+        let place = self.columns.iter().position(|set| *set == index)?;
+        Some(self.cast(&format!("ms_v{place}"), index))
+    }
+
+    /// The parameters, as [`crate::apply`] binds them: keys (but of inserts, whose values hold them), values, users,
+    /// clients, clocks, times.
+    fn input(&self) -> String {
+        let keys = if self.op == Operation::Insert { 0 } else { self.table.key.len() };
+        let texts = keys + self.columns.len();
+        let mut arrays: Vec<String> = (1..=texts).map(|n| format!("${n}::text[]")).collect();
+        let mut names: Vec<String> = (0..keys).map(|n| format!("ms_k{n}")).collect();
+        names.extend((0..self.columns.len()).map(|n| format!("ms_v{n}")));
+        for (name, r#type) in [("ms_user", "text"), ("ms_client", "uuid"), ("ms_clock", "text"), ("ms_at", "bigint")] {
+            arrays.push(format!("${}::{type}[]", arrays.len() + 1));
+            names.push(name.to_owned());
+        }
+        format!("unnest({}) WITH ORDINALITY AS millstream_input({}, ms_i)", arrays.join(", "), names.join(", "))
+    }
+
+    /// Where `old` is the change's row.
+    fn key(&self) -> String {
+        let part = |(place, index): (usize, &usize)| {
+            format!("old.{} = {}", self.column(*index), self.cast(&format!("ms_k{place}"), *index))
+        };
+        self.table.key.iter().enumerate().map(part).collect::<Vec<_>>().join(" AND ")
+    }
+
+    /// `SELECT` list of a row: as the change gives it, else as `other` does.
+    fn row(&self, value: impl Fn(usize) -> String) -> String {
+        let columns = 0..self.table.columns.len();
+        columns.map(|index| format!("{} AS {}", value(index), self.column(index))).collect::<Vec<_>>().join(", ")
+    }
+
+    /// A predicate, true or not. Line ends keep a comment at its end within it.
+    fn holds(&self, predicate: &str) -> String {
+        let plain = format!("(\n{predicate}\n)");
+        if self.op != Operation::Update || !Mentions::of(predicate).names.contains("new") {
+            return plain;
+        }
+        let on = |row: String| format!("(SELECT {plain} FROM (SELECT {row}) AS new)");
+        let old = |index: usize| format!("old.{}", self.column(index));
+        let meant = on(self.row(|index| self.value(index).unwrap_or_else(|| old(index))));
+        let ConflictPolicy::Column { .. } = self.table.conflict else { return meant };
+        if self.columns.len() == 1 {
+            return meant;
+        }
+        // It has to be allowed as its author meant it, and as it is once some columns have lost.
+        let merged = on(self.row(|index| match self.value(index) {
+            Some(value) => format!("CASE WHEN {} THEN {value} ELSE {} END", self.wins_column(index), old(index)),
+            None => old(index),
+        }));
+        format!("({meant} AND ({} OR NOT ({}) OR {merged}))", self.wins_columns(" AND "), self.wins_columns(" OR "))
+    }
+
+    /// All predicates.
+    fn guard(&self) -> String {
+        self.predicates().map(|predicate| self.holds(predicate)).collect::<Vec<_>>().join(" AND ")
+    }
+
+    /// Clock of a column of `old`; only for tables that merge by column.
+    fn clock(&self, index: usize) -> String {
+        let ConflictPolicy::Column { clocks, .. } = self.table.conflict else { return "''".to_owned() };
+        let (clocks, name) = (self.column(clocks), literal(&self.table.columns[index].name));
+        format!("coalesce(old.{clocks}->>{name}, old.{clocks}->>'', '') COLLATE \"C\"")
+    }
+
+    fn wins_column(&self, index: usize) -> String {
+        format!("{CLOCK} >= {}", self.clock(index))
+    }
+
+    fn wins_columns(&self, operator: &str) -> String {
+        self.columns.iter().map(|index| self.wins_column(*index)).collect::<Vec<_>>().join(operator)
+    }
+
+    /// Whether the change is newer than (some of) what it writes over.
+    fn wins(&self) -> String {
+        match (self.table.conflict, self.op) {
+            (ConflictPolicy::Arrival, _) | (_, Operation::Insert) => "true".to_owned(),
+            (ConflictPolicy::Column { .. }, Operation::Update) => format!("({})", self.wins_columns(" OR ")),
+            (ConflictPolicy::Column { clocks, .. }, Operation::Delete) => self.newest(clocks),
+            (ConflictPolicy::Row { updated_at, client_id }, _) => self.newer(updated_at, client_id),
+        }
+    }
+
+    /// Whether the change is as new as every column of `old`.
+    fn newest(&self, clocks: usize) -> String {
+        format!(
+            "NOT EXISTS (SELECT FROM jsonb_each_text(old.{}) AS ms_c WHERE ms_c.value COLLATE \"C\" > {CLOCK})",
+            self.column(clocks)
+        )
+    }
+
+    /// Whether it is as new as the row, by time and client.
+    fn newer(&self, updated_at: usize, client_id: usize) -> String {
+        let (updated_at, client_id) = (self.column(updated_at), self.column(client_id));
+        format!("({AT}, millstream_input.ms_client) >= (old.{updated_at}, coalesce(old.{client_id}, {NOBODY}))")
+    }
+
+    /// Columns that Millstream keeps, with what the operation sets them to.
+    fn kept(&self) -> Vec<(usize, String)> {
+        let client = || "millstream_input.ms_client".to_owned();
+        let (clocks, updated_at, client_id) = match self.table.conflict {
+            ConflictPolicy::Arrival => return Vec::new(),
+            ConflictPolicy::Row { updated_at, client_id } => {
+                return vec![(updated_at, AT.to_owned()), (client_id, client())];
+            }
+            ConflictPolicy::Column { clocks, updated_at, client_id } => (clocks, updated_at, client_id),
+        };
+        let insert = self.op == Operation::Insert;
+        let written = match self.columns {
+            _ if insert => "jsonb_build_object('', millstream_input.ms_clock)".to_owned(),
+            [one] => format!(
+                "old.{} || jsonb_build_object({}, millstream_input.ms_clock)",
+                self.column(clocks),
+                literal(&self.table.columns[*one].name)
+            ),
+            many => {
+                let won = |index: &usize| {
+                    let name = literal(&self.table.columns[*index].name);
+                    format!("{name}, CASE WHEN {} THEN millstream_input.ms_clock END", self.wins_column(*index))
+                };
+                let won: Vec<String> = many.iter().map(won).collect();
+                let clocks = self.column(clocks);
+                // A function takes 100 arguments.
+                let parts = won.chunks(50).map(|part| format!("jsonb_build_object({})", part.join(", ")));
+                format!("old.{clocks} || jsonb_strip_nulls({})", parts.collect::<Vec<_>>().join(" || "))
+            }
+        };
+        let mut kept = vec![(clocks, written)];
+        if let Some(index) = updated_at {
+            let at = if insert { AT.to_owned() } else { format!("greatest(old.{}, {AT})", self.column(index)) };
+            kept.push((index, at));
+        }
+        if let Some(index) = client_id {
+            let newest = match updated_at {
+                Some(updated_at) => self.newer(updated_at, index),
+                None => self.newest(clocks),
+            };
+            let old = self.column(index);
+            let newer = || format!("CASE WHEN {newest} THEN millstream_input.ms_client ELSE old.{old} END");
+            kept.push((index, if insert { client() } else { newer() }));
+        }
+        kept
+    }
+
+    fn write(&self) -> String {
+        let (name, input, guard) = (&self.table.sql_name, self.input(), self.guard());
+        let sql = match self.op {
+            Operation::Insert => {
+                let kept = self.kept();
+                let names = self.columns.iter().chain(kept.iter().map(|(index, _)| index)).map(|i| self.column(*i));
+                let values = self.columns.iter().map(|index| format!("new.{}", self.column(*index)));
+                format!(
+                    "INSERT INTO {name} ({})\nSELECT {}\nFROM {input}, {AUTH}, {}\nWHERE {guard}\nORDER BY millstream_input.ms_i",
+                    names.collect::<Vec<_>>().join(", "),
+                    values.chain(kept.iter().map(|(_, value)| value.clone())).collect::<Vec<_>>().join(", "),
+                    self.inserted(),
+                )
+            }
+            Operation::Update => {
+                let merges = matches!(self.table.conflict, ConflictPolicy::Column { .. }) && self.columns.len() > 1;
+                let set = |index: &usize| {
+                    let (column, value) = (self.column(*index), self.value(*index).unwrap_or_default());
+                    if merges {
+                        format!("{column} = CASE WHEN {} THEN {value} ELSE old.{column} END", self.wins_column(*index))
+                    } else {
+                        format!("{column} = {value}")
+                    }
+                };
+                let kept = self.kept().into_iter().map(|(index, value)| format!("{} = {value}", self.column(index)));
+                // In RETURNING, `old` is the row as it is now: a column has the change's clock, or the one it lost to.
+                let winner = if merges {
+                    let clocks: Vec<String> = self.columns.iter().map(|index| self.clock(*index)).collect();
+                    format!("nullif(greatest({}), millstream_input.ms_clock)", clocks.join(", "))
+                } else {
+                    "NULL::text".to_owned()
+                };
+                format!(
+                    "UPDATE {name} AS old SET {}\nFROM {input}, {AUTH}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, {winner} AS winner",
+                    self.columns.iter().map(set).chain(kept).collect::<Vec<_>>().join(", "),
+                    self.key(),
+                    self.wins(),
+                )
+            }
+            Operation::Delete => format!(
+                "DELETE FROM {name} AS old USING {input}, {AUTH}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, NULL::text AS winner",
+                self.key(),
+                self.wins(),
+            ),
+        };
+        format!("/* millstream {} */ {sql}", self.op.as_str())
+    }
+
+    /// `new` of an insert.
+    fn inserted(&self) -> String {
+        let row = self.row(|index| {
+            let null = || format!("NULL::{}", cast_type(&self.table.columns[index].sql_type));
+            self.value(index).unwrap_or_else(null)
+        });
+        format!("LATERAL (SELECT {row}) AS new")
+    }
+
+    fn explain(&self) -> String {
+        let (join, found) = match self.op {
+            Operation::Insert => (format!("CROSS JOIN {}", self.inserted()), "true".to_owned()),
+            Operation::Update | Operation::Delete => (
+                format!("LEFT JOIN {} AS old ON {}", self.table.sql_name, self.key()),
+                // No part of a key is null.
+                format!("old.{} IS NOT NULL", self.column(self.table.key[0])),
+            ),
+        };
+        let mut predicates = self.predicates().map(|predicate| format!("coalesce({}, false)", self.holds(predicate)));
+        let allowed = predicates.next().unwrap_or_else(|| "false".to_owned());
+        let broken: String = predicates.enumerate().map(|(n, holds)| format!(" WHEN NOT {holds} THEN {n}")).collect();
+        let broken = if broken.is_empty() {
+            "NULL::int".to_owned()
+        } else {
+            format!("CASE WHEN NOT ({found}) THEN NULL{broken} END")
+        };
+        let winner = match (self.table.conflict, self.op) {
+            (ConflictPolicy::Arrival, _) | (_, Operation::Insert) => "NULL::text".to_owned(),
+            (ConflictPolicy::Column { .. }, Operation::Update) => {
+                let clocks: Vec<String> = self.columns.iter().map(|index| self.clock(*index)).collect();
+                format!("greatest({})", clocks.join(", "))
+            }
+            (ConflictPolicy::Column { clocks, .. }, Operation::Delete) => {
+                format!(
+                    "(SELECT max(ms_c.value COLLATE \"C\") FROM jsonb_each_text(old.{}) AS ms_c)",
+                    self.column(clocks)
+                )
+            }
+            (ConflictPolicy::Row { updated_at, client_id }, _) => {
+                format!("concat_ws(' ', old.{}, old.{})", self.column(updated_at), self.column(client_id))
+            }
+        };
+        format!(
+            "/* millstream explain */ SELECT millstream_input.ms_i, {found} AS found, CASE WHEN {found} THEN {allowed} ELSE false END AS allowed, \
+             {broken} AS broken, CASE WHEN {found} THEN {} ELSE false END AS wins, {winner} AS winner\n\
+             FROM {} CROSS JOIN {AUTH} {join}\nORDER BY millstream_input.ms_i",
+            self.wins(),
+            self.input(),
+        )
+    }
+}
+
+/// A text in SQL; of names that the catalog gave.
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
 }
 
 /// The type to cast text to: without the length, so that a value that is too long is refused by the assignment that
 /// follows instead of being cut by the cast.
-fn cast_type(sql_type: &str) -> String {
+pub(crate) fn cast_type(sql_type: &str) -> String {
     let Some((name, rest)) = sql_type.split_once('(').filter(|_| !sql_type.starts_with('"') && !sql_type.contains('.'))
     else {
         return match sql_type {
@@ -221,106 +409,101 @@ fn cast_type(sql_type: &str) -> String {
     format!("{name}{suffix}")
 }
 
-/// Identifiers of a SQL text outside of string literals, in lower case, each with whether `(` follows.
-fn words(sql: &str) -> Vec<(String, bool)> {
-    let mut words: Vec<(String, bool)> = Vec::new();
-    let mut after_word = false;
-    let mut characters = sql.chars().peekable();
-    while let Some(character) = characters.next() {
-        match character {
-            space if space.is_whitespace() => continue,
-            '\'' => {
-                while characters.next().is_some_and(|c| c != '\'') {}
-                after_word = false;
-            }
-            '"' => {
-                words.push((
-                    characters.by_ref().take_while(|c| *c != '"').flat_map(char::to_lowercase).collect(),
-                    false,
-                ));
-                after_word = true;
-            }
-            '(' => {
-                if let Some(last) = words.last_mut().filter(|_| after_word) {
-                    last.1 = true;
-                }
-                after_word = false;
-            }
-            first if first.is_alphabetic() || first == '_' => {
-                let mut word = first.to_lowercase().collect::<String>();
-                while let Some(next) = characters.next_if(|c| c.is_alphanumeric() || *c == '_' || *c == '$') {
-                    word.extend(next.to_lowercase());
-                }
-                words.push((word, false));
-                after_word = true;
-            }
-            _ => after_word = false,
-        }
-    }
-    words
-}
-
-/// Whether a rule reads the table by name.
-fn mentions(rule: &str, table: &str) -> bool {
-    // Without its schema, as a rule would name it.
-    let table = table.rsplit('.').next().unwrap_or(table).to_lowercase();
-    words(rule).iter().any(|(word, _)| *word == table)
-}
-
-/// Whether a rule may call a function other than plain ones of Postgres: it could read `millstream.user_id`.
-fn calls_functions(rule: &str) -> bool {
-    const HARMLESS: [&str; 24] = [
-        "exists", "in", "any", "all", "some", "and", "or", "not", "select", "from", "where", "on", "as", "join",
-        "then", "else", "when", "coalesce", "lower", "upper", "length", "now", "count", "nullif",
-    ];
-    words(rule).iter().any(|(word, call)| *call && !HARMLESS.contains(&word.as_str()))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::validator::tests::{change, only, tasks};
-    use crate::validator::validate;
+    use millstream_catalog::{Column, Rule};
 
-    fn sql(op: Operation, columns: &[usize]) -> String {
-        write(&tasks(), op, columns, Traits::default()).sql.to_string()
+    use super::*;
+    use crate::validator::tests::tasks;
+
+    fn sql(table: &Table, op: Operation, columns: &[usize]) -> String {
+        Writer { table, op, columns }.write()
     }
 
-    fn has(sql: &str, parts: &[&str]) {
+    fn check(sql: &str, parts: &[&str]) {
         for part in parts {
             assert!(sql.contains(part), "{part} in\n{sql}");
         }
     }
 
+    /// `tasks` with the columns that Millstream keeps.
+    fn merging() -> Table {
+        let mut table = tasks();
+        for (name, sql_type) in
+            [("field_clocks", "jsonb"), ("updated_at", "timestamp with time zone"), ("client_id", "uuid")]
+        {
+            table.columns.push(Column {
+                name: name.into(),
+                sql_name: name.into(),
+                sql_type: sql_type.into(),
+                type_oid: 0,
+                nullable: false,
+                writable: false,
+            });
+        }
+        table.conflict = ConflictPolicy::Column { clocks: 4, updated_at: Some(5), client_id: Some(6) };
+        table
+    }
+
     #[test]
     fn texts_hold_what_they_must() {
-        let insert = sql(Operation::Insert, &[0, 1]);
-        has(
+        let mut table = tasks();
+        table.rules.push(Rule {
+            code: "short".into(),
+            message: "m".into(),
+            on: vec![Operation::Insert],
+            check: "length(new.title) > 2 -- letters".into(),
+        });
+        let insert = sql(&table, Operation::Insert, &[0, 1]);
+        check(
             &insert,
             &[
                 "INSERT INTO \"public\".\"tasks\" (\"id\", \"title\")",
-                "(millstream_input.e->'v'->>0)::uuid AS \"id\"",
-                "(millstream_input.e->'v'->>1)::character varying AS \"title\"",
+                "unnest($1::text[], $2::text[], $3::text[], $4::uuid[], $5::text[], $6::bigint[])",
+                "millstream_input.ms_v0::uuid AS \"id\"",
+                "millstream_input.ms_v1::character varying AS \"title\"",
                 "NULL::boolean AS \"done\"",
-                "(\nnew.title <> ''\n)",
+                "(\nnew.title <> ''\n) AND (\nlength(new.title) > 2 -- letters\n)",
                 "ORDER BY",
             ],
         );
-        let update = sql(Operation::Update, &[2]);
-        has(
+        let update = sql(&table, Operation::Update, &[2]);
+        check(
             &update,
             &[
-                "UPDATE \"public\".\"tasks\" AS old SET \"done\" = (millstream_input.e->'v'->>0)::boolean",
-                "old.\"id\" = (millstream_input.e->'k'->>0)::uuid",
-                "old.\"title\" AS \"title\"",
+                "UPDATE \"public\".\"tasks\" AS old SET \"done\" = millstream_input.ms_v0::boolean",
+                "old.\"id\" = millstream_input.ms_k0::uuid",
                 "EXISTS (SELECT FROM members m",
             ],
         );
         // No rule: nobody may.
-        has(&sql(Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "THEN (\nfalse\n)"]);
-        for text in [insert, update] {
-            assert!(!text.contains("$2"), "{text}");
-        }
+        check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
+        let explain = Writer { table: &table, op: Operation::Insert, columns: &[0, 1] }.explain();
+        check(&explain, &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0"]);
+    }
+
+    #[test]
+    fn newer_columns_stay() {
+        let mut table = merging();
+        let clock = "coalesce(old.field_clocks->>'title', old.field_clocks->>'', '')";
+        check(&sql(&table, Operation::Insert, &[0]), &["jsonb_build_object('', millstream_input.ms_clock)"]);
+        let one = sql(&table, Operation::Update, &[1]);
+        check(&one, &[clock, "old.field_clocks || jsonb_build_object('title', millstream_input.ms_clock)"]);
+        assert!(!one.contains("THEN millstream_input.ms_v0"), "{one}");
+        let two = sql(&table, Operation::Update, &[1, 2]);
+        check(
+            &two,
+            &[clock, "THEN millstream_input.ms_v0::character varying ELSE old.\"title\" END", "nullif(greatest("],
+        );
+        check(&sql(&table, Operation::Delete, &[]), &["NOT EXISTS (SELECT FROM jsonb_each_text(old.field_clocks)"]);
+        table.conflict = ConflictPolicy::Row { updated_at: 5, client_id: 6 };
+        check(&sql(&table, Operation::Delete, &[]), &[">= (old.updated_at, coalesce(old.client_id, "]);
+        // A rule has to hold for what is meant and for what comes of it.
+        table = merging();
+        table.write.update = Some("new.title <> old.title".into());
+        let both = sql(&table, Operation::Update, &[1, 2]);
+        assert_eq!(both.matches("new.title <> old.title").count(), 2, "{both}");
+        assert_eq!(sql(&table, Operation::Update, &[1]).matches("new.title <> old.title").count(), 1);
     }
 
     #[test]
@@ -338,64 +521,6 @@ mod tests {
         ] {
             assert_eq!(cast_type(declared), cast);
         }
-    }
-
-    #[test]
-    fn rules_are_read_for_what_they_depend_on() {
-        assert!(mentions("EXISTS (SELECT FROM members m)", "members"));
-        assert!(mentions("EXISTS (SELECT FROM public.\"members\" m)", "members"));
-        assert!(mentions("EXISTS (SELECT FROM MEMBERS)", "members"));
-        assert!(!mentions("new.members_count > 1 AND new.x <> 'members'", "members"));
-        assert!(!calls_functions(
-            "EXISTS (SELECT FROM m WHERE (m.a = new.a) AND m.b IN (1, 2)) OR lower(new.x) = 'f(x)'"
-        ));
-        assert!(calls_functions("is_member(new.project_id)"));
-        assert!(calls_functions("current_setting ('millstream.user_id') = new.owner"));
-        assert!(!calls_functions("new.a = (1) OR ((new.b))"));
-    }
-
-    fn runs(changes: &[(Operation, &str, u128)], traits: Traits) -> Vec<usize> {
-        let table = tasks();
-        let submissions: Vec<_> = changes
-            .iter()
-            .map(|(op, key, client)| millstream_schemas::stream::Submission {
-                client_id: Uuid::from_u128(*client),
-                user_id: client.to_string(),
-                instance: Uuid::nil(),
-                previous: None,
-                after: Vec::new(),
-                seq: 1,
-                attempt: 1,
-                changes: vec![match op {
-                    Operation::Insert => change(*op, key, &[("id", Some(*key)), ("title", Some("x"))]),
-                    _ => change(*op, key, &[("title", Some("x"))]),
-                }],
-                traceparent: None,
-            })
-            .collect();
-        let checked: Vec<_> = submissions.iter().map(|s| (validate(only(&table), s).unwrap(), s)).collect();
-        let mut statements = Statements::new([(1, traits)].into());
-        let steps =
-            checked.iter().flat_map(|(steps, s)| steps.iter().map(|step| (step, s.user_id.as_str(), s.client_id)));
-        statements.runs(steps).iter().map(|run| run.rows.len()).collect()
-    }
-
-    #[test]
-    fn runs_break_where_order_or_identity_matters() {
-        use Operation::{Insert, Update};
-        let free = Traits::default();
-        assert_eq!(runs(&[], free), Vec::<usize>::new());
-        assert_eq!(runs(&[(Insert, "1", 1), (Insert, "2", 1), (Insert, "3", 2)], free), [3]);
-        assert_eq!(runs(&[(Insert, "1", 1), (Update, "1", 1), (Insert, "2", 1)], free), [1, 1, 1]);
-        assert_eq!(runs(&[(Update, "1", 1), (Update, "2", 1), (Update, "1", 1)], free), [2, 1]);
-        let personal = Traits { personal: true, ..free };
-        assert_eq!(runs(&[(Insert, "1", 1), (Insert, "2", 1), (Insert, "3", 2)], personal), [2, 1]);
-        let triggers = Traits { statement_triggers: true, ..free };
-        assert_eq!(runs(&[(Insert, "1", 1), (Insert, "2", 1)], triggers), [1, 1]);
-        // A rule that reads the table that is written.
-        let mut table = tasks();
-        table.write.update = Some("EXISTS (SELECT FROM tasks)".into());
-        assert!(write(&table, Update, &[2], free).alone);
-        assert!(!write(&table, Insert, &[0], free).alone);
+        assert_eq!(literal("it's"), "'it''s'");
     }
 }

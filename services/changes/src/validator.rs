@@ -4,11 +4,11 @@
 //! Pure. A checked transaction comes out as [`Step`]s, the only form that statements are made from: its names are the
 //! catalog's own, its columns in the catalog's order.
 
+use crate::error::Refusal;
 use millstream_catalog::Table;
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 use millstream_schemas::stream::Submission;
 use millstream_schemas::{Change, Code, Operation, Value};
-use uuid::Uuid;
 
 /// Why a transaction is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,18 +16,26 @@ pub(crate) struct Rejection {
     /// Index of the change at fault.
     pub index: usize,
     /// Its id; nil for a transaction without changes.
-    pub change_id: Uuid,
+    pub change_id: uuid::Uuid,
     /// Why.
     pub code: Code,
+    /// What refused it, where that has a name.
+    pub rule: Option<String>,
     /// For people.
     pub message: String,
+}
+
+impl Rejection {
+    /// For one change of a transaction.
+    pub fn new(submission: &Submission, index: usize, refusal: Refusal) -> Rejection {
+        let change_id = submission.changes.get(index).map(|change| change.change_id).unwrap_or_default();
+        Rejection { index, change_id, code: refusal.code, rule: refusal.rule, message: refusal.message }
+    }
 }
 
 /// A checked change.
 #[derive(Clone, Debug)]
 pub(crate) struct Step<'a> {
-    /// The change's id.
-    pub change_id: Uuid,
     /// Where.
     pub table: &'a Table,
     /// What.
@@ -38,6 +46,8 @@ pub(crate) struct Step<'a> {
     pub values: Vec<Option<&'a str>>,
     /// The row's key; no part is null.
     pub key: &'a [Value],
+    /// When it was made, by its client's clock.
+    pub stamp: u64,
 }
 
 /// Checks a transaction; `find` gives the synced table of a name.
@@ -46,21 +56,16 @@ pub(crate) fn validate<'a>(
     submission: &'a Submission,
 ) -> Result<Vec<Step<'a>>, Rejection> {
     let changes = &submission.changes;
+    let refuse =
+        |index, (code, message): (Code, String)| Rejection::new(submission, index, Refusal::new(code, message));
     if changes.is_empty() {
-        let message = "a transaction holds at least one change".to_owned();
-        return Err(Rejection { index: 0, change_id: Uuid::nil(), code: Code::InvalidChange, message });
+        return Err(refuse(0, (Code::InvalidChange, "a transaction holds at least one change".to_owned())));
     }
     if changes.len() > MAX_TRANSACTION_CHANGES {
         let message =
             format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
-        return Err(Rejection { index: 0, change_id: changes[0].change_id, code: Code::TooLarge, message });
+        return Err(refuse(0, (Code::TooLarge, message)));
     }
-    let refuse = |index: usize, (code, message): (Code, String)| Rejection {
-        index,
-        change_id: changes[index].change_id,
-        code,
-        message: crate::error::bounded(&message),
-    };
     changes.iter().enumerate().map(|(index, change)| check(&find, change).map_err(|why| refuse(index, why))).collect()
 }
 
@@ -141,7 +146,14 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
-    Ok(Step { change_id: change.change_id, table, op: change.op, columns, values, key: &change.key })
+    Ok(Step {
+        table,
+        op: change.op,
+        columns,
+        values,
+        key: &change.key,
+        stamp: change.stamp,
+    })
 }
 
 /// The predicate that guards an operation.
@@ -150,15 +162,6 @@ pub(crate) fn rule(table: &Table, op: Operation) -> Option<&str> {
         Operation::Insert => table.write.insert.as_deref(),
         Operation::Update => table.write.update.as_deref(),
         Operation::Delete => table.write.delete.as_deref(),
-    }
-}
-
-/// Why a statement changed no row, given whether the row is there.
-pub(crate) fn explain(table: &Table, op: Operation, row_exists: bool) -> (Code, String) {
-    if op == Operation::Insert || row_exists {
-        (Code::PermissionDenied, format!("the rule for {} on {} does not allow it", op.as_str(), table.name))
-    } else {
-        (Code::EntityMissing, format!("{} has no row with this key", table.name))
     }
 }
 
@@ -171,6 +174,7 @@ fn shown(name: &str) -> &str {
 #[cfg(test)]
 pub(crate) mod tests {
     use millstream_catalog::{Column, WriteRules};
+    use uuid::Uuid;
 
     use super::*;
 
@@ -227,7 +231,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn submission(changes: Vec<Change>) -> Submission {
+    pub(crate) fn submission(changes: Vec<Change>) -> Submission {
         Submission {
             client_id: Uuid::from_u128(1),
             user_id: "u".into(),
@@ -300,14 +304,5 @@ pub(crate) mod tests {
         let steps = validate(only(&table), &submission).unwrap();
         assert_eq!(steps[0].columns, [0, 1, 2]);
         assert_eq!(steps[0].values, [Some("1"), None, Some("t")]);
-    }
-
-    #[test]
-    fn no_row_is_explained() {
-        let table = tasks();
-        assert_eq!(explain(&table, Operation::Update, false).0, Code::EntityMissing);
-        assert_eq!(explain(&table, Operation::Update, true).0, Code::PermissionDenied);
-        assert_eq!(explain(&table, Operation::Delete, false).0, Code::EntityMissing);
-        assert_eq!(explain(&table, Operation::Insert, false).0, Code::PermissionDenied);
     }
 }

@@ -15,6 +15,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::batch::{Item, Mode, Owned, Queue, fences};
+use crate::error::Refusal;
 use crate::executor::{Executor, Failed};
 use crate::plan::Condemned;
 use crate::results::Results;
@@ -74,7 +75,8 @@ pub(crate) struct Lost {
 /// What workers share.
 #[derive(Clone)]
 pub(crate) struct Shared {
-    pub nats: async_nats::Client,
+    /// Where results go; none: to whoever makes the worker step.
+    pub nats: Option<async_nats::Client>,
     pub lost: mpsc::Sender<Lost>,
     pub health: Health,
     pub shutdown: Shutdown,
@@ -112,9 +114,7 @@ impl Worker {
         let shutdown = self.shared.shutdown.clone();
         loop {
             if self.queue.is_empty() {
-                // What they were about is done, or somebody else's.
-                self.strikes.clear();
-                self.condemned.clear();
+                self.forget();
                 let command = tokio::select! {
                     command = self.commands.recv() => command,
                     () = shutdown.requested() => None,
@@ -131,19 +131,43 @@ impl Worker {
             if shutdown.is_requested() {
                 break;
             }
-            if !self.queue.is_empty() {
-                self.step().await;
+            if !self.queue.is_empty()
+                && let Some(results) = self.step().await
+            {
+                self.publish(results).await;
             }
         }
         self.executor.close().await;
     }
 
+    /// Takes a partition over.
+    pub fn own(&mut self, partition: u16, state: Owned) {
+        self.owned.insert(partition, state);
+        self.queue.retain(&self.owned);
+    }
+
+    /// Works until these items are done with; `isolated`: one by one.
+    pub async fn settle(&mut self, items: Vec<Item>, isolated: bool, mut results: impl FnMut(Results)) {
+        let count = items.len();
+        self.queue.extend(items);
+        if isolated {
+            self.queue.failed(count, Mode::Single, None);
+        }
+        while !self.queue.is_empty() {
+            self.step().await.into_iter().for_each(&mut results);
+        }
+        self.forget();
+    }
+
+    /// What is known of single transactions: they are done, or somebody else's.
+    fn forget(&mut self) {
+        self.strikes.clear();
+        self.condemned.clear();
+    }
+
     async fn take(&mut self, command: Command) {
         match command {
-            Command::Own { partition, state } => {
-                self.owned.insert(partition, state);
-                self.queue.retain(&self.owned);
-            }
+            Command::Own { partition, state } => self.own(partition, state),
             Command::Release { partition } => {
                 let Some(state) = self.owned.remove(&partition) else { return };
                 self.queue.retain(&self.owned);
@@ -165,8 +189,8 @@ impl Worker {
         }
     }
 
-    /// One attempt at the next batch.
-    async fn step(&mut self) {
+    /// One attempt at the next batch; gives the results of what is committed.
+    async fn step(&mut self) -> Option<Results> {
         let (items, mode) = self.queue.batch();
         let fences = fences(items, &self.owned);
         let count = items.len();
@@ -192,11 +216,11 @@ impl Worker {
         match outcome {
             Ok(results) => {
                 committed(self);
-                self.publish(results).await;
+                return Some(results);
             }
-            Err(Failed::Isolate(why)) => {
-                tracing::debug!(worker = self.index, transactions = count, ?mode, why, "a batch is taken apart");
-                self.queue.failed(count, mode);
+            Err(Failed::Isolate { why, at }) => {
+                tracing::debug!(worker = self.index, transactions = count, ?mode, why, at, "a batch is taken apart");
+                self.queue.failed(count, mode, at);
             }
             Err(Failed::Stale) => {
                 tracing::debug!(worker = self.index, "reading the catalog again before refusing names")
@@ -220,7 +244,7 @@ impl Worker {
                         stored.get(&fence.partition) == Some(&Owned { epoch: fence.epoch, position: fence.new })
                     })
                 {
-                    self.publish(results).await;
+                    return Some(results);
                 }
             }
             Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,
@@ -245,12 +269,14 @@ impl Worker {
                 self.pause().await;
             }
         }
+        None
     }
 
     async fn publish(&self, results: Results) {
+        let Some(nats) = &self.shared.nats else { return };
         // While the broker is away its connection's queue may be full: results are hints, work is not.
         const PATIENCE: Duration = Duration::from_millis(200);
-        let _ = tokio::time::timeout(PATIENCE, results.publish(&self.shared.nats)).await;
+        let _ = tokio::time::timeout(PATIENCE, results.publish(nats)).await;
     }
 
     async fn strike(&mut self, client_id: Uuid, seq: u64, error: &sqlx::Error) {
@@ -260,18 +286,13 @@ impl Worker {
         tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
         if strikes >= MAX_STRIKES {
             tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
-            let submission =
-                |item: &Item| item.submission.as_ref().is_some_and(|s| s.client_id == client_id && s.seq == seq);
-            let change_id = self
-                .queue
-                .batch()
-                .0
-                .iter()
-                .find(|item| submission(item))
-                .and_then(|item| item.submission.as_ref()?.changes.first().map(|change| change.change_id))
-                .unwrap_or_default();
             let message = format!("the server failed on it {MAX_STRIKES} times");
-            self.condemned.insert((client_id, seq), Rejection { index: 0, change_id, code: Code::Internal, message });
+            let of =
+                |item: &Item| item.submission.as_ref().filter(|s| s.client_id == client_id && s.seq == seq).cloned();
+            if let Some(submission) = self.queue.batch().0.iter().find_map(of) {
+                let rejection = Rejection::new(&submission, 0, Refusal::new(Code::Internal, message));
+                self.condemned.insert((client_id, seq), rejection);
+            }
             return;
         }
         self.sleep(pause).await;
@@ -280,8 +301,8 @@ impl Worker {
         self.recover().await;
         // It stays apart from others, also where reading the positions made the queue forget it.
         match mode {
-            Mode::Single => self.queue.failed(count.min(self.queue.len()), mode),
-            Mode::Fast | Mode::Savepoints => self.queue.isolate(count),
+            Mode::Single => self.queue.failed(count.min(self.queue.len()), mode, None),
+            Mode::Fast | Mode::Careful | Mode::Savepoints => self.queue.isolate(count),
         }
     }
 

@@ -1,0 +1,326 @@
+//! Applies what the plan says, within the transaction at hand: set-wise, or change by change.
+//!
+//! Set-wise, a change that is refused without an effect (its row was not written) leaves the others as if it had not been
+//! there, so the batch goes on without it. What cannot be undone so (a transaction of several changes, of which one is
+//! refused) sends the batch back, to be cut there. An error of Postgres ends the transaction; with more care, each
+//! statement has a savepoint and is halved until the change at fault is alone.
+
+use std::sync::Arc;
+
+use millstream_schemas::clock::MAX_AHEAD_MICROS;
+use millstream_schemas::{Clock, Code, Operation};
+use sqlx::postgres::PgArguments;
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
+use uuid::Uuid;
+
+use crate::batch::MAX_SAVEPOINTS;
+use crate::error::{Fault, Refusal, classify, names_values};
+use crate::executor::Failed;
+use crate::explain;
+use crate::group::{Group, Groups, Place};
+use crate::plan::{Planned, Rejected};
+use crate::statement::{InputRow, Statement, Statements};
+use crate::validator::Step;
+
+/// How often a row is tried that is there, may be written and would win, but was not written: somebody else was writing it.
+const RACES: usize = 3;
+
+/// What became of a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Won,
+    /// It lost to newer changes, in part or as a whole; `winner` is the newest clock among them.
+    Lost {
+        whole: bool,
+        winner: String,
+    },
+    /// It was refused, and nothing written.
+    Refused(Refusal),
+}
+
+/// A transaction of Postgres in which changes are applied.
+pub(crate) struct Applier<'a> {
+    connection: &'a mut PgConnection,
+    statements: &'a mut Statements,
+    /// The database's time at the batch's beginning, microseconds since 1970.
+    now: u64,
+    /// Whom `millstream.user_id` names.
+    user: Option<String>,
+    savepoints: usize,
+}
+
+impl<'a> Applier<'a> {
+    pub fn new(connection: &'a mut PgConnection, statements: &'a mut Statements, now: u64) -> Self {
+        Applier { connection, statements, now, user: None, savepoints: 0 }
+    }
+
+    fn row<'b>(&self, planned: &Planned<'_>, user_id: &'b str, index: usize, step: &'b Step<'b>) -> InputRow<'b> {
+        let (client_id, seq) = (planned.submission.client_id, planned.submission.seq);
+        // A client whose clock is ahead must not win for as long as it is.
+        let stamp = step.stamp.min(self.now + MAX_AHEAD_MICROS);
+        let clock = Clock { stamp, client_id, seq, index: u32::try_from(index).unwrap_or(u32::MAX) };
+        InputRow { step, user_id, client_id, clock }
+    }
+
+    /// Everything in as few statements as there may be; `careful`: with savepoints.
+    pub async fn set_wise(
+        &mut self,
+        plan: &mut [Planned<'_>],
+        rejected: &mut Rejected,
+        careful: bool,
+    ) -> Result<(), Failed> {
+        let mut groups = Groups::default();
+        for (index, planned) in plan.iter().enumerate() {
+            for (number, step) in planned.steps().iter().enumerate() {
+                if plan.len() > 1 && self.statements.of(step).shape.deferred {
+                    return Err(Failed::isolate_at(index, "COMMIT decides about it"));
+                }
+                let row = self.row(planned, &planned.submission.user_id, number, step);
+                groups.add(self.statements, Place { planned: index, step: number }, row);
+            }
+        }
+        let mut outcomes = Vec::new();
+        for group in groups.into_groups() {
+            let written = match careful {
+                false => self.write(&group.statement, &group.rows).await.map_err(failed)?,
+                true => self.write_carefully(&group).await?,
+            };
+            outcomes.extend(group.places.into_iter().zip(written));
+        }
+        // Where it is cut first: nothing before it depends on it.
+        let mut cut: Option<usize> = None;
+        for (Place { planned, step }, outcome) in outcomes {
+            match outcome {
+                Outcome::Won => {}
+                Outcome::Lost { whole, winner } => plan[planned].lose(step, whole, winner),
+                Outcome::Refused(refusal) if plan[planned].submission.changes.len() == 1 => {
+                    plan[planned].reject(step, refusal);
+                }
+                Outcome::Refused(_) => cut = Some(cut.map_or(planned, |cut| cut.min(planned))),
+            }
+        }
+        for (index, planned) in plan.iter().enumerate() {
+            rejected.add(planned);
+            if !planned.steps().is_empty() && rejected.refuse(planned.submission).is_some() {
+                cut = Some(cut.map_or(index, |cut| cut.min(index)));
+                break;
+            }
+        }
+        match cut {
+            Some(index) => Err(Failed::isolate_at(index, "it is refused and others took effect with it")),
+            None => Ok(()),
+        }
+    }
+
+    /// A group, halved in savepoints where it fails.
+    async fn write_carefully(&mut self, group: &Group<'_>) -> Result<Vec<Outcome>, Failed> {
+        let mut outcomes = Vec::with_capacity(group.rows.len());
+        let mut waiting = vec![0..group.rows.len()];
+        while let Some(range) = waiting.pop() {
+            let at = group.places[range.start].planned;
+            self.savepoints += 1;
+            if self.savepoints > MAX_SAVEPOINTS {
+                return Err(Failed::isolate_at(at, "too many savepoints"));
+            }
+            let rows = &group.rows[range.clone()];
+            self.raw("SAVEPOINT statement").await?;
+            match self.write(&group.statement, rows).await {
+                Ok(written) => {
+                    self.raw("RELEASE SAVEPOINT statement").await?;
+                    outcomes.extend(written);
+                    continue;
+                }
+                Err(error) => {
+                    let fault = classify(&error);
+                    if matches!(fault, Fault::Server | Fault::Gone) {
+                        return Err(failed(error));
+                    }
+                    self.raw("ROLLBACK TO SAVEPOINT statement").await?;
+                    self.user = None;
+                    match (rows, fault) {
+                        ([row], Fault::Verdict(refusal)) => {
+                            let refusal = self.precise(row.step, &error, refusal).await?;
+                            self.raw("ROLLBACK TO SAVEPOINT statement; RELEASE SAVEPOINT statement").await?;
+                            outcomes.push(Outcome::Refused(refusal));
+                        }
+                        ([_], _) => return Err(Failed::isolate_at(at, &error.to_string())),
+                        _ => {
+                            let middle = range.start + rows.len() / 2;
+                            waiting.extend([middle..range.end, range.start..middle]);
+                            self.raw("RELEASE SAVEPOINT statement").await?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// One change at a time, each transaction in a savepoint; what fails becomes a rejection.
+    pub async fn one_by_one(&mut self, plan: &mut [Planned<'_>], rejected: &mut Rejected) -> Result<(), Failed> {
+        for planned in plan {
+            if planned.steps().is_empty() {
+                continue;
+            }
+            if let Some(refusal) = rejected.refuse(planned.submission) {
+                planned.reject(0, refusal);
+                rejected.add(planned);
+                continue;
+            }
+            self.raw("SAVEPOINT change").await?;
+            let mut losses = Vec::new();
+            let mut refused = None;
+            for (index, step) in planned.steps().iter().enumerate() {
+                match self.apply_one(planned, index, step).await? {
+                    Outcome::Won => {}
+                    Outcome::Lost { whole, winner } => losses.push((index, whole, winner)),
+                    Outcome::Refused(refusal) => {
+                        refused = Some((index, refusal));
+                        break;
+                    }
+                }
+            }
+            match refused {
+                None => {
+                    self.raw("RELEASE SAVEPOINT change").await?;
+                    losses.into_iter().for_each(|(index, whole, winner)| planned.lose(index, whole, winner));
+                }
+                Some((index, refusal)) => {
+                    self.raw("ROLLBACK TO SAVEPOINT change; RELEASE SAVEPOINT change").await?;
+                    self.user = None;
+                    planned.reject(index, refusal);
+                    rejected.add(planned);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply_one(&mut self, planned: &Planned<'_>, index: usize, step: &Step<'_>) -> Result<Outcome, Failed> {
+        let statement = self.statements.of(step);
+        let row = self.row(planned, &planned.submission.user_id, index, step);
+        let error = match self.write(&statement, &[row]).await {
+            Ok(mut outcomes) => return Ok(outcomes.pop().unwrap_or(Outcome::Won)),
+            Err(error) => error,
+        };
+        match classify(&error) {
+            Fault::Verdict(refusal) => {
+                self.raw("ROLLBACK TO SAVEPOINT change").await?;
+                Ok(Outcome::Refused(self.precise(step, &error, refusal).await?))
+            }
+            Fault::Server => Err(Failed::Server(error)),
+            Fault::Gone | Fault::Unknown => {
+                Err(Failed::Strike(planned.submission.client_id, planned.submission.seq, error))
+            }
+        }
+    }
+
+    /// Names the column whose value Postgres could not take. May leave the transaction failed, within the savepoint.
+    async fn precise(&mut self, step: &Step<'_>, error: &sqlx::Error, refusal: Refusal) -> Result<Refusal, Failed> {
+        if !names_values(error) {
+            return Ok(refusal);
+        }
+        explain::value_at_fault(self.connection, step, refusal).await.map_err(Failed::Server)
+    }
+
+    /// Executes a statement for some rows and tells what became of each.
+    async fn write(&mut self, statement: &Statement, rows: &[InputRow<'_>]) -> Result<Vec<Outcome>, sqlx::Error> {
+        if let Some(first) = rows.first().filter(|_| statement.shape.personal)
+            && self.user.as_deref() != Some(first.user_id)
+        {
+            let set = sqlx::query("SELECT set_config('millstream.user_id', $1, true)").bind(first.user_id);
+            set.execute(&mut *self.connection).await?;
+            self.user = Some(first.user_id.to_owned());
+        }
+        let mut outcomes: Vec<Option<Outcome>> = vec![None; rows.len()];
+        for _ in 0..RACES {
+            let waiting: Vec<usize> = (0..rows.len()).filter(|index| outcomes[*index].is_none()).collect();
+            if waiting.is_empty() {
+                break;
+            }
+            let tried: Vec<InputRow<'_>> = waiting.iter().map(|index| rows[*index]).collect();
+            let query = bind(&statement.sql, statement.shape.op, &tried);
+            let inserted = if statement.shape.op == Operation::Insert {
+                query.execute(&mut *self.connection).await?.rows_affected()
+            } else {
+                for row in query.fetch_all(&mut *self.connection).await? {
+                    let number: i64 = row.try_get("ms_i")?;
+                    let place = usize::try_from(number - 1).ok().and_then(|place| waiting.get(place).copied());
+                    let Some(place) = place else { continue };
+                    outcomes[place] = Some(match row.try_get::<Option<String>, _>("winner")? {
+                        None => Outcome::Won,
+                        Some(winner) => Outcome::Lost { whole: false, winner },
+                    });
+                }
+                0
+            };
+            if inserted == waiting.len() as u64 {
+                waiting.iter().for_each(|index| outcomes[*index] = Some(Outcome::Won));
+            }
+            let unexplained: Vec<usize> = waiting.into_iter().filter(|index| outcomes[*index].is_none()).collect();
+            if unexplained.is_empty() {
+                break;
+            }
+            let asked: Vec<InputRow<'_>> = unexplained.iter().map(|index| rows[*index]).collect();
+            let query = bind(&statement.explain_sql, statement.shape.op, &asked);
+            let mut explained = explain::outcomes(query, self.connection, statement, asked[0].step.table).await?;
+            // An insert does not tell which rows it made: those that nothing speaks against, if their number is right.
+            if inserted > 0 {
+                if explained.iter().filter(|outcome| outcome.is_none()).count() as u64 != inserted {
+                    break;
+                }
+                explained.iter_mut().for_each(|outcome| *outcome = outcome.take().or(Some(Outcome::Won)));
+            }
+            for (place, outcome) in unexplained.into_iter().zip(explained) {
+                outcomes[place] = outcome;
+            }
+        }
+        let row_security = || {
+            let table = &rows[0].step.table.name;
+            let op = statement.shape.op.as_str();
+            Outcome::Refused(Refusal::new(
+                Code::PermissionDenied,
+                format!("row security does not let them {op} {table}"),
+            ))
+        };
+        let outcomes = outcomes.into_iter().map(|outcome| match outcome {
+            Some(outcome) => Ok(outcome),
+            None if statement.row_security => Ok(row_security()),
+            None => Err(sqlx::Error::Protocol("a row is neither written nor refused".into())),
+        });
+        outcomes.collect()
+    }
+
+    async fn raw(&mut self, sql: &'static str) -> Result<(), Failed> {
+        sqlx::raw_sql(sql).execute(&mut *self.connection).await.map(drop).map_err(Failed::Server)
+    }
+}
+
+/// An error of a statement that ends the batch.
+fn failed(error: sqlx::Error) -> Failed {
+    match classify(&error) {
+        Fault::Server => Failed::Server(error),
+        Fault::Gone => Failed::Gone(error),
+        Fault::Verdict(refusal) => Failed::Isolate { why: refusal.code.to_string(), at: None },
+        Fault::Unknown => Failed::Isolate { why: error.to_string(), at: None },
+    }
+}
+
+/// A statement's text is made of the catalog's names and the operator's predicates; values are bound.
+fn bind<'q>(sql: &Arc<str>, op: Operation, rows: &[InputRow<'q>]) -> Query<'q, Postgres, PgArguments> {
+    let step = rows[0].step;
+    let mut query = sqlx::query(AssertSqlSafe(sql.clone()));
+    let keys = if op == Operation::Insert { 0 } else { step.key.len() };
+    for place in 0..keys {
+        query = query.bind(rows.iter().map(|row| row.step.key[place].as_deref()).collect::<Vec<Option<&str>>>());
+    }
+    for place in 0..step.values.len() {
+        query = query.bind(rows.iter().map(|row| row.step.values[place]).collect::<Vec<Option<&str>>>());
+    }
+    query
+        .bind(rows.iter().map(|row| row.user_id).collect::<Vec<&str>>())
+        .bind(rows.iter().map(|row| row.client_id).collect::<Vec<Uuid>>())
+        .bind(rows.iter().map(|row| row.clock.to_string()).collect::<Vec<String>>())
+        .bind(rows.iter().map(|row| row.clock.stamp as i64).collect::<Vec<i64>>())
+}

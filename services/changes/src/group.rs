@@ -1,0 +1,390 @@
+//! Which changes may share a statement: those of one shape, moved past others that they commute with. Pure.
+//!
+//! Executing the groups in order must come to the same as executing the changes one by one: the same rows, the same
+//! verdicts. Two changes commute if neither writes what the other writes, reads or must not write. Whether they may meet
+//! at all is decided by their shapes (table, operation, columns); whether they do, by the rows' keys, where those are
+//! texts that can be compared.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use millstream_catalog::Table;
+use millstream_schemas::Operation;
+use uuid::Uuid;
+
+use crate::predicate::Mentions;
+use crate::statement::{InputRow, Statement, Statements};
+use crate::traits::{Traits, Written};
+use crate::validator::Step;
+
+/// Table, operation and columns of changes, and what they depend on.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    /// Of the statement.
+    pub id: usize,
+    pub op: Operation,
+    /// One row at a time, since the outcome for a row may depend on the rows before it.
+    pub alone: bool,
+    /// Rows of one user only, since more than the predicate's `auth` may read who writes.
+    pub personal: bool,
+    /// Its order with everything else is kept: it may read or write anything, and who writes.
+    pub barrier: bool,
+    /// COMMIT decides about it: in a transaction of its own.
+    pub deferred: bool,
+    /// Its table has constraints by which inserts and deletes of different rows can be in each other's way.
+    ordered: bool,
+    /// Foreign keys that it touches.
+    parents: Vec<Reference>,
+    /// Tables that it writes, its own first.
+    writes: Vec<Written>,
+    /// What its predicates mention.
+    reads: HashSet<String>,
+}
+
+/// A foreign key that a shape touches.
+#[derive(Clone, Debug)]
+struct Reference {
+    table: u32,
+    /// Index of the value among the step's, and the column's type, where it names the parent's key.
+    value: Option<(usize, String)>,
+}
+
+impl Shape {
+    /// Takes together what is known. `mentions` is of all predicates of the operation.
+    pub fn new(
+        id: usize,
+        table: &Table,
+        op: Operation,
+        columns: &[usize],
+        traits: &Traits,
+        mentions: Mentions,
+        reads_view: bool,
+    ) -> Shape {
+        let set = |names: &[String]| columns.iter().any(|index| names.contains(&table.columns[*index].name));
+        let own = table.name.rsplit('.').next().unwrap_or(&table.name).to_lowercase();
+        let cascades: &[Written] = if op == Operation::Delete { &traits.cascades } else { &[] };
+        let mut writes = vec![Written { oid: table.oid, name: own }];
+        writes.extend(cascades.iter().cloned());
+        let touched = traits.parents.iter().filter(|parent| op != Operation::Update || set(&parent.columns));
+        let parents: Vec<Reference> = touched
+            .map(|parent| {
+                let place = match parent.columns.as_slice() {
+                    [column] if parent.to_key => columns.iter().position(|index| table.columns[*index].name == *column),
+                    _ => None,
+                };
+                let value = place.map(|place| (place, table.columns[columns[place]].sql_type.clone()));
+                Reference { table: parent.oid, value }
+            })
+            .collect();
+        let under_unique = op == Operation::Update && set(&traits.unique_columns);
+        let cascade_triggers = !cascades.is_empty() && traits.cascade_triggers;
+        let refers_to_itself = parents.iter().any(|parent| parent.table == table.oid);
+        let reads_what_it_writes = writes.iter().any(|written| mentions.names.contains(&written.name));
+        let barrier = traits.triggers
+            || traits.row_security
+            || traits.functions
+            || under_unique
+            || cascade_triggers
+            || mentions.functions
+            || reads_view;
+        Shape {
+            id,
+            op,
+            alone: barrier || refers_to_itself || reads_what_it_writes,
+            personal: barrier || traits.settings,
+            barrier,
+            deferred: traits.deferred,
+            ordered: traits.sequences || !traits.unique_columns.is_empty(),
+            parents,
+            writes,
+            reads: mentions.names,
+        }
+    }
+
+    fn table(&self) -> u32 {
+        self.writes[0].oid
+    }
+
+    /// Whether changes of these shapes, of rows with different keys, may depend on their order.
+    pub fn conflicts(&self, other: &Shape) -> bool {
+        let one_way = |a: &Shape, b: &Shape| {
+            a.barrier
+                || a.writes.iter().any(|written| b.reads.contains(&written.name))
+                || a.writes[1..].iter().any(|written| b.writes.iter().any(|other| other.oid == written.oid))
+                // What goes with a deleted row may be what kept another one from being deleted.
+                || (a.writes.len() > 1 && b.op == Operation::Delete && a.id != b.id)
+                || b.parents.iter().any(|parent| {
+                    // A new parent can be told from others by its key; a deleted one has referrers that are not named.
+                    a.writes.iter().any(|written| written.oid == parent.table)
+                        && match a.op {
+                            Operation::Insert => b.op != Operation::Delete && parent.value.is_none(),
+                            Operation::Update => false,
+                            Operation::Delete => true,
+                        }
+                })
+        };
+        let moves = |shape: &Shape| shape.op != Operation::Update;
+        (self.table() == other.table() && self.ordered && moves(self) && moves(other))
+            || one_way(self, other)
+            || one_way(other, self)
+    }
+}
+
+/// A change with its place in the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Index of its transaction in the plan.
+    pub planned: usize,
+    /// Index of the change in it.
+    pub step: usize,
+}
+
+/// Changes that one statement applies.
+#[derive(Debug)]
+pub(crate) struct Group<'a> {
+    /// How.
+    pub statement: Arc<Statement>,
+    /// To what, in the order of the batch.
+    pub rows: Vec<InputRow<'a>>,
+    /// Whose rows these are.
+    pub places: Vec<Place>,
+}
+
+/// A row, by its table and the canonical form of its key.
+type Key = (u32, String);
+
+/// Forms groups in the order in which changes come.
+#[derive(Debug, Default)]
+pub(crate) struct Groups<'a> {
+    groups: Vec<Group<'a>>,
+    /// Latest group of a shape, of a user where that matters.
+    latest: HashMap<(usize, Option<(&'a str, Uuid)>), usize>,
+    /// Latest group that writes a row, and that refers to it.
+    written: HashMap<Key, usize>,
+    referred: HashMap<Key, usize>,
+    /// Latest group of a table whose rows cannot be told apart by their keys' texts.
+    unknown: HashMap<u32, usize>,
+}
+
+impl<'a> Groups<'a> {
+    /// Adds a change.
+    pub fn add(&mut self, statements: &mut Statements, place: Place, row: InputRow<'a>) {
+        let step: &Step<'_> = row.step;
+        let statement = statements.of(step);
+        let shape = &statement.shape;
+        let table = shape.table();
+        let key = key(step).map(|key| (table, key));
+        let mut comparable = key.is_some();
+        let mut references: Vec<Key> = Vec::new();
+        for parent in &shape.parents {
+            let Some((place, sql_type)) = &parent.value else { continue };
+            match step.values[*place].map(|value| canonical(value, sql_type)) {
+                None => {}
+                Some(Some(value)) => references.push((parent.table, value.into_owned())),
+                Some(None) => comparable = false,
+            }
+        }
+        let identity = shape.personal.then_some((row.user_id, row.client_id));
+        let latest = self.latest.get(&(shape.id, identity)).copied();
+        let behind = |latest: Option<&usize>, group: usize| latest.is_none_or(|latest| *latest < group);
+        let joins = latest.filter(|&group| {
+            comparable
+                && !shape.alone
+                && key
+                    .as_ref()
+                    .is_none_or(|key| behind(self.written.get(key), group) && behind(self.referred.get(key), group))
+                && behind(self.unknown.get(&table), group)
+                && references
+                    .iter()
+                    .all(|parent| behind(self.written.get(parent), group) && behind(self.unknown.get(&parent.0), group))
+                && !self.groups[group + 1..].iter().any(|later| statements.conflict(&later.statement.shape, shape))
+        });
+        let group = joins.unwrap_or(self.groups.len());
+        if joins.is_none() {
+            self.groups.push(Group { statement: statement.clone(), rows: Vec::new(), places: Vec::new() });
+        }
+        if comparable {
+            self.latest.insert((shape.id, identity), group);
+        } else {
+            // Nothing may be moved past it: neither rows of its table nor what refers to them.
+            self.unknown.insert(table, group);
+            self.unknown.extend(shape.parents.iter().map(|parent| (parent.table, group)));
+        }
+        if let Some(key) = key {
+            self.written.insert(key, group);
+        }
+        self.referred.extend(references.into_iter().map(|parent| (parent, group)));
+        self.groups[group].rows.push(row);
+        self.groups[group].places.push(place);
+    }
+
+    /// The groups, in the order of execution.
+    pub fn into_groups(self) -> Vec<Group<'a>> {
+        self.groups
+    }
+}
+
+/// The key of a step's row in a form that is the same for the same key; none if that is not known of its types.
+fn key(step: &Step<'_>) -> Option<String> {
+    let mut text = String::new();
+    for (index, value) in step.table.key.iter().zip(step.key) {
+        text.push_str(&canonical(value.as_deref()?, &step.table.columns[*index].sql_type)?);
+        text.push('\0');
+    }
+    // As of a single value, which a reference to it has.
+    if step.key.len() == 1 {
+        text.pop();
+    }
+    Some(text)
+}
+
+/// A value's text in a form that is the same for equal values; none if that is not known of its type.
+fn canonical<'a>(value: &'a str, sql_type: &str) -> Option<Cow<'a, str>> {
+    match sql_type {
+        "text" | "character varying" => Some(Cow::Borrowed(value)),
+        varying if varying.starts_with("character varying(") && varying.ends_with(')') => Some(Cow::Borrowed(value)),
+        "uuid" => {
+            let digits: String = value.chars().filter(char::is_ascii_hexdigit).collect();
+            (digits.len() == 32).then(|| Cow::Owned(digits.to_ascii_lowercase()))
+        }
+        "smallint" | "integer" | "bigint" => Some(Cow::Owned(value.trim().parse::<i64>().ok()?.to_string())),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millstream_schemas::stream::Submission;
+
+    use super::*;
+    use crate::traits::Parent;
+    use crate::validator::tests::{change, submission, tasks};
+    use crate::validator::validate;
+
+    const A: &str = "00000000-0000-0000-0000-00000000000a";
+    const B: &str = "00000000-0000-0000-0000-00000000000b";
+    const C: &str = "00000000-0000-0000-0000-00000000000c";
+
+    /// Changes as (table, operation, key, set): their groups, as the indexes of their changes. `parents` is a table like
+    /// `tasks`, to which `tasks.parent` refers where the traits say so.
+    fn check(traits: Traits, rule: &str, changes: &[(&str, Operation, &str, &str)], expected: &[&[usize]]) {
+        let mut children = tasks();
+        children.columns[3] = millstream_catalog::Column {
+            name: "parent".into(),
+            sql_type: "uuid".into(),
+            writable: true,
+            ..children.columns[3].clone()
+        };
+        children.write.update = Some(rule.into());
+        children.write.delete = Some(rule.into());
+        let mut parents = children.clone();
+        (parents.oid, parents.name) = (2, "parents".into());
+        let find = |name: &str| [&children, &parents].into_iter().find(|table| table.name == name);
+        let submissions: Vec<Submission> = changes
+            .iter()
+            .map(|(table, op, key, set)| {
+                let set: &[_] = match op {
+                    Operation::Insert => &[("id", Some(*key)), ("parent", Some(*set))],
+                    Operation::Update => &[(*set, Some(B))],
+                    Operation::Delete => &[],
+                };
+                submission(vec![millstream_schemas::Change { table: (*table).into(), ..change(*op, key, set) }])
+            })
+            .collect();
+        let checked: Vec<_> = submissions.iter().map(|submission| validate(find, submission).unwrap()).collect();
+        let parent = Traits { oid: 2, ..Traits::default() };
+        let mut statements = Statements::new(vec![Traits { oid: 1, ..traits }, parent], vec!["a_view".into()]);
+        let mut groups = Groups::default();
+        for (planned, steps) in checked.iter().enumerate() {
+            let user_id = &submissions[planned].user_id;
+            let row = InputRow {
+                step: &steps[0],
+                user_id,
+                client_id: Uuid::nil(),
+                clock: millstream_schemas::Clock::default(),
+            };
+            groups.add(&mut statements, Place { planned, step: 0 }, row);
+        }
+        let found: Vec<Vec<usize>> =
+            groups.into_groups().iter().map(|group| group.places.iter().map(|place| place.planned).collect()).collect();
+        assert_eq!(found, expected, "{changes:?}");
+    }
+
+    #[test]
+    fn changes_move_past_those_that_they_commute_with() {
+        use Operation::{Delete, Insert, Update};
+        let free = Traits::default;
+        let rule = "old.done";
+        let mixed = [
+            ("tasks", Insert, A, C),
+            ("tasks", Update, B, "title"),
+            ("tasks", Insert, C, C),
+            ("tasks", Update, A, "title"),
+        ];
+        check(free(), rule, &mixed, &[&[0, 2], &[1, 3]]);
+        // The same row, in whichever writing.
+        let same = [
+            ("tasks", Update, A, "title"),
+            ("tasks", Delete, A, ""),
+            ("tasks", Update, "{0000000000000000000000000000000A}", "title"),
+        ];
+        check(free(), rule, &same, &[&[0], &[1], &[2]]);
+        // Another row by a unique column: inserts and deletes keep their order, and such a column's update all order.
+        let unique = || Traits { unique_columns: vec!["title".into()], ..free() };
+        let ordered = [("tasks", Insert, A, C), ("tasks", Delete, B, ""), ("tasks", Insert, C, C)];
+        check(free(), rule, &ordered, &[&[0, 2], &[1]]);
+        check(unique(), rule, &ordered, &[&[0], &[1], &[2]]);
+        let updates = [("tasks", Update, A, "title"), ("tasks", Update, B, "title"), ("tasks", Update, C, "done")];
+        check(free(), rule, &updates, &[&[0, 1], &[2]]);
+        check(unique(), rule, &updates, &[&[0], &[1], &[2]]);
+        let around = [("tasks", Update, A, "done"), ("tasks", Update, B, "title"), ("tasks", Update, C, "done")];
+        check(unique(), rule, &around, &[&[0], &[1], &[2]]);
+    }
+
+    #[test]
+    fn rules_and_triggers_keep_order() {
+        use Operation::{Insert, Update};
+        let free = Traits::default;
+        let two = [("tasks", Update, A, "title"), ("tasks", Update, B, "title")];
+        let around = [("tasks", Update, A, "title"), ("parents", Insert, B, C), ("tasks", Update, C, "title")];
+        for (rule, together) in [
+            ("old.done", true),
+            ("EXISTS (SELECT FROM parents)", false),
+            ("f(old.id)", false),
+            ("EXISTS (TABLE a_view)", false),
+        ] {
+            let expected: &[&[usize]] = if together { &[&[0, 2], &[1]] } else { &[&[0], &[1], &[2]] };
+            check(free(), rule, &around, expected);
+        }
+        check(free(), "EXISTS (SELECT FROM parents)", &two, &[&[0, 1]]);
+        check(free(), "EXISTS (SELECT FROM tasks)", &two, &[&[0], &[1]]);
+        check(Traits { triggers: true, ..free() }, "true", &two, &[&[0], &[1]]);
+        check(Traits { row_security: true, ..free() }, "true", &around, &[&[0], &[1], &[2]]);
+    }
+
+    #[test]
+    fn children_keep_their_place_behind_parents() {
+        use Operation::{Delete, Insert};
+        let parent = Parent { oid: 2, columns: vec!["parent".into()], to_key: true };
+        let child = || Traits { parents: vec![parent.clone()], ..Traits::default() };
+        // The second parent is not that of the first child; the third one is that of a child before it.
+        let family = [
+            ("parents", Insert, A, C),
+            ("tasks", Insert, A, A),
+            ("parents", Insert, B, C),
+            ("tasks", Insert, B, B),
+            ("tasks", Insert, C, C),
+        ];
+        check(child(), "true", &family, &[&[0, 2], &[1, 3, 4]]);
+        let orphan =
+            [("parents", Insert, A, C), ("tasks", Insert, A, B), ("parents", Insert, B, C), ("tasks", Insert, B, A)];
+        check(child(), "true", &orphan, &[&[0], &[1, 3], &[2]]);
+        // A reference to something else than the key cannot be compared.
+        let other = Traits { parents: vec![Parent { to_key: false, ..parent.clone() }], ..Traits::default() };
+        check(other, "true", &family, &[&[0], &[1], &[2], &[3, 4]]);
+        let delete = [("parents", Delete, A, ""), ("tasks", Insert, B, C), ("parents", Delete, B, "")];
+        check(child(), "true", &delete, &[&[0], &[1], &[2]]);
+        check(Traits::default(), "true", &delete, &[&[0, 2], &[1]]);
+    }
+}

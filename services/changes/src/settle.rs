@@ -1,0 +1,188 @@
+//! The first and the last statement of a batch's transaction: what stands, and what stands from then on.
+
+use std::collections::HashMap;
+
+use millstream_schemas::stream::{Failure, Loss, ORIGIN_PREFIX, OriginEntry, OriginRecord};
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use crate::batch::{Fence, Item};
+use crate::executor::Failed;
+use crate::history::Record;
+use crate::ledger::Ledger;
+use crate::plan::{Action, Planned};
+
+/// Newest losses that the ledger keeps a client.
+pub(crate) const MAX_LOST: usize = 100;
+/// Newest instances kept a client.
+const MAX_INSTANCES: i64 = 1_000;
+
+/// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
+/// another owner changed the ledger meanwhile, it would have moved the position or the epoch too, and the fence fails.
+const FENCE: &str = "\
+WITH fenced AS (
+    UPDATE millstream.partitions AS p SET position = f.new
+    FROM unnest($2::smallint[], $3::bigint[], $4::bigint[], $5::bigint[]) AS f(partition, epoch, old, new)
+    WHERE p.stream_epoch = $1 AND p.partition = f.partition AND p.epoch = f.epoch AND p.position = f.old
+    RETURNING p.partition)
+SELECT (SELECT count(*) FROM fenced) AS fenced, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now,
+       c.client_id, c.user_id, c.last_seq, c.instance
+FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uuid[])";
+
+/// Ledger, history and origin in one round trip, the last before COMMIT. The ledger is compared and set, so that even
+/// an owner under another stream epoch cannot take a transaction twice.
+const SETTLE: &str = "\
+WITH n AS (
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::uuid[], $5::bigint[], $6::text[])
+        AS n(client_id, user_id, last_seq, instance, stored, lost)),
+known AS (
+    UPDATE millstream.clients AS c SET last_seq = n.last_seq, instance = n.instance, last_seen = now(),
+        lost = CASE WHEN n.lost IS NULL THEN c.lost ELSE (
+            SELECT jsonb_agg(l.loss ORDER BY l.i) FROM (
+                SELECT loss, i FROM jsonb_array_elements(c.lost || n.lost::jsonb) WITH ORDINALITY AS l(loss, i)
+                ORDER BY i DESC LIMIT $10) AS l) END
+    FROM n WHERE c.client_id = n.client_id AND c.last_seq = n.stored AND c.user_id = n.user_id
+    RETURNING 1),
+fresh AS (
+    INSERT INTO millstream.clients (client_id, user_id, last_seq, instance, lost)
+    SELECT client_id, user_id, last_seq, instance, coalesce(lost::jsonb, '[]') FROM n WHERE stored IS NULL
+    ON CONFLICT (client_id) DO NOTHING
+    RETURNING 1),
+failed AS (
+    INSERT INTO millstream.changes_history
+        (client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, rule, message, trace_id)
+    SELECT client_id, user_id, seq, attempt, change_id, table_name, key, operation, payload, code, rule, message, trace_id
+    FROM jsonb_to_recordset($7::jsonb) AS h(client_id uuid, user_id text, seq bigint, attempt int, change_id uuid,
+        table_name text, key jsonb, operation text, payload jsonb, code text, rule text, message text, trace_id text)
+    ON CONFLICT (client_id, seq) DO NOTHING)
+SELECT (SELECT count(*) FROM known) + (SELECT count(*) FROM fresh) AS settled,
+       pg_logical_emit_message(true, $8, $9)::text AS lsn";
+
+/// Where instances of stores begin; rare, so in a round trip of its own.
+const INSTANCES: &str = "\
+WITH n AS (SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[]) AS n(client_id, first_seq, instance)),
+old AS (
+    DELETE FROM millstream.instances i USING (SELECT DISTINCT client_id FROM n) AS c
+    WHERE i.client_id = c.client_id AND i.first_seq <= (
+        SELECT o.first_seq FROM millstream.instances o WHERE o.client_id = c.client_id
+        ORDER BY o.first_seq DESC OFFSET $4 - 1 LIMIT 1))
+INSERT INTO millstream.instances (client_id, first_seq, instance) SELECT * FROM n
+ON CONFLICT (client_id, first_seq) DO UPDATE SET instance = excluded.instance";
+
+/// Moves the positions; gives the ledger of the batch's clients, and the database's time in microseconds since 1970.
+pub(crate) async fn fence(
+    connection: &mut PgConnection,
+    stream_epoch: &str,
+    items: &[Item],
+    fences: &[Fence],
+) -> Result<(Ledger, u64), Failed> {
+    let column = |value: fn(&Fence) -> i64| fences.iter().map(value).collect::<Vec<i64>>();
+    let partitions: Vec<i16> = fences.iter().map(|fence| fence.partition as i16).collect();
+    let mut clients: Vec<Uuid> = items.iter().filter_map(|item| Some(item.submission.as_ref()?.client_id)).collect();
+    clients.sort_unstable();
+    clients.dedup();
+    let rows = sqlx::query(FENCE)
+        .bind(stream_epoch)
+        .bind(partitions)
+        .bind(column(|fence| fence.epoch))
+        .bind(column(|fence| fence.old as i64))
+        .bind(column(|fence| fence.new as i64))
+        .bind(clients)
+        .fetch_all(connection)
+        .await
+        .map_err(Failed::Server)?;
+    let (mut ledger, mut now) = (Ledger::default(), 0);
+    for row in &rows {
+        let fenced: i64 = row.try_get("fenced").map_err(Failed::Server)?;
+        if fenced != fences.len() as i64 {
+            return Err(Failed::Fenced);
+        }
+        now = row.try_get::<i64, _>("now").map_err(Failed::Server)? as u64;
+        if let Some(client_id) = row.try_get::<Option<Uuid>, _>("client_id").map_err(Failed::Server)? {
+            let last: i64 = row.try_get("last_seq").map_err(Failed::Server)?;
+            let instance = row.try_get("instance").map_err(Failed::Server)?;
+            ledger.load(client_id, row.try_get("user_id").map_err(Failed::Server)?, last as u64, instance);
+        }
+    }
+    Ok((ledger, now))
+}
+
+/// Stores the ledger and the failures, and writes the origin.
+pub(crate) async fn settle(
+    connection: &mut PgConnection,
+    plan: &[Planned<'_>],
+    ledger: &Ledger,
+    traceparent: Option<String>,
+) -> Result<(), Failed> {
+    let mut failures: HashMap<Uuid, Vec<Failure>> = HashMap::new();
+    let mut losses: HashMap<Uuid, Vec<Loss>> = HashMap::new();
+    let mut records = Vec::new();
+    for planned in plan {
+        let client_id = planned.submission.client_id;
+        losses.entry(client_id).or_default().extend(planned.loss());
+        let Action::Reject(rejection) = &planned.action else { continue };
+        records.push(Record::new(planned.submission, rejection).map_err(unencodable)?);
+        if let Some(failure) = planned.result().and_then(|result| result.failure) {
+            failures.entry(client_id).or_default().push(failure);
+        }
+    }
+    let changed: Vec<_> = ledger.changed().collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    if !ledger.spans().is_empty() {
+        let spans = ledger.spans();
+        sqlx::query(INSTANCES)
+            .bind(spans.iter().map(|(id, _)| *id).collect::<Vec<_>>())
+            .bind(spans.iter().map(|(_, span)| span.first_seq as i64).collect::<Vec<_>>())
+            .bind(spans.iter().map(|(_, span)| span.instance).collect::<Vec<_>>())
+            .bind(MAX_INSTANCES)
+            .execute(&mut *connection)
+            .await
+            .map_err(Failed::Server)?;
+    }
+    let mut lost: Vec<Option<String>> = Vec::with_capacity(changed.len());
+    for (id, _) in &changed {
+        lost.push(match losses.get(id).map(Vec::as_slice) {
+            None | Some([]) => None,
+            Some(all) => Some(encode(&all[all.len().saturating_sub(MAX_LOST)..])?),
+        });
+    }
+    let origin = OriginRecord {
+        clients: changed
+            .iter()
+            .map(|(id, client)| OriginEntry {
+                client_id: *id,
+                seq: client.last,
+                instance: client.instance.unwrap_or_default(),
+                failed: failures.remove(id).unwrap_or_default(),
+                lost: losses.remove(id).unwrap_or_default(),
+            })
+            .collect(),
+        traceparent,
+    };
+    let row = sqlx::query(SETTLE)
+        .bind(changed.iter().map(|(id, _)| *id).collect::<Vec<_>>())
+        .bind(changed.iter().map(|(_, client)| client.user_id.clone()).collect::<Vec<_>>())
+        .bind(changed.iter().map(|(_, client)| client.last as i64).collect::<Vec<_>>())
+        .bind(changed.iter().map(|(_, client)| client.instance).collect::<Vec<_>>())
+        .bind(changed.iter().map(|(_, client)| client.stored.map(|stored| stored as i64)).collect::<Vec<_>>())
+        .bind(lost)
+        .bind(encode(&records)?)
+        .bind(ORIGIN_PREFIX)
+        .bind(encode(&origin)?)
+        .bind(MAX_LOST as i64)
+        .fetch_one(connection)
+        .await
+        .map_err(Failed::Server)?;
+    let settled: i64 = row.try_get("settled").map_err(Failed::Server)?;
+    if settled == changed.len() as i64 { Ok(()) } else { Err(Failed::Ledger) }
+}
+
+fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Failed> {
+    serde_json::to_string(value).map_err(unencodable)
+}
+
+fn unencodable(error: serde_json::Error) -> Failed {
+    Failed::Server(sqlx::Error::Encode(Box::new(error)))
+}

@@ -1,0 +1,145 @@
+//! What the database says of a table beyond the catalog: everything that bounds how far changes may share a statement, or
+//! change places with others.
+
+use serde::Deserialize;
+use sqlx::{PgConnection, Row};
+
+/// One JSON object a table, as [`Traits`]. Dependencies on functions are recorded for those that are not Postgres' own. Millstream's own triggers (`millstream attach`) depend on the row alone.
+const TRAITS: &str = "\
+SELECT jsonb_build_object(
+    'oid', c.oid::bigint,
+    'row_security', c.relrowsecurity,
+    'triggers', c.relhasrules OR EXISTS (SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (tree.oids)),
+    'functions', EXISTS (
+            SELECT FROM pg_attrdef d JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
+            WHERE d.adrelid = ANY (tree.oids) AND p.refclassid = 'pg_proc'::regclass)
+        OR EXISTS (
+            SELECT FROM pg_constraint k JOIN pg_depend p ON p.classid = 'pg_constraint'::regclass AND p.objid = k.oid
+            WHERE k.contype = 'c' AND k.conrelid = ANY (tree.oids) AND p.refclassid = 'pg_proc'::regclass)
+        OR EXISTS (
+            SELECT FROM pg_attribute a JOIN pg_constraint k ON k.contypid = a.atttypid
+            JOIN pg_depend p ON p.classid = 'pg_constraint'::regclass AND p.objid = k.oid
+            WHERE a.attrelid = c.oid AND p.refclassid = 'pg_proc'::regclass),
+    'settings', EXISTS (
+            SELECT FROM pg_attrdef d
+            WHERE d.adrelid = ANY (tree.oids) AND pg_get_expr(d.adbin, d.adrelid) LIKE '%current_setting%')
+        OR EXISTS (
+            SELECT FROM pg_constraint k
+            WHERE (k.conrelid = ANY (tree.oids) OR k.contypid IN (SELECT atttypid FROM pg_attribute WHERE attrelid = c.oid))
+              AND k.contype = 'c' AND pg_get_constraintdef(k.oid) LIKE '%current_setting%'),
+    'sequences', EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attidentity <> '')
+        OR EXISTS (
+            SELECT FROM pg_attrdef d
+            WHERE d.adrelid = ANY (tree.oids) AND pg_get_expr(d.adbin, d.adrelid) LIKE '%nextval(%'),
+    'unique_columns', (
+        SELECT coalesce(jsonb_agg(DISTINCT a.attname), '[]')
+        FROM pg_index x JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum > 0
+        WHERE x.indrelid = ANY (tree.oids) AND (x.indisunique OR x.indisexclusion) AND NOT x.indisprimary
+          AND NOT EXISTS (
+            SELECT FROM pg_index k
+            WHERE k.indrelid = x.indrelid AND k.indisprimary AND x.indisunique
+              AND k.indkey::int2[] <@ (x.indkey::int2[])[0:x.indnkeyatts - 1])
+          AND (a.attnum = ANY (x.indkey::int2[]) OR EXISTS (
+            SELECT FROM pg_depend d
+            WHERE d.classid = 'pg_class'::regclass AND d.objid = x.indexrelid AND d.refclassid = 'pg_class'::regclass
+              AND d.refobjid = x.indrelid AND d.refobjsubid = a.attnum))),
+    'parents', (
+        SELECT coalesce(jsonb_agg(jsonb_build_object('oid', f.confrelid::bigint, 'to_key', EXISTS (
+            SELECT FROM pg_index k WHERE k.indexrelid = f.conindid AND k.indisprimary), 'columns', (
+            SELECT jsonb_agg(a.attname) FROM pg_attribute a WHERE a.attrelid = f.conrelid AND a.attnum = ANY (f.conkey)))), '[]')
+        FROM pg_constraint f WHERE f.contype = 'f' AND f.conrelid = ANY (tree.oids)),
+    'cascades', (
+        SELECT coalesce(jsonb_agg(jsonb_build_object('oid', w.oid::bigint, 'name', lower(k.relname))), '[]')
+        FROM unnest(cascade.oids) AS w(oid) JOIN pg_class k ON k.oid = w.oid WHERE w.oid <> ALL (tree.oids)),
+    'cascade_triggers', EXISTS (
+        SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (cascade.oids) AND t.tgrelid <> ALL (tree.oids)),
+    'deferred', EXISTS (
+        SELECT FROM pg_constraint k
+        WHERE k.condeferred AND (k.conrelid = ANY (cascade.oids) OR k.confrelid = ANY (cascade.oids)))
+)::text AS traits
+FROM pg_class c,
+     LATERAL (SELECT array_agg(relid::oid) || c.oid AS oids FROM pg_partition_tree(c.oid)) AS tree,
+     LATERAL (
+        WITH RECURSIVE written(oid) AS (
+            SELECT unnest(tree.oids)
+            UNION
+            SELECT f.conrelid FROM pg_constraint f JOIN written w ON f.confrelid = w.oid
+            WHERE f.contype = 'f' AND f.confdeltype IN ('c', 'n', 'd'))
+        SELECT array_agg(oid) AS oids FROM written) AS cascade
+WHERE c.oid::bigint = ANY ($1)";
+
+const FOREIGN_TRIGGERS: &str = "\
+WITH foreign_triggers AS (
+    SELECT t.tgrelid FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+    WHERE NOT t.tgisinternal AND t.tgenabled <> 'D'
+      AND p.pronamespace IS DISTINCT FROM to_regnamespace('millstream')::oid)";
+
+/// Views, by name: a rule that reads one reads tables that it does not name.
+const VIEWS: &str = "\
+SELECT lower(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('v', 'm', 'f') AND n.nspname NOT IN ('pg_catalog', 'information_schema')";
+
+/// What the database says of a table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(crate) struct Traits {
+    pub oid: u32,
+    pub row_security: bool,
+    /// It has triggers of the application, or rewrite rules.
+    pub triggers: bool,
+    /// Defaults or checks call functions of the application.
+    pub functions: bool,
+    /// Defaults or checks read settings, `millstream.user_id` perhaps.
+    pub settings: bool,
+    /// Defaults are numbered in the order of the inserts.
+    pub sequences: bool,
+    /// Columns under unique or exclusion constraints by which rows with different keys can be in each other's way.
+    pub unique_columns: Vec<String>,
+    pub parents: Vec<Parent>,
+    /// Other tables that a delete writes, directly or not.
+    pub cascades: Vec<Written>,
+    /// Those have triggers of the application.
+    pub cascade_triggers: bool,
+    /// A constraint that concerns its rows is looked at by COMMIT only.
+    pub deferred: bool,
+}
+
+/// A foreign key.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub(crate) struct Parent {
+    /// Table that it refers to.
+    pub oid: u32,
+    /// Columns that refer.
+    pub columns: Vec<String>,
+    /// They refer to its primary key.
+    pub to_key: bool,
+}
+
+/// A table that is written.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub(crate) struct Written {
+    pub oid: u32,
+    /// Without its schema, in lower case.
+    pub name: String,
+}
+
+impl Traits {
+    /// Of a table that is not known: changes one by one, in their order.
+    pub fn unknown(oid: u32) -> Traits {
+        Traits { oid, row_security: true, triggers: true, ..Traits::default() }
+    }
+}
+
+/// Reads the traits of tables, and the names of views.
+pub(crate) async fn load(
+    connection: &mut PgConnection,
+    oids: Vec<i64>,
+) -> Result<(Vec<Traits>, Vec<String>), sqlx::Error> {
+    let sql = sqlx::AssertSqlSafe(format!("{FOREIGN_TRIGGERS}\n{TRAITS}"));
+    let rows = sqlx::query(sql).bind(oids).fetch_all(&mut *connection).await?;
+    let traits = rows.iter().map(|row| {
+        let text: &str = row.try_get("traits")?;
+        serde_json::from_str(text).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+    });
+    let traits = traits.collect::<Result<_, _>>()?;
+    Ok((traits, sqlx::query_scalar(VIEWS).fetch_all(connection).await?))
+}

@@ -1,0 +1,104 @@
+//! A Postgres with the tables of `schema.sql`, and submissions to be executed on it.
+
+use millstream::keys::Role;
+use millstream::stack::Stack;
+use millstream_changes::direct::Direct;
+use millstream_schemas::stream::{Submission, TransactionResult};
+use millstream_schemas::{Change, Operation};
+use sqlx::postgres::PgConnection;
+use sqlx::{Connection as _, Executor as _};
+use uuid::Uuid;
+
+/// As `millstream attach` writes them.
+const TRIGGERS: &str = "\
+CREATE TRIGGER millstream_clocks_insert BEFORE INSERT ON tasks FOR EACH ROW
+    WHEN (NEW.field_clocks IS NULL OR NEW.field_clocks = '{}') EXECUTE FUNCTION millstream.keep_clocks();
+CREATE TRIGGER millstream_clocks_update BEFORE UPDATE ON tasks FOR EACH ROW
+    WHEN (NEW.field_clocks IS NOT DISTINCT FROM OLD.field_clocks) EXECUTE FUNCTION millstream.keep_clocks();
+CREATE TRIGGER millstream_row_update BEFORE UPDATE ON notes FOR EACH ROW
+    WHEN (NEW.updated_at IS NOT DISTINCT FROM OLD.updated_at) EXECUTE FUNCTION millstream.keep_updated_at();";
+
+pub struct Database {
+    pub stack: Stack,
+    /// As the superuser.
+    pub sql: PgConnection,
+    pub direct: Direct,
+}
+
+impl Database {
+    pub async fn start() -> Database {
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/millstream.toml");
+        let stack = Stack::builder()
+            .app_schema(include_str!("schema.sql"))
+            .config(config)
+            // None of our services is started.
+            .executable("/bin/false")
+            .services([])
+            .postgres_setting("fsync", "off")
+            .start()
+            .await
+            .unwrap();
+        let mut sql = PgConnection::connect(&stack.postgres_url()).await.unwrap();
+        sql.execute(TRIGGERS).await.unwrap();
+        let args = millstream_runtime::postgres::Args { database_url: stack.postgres_url_of(Role::Changes) };
+        let options = millstream_runtime::postgres::options(&args, "test").unwrap();
+        let direct = Direct::connect(options, config.into()).await.unwrap();
+        Database { stack, sql, direct }
+    }
+
+    /// One JSON text a query.
+    pub async fn json(&mut self, sql: &'static str) -> String {
+        sqlx::query_scalar::<_, Option<String>>(sql).fetch_one(&mut self.sql).await.unwrap().unwrap_or_default()
+    }
+
+    /// Executes one after the other.
+    pub async fn each(&mut self, submissions: Vec<Submission>) -> Vec<(Uuid, TransactionResult)> {
+        self.direct.execute(submissions, true).await.unwrap()
+    }
+
+    /// Executes all at once.
+    pub async fn batch(&mut self, submissions: Vec<Submission>) -> Vec<(Uuid, TransactionResult)> {
+        self.direct.execute(submissions, false).await.unwrap()
+    }
+}
+
+/// A client's transactions, in order.
+pub struct Client {
+    pub id: Uuid,
+    pub user: &'static str,
+    pub instance: Uuid,
+    pub seq: u64,
+}
+
+impl Client {
+    pub fn new(id: u128, user: &'static str) -> Client {
+        Client { id: Uuid::from_u128(id), user, instance: Uuid::from_u128(id + 1000), seq: 0 }
+    }
+
+    pub fn submit(&mut self, changes: Vec<Change>) -> Submission {
+        self.seq += 1;
+        Submission {
+            client_id: self.id,
+            user_id: self.user.into(),
+            seq: self.seq,
+            attempt: 1,
+            instance: self.instance,
+            previous: None,
+            after: Vec::new(),
+            changes,
+            traceparent: None,
+        }
+    }
+}
+
+/// A change; the key's column is set too where it is an insert.
+pub fn change(table: &str, op: Operation, key: &[(&str, &str)], set: &[(&str, Option<&str>)], stamp: u64) -> Change {
+    let mut columns: Vec<String> = set.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let mut values: Vec<Option<String>> = set.iter().map(|(_, value)| value.map(str::to_owned)).collect();
+    if op == Operation::Insert {
+        columns.extend(key.iter().map(|(name, _)| (*name).to_owned()));
+        values.extend(key.iter().map(|(_, value)| Some((*value).to_owned())));
+    }
+    let key = key.iter().map(|(_, value)| Some((*value).to_owned())).collect();
+    Change { change_id: Uuid::new_v4(), table: table.into(), op, key, columns, values, stamp }
+}

@@ -1,0 +1,277 @@
+//! What becomes of single changes: each kind of verdict, with its words, on a real Postgres.
+
+mod support;
+
+use millstream_schemas::Code;
+use millstream_schemas::Operation::{Delete, Insert, Update};
+use millstream_schemas::stream::{Failure, TransactionResult, Verdict};
+use sqlx::Executor as _;
+use support::{Client, Database, change};
+use uuid::Uuid;
+
+fn failure(results: &[(Uuid, TransactionResult)]) -> &Failure {
+    results[0].1.failure.as_ref().unwrap_or_else(|| panic!("{results:?}"))
+}
+
+#[track_caller]
+fn refused(results: &[(Uuid, TransactionResult)], code: Code, rule: Option<&str>, says: &str) {
+    let failure = failure(results);
+    assert_eq!((failure.code, failure.rule.as_deref()), (code, rule), "{failure:?}");
+    assert!(failure.message.contains(says), "{failure:?}");
+}
+
+#[track_caller]
+fn is(results: &[(Uuid, TransactionResult)], verdict: Verdict) {
+    assert_eq!(results[0].1.verdict, verdict, "{results:?}");
+}
+
+const SEED: &str = "\
+INSERT INTO members VALUES (1, 'ann');
+INSERT INTO projects VALUES (1, 'one');
+INSERT INTO secure VALUES (1, 'ann', 'x'), (2, 'bob', 'x'), (3, 'bob', 'public')";
+
+fn micros() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros() as u64
+}
+
+#[tokio::test]
+async fn refusals_name_what_refused() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    let mut ann = Client::new(1, "ann");
+    let now = micros();
+    let task = |set: &[(&'static str, Option<&'static str>)]| {
+        let mut all = vec![("project_id", Some("1")), ("title", Some("t"))];
+        all.retain(|(name, _)| !set.iter().any(|(other, _)| other == name));
+        all.extend(set);
+        change("tasks", Insert, &[("id", "1")], &all, now)
+    };
+    // In the order in which they are looked at.
+    for (change, code, rule, says) in [
+        (change("tasks", Update, &[("id", "1")], &[("rank", Some("-1"))], 0), Code::EntityMissing, None, "tasks"),
+        (change("tasks", Delete, &[("id", "1")], &[], 0), Code::EntityMissing, None, "tasks"),
+        (task(&[("project_id", Some("2")), ("rank", Some("-1"))]), Code::PermissionDenied, None, "insert on tasks"),
+        (task(&[("rank", Some("-1"))]), Code::BusinessRule, Some("rank_negative"), "A rank is not negative."),
+        // Constraints, by their names.
+        (
+            change("projects", Insert, &[("id", "9")], &[("name", Some("forbidden"))], 0),
+            Code::BusinessRule,
+            Some("projects_name_check"),
+            "projects_name_check",
+        ),
+        (
+            change("projects", Insert, &[("id", "1")], &[("name", Some("p"))], 0),
+            Code::BusinessRule,
+            Some("projects_pkey"),
+            "projects_pkey",
+        ),
+        (
+            change("days", Insert, &[("day", "2026-01-01")], &[("task_id", Some("77"))], 0),
+            Code::BusinessRule,
+            Some("days_task_id_fkey"),
+            "days_task_id_fkey",
+        ),
+        // Values, by column and type, and without the value.
+        (
+            task(&[("title", Some("more than twenty characters"))]),
+            Code::InvalidValue,
+            None,
+            "tasks.title is too long for character varying(20)",
+        ),
+        (task(&[("rank", Some("99999999999"))]), Code::InvalidValue, None, "tasks.rank is out of the range of integer"),
+        (task(&[("rank", Some("secret"))]), Code::InvalidValue, None, "tasks.rank is not a valid integer"),
+        (
+            change("logs", Insert, &[("id", "1")], &[("kind", Some("worse"))], 0),
+            Code::InvalidValue,
+            None,
+            "logs.kind is not a valid kind",
+        ),
+        (
+            change("logs", Insert, &[("id", "1")], &[("at", Some("2026-02-30"))], 0),
+            Code::InvalidValue,
+            None,
+            "logs.at is out of the range of date",
+        ),
+        (
+            change("logs", Insert, &[("id", "1")], &[("at", Some("soon"))], 0),
+            Code::InvalidValue,
+            None,
+            "logs.at is not a valid date",
+        ),
+        (
+            change("logs", Insert, &[("id", "1")], &[("data", Some("{"))], 0),
+            Code::InvalidValue,
+            None,
+            "logs.data is not a valid jsonb",
+        ),
+        (
+            change("logs", Insert, &[("id", "1")], &[("u", Some("1-2"))], 0),
+            Code::InvalidValue,
+            None,
+            "logs.u is not a valid uuid",
+        ),
+        (
+            change("logs", Insert, &[("id", "1")], &[("tags", Some("x"))], 0),
+            Code::InvalidValue,
+            None,
+            "logs.tags is not a valid text[]",
+        ),
+        (
+            change("logs", Update, &[("id", "x")], &[("u", None)], 0),
+            Code::InvalidValue,
+            None,
+            "logs.id is not a valid integer",
+        ),
+        (
+            change("notes", Insert, &[("id", "00000000-0000-0000-0000-000000000001")], &[("n", Some("12345.6"))], 0),
+            Code::InvalidValue,
+            None,
+            "notes.n is out of the range of numeric(6,2)",
+        ),
+        // Row security: a row that is hidden is not there, one that is seen may not be written.
+        (change("secure", Update, &[("id", "2")], &[("body", Some("y"))], 0), Code::EntityMissing, None, "secure"),
+        (
+            change("secure", Update, &[("id", "3")], &[("body", Some("y"))], 0),
+            Code::PermissionDenied,
+            None,
+            "row security",
+        ),
+        (
+            change("secure", Update, &[("id", "1")], &[("owner", Some("bob"))], 0),
+            Code::PermissionDenied,
+            None,
+            "row-level security",
+        ),
+        (
+            change("secure", Insert, &[("id", "4")], &[("owner", Some("bob")), ("body", Some("y"))], 0),
+            Code::PermissionDenied,
+            None,
+            "row-level security",
+        ),
+    ] {
+        for together in [false, true] {
+            let change = millstream_schemas::Change { change_id: Uuid::new_v4(), ..change.clone() };
+            let submission = ann.submit(vec![change.clone()]);
+            let results =
+                if together { database.batch(vec![submission]).await } else { database.each(vec![submission]).await };
+            eprintln!("{}", failure(&results).message);
+            refused(&results, code, rule, says);
+            assert_eq!(failure(&results).change_id, change.change_id);
+            assert!(!failure(&results).message.contains("secret"));
+        }
+    }
+    is(&database.each(vec![ann.submit(vec![task(&[("rank", Some("5"))])])]).await, Verdict::Applied);
+    // The row that is not there is deleted, where that is accepted.
+    let gone = change("notes", Delete, &[("id", "00000000-0000-0000-0000-000000000009")], &[], 0);
+    is(&database.each(vec![ann.submit(vec![gone])]).await, Verdict::Applied);
+    let history = database.json("SELECT count(*)::text FROM millstream.changes_history").await;
+    assert_eq!(history.parse::<u64>().unwrap(), ann.seq - 2);
+    let rules =
+        database.json("SELECT string_agg(DISTINCT rule, ',' ORDER BY rule) FROM millstream.changes_history").await;
+    assert_eq!(rules, "days_task_id_fkey,projects_name_check,projects_pkey,rank_negative");
+    database.stack.stop().await;
+}
+
+#[tokio::test]
+async fn newer_changes_win() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    let (mut ann, mut bob) = (Client::new(1, "ann"), Client::new(2, "ann"));
+    let now = micros();
+    let key = [("id", "1")];
+    let insert = change("tasks", Insert, &key, &[("project_id", Some("1")), ("title", Some("a"))], now - 900);
+    is(&database.each(vec![ann.submit(vec![insert])]).await, Verdict::Applied);
+    let update = |set: &[(&str, Option<&str>)], stamp| change("tasks", Update, &key, set, stamp);
+    is(&database.batch(vec![ann.submit(vec![update(&[("title", Some("b"))], now - 500)])]).await, Verdict::Applied);
+    // Older than the title, newer than the rank.
+    let both = update(&[("title", Some("c")), ("rank", Some("3"))], now - 600);
+    is(&database.batch(vec![bob.submit(vec![both])]).await, Verdict::Merged);
+    is(&database.batch(vec![bob.submit(vec![update(&[("rank", Some("4"))], now - 700)])]).await, Verdict::Superseded);
+    // Rules come before.
+    let wrong = update(&[("rank", Some("-4"))], now - 700);
+    refused(&database.batch(vec![bob.submit(vec![wrong])]).await, Code::BusinessRule, Some("rank_negative"), "");
+    is(
+        &database.batch(vec![bob.submit(vec![change("tasks", Delete, &key, &[], now - 550)])]).await,
+        Verdict::Superseded,
+    );
+    let row =
+        "SELECT concat_ws(' ', title, rank, client_id, (extract(epoch FROM updated_at) * 1000000)::bigint) FROM tasks";
+    assert_eq!(database.json(row).await, format!("b 3 {} {}", ann.id, now - 500));
+    // What lost is known when it is asked for again, and rides in the ledger.
+    let mut again = Client::new(2, "ann");
+    let again: Vec<_> = (0..4).map(|_| again.submit(vec![update(&[("rank", Some("9"))], now)])).collect();
+    let known: Vec<_> = database.batch(again).await.into_iter().map(|(_, result)| result.verdict).collect();
+    assert_eq!(known, [Verdict::Merged, Verdict::Superseded, Verdict::Rejected, Verdict::Superseded]);
+    let lost = database
+        .json(
+            "SELECT string_agg((l->>'seq') || (l->>'verdict'), ',' ORDER BY (l->>'seq')::int) FROM millstream.clients, jsonb_array_elements(lost) l",
+        )
+        .await;
+    assert_eq!(lost, "1merged,2superseded,4superseded");
+    // A plain writer is newer than all before it.
+    database.sql.execute("UPDATE tasks SET rank = 7").await.unwrap();
+    is(&database.batch(vec![ann.submit(vec![update(&[("rank", Some("8"))], now - 1)])]).await, Verdict::Superseded);
+    // A clock that is ahead is taken for a minute ahead, by the database's time.
+    let year = 365 * 24 * 3_600 * 1_000_000;
+    is(&database.batch(vec![ann.submit(vec![update(&[("rank", Some("8"))], now + year)])]).await, Verdict::Applied);
+    let stamp = database.json("SELECT left(field_clocks->>'rank', 16) FROM tasks").await.parse::<u64>().unwrap();
+    assert!(stamp > now + 50_000_000 && stamp < now + 120_000_000, "{stamp} {now}");
+    is(&database.batch(vec![ann.submit(vec![change("tasks", Delete, &key, &[], u64::MAX)])]).await, Verdict::Applied);
+
+    // By row: what is older loses as a whole.
+    let key = [("id", "00000000-0000-0000-0000-000000000001")];
+    let note = |op, body: Option<&str>, stamp| {
+        let set: &[_] = if op == Delete { &[] } else { &[("body", body)] };
+        change("notes", op, &key, set, stamp)
+    };
+    for (op, body, stamp, verdict) in [
+        (Insert, Some("a"), now - 500, Verdict::Applied),
+        (Update, Some("b"), now - 600, Verdict::Superseded),
+        (Delete, None, now - 600, Verdict::Superseded),
+        (Update, Some("c"), now - 400, Verdict::Applied),
+        (Delete, None, now - 300, Verdict::Applied),
+    ] {
+        is(&database.batch(vec![bob.submit(vec![note(op, body, stamp)])]).await, verdict);
+    }
+    database.stack.stop().await;
+}
+
+#[tokio::test]
+async fn copies_and_successors_are_told_apart() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    let note = |id: &str| change("notes", Insert, &[("id", id)], &[("body", Some("x"))], 1);
+    let ids: Vec<String> = (1..20).map(|n| Uuid::from_u128(n).to_string()).collect();
+    let mut store = Client::new(1, "ann");
+    let first = store.submit(vec![note(&ids[0])]);
+    is(&database.batch(vec![first]).await, Verdict::Applied);
+    // A copy made before the next run of the original wrote.
+    let mut copy = Client { instance: Uuid::from_u128(77), ..Client::new(1, "ann") };
+    copy.seq = 1;
+    let previous = store.instance;
+    store.instance = Uuid::from_u128(66);
+    let mut second = store.submit(vec![note(&ids[1])]);
+    second.previous = Some(previous);
+    is(&database.batch(vec![second]).await, Verdict::Applied);
+    copy.seq = 2;
+    let mut foreign = copy.submit(vec![note(&ids[2])]);
+    foreign.previous = Some(previous);
+    assert_eq!(database.batch(vec![foreign]).await, []);
+    let spans = database.json("SELECT string_agg(first_seq || ':' || right(instance::text, 3), ',' ORDER BY first_seq) FROM millstream.instances").await;
+    assert_eq!(spans, format!("1:{},2:{}", &previous.to_string()[33..], "042"));
+
+    // What follows a rejected transaction is refused, in the same batch, in a later one, and after that.
+    let mut client = Client::new(5, "ann");
+    let bad = client.submit(vec![change("notes", Update, &[("id", &ids[9])], &[("body", Some("y"))], 1)]);
+    let mut next = client.submit(vec![note(&ids[3])]);
+    next.after = vec![bad.seq];
+    let other = client.submit(vec![note(&ids[4])]);
+    let results = database.batch(vec![bad, next.clone(), other]).await;
+    let codes: Vec<_> = results.iter().map(|(_, result)| result.failure.as_ref().map(|f| f.code)).collect();
+    assert_eq!(codes, [Some(Code::EntityMissing), Some(Code::PredecessorFailed), None]);
+    let mut last = client.submit(vec![note(&ids[5])]);
+    last.after = vec![next.seq];
+    refused(&database.batch(vec![last]).await, Code::PredecessorFailed, None, "transaction 2");
+    assert_eq!(database.json("SELECT count(*)::text FROM notes").await, "3");
+    database.stack.stop().await;
+}

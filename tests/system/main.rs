@@ -4,6 +4,7 @@ mod bad_input;
 mod kills;
 mod offline;
 mod restarts;
+mod simulation;
 mod structure;
 mod telemetry;
 mod wire;

@@ -47,7 +47,14 @@ impl Store {
     /// Does what a session's staging found ready, in order. Each [`Work::Apply`] is one local transaction, whole or not
     /// at all; it is durable with the app's next write at the latest.
     pub fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
-        self.relaxed(|store| store.perform_all(works))
+        let applied = self.relaxed(|store| store.perform_all(works));
+        if self.numbered.replace(false) {
+            // Those are about to be sent. Were their numbers lost in a power cut, others would get them.
+            self.transact(|store| {
+                store.set_meta("numbered", store.last_seq().during("reading the last number")? as i64)
+            })?;
+        }
+        applied
     }
 
     fn perform_all(&mut self, works: &[Work]) -> Result<Applied, StoreError> {

@@ -20,6 +20,7 @@ mod snapshot;
 mod value;
 mod write;
 
+use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -60,6 +61,8 @@ pub struct Store {
     marks: Option<(u64, u64)>,
     /// Rejections by business rules before a transaction waits for a person.
     max_attempts: u32,
+    /// A transaction that waited got a number since the last durable commit of [`Store::perform`].
+    numbered: Cell<bool>,
 }
 
 impl Store {
@@ -103,6 +106,7 @@ impl Store {
             grouped: false,
             marks: None,
             max_attempts: backoff::MAX_ATTEMPTS,
+            numbered: Cell::new(false),
         };
         store.prepare_identity()?;
         store.schema = store.meta_json("schema")?;

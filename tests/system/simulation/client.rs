@@ -529,12 +529,11 @@ impl World {
     pub fn is_settled(&mut self, index: usize) -> bool {
         let length = self.broker.outbound.len();
         let Some(session) = self.clients[index].session else { return false };
+        if self.clients[index].replica.is_none() || !self.sessions[session].is_idle(length) {
+            return false;
+        }
         let info = self.clients[index].store().info().expect("the store's facts");
-        self.clients[index].replica.is_some()
-            && self.sessions[session].is_idle(length)
-            && info.last_seq == info.confirmed_seq
-            && !info.resync
-            && self.clients[index].waiting() == 0
+        info.last_seq == info.confirmed_seq && !info.resync && self.clients[index].waiting() == 0
     }
 }
 

@@ -14,6 +14,7 @@ mod edge;
 mod postgres;
 mod world;
 
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,6 +29,11 @@ const SEEDS_A_HIT: u64 = 20;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
+}
+
+/// On stderr whatever the test harness captures.
+fn say(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 fn run(seed: u64, trace: bool) -> Result<Points, String> {
@@ -72,13 +78,13 @@ fn simulation() {
     });
     let elapsed = start.elapsed().as_secs_f64();
     let points = points.into_inner().expect("points");
-    eprintln!("simulation: {seeds} seeds in {elapsed:.1} s, {:.0} a second", seeds as f64 / elapsed);
-    eprintln!("crashes by step: {points}");
+    say(format_args!("simulation: {seeds} seeds in {elapsed:.1} s, {:.0} a second", seeds as f64 / elapsed));
+    say(format_args!("crashes by step: {points}"));
     let mut failed = failed.into_inner().expect("failures");
     failed.sort();
     for (seed, why) in &failed {
-        eprintln!("\nseed {seed}: {why}");
-        eprintln!("replay: MILLSTREAM_SEED={seed} cargo test -p millstream-tests --test system simulation");
+        say(format_args!("\nseed {seed}: {why}"));
+        say(format_args!("replay: MILLSTREAM_SEED={seed} cargo test -p millstream-tests --test system simulation"));
     }
     assert!(failed.is_empty(), "failing seeds: {:?}", failed.iter().map(|(seed, _)| seed).collect::<Vec<_>>());
     for point in POINTS {

@@ -17,8 +17,7 @@ pub const TASKS: usize = 0;
 pub const NOTES: usize = 1;
 pub const LABELS: usize = 2;
 pub const MEMBERS: usize = 3;
-/// Columns of all tables but `members`.
-pub const ID: usize = 0;
+/// Columns of all tables but `members`; the first is the id.
 pub const PROJECT: usize = 1;
 /// Of `tasks`: unique in a project. Of `notes` and `labels`: any text.
 pub const TEXT: usize = 2;

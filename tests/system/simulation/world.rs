@@ -126,11 +126,12 @@ pub struct World {
     pub clones: bool,
 }
 
+/// A line on stderr, past the test harness, when one seed is replayed.
 #[macro_export]
 macro_rules! trace {
     ($world:expr, $($text:tt)*) => {
         if $world.tracing {
-            eprintln!("{:>10.3}  {}", $world.elapsed() as f64 / 1e6, format_args!($($text)*));
+            $crate::simulation::say(format_args!("{:>10.3}  {}", $world.elapsed() as f64 / 1e6, format_args!($($text)*)));
         }
     };
 }

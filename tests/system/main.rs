@@ -10,6 +10,7 @@ mod order;
 mod requirements;
 mod restarts;
 mod row_security;
+mod simulation;
 mod structure;
 mod telemetry;
 mod validators;

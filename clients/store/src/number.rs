@@ -75,13 +75,14 @@ impl Store {
         Ok(released)
     }
 
-    /// Numbers of the nearest unsettled or failed transactions before `seq` that wrote the rows of `tx`.
+    /// Numbers of the nearest unsettled or failed transactions before `seq` that wrote the rows of `tx`. Only of those
+    /// recorded before it: one that is tried again has a higher number than a failed one that was made after it.
     pub(crate) fn predecessors(&self, tx: u64, seq: u64) -> Result<Vec<u64>, StoreError> {
         let mut found: Vec<u64> = self
             .connection
             .prepare_cached(
                 "SELECT DISTINCT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live \
-                 WHERE e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' AND e.seq < ?2) AS before \
+                 WHERE e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' AND e.seq < ?2 AND e.tx < ?1) AS before \
                  FROM local_changes AS mine WHERE mine.tx = ?1",
             )
             .and_then(|mut statement| {

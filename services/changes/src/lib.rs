@@ -24,6 +24,9 @@ mod model;
 mod ownership;
 mod plan;
 mod predicate;
+// The rules of a batch without a database, for the simulation in `tests`: it runs these, not a copy of them.
+#[doc(hidden)]
+pub mod pure;
 mod results;
 mod retention;
 mod settle;

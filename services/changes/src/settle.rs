@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::batch::{Fence, Item};
 use crate::executor::Failed;
 use crate::history::Record;
-use crate::ledger::Ledger;
+use crate::ledger::{Client, Ledger};
 use crate::plan::{Action, Planned};
 
 /// Newest losses that the ledger keeps a client.
@@ -114,17 +114,10 @@ pub(crate) async fn settle(
     ledger: &Ledger,
     traceparent: Option<String>,
 ) -> Result<(), Failed> {
-    let mut failures: HashMap<Uuid, Vec<Failure>> = HashMap::new();
-    let mut losses: HashMap<Uuid, Vec<Loss>> = HashMap::new();
     let mut records = Vec::new();
     for planned in plan {
-        let client_id = planned.submission.client_id;
-        losses.entry(client_id).or_default().extend(planned.loss());
         let Action::Reject(rejection) = &planned.action else { continue };
         records.push(Record::new(planned.submission, rejection).map_err(unencodable)?);
-        if let Some(failure) = planned.result().and_then(|result| result.failure) {
-            failures.entry(client_id).or_default().push(failure);
-        }
     }
     let changed: Vec<_> = ledger.changed().collect();
     if changed.is_empty() {
@@ -141,26 +134,14 @@ pub(crate) async fn settle(
             .await
             .map_err(Failed::Server)?;
     }
+    let origin = OriginRecord { clients: origin(plan, ledger), traceparent };
     let mut lost: Vec<Option<String>> = Vec::with_capacity(changed.len());
-    for (id, _) in &changed {
-        lost.push(match losses.get(id).map(Vec::as_slice) {
-            None | Some([]) => None,
-            Some(all) => Some(encode(&all[all.len().saturating_sub(MAX_LOST)..])?),
+    for entry in &origin.clients {
+        lost.push(match entry.lost.as_slice() {
+            [] => None,
+            all => Some(encode(&all[all.len().saturating_sub(MAX_LOST)..])?),
         });
     }
-    let origin = OriginRecord {
-        clients: changed
-            .iter()
-            .map(|(id, client)| OriginEntry {
-                client_id: *id,
-                seq: client.last,
-                instance: client.instance.unwrap_or_default(),
-                failed: failures.remove(id).unwrap_or_default(),
-                lost: losses.remove(id).unwrap_or_default(),
-            })
-            .collect(),
-        traceparent,
-    };
     let row = sqlx::query(SETTLE)
         .bind(changed.iter().map(|(id, _)| *id).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.user_id.clone()).collect::<Vec<_>>())
@@ -177,6 +158,25 @@ pub(crate) async fn settle(
         .map_err(Failed::Server)?;
     let settled: i64 = row.try_get("settled").map_err(Failed::Server)?;
     if settled == changed.len() as i64 { Ok(()) } else { Err(Failed::Ledger) }
+}
+
+/// What the batch settles: one entry for each client whose ledger moved, in the order of [`Ledger::changed`].
+pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> {
+    let mut failures: HashMap<Uuid, Vec<Failure>> = HashMap::new();
+    let mut losses: HashMap<Uuid, Vec<Loss>> = HashMap::new();
+    for planned in plan {
+        let client_id = planned.submission.client_id;
+        losses.entry(client_id).or_default().extend(planned.loss());
+        failures.entry(client_id).or_default().extend(planned.result().and_then(|result| result.failure));
+    }
+    let entry = |(id, client): (Uuid, &Client)| OriginEntry {
+        client_id: id,
+        seq: client.last,
+        instance: client.instance.unwrap_or_default(),
+        failed: failures.remove(&id).unwrap_or_default(),
+        lost: losses.remove(&id).unwrap_or_default(),
+    };
+    ledger.changed().map(entry).collect()
 }
 
 fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Failed> {

@@ -50,6 +50,14 @@ use uuid::Uuid;
 
 pub use token::{AUDIENCE, MIN_SECRET_BYTES};
 
+// What a session sends, without sockets and brokers, for the simulation in `tests`: it runs this, not a copy of it.
+#[doc(hidden)]
+pub mod pure {
+    pub use crate::downlink::{Downlink, Next, Out};
+    pub use crate::fence::Fence;
+    pub use crate::message::Message;
+}
+
 /// Connections to Postgres: sessions that open, and snapshots.
 const POSTGRES_CONNECTIONS: u32 = 16;
 /// Snapshots at once; below the number of connections, so that sessions without one still open.

@@ -1,0 +1,92 @@
+//! A batch's decisions without a database: ledger, plan, predecessors and origin are those that the executor uses; what
+//! becomes of a change that is to be applied, the caller says. For the simulation, where Postgres is a model.
+
+use std::collections::HashSet;
+
+use millstream_catalog::Table;
+use millstream_schemas::Code;
+use millstream_schemas::stream::{InstanceSpan, OriginEntry, Submission};
+use uuid::Uuid;
+
+use crate::error::Refusal;
+use crate::ledger::Ledger;
+use crate::plan::{Condemned, Rejected, plan, predecessors};
+use crate::settle;
+
+/// A client's row in the ledger.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// The installation.
+    pub client_id: Uuid,
+    /// The user that it is bound to.
+    pub user_id: String,
+    /// Last `client_seq` taken.
+    pub last_seq: u64,
+    /// Which run of the store submitted it.
+    pub instance: Option<Uuid>,
+}
+
+/// What became of a transaction.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// It took effect, but for the changes with these indexes: they lost to newer ones, as a whole or in part.
+    Applied(Vec<(usize, bool)>),
+    /// The change with this index cannot be applied.
+    Refused(usize, Code, &'static str),
+}
+
+/// What is to be stored with the batch's rows.
+#[derive(Debug, Default)]
+pub struct Settled {
+    /// Ledger rows that moved.
+    pub clients: Vec<Known>,
+    /// Instances that began.
+    pub spans: Vec<(Uuid, InstanceSpan)>,
+    /// What the stream tells of it.
+    pub origin: Vec<OriginEntry>,
+}
+
+/// Decides for each submission in order; `rejected` tells of transactions of earlier batches, `apply` applies one whole
+/// or not at all.
+pub fn settle(
+    known: impl IntoIterator<Item = Known>,
+    tables: &[Table],
+    submissions: &[Submission],
+    rejected: impl Fn(Uuid, u64) -> bool,
+    mut apply: impl FnMut(&Submission) -> Effect,
+) -> Settled {
+    let mut ledger = Ledger::default();
+    for Known { client_id, user_id, last_seq, instance } in known {
+        ledger.load(client_id, user_id, last_seq, instance);
+    }
+    let named = predecessors(submissions.iter(), &ledger);
+    let mut refused = Rejected(HashSet::from_iter(named.into_iter().filter(|(client, seq)| rejected(*client, *seq))));
+    let find = |name: &str| tables.iter().find(|table| table.name == name);
+    let mut plan = plan(submissions.iter(), &mut ledger, find, &Condemned::new(), &mut refused);
+    for planned in &mut plan {
+        if planned.steps().is_empty() {
+            continue;
+        }
+        if let Some(refusal) = refused.refuse(planned.submission) {
+            planned.reject(0, refusal);
+            refused.add(planned);
+            continue;
+        }
+        match apply(planned.submission) {
+            Effect::Applied(lost) => {
+                lost.into_iter().for_each(|(index, whole)| planned.lose(index, whole, String::new()));
+            }
+            Effect::Refused(index, code, message) => {
+                planned.reject(index, Refusal::new(code, message.to_owned()));
+                refused.add(planned);
+            }
+        }
+    }
+    let clients = ledger.changed().map(|(client_id, client)| Known {
+        client_id,
+        user_id: client.user_id.clone(),
+        last_seq: client.last,
+        instance: client.instance,
+    });
+    Settled { clients: clients.collect(), spans: ledger.spans().to_vec(), origin: settle::origin(&plan, &ledger) }
+}

@@ -1,0 +1,381 @@
+//! Edges: what `session.rs` and `session/open.rs` of the edge do around the real downlink, with the network's frames
+//! and a model of Postgres and the broker on the other sides.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use axum::extract::ws::Utf8Bytes;
+use millstream_edge::pure::{Downlink, Fence, Message, Next, Out};
+use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
+use millstream_schemas::stream::{Submission, Watermark};
+use millstream_schemas::{Code, Position, Scope, TableChanges, TableOp};
+use rand::RngExt;
+
+use super::broker::Stored;
+use super::postgres::State;
+use super::world::{Event, MS, World};
+use crate::trace;
+
+/// Messages that may be younger than what a snapshot sees.
+const LOOK_BACK: usize = 40;
+
+#[derive(Default)]
+pub struct Edge {
+    /// Which run of the process.
+    pub run: u64,
+    pub lane: Vec<Stored>,
+    pub publishing: bool,
+    /// Outbound messages read.
+    pub seen: usize,
+}
+
+/// One WebSocket, as the edge and the network know it.
+pub struct Session {
+    pub edge: usize,
+    pub client: usize,
+    client_id: uuid::Uuid,
+    user: String,
+    /// None: not welcomed yet, or ended.
+    downlink: Option<Downlink>,
+    pub is_cut: bool,
+    ended: bool,
+    expected: u64,
+    gap_told: u64,
+    /// When the last frame in each direction arrives.
+    up: u64,
+    down: u64,
+}
+
+impl Session {
+    pub fn end(&mut self) {
+        self.downlink = None;
+        self.ended = true;
+    }
+
+    /// Everything has been sent that the stream holds up to here.
+    pub fn is_idle(&self, length: usize) -> bool {
+        let downlink = self.downlink.as_ref();
+        downlink.is_some_and(|d| d.cursor() == length as u64 && !d.waits() && !d.in_bracket())
+    }
+}
+
+impl World {
+    pub fn connected(&mut self, client: usize, hello: Hello) -> usize {
+        let edge = self.rng.random_range(0..self.edges.len());
+        self.sessions.push(Session {
+            edge,
+            client,
+            client_id: hello.client_id,
+            user: hello.token.clone(),
+            downlink: None,
+            is_cut: false,
+            ended: false,
+            expected: 0,
+            gap_told: 0,
+            up: self.now,
+            down: self.now,
+        });
+        let session = self.sessions.len() - 1;
+        let (state, fence) = self.postgres.snapshot();
+        let late = if self.bad_luck(0.3) { 40 } else { 2 };
+        self.soon(late, Event::Open(session, Box::new(hello), state, fence));
+        session
+    }
+
+    pub fn send_up(&mut self, session: usize, text: String) {
+        let slow = if self.bad_luck(0.1) { 300 } else { 8 };
+        let wait = self.rng.random_range(0..=slow) * MS;
+        let at = self.sessions[session].up.max(self.now + wait);
+        self.sessions[session].up = at;
+        self.frames += 1;
+        self.after(at - self.now, Event::ToEdge(session, text));
+    }
+
+    fn send_down(&mut self, session: usize, text: String) {
+        let slow = if self.bad_luck(0.1) { 300 } else { 8 };
+        let wait = self.rng.random_range(0..=slow) * MS;
+        let at = self.sessions[session].down.max(self.now + wait);
+        self.sessions[session].down = at;
+        self.frames += 1;
+        self.after(at - self.now, Event::ToClient(session, text));
+    }
+
+    fn tell(&mut self, session: usize, frame: &ServerFrame) {
+        self.send_down(session, serde_json::to_string(frame).expect("frames encode"));
+    }
+
+    fn send(&mut self, session: usize, out: Vec<Out>) {
+        let mut confirmed = false;
+        for frame in out {
+            confirmed |= matches!(frame, Out::Own(ServerFrame::Confirmed(_)));
+            match frame {
+                Out::Shared(text) => self.send_down(session, Utf8Bytes::as_str(&text).to_owned()),
+                Out::Own(frame) => self.tell(session, &frame),
+            }
+        }
+        if confirmed && self.crashes_at(45) {
+            self.cut(session);
+        }
+    }
+
+    /// Neither side gets anything more; each notices when it does.
+    pub fn cut(&mut self, session: usize) {
+        if self.sessions.get(session).is_none_or(|session| session.is_cut) {
+            return;
+        }
+        trace!(self, "session {session} is cut");
+        self.sessions[session].is_cut = true;
+        let slow = if self.bad_luck(0.2) { 3_000 } else { 50 };
+        self.soon(slow, Event::EdgeGone(session));
+        self.soon(50, Event::ClientGone(session));
+    }
+
+    pub fn crash_edge(&mut self) {
+        let edge = self.rng.random_range(0..self.edges.len());
+        trace!(self, "edge {edge} crashes");
+        self.edges[edge].run += 1;
+        self.edges[edge].lane.clear();
+        self.edges[edge].publishing = false;
+        for session in 0..self.sessions.len() {
+            if self.sessions[session].edge == edge {
+                self.cut(session);
+                self.sessions[session].end();
+            }
+        }
+    }
+
+    fn fatal(&mut self, session: usize, code: Code) {
+        let frame = ErrorFrame { code, message: String::new(), seq: None, retry_after_ms: Some(100), fatal: true };
+        self.tell(session, &ServerFrame::Error(frame));
+        self.sessions[session].end();
+    }
+
+    /// The edge has read Postgres, and welcomes.
+    pub fn open(&mut self, session: usize, hello: &Hello, state: &Rc<State>, fence: Fence) {
+        if self.sessions[session].ended || self.sessions[session].is_cut {
+            return;
+        }
+        let edge = self.sessions[session].edge;
+        let (last_seq, instances, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
+        let scopes = state.scopes(&hello.token);
+        let Some(head) = self.edges[edge].seen.checked_sub(1).map(|last| self.broker.outbound[last].position) else {
+            return self.fatal(session, Code::Unavailable);
+        };
+        let vouched = |position: &Position| {
+            position.epoch == head.epoch
+                && position.seq <= head.seq
+                && self.broker.outbound[position.seq as usize - 1].position == *position
+        };
+        let kept = hello.position.filter(vouched);
+        let welcome = Welcome {
+            protocol: 1,
+            session: self.uuid(),
+            user_id: hello.token.clone(),
+            schema: None,
+            limits: Limits {
+                window: self.rng.random_range(1..=6),
+                frame_bytes: 1 << 20,
+                transaction_changes: 1_000,
+                heartbeat_ms: 45_000,
+            },
+            last_seq,
+            instances,
+            epoch: head.epoch,
+            resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
+        };
+        self.tell(session, &ServerFrame::Welcome(welcome));
+        let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
+            Some(_) => hello.scopes.iter().cloned().partition(|scope| scopes.contains(scope)),
+            None => Default::default(),
+        };
+        let authorization = Arc::new(fence.clone());
+        let tables: Arc<[String]> = Arc::new(["members".to_owned()]);
+        let position = kept.unwrap_or(head);
+        let mut downlink = Downlink::new(hello.client_id, &hello.token, tables, position, held, authorization);
+        let mut out = Vec::new();
+        lost.into_iter().for_each(|scope| downlink.removed(scope, &mut out));
+        downlink.ledger(fence.lsn, confirmed, false);
+        self.sessions[session].expected = last_seq + 1;
+        let before = downlink.cursor();
+        if self.rng.random_bool(0.5) && !self.catch_up(session, &mut downlink, &mut out) {
+            return self.fatal(session, Code::EpochChanged);
+        }
+        let joined = if downlink.cursor() == before {
+            self.join(&mut downlink, state, fence, &scopes, &mut out)
+        } else {
+            let (state, fence) = self.postgres.snapshot();
+            let scopes = state.scopes(&hello.token);
+            self.join(&mut downlink, &state, fence, &scopes, &mut out)
+        };
+        self.send(session, out);
+        if !joined {
+            return self.fatal(session, Code::Unavailable);
+        }
+        self.sessions[session].downlink = Some(downlink);
+        self.pump(session);
+    }
+
+    /// Fetches by scope what the ring no longer has.
+    fn catch_up(&mut self, session: usize, downlink: &mut Downlink, out: &mut Vec<Out>) -> bool {
+        let (cursor, seen) = (downlink.cursor() as usize, self.edges[self.sessions[session].edge].seen);
+        if cursor >= seen {
+            return true;
+        }
+        // First message of the ring.
+        let oldest = self.rng.random_range(cursor + 1..=seen);
+        let scopes: BTreeSet<Scope> = downlink.scopes().cloned().collect();
+        let wanted = |message: &&Arc<Message>| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope));
+        let messages: Vec<Arc<Message>> =
+            self.broker.outbound[cursor..oldest - 1].iter().filter(wanted).cloned().collect();
+        let ring = self.broker.outbound[oldest - 1].lsn();
+        let user = self.sessions[session].user.clone();
+        for (index, message) in messages.iter().enumerate() {
+            if !self.feed(&user, downlink, message, out) {
+                return false;
+            }
+            let next = messages.get(index + 1).map_or(ring, |next| next.lsn());
+            if next != message.lsn() {
+                downlink.end_of_group(message, out);
+            }
+        }
+        downlink.skip_to(oldest as u64 - 1);
+        true
+    }
+
+    /// False: the session cannot go on.
+    fn feed(&mut self, user: &str, downlink: &mut Downlink, message: &Message, out: &mut Vec<Out>) -> bool {
+        loop {
+            match downlink.message(message, out) {
+                Next::Continue => return true,
+                Next::EpochChanged => return false,
+                Next::Reauthorize => {
+                    // The edge waits until it is visible.
+                    self.postgres.show(message.xid);
+                    let (state, fence) = self.postgres.snapshot();
+                    let scopes = state.scopes(user);
+                    if !self.join(downlink, &state, fence, &scopes, out) {
+                        return false;
+                    }
+                }
+            }
+        }
+    }
+
+    fn join(
+        &mut self,
+        downlink: &mut Downlink,
+        state: &State,
+        fence: Fence,
+        scopes: &BTreeSet<Scope>,
+        out: &mut Vec<Out>,
+    ) -> bool {
+        let fence = Arc::new(fence);
+        let (in_bracket, held) = (downlink.in_bracket(), downlink.scopes().count());
+        let new = downlink.authorized(scopes, fence.clone(), out);
+        if in_bracket && (!new.is_empty() || downlink.scopes().count() != held) {
+            return false;
+        }
+        if new.is_empty() {
+            return true;
+        }
+        let cursor = (downlink.cursor() as usize).min(self.broker.outbound.len());
+        let back = self.broker.outbound[cursor.saturating_sub(LOOK_BACK)..cursor].to_vec();
+        out.push(Out::Own(ServerFrame::SnapshotBegin { scopes: new.clone() }));
+        for (table, row) in state.read(&self.postgres.tables, &new) {
+            let table = self.postgres.tables[table].name.clone();
+            let changes = vec![TableChanges { table, op: TableOp::Upsert, columns: None, rows: vec![row] }];
+            out.push(Out::Own(ServerFrame::SnapshotRows { changes }));
+        }
+        downlink.joined(new, &fence, &back);
+        true
+    }
+
+    pub fn tail(&mut self, edge: usize) {
+        self.edges[edge].seen = self.broker.outbound.len();
+        for session in 0..self.sessions.len() {
+            if self.sessions[session].edge == edge {
+                self.pump(session);
+            }
+        }
+    }
+
+    pub fn pump(&mut self, session: usize) {
+        let Some(mut downlink) = self.sessions[session].downlink.take() else { return };
+        let (seen, user) = (self.edges[self.sessions[session].edge].seen, self.sessions[session].user.clone());
+        let mut out = Vec::new();
+        while (downlink.cursor() as usize) < seen {
+            let message = self.broker.outbound[downlink.cursor() as usize].clone();
+            if !self.feed(&user, &mut downlink, &message, &mut out) {
+                self.send(session, out);
+                return self.fatal(session, Code::EpochChanged);
+            }
+        }
+        if downlink.waits()
+            && let Some(lsn) = self.watermark()
+        {
+            let (epoch, seq) = (self.replication.epoch, self.broker.outbound.len() as u64);
+            downlink.watermark(Watermark { epoch, lsn, seq });
+        }
+        downlink.settle(&mut out);
+        self.sessions[session].downlink = Some(downlink);
+        self.send(session, out);
+        if self.crashes_at(48) {
+            self.cut(session);
+        }
+    }
+
+    /// The broker has stored a submission.
+    pub fn accepted(&mut self, session: usize, seq: u64) {
+        if !self.sessions[session].ended {
+            self.tell(session, &ServerFrame::Accepted { seq });
+        }
+    }
+
+    pub fn to_edge(&mut self, session: usize, text: &str) {
+        self.frames -= 1;
+        let Session { edge, is_cut, ended, ref downlink, .. } = self.sessions[session];
+        if is_cut || ended || downlink.is_none() {
+            return;
+        }
+        match serde_json::from_str(text).expect("a client's frame") {
+            ClientFrame::Submit(submit) => self.submit(session, edge, submit),
+            ClientFrame::Hello(_) => unreachable!("hello is not sent as text here"),
+        }
+    }
+
+    fn submit(&mut self, session: usize, edge: usize, submit: Submit) {
+        let (seq, overloaded) = (submit.seq, self.bad_luck(0.03));
+        let state = &mut self.sessions[session];
+        let refuse = |code, seq, retry_after_ms| {
+            let message = String::new();
+            ServerFrame::Error(ErrorFrame { code, message, seq: Some(seq), retry_after_ms, fatal: false })
+        };
+        if seq > state.expected {
+            let expected = state.expected;
+            if std::mem::replace(&mut state.gap_told, expected) != expected {
+                self.tell(session, &refuse(Code::OutOfOrder, expected, None));
+            }
+            return;
+        }
+        if overloaded {
+            state.gap_told = seq;
+            return self.tell(session, &refuse(Code::Overloaded, seq, Some(500)));
+        }
+        state.expected = state.expected.max(seq + 1);
+        let submission = Submission {
+            client_id: state.client_id,
+            user_id: state.user.clone(),
+            seq,
+            attempt: submit.attempt,
+            instance: submit.instance,
+            previous: submit.previous,
+            after: submit.after,
+            changes: submit.changes,
+            traceparent: None,
+        };
+        let run = self.edges[edge].run;
+        self.edges[edge].lane.push((session, submission));
+        self.soon(3, Event::Lane(edge, run));
+    }
+}

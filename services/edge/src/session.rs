@@ -442,6 +442,8 @@ impl Session {
             let message = format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before seq {seq}");
             return self.refuse(wire, Code::BadFrame, message, Some(seq)).await;
         }
+        // What was confirmed meanwhile came by another session; the client goes on behind it.
+        self.expected = self.expected.max(self.downlink.confirmed() + 1);
         if seq > self.expected {
             // Said once for each gap: what was under way behind an overload is not the client's fault.
             if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {

@@ -116,13 +116,7 @@ impl World {
         let position = self.postgres.current.partition.get(&self.broker.stream).map_or(0, |(_, position)| *position);
         trace!(self, "the broker loses {lost} inbound messages");
         if position > self.broker.last {
-            // The operator's answer: another stream.
-            trace!(self, "the inbound stream is made anew");
-            self.broker.stream += 1;
-            self.broker.last = 0;
-            self.broker.inbound.clear();
-            self.executors.iter_mut().for_each(|executor| executor.is_up = false);
-            self.soon(500, Event::TakeOver);
+            self.renew_inbound();
         }
         if self.rng.random_bool(0.5) {
             let lost = self.rng.random_range(0..=2.min(self.broker.outbound.len() - 1));
@@ -139,6 +133,16 @@ impl World {
                 self.sessions[session].end();
             }
         }
+    }
+
+    /// The operator's answer to an inbound stream that does not fit the database: another one.
+    pub fn renew_inbound(&mut self) {
+        trace!(self, "the inbound stream is made anew");
+        self.broker.stream += 1;
+        self.broker.last = 0;
+        self.broker.inbound.clear();
+        self.executors.iter_mut().for_each(|executor| executor.is_up = false);
+        self.soon(500, Event::TakeOver);
     }
 
     pub fn take_over(&mut self) {
@@ -378,4 +382,4 @@ impl World {
 }
 
 /// Beside the milliseconds: a pause in which nothing is asked for.
-pub const PAUSE: u64 = 500 * MS;
+pub const PAUSE: u64 = 800 * MS;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use millstream_client_store::Reader;
+use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::stream::{OriginEntry, Submission};
 use millstream_schemas::{Operation, Position, Row};
 use rusqlite::types::Value;
@@ -201,6 +202,10 @@ impl World {
         }
         for (id, effects) in &by_id {
             assert!(effects.len() == 1 || excused.contains(id), "G2: {id} took effect {} times", effects.len());
+        }
+        for (key, row) in &self.postgres.current.rows {
+            let stamp = row.newest().stamp;
+            assert!(stamp <= self.now + MAX_AHEAD_MICROS, "{key:?} is from the future: {stamp}");
         }
         for index in 0..self.clients.len() {
             self.check_queue(index, &by_id, &excused);

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use millstream_client_core::outbox::{Input, Outbox, Output};
-use millstream_client_core::replica::{Replica, Work};
+use millstream_client_core::replica::{Replica, Step, Work};
 use millstream_client_store::{Edit, EntryState, Host, Meeting, Reader, Recorded, Store, StoreError, Tx};
 use millstream_schemas::Code;
 use millstream_schemas::Position;
@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::broker::PAUSE;
 use super::postgres::{LABELS, NOTES, TASKS, tables};
-use super::world::{Event, MS, World};
+use super::world::{self, Event, MS, World};
 use crate::trace;
 
 /// A clock that is wrong by a day, or not, and random ids from a seed.
@@ -56,6 +56,25 @@ pub struct Client {
     synced: u64,
 }
 
+/// A store that has its schema and no identity yet: made once, since that is slow.
+fn template() -> &'static [u8] {
+    static TEMPLATE: OnceLock<Vec<u8>> = OnceLock::new();
+    TEMPLATE.get_or_init(|| {
+        let directory = world::directory();
+        let path = directory.path().join("template.db");
+        let rng = Mutex::new(StdRng::seed_from_u64(0));
+        let host = Arc::new(FakeHost { clock: Arc::default(), skew: 0, rng });
+        let mut store = Store::open(&path.to_string_lossy(), host).expect("a store");
+        let tables = tables().iter().map(|table| table.schema()).collect();
+        store.install(&Schema { version: "1".into(), tables }).expect("a schema");
+        drop(store);
+        let connection = rusqlite::Connection::open(&path).expect("the store's file");
+        connection.execute("DELETE FROM millstream_meta WHERE key = 'client_id'", []).expect("no identity");
+        drop(connection);
+        std::fs::read(&path).expect("the store's file")
+    })
+}
+
 fn log_of(path: &std::path::Path) -> PathBuf {
     PathBuf::from(format!("{}-wal", path.display()))
 }
@@ -69,9 +88,8 @@ impl Client {
         let rng = Mutex::new(StdRng::seed_from_u64(world.rng.random()));
         let host = Arc::new(FakeHost { clock: world.clock.clone(), skew, rng });
         let path = world.directory.join(format!("{index}-0.db"));
+        std::fs::write(&path, template()).expect("an empty store");
         let mut store = Store::open(&path.to_string_lossy(), host.clone()).expect("a store");
-        let tables = tables().iter().map(|table| table.schema()).collect();
-        store.install(&Schema { version: "1".into(), tables }).expect("a schema");
         store.set_max_attempts(3);
         world.checker.stores.push(Default::default());
         trace!(world, "client {index}: {user}, clock {} s", skew / 1_000_000);
@@ -471,7 +489,10 @@ impl World {
         if works.is_empty() {
             return;
         }
-        let confirms = |work: &Work| format!("{work:?}").contains("Confirmed");
+        let confirms = |work: &Work| match work {
+            Work::Apply(batch) => batch.steps.iter().any(|step| matches!(step, Step::Confirmed(_))),
+            _ => false,
+        };
         if self.trouble {
             if works.iter().any(confirms) && self.crashes_at(45) {
                 return self.crash(index);
@@ -529,7 +550,8 @@ impl World {
     pub fn is_settled(&mut self, index: usize) -> bool {
         let length = self.broker.outbound.len();
         let Some(session) = self.clients[index].session else { return false };
-        if self.clients[index].replica.is_none() || !self.sessions[session].is_idle(length) {
+        let applied = self.clients[index].replica.as_ref().is_some_and(|replica| replica.ready_bytes() == 0);
+        if !applied || !self.sessions[session].is_idle(length) {
             return false;
         }
         let info = self.clients[index].store().info().expect("the store's facts");

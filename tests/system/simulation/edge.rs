@@ -351,6 +351,8 @@ impl World {
             let message = String::new();
             ServerFrame::Error(ErrorFrame { code, message, seq: Some(seq), retry_after_ms, fatal: false })
         };
+        let confirmed = state.downlink.as_ref().map_or(0, Downlink::confirmed);
+        state.expected = state.expected.max(confirmed + 1);
         if seq > state.expected {
             let expected = state.expected;
             if std::mem::replace(&mut state.gap_told, expected) != expected {

@@ -107,7 +107,7 @@ impl Stored {
         self.clocks.get(column).or_else(|| self.clocks.get("")).copied().unwrap_or_default()
     }
 
-    fn newest(&self) -> Clock {
+    pub fn newest(&self) -> Clock {
         self.clocks.values().max().copied().unwrap_or_default()
     }
 

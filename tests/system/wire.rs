@@ -83,6 +83,9 @@ async fn every_frame_and_message_validates() -> Result<()> {
             Client::builder(board.store(name)).edge(url.clone()).token(board.stack.token(user)).open()
         };
         let (a, b) = (open("a", "alice").await?, open("b", "bob").await?);
+        for client in [&a, &b] {
+            tokio::time::timeout(PATIENCE, client.ready()).await.context("no snapshot")??;
+        }
         let mut workload = Workload::new("a", 5, Some("bob"));
         for _ in 0..60 {
             write(&a, workload.transaction()).await?;

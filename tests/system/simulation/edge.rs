@@ -253,6 +253,10 @@ impl World {
                     // The edge waits until it is visible.
                     self.postgres.show(message.xid);
                     let (state, fence) = self.postgres.snapshot();
+                    // Of a database that was restored meanwhile: the edge gives up after a while.
+                    if !fence.sees(message.xid, message.lsn()) {
+                        return false;
+                    }
                     let scopes = state.scopes(user);
                     if !self.join(downlink, &state, fence, &scopes, out) {
                         return false;

@@ -243,13 +243,11 @@ fn difference(fast: &(Verdicts, Value), single: &(Verdicts, Value)) -> Option<St
     }
     let (Value::Object(a), Value::Object(b)) = (&fast.1, &single.1) else { return Some("no state".to_owned()) };
     let rows = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    for (name, value) in a.iter().filter(|(name, value)| b.get(*name) != Some(value)) {
-        let (a, b) = (rows(value), rows(&b[name]));
-        let only_a: Vec<String> = a.iter().filter(|row| !b.contains(row)).map(Value::to_string).collect();
-        let only_b: Vec<String> = b.iter().filter(|row| !a.contains(row)).map(Value::to_string).collect();
-        return Some(format!("{name}:\n  batch      {}\n  one by one {}", only_a.join(" "), only_b.join(" ")));
-    }
-    None
+    let (name, value) = a.iter().find(|(name, value)| b.get(*name) != Some(value))?;
+    let (a, b) = (rows(value), rows(&b[name]));
+    let only_a: Vec<String> = a.iter().filter(|row| !b.contains(row)).map(Value::to_string).collect();
+    let only_b: Vec<String> = b.iter().filter(|row| !a.contains(row)).map(Value::to_string).collect();
+    Some(format!("{name}:\n  batch      {}\n  one by one {}", only_a.join(" "), only_b.join(" ")))
 }
 
 /// How often each verdict was seen: a generator that never hits one proves nothing about it.

@@ -127,7 +127,7 @@ impl<'a> Applier<'a> {
     /// A group, halved in savepoints where it fails.
     async fn write_carefully(&mut self, group: &Group<'_>) -> Result<Vec<Outcome>, Failed> {
         let mut outcomes = Vec::with_capacity(group.rows.len());
-        let mut waiting = vec![0..group.rows.len()];
+        let mut waiting: Vec<_> = std::iter::once(0..group.rows.len()).collect();
         while let Some(range) = waiting.pop() {
             let at = group.places[range.start].planned;
             self.savepoints += 1;

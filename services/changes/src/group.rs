@@ -154,12 +154,15 @@ pub(crate) struct Group<'a> {
 /// A row, by its table and the canonical form of its key.
 type Key = (u32, String);
 
+/// What rows of one group share: the shape, and where it matters the user and client.
+type Kin<'a> = (usize, Option<(&'a str, Uuid)>);
+
 /// Forms groups in the order in which changes come.
 #[derive(Debug, Default)]
 pub(crate) struct Groups<'a> {
     groups: Vec<Group<'a>>,
     /// Latest group of a shape, of a user where that matters.
-    latest: HashMap<(usize, Option<(&'a str, Uuid)>), usize>,
+    latest: HashMap<Kin<'a>, usize>,
     /// Latest group that writes a row, and that refers to it.
     written: HashMap<Key, usize>,
     referred: HashMap<Key, usize>,

@@ -77,7 +77,7 @@ pub fn settle(
                 lost.into_iter().for_each(|(index, whole)| planned.lose(index, whole, String::new()));
             }
             Effect::Refused(index, code, message) => {
-                planned.reject(index, Refusal::new(code, message.to_owned()));
+                planned.reject(index, Refusal::new(code, message));
                 refused.add(planned);
             }
         }

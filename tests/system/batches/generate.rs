@@ -301,7 +301,7 @@ impl Generator {
             return Some(self.delete("members", &[&team, &who]));
         }
         let role = self.seen.members.get_mut(&(team, who.clone()))?;
-        *role = if roll % 2 == 0 { "owner" } else { "member" }.to_owned();
+        *role = if roll.is_multiple_of(2) { "owner" } else { "member" }.to_owned();
         let role = role.clone();
         Some(self.update("members", &[&team, &who], &[("role", role)]))
     }

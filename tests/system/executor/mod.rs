@@ -1,5 +1,7 @@
 //! What becomes of single changes: each kind of verdict, with its words, on a real Postgres.
 
+#![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
+
 mod database;
 
 use database::{Client, Database, change};

@@ -435,7 +435,7 @@ impl World {
         self.soon(within, Event::Connect(index, run));
     }
 
-    pub fn to_client(&mut self, session: usize, text: &str) {
+    pub fn reach_client(&mut self, session: usize, text: &str) {
         self.frames -= 1;
         let index = self.sessions[session].client;
         if self.sessions[session].is_cut || self.clients[index].session != Some(session) {

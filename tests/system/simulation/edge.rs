@@ -336,7 +336,7 @@ impl World {
         }
     }
 
-    pub fn to_edge(&mut self, session: usize, text: &str) {
+    pub fn reach_edge(&mut self, session: usize, text: &str) {
         self.frames -= 1;
         let Session { edge, is_cut, ended, ref downlink, .. } = self.sessions[session];
         if is_cut || ended || downlink.is_none() {

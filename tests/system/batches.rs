@@ -28,6 +28,8 @@ const SCHEMA: &str = include_str!("batches/schema.sql");
 const POLICIES: &str = include_str!("batches/policies.sql");
 /// Runs, each from empty tables, and their cases.
 const RUNS: u64 = 20;
+/// Seed of the first run; the same each time, so that a check fails for a change and not by chance.
+const FIRST_SEED: u64 = 6_568_791_186_024_944_029;
 const CASES: usize = 100;
 const SEED: &str = "MILLSTREAM_BATCHES_SEED";
 const MORE_RUNS: &str = "MILLSTREAM_BATCHES_RUNS";
@@ -273,7 +275,7 @@ async fn batches_equal_one_by_one() -> Result<()> {
     let mut pair = Pair::start().await?;
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let replayed = number(SEED);
-    let first = replayed.unwrap_or_else(rand::random);
+    let first = replayed.unwrap_or(FIRST_SEED);
     let runs = if replayed.is_some() { 1 } else { number(MORE_RUNS).unwrap_or(RUNS) };
     let mut tally = Tally::default();
     for run in 0..runs {

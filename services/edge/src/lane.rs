@@ -110,17 +110,23 @@ async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<(Item, Owned
 async fn publish(nats: &Nats, subject: &str, body: Bytes, shutdown: &Shutdown) -> bool {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     let mut patience = PUBLISH_TIMEOUT.0;
+    let mut connections = nats.connections.clone();
     loop {
+        connections.mark_unchanged();
         let attempt = async { nats.jetstream.publish(subject.to_owned(), body.clone()).await?.await };
         tokio::select! {
             result = tokio::time::timeout(patience, attempt) => match result {
                 Ok(Ok(_)) => return true,
                 Ok(Err(error)) => tracing::warn!(subject, %error, "publishing again"),
-                Err(_) => tracing::warn!(subject, "no acknowledgement in time; publishing again"),
+                Err(_) => {
+                    tracing::warn!(subject, "no acknowledgement in time; publishing again");
+                    patience = (patience * 2).min(PUBLISH_TIMEOUT.1);
+                }
             },
+            // The acknowledgement was for the connection before.
+            Ok(()) = connections.changed() => tracing::info!(subject, "connected anew; publishing again"),
             () = shutdown.requested() => return false,
         }
-        patience = (patience * 2).min(PUBLISH_TIMEOUT.1);
         tokio::select! {
             () = tokio::time::sleep(backoff.next()) => {}
             () = shutdown.requested() => return false,

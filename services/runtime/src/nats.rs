@@ -7,6 +7,7 @@ use async_nats::connection::State;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{self, Context};
 use millstream_schemas::subject;
+use tokio::sync::watch;
 
 /// Oldest server that group-commits its fsyncs and has atomic batches without their early faults.
 const MINIMUM_SERVER: (u64, u64, u64) = (2, 15, 1);
@@ -37,6 +38,8 @@ pub struct Nats {
     pub client: async_nats::Client,
     /// JetStream.
     pub jetstream: Context,
+    /// How often the connection was made: what was asked over an earlier one gets no answer.
+    pub connections: watch::Receiver<u64>,
 }
 
 /// Why the broker cannot be used.
@@ -110,6 +113,7 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
     if let Some(seed) = seed {
         options = options.nkey(seed.trim().to_owned());
     }
+    let (made, connections) = watch::channel(0);
     let options = options
         .name(format!("millstream-{service}"))
         .custom_inbox_prefix(format!("_INBOX_{service}"))
@@ -118,12 +122,16 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
         .reconnect_delay_callback(|attempts| {
             Duration::from_millis(50).saturating_mul(1 << attempts.min(6)).min(RECONNECT_CAP)
         })
-        .event_callback(|event| async move {
+        .event_callback(move |event| {
             match event {
-                async_nats::Event::Connected => tracing::info!("connected to NATS"),
+                async_nats::Event::Connected => {
+                    tracing::info!("connected to NATS");
+                    made.send_modify(|made| *made += 1);
+                }
                 // Also the only place where a missing permission shows itself.
                 event => tracing::warn!(%event, "NATS connection"),
             }
+            std::future::ready(())
         });
     let client = options
         .connect(&args.nats_url)
@@ -137,7 +145,7 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
         return Err(Error::TooOld { found });
     }
     let jetstream = jetstream::ContextBuilder::new().timeout(API_TIMEOUT).build(client.clone());
-    Ok(Nats { client, jetstream })
+    Ok(Nats { client, jetstream, connections })
 }
 
 fn version(text: &str) -> Option<(u64, u64, u64)> {

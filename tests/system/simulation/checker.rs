@@ -65,13 +65,17 @@ impl Checker {
 }
 
 fn read(reader: &Reader, sql: &str) -> Vec<Vec<Option<String>>> {
+    read_with(reader, sql, &[])
+}
+
+fn read_with(reader: &Reader, sql: &str, params: &[Value]) -> Vec<Vec<Option<String>>> {
     let cell = |value: &Value| match value {
         Value::Null => None,
         Value::Integer(value) => Some(value.to_string()),
         Value::Text(value) => Some(value.clone()),
         other => panic!("{other:?}"),
     };
-    let rows = reader.query(sql, &[]).expect("a query").rows;
+    let rows = reader.query(sql, params).expect("a query").rows;
     rows.iter().map(|row| row.iter().map(cell).collect()).collect()
 }
 
@@ -89,8 +93,8 @@ impl World {
 
     /// A transaction was committed.
     pub fn recorded(&mut self, index: usize, tx: u64) {
-        let sql = format!("SELECT change_id, tbl, key, state FROM local_changes WHERE tx = {tx} ORDER BY id");
-        let rows = read(self.reader(index), &sql);
+        let sql = "SELECT change_id, tbl, key FROM local_changes WHERE tx = ?1 ORDER BY id";
+        let rows = read_with(self.reader(index), sql, &[Value::Integer(tx as i64)]);
         let change =
             |row: &Row| (text(&row[0]).parse().expect("an id"), format!("{} {}", text(&row[1]), text(&row[2])));
         let local = Local { changes: rows.iter().map(change).collect(), discarded: false };

@@ -52,7 +52,7 @@ impl Store {
         let applied = self.relaxed(|store| store.perform_all(works))?;
         if applied.released {
             // Numbers that are about to be sent have to be on the disk: this commit waits for it, and so for those before it.
-            self.transact(|store| store.set_meta("stamp", store.session.stamp() as i64))?;
+            self.transact(|store| store.keep_stamp())?;
         }
         Ok(applied)
     }
@@ -102,7 +102,7 @@ impl Store {
             if batch.at > 0 {
                 // Whoever edits a row after seeing it writes a later stamp, even if the clock here is slow.
                 store.session.observe(batch.at);
-                store.set_meta("stamp", store.session.stamp() as i64)?;
+                store.keep_stamp()?;
             }
             Ok::<_, StoreError>(Applied {
                 confirmed_seq,
@@ -476,7 +476,7 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    fn visible(&self, table: &TableSql, key: &str) -> Result<Option<Image>, StoreError> {
+    pub fn visible(&self, table: &TableSql, key: &str) -> Result<Option<Image>, StoreError> {
         let key: Vec<Value> = parse(key, "key")?;
         let mut statement =
             self.store.connection.prepare_cached(&table.select_row).during("preparing to read a row")?;

@@ -1,7 +1,7 @@
 //! SQL functions of the store's connections, and the guard over what the app's statements may do.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::trigger;
 use millstream_schemas::Clocks;
@@ -29,7 +29,7 @@ pub(crate) struct Session {
     /// The `client_seq` that it gets, unless it is held back.
     seq: AtomicI64,
     /// This run of the store; see [`millstream_schemas::frame::Submit::instance`].
-    instance: OnceLock<Uuid>,
+    instance: Mutex<Option<Uuid>>,
     /// The app's statements are being prepared: the guard is up.
     guarded: AtomicBool,
     /// Last stamp given out or seen: the hybrid logical clock, in microseconds.
@@ -43,7 +43,7 @@ impl Session {
             host,
             tx: AtomicI64::new(0),
             seq: AtomicI64::new(0),
-            instance: OnceLock::new(),
+            instance: Mutex::new(None),
             guarded: AtomicBool::new(false),
             stamp: AtomicU64::new(0),
             traceparent: Mutex::new(None),
@@ -76,7 +76,13 @@ impl Session {
     /// This run of the store: made when it first numbers a transaction, so that a copy of the file that another process
     /// opens never numbers under the same.
     pub fn instance(&self) -> Uuid {
-        *self.instance.get_or_init(|| self.host.uuid())
+        let mut instance = self.instance.lock().unwrap_or_else(PoisonError::into_inner);
+        *instance.get_or_insert_with(|| self.host.uuid())
+    }
+
+    /// Numbers that are given from now on are of another instance: some of those given before mean something else now.
+    pub fn renew_instance(&self) {
+        *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Next stamp: the time, or one more than the last stamp where the clock stands or was set back.

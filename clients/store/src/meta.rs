@@ -61,6 +61,18 @@ impl Store {
             .during("reading the last stamp")
     }
 
+    /// Brings this process's clock up to those that share the store and to the runs before it.
+    pub(crate) fn meet_stamps(&self) -> Result<(), StoreError> {
+        self.session.observe(self.last_stamp()?);
+        Ok(())
+    }
+
+    /// Keeps the newest stamp that this process has given out or seen, for those that share the store and for the next run.
+    pub(crate) fn keep_stamp(&self) -> Result<(), StoreError> {
+        self.meet_stamps()?;
+        self.set_meta("stamp", self.session.stamp() as i64)
+    }
+
     /// The store's facts.
     pub fn info(&self) -> Result<Info, StoreError> {
         let (failed, held, oldest): (i64, i64, Option<i64>) = self

@@ -115,7 +115,8 @@ impl Store {
     /// submitted again, in the old order; what was rejected, too, for the server does not know that it was.
     ///
     /// Numbers and instances stay as they are, as far as there is no gap: the broker may still hold the old submissions, and
-    /// what comes from there and from here has to be the same.
+    /// what comes from there and from here has to be the same. Behind a gap (what was rejected was discarded, or has a higher
+    /// number since) they are given anew, by another instance: no two transactions ever have the same number and instance.
     fn rewind(&mut self, last_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
         self.transact(|store| {
             let again: Vec<(i64, i64)> = store
@@ -144,6 +145,9 @@ impl Store {
                 .connection
                 .execute("UPDATE local_changes SET seq = NULL, instance = NULL WHERE seq > ?1", [(last_seq + kept as u64) as i64])
                 .during("taking numbers back")?;
+            if kept < again.len() {
+                store.session.renew_instance();
+            }
             for (tx, _) in &again[kept..] {
                 store.number(*tx as u64)?;
             }

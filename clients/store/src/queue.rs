@@ -2,7 +2,7 @@
 
 use millstream_client_core::outbox::Entry;
 use millstream_schemas::frame::Submit;
-use millstream_schemas::{Change, Code, Operation, Value};
+use millstream_schemas::{Change, Clocks, Code, Operation, Value};
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
 use uuid::Uuid;
@@ -285,14 +285,14 @@ impl Store {
     /// As [`Store::retry`], with other values for some columns.
     pub fn edit(&mut self, tx: u64, edits: &[Edit]) -> Result<Option<Entry>, StoreError> {
         let seq = self.transact(|store| {
-            store.keys(tx, FAILED)?;
-            for edit in edits {
-                store.change_value(tx, edit)?;
-            }
+            let keys = store.keys(tx, FAILED)?;
             if !edits.is_empty() {
+                store.meet_stamps()?;
+                store.meet_clocks(&keys)?;
+                edits.iter().try_for_each(|edit| store.change_value(tx, edit))?;
                 store.restamp_after(tx)?;
+                store.keep_stamp()?;
             }
-            store.set_meta("stamp", store.session.stamp() as i64)?;
             let seq = store.requeue(tx, true)?;
             // What is behind it goes on too: if this one is refused again, the server refuses those.
             store.release()?;
@@ -302,6 +302,20 @@ impl Store {
             Some(seq) => Ok(self.entries_after(seq - 1, 1)?.pop()),
             None => Ok(None),
         }
+    }
+
+    /// Whoever edits has seen the rows as they are: the edit is newer than their newest columns.
+    fn meet_clocks(&self, keys: &[(String, String)]) -> Result<(), StoreError> {
+        let applier = Applier::new(self)?;
+        for (name, key) in keys {
+            let Some(table) = self.tables.get(name) else { continue };
+            let Some(clocks) = table.table.clocks else { continue };
+            let row = applier.visible(table, key)?;
+            if let Some(Some(text)) = row.and_then(|mut row| row.remove(&table.table.columns[clocks].name)) {
+                self.session.observe(Clocks::parse(&text).newest().stamp);
+            }
+        }
+        Ok(())
     }
 
     fn change_value(&self, tx: u64, edit: &Edit) -> Result<(), StoreError> {

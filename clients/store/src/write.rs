@@ -113,7 +113,7 @@ impl Store {
             let tx = store.last_tx()? + 1;
             let seq = store.last_seq().during("reading the last number")? + 1;
             // Another process may have given out later stamps.
-            store.session.observe(store.last_stamp()?);
+            store.meet_stamps()?;
             store.session.begin(tx, seq, traceparent);
             let result = work(&mut Tx { store, depth: 0 });
             store.session.end();

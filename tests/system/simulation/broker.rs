@@ -71,16 +71,16 @@ impl World {
         lane.publishing = true;
         let count = self.rng.random_range(1..=self.edges[edge].lane.len());
         let items: Vec<Stored> = self.edges[edge].lane.drain(..count).collect();
-        self.soon(15, Event::Published(edge, run, items));
+        self.soon(15, Event::Published(edge, run, self.broker.stream, items));
     }
 
     /// The broker stores a message, and perhaps says so.
-    pub fn published(&mut self, edge: usize, run: u64, items: Vec<Stored>) {
-        let gone = self.edges[edge].run != run;
-        let lost = if gone { self.rng.random_bool(0.5) } else { self.bad_luck(0.05) };
+    pub fn published(&mut self, edge: usize, run: u64, stream: u64, items: Vec<Stored>) {
+        let (gone, now) = (self.edges[edge].run != run, self.broker.stream);
+        let lost = if gone { stream != now || self.rng.random_bool(0.5) } else { self.bad_luck(0.05) };
         if lost {
             if !gone {
-                self.soon(2_000, Event::Published(edge, run, items));
+                self.soon(2_000, Event::Published(edge, run, now, items));
             }
             return;
         }
@@ -97,7 +97,7 @@ impl World {
         }
         if self.bad_luck(0.1) {
             // Not acknowledged in time: published again.
-            self.soon(2_000, Event::Published(edge, run, items));
+            self.soon(2_000, Event::Published(edge, run, now, items));
             return;
         }
         for (session, submission) in items {

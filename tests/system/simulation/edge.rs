@@ -131,8 +131,7 @@ impl World {
         self.soon(50, Event::ClientGone(session));
     }
 
-    pub fn crash_edge(&mut self) {
-        let edge = self.rng.random_range(0..self.edges.len());
+    pub fn crash_edge(&mut self, edge: usize) {
         trace!(self, "edge {edge} crashes");
         self.edges[edge].run += 1;
         self.edges[edge].lane.clear();

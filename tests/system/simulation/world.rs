@@ -70,7 +70,8 @@ pub enum Event {
     Open(usize, Box<Hello>, Rc<State>, Fence),
     /// A lane publishes; the second: which run of the edge.
     Lane(usize, u64),
-    Published(usize, u64, Vec<Stored>),
+    /// The third: which inbound stream, as [`crate::simulation::broker::Broker`] counts them.
+    Published(usize, u64, u64, Vec<Stored>),
     /// An edge reads the outbound stream.
     Tail(usize),
     /// An executor reads, and commits.
@@ -246,7 +247,7 @@ impl World {
             Event::ClientGone(session) => self.client_gone(session),
             Event::Open(session, hello, state, fence) => self.open(session, &hello, &state, fence),
             Event::Lane(edge, run) => self.lane(edge, run),
-            Event::Published(edge, run, items) => self.published(edge, run, items),
+            Event::Published(edge, run, stream, items) => self.published(edge, run, stream, items),
             Event::Tail(edge) => self.tail(edge),
             Event::Execute(executor) => self.execute(executor),
             Event::Commit(executor) => self.commit(executor),
@@ -270,7 +271,10 @@ impl World {
                 let session = self.rng.random_range(0..=self.sessions.len());
                 self.cut(session);
             }
-            2 => self.crash_edge(),
+            2 => {
+                let edge = self.rng.random_range(0..self.edges.len());
+                self.crash_edge(edge);
+            }
             3 => self.break_broker(),
             4 => {
                 trace!(self, "another executor takes the partition over");
@@ -278,10 +282,12 @@ impl World {
             }
             5 if self.restores => {
                 if self.postgres.restore() {
+                    // As the operator has to: the edges stand meanwhile, and the inbound stream is made anew. Were its
+                    // messages executed again, they would meet what clients submit again under other numbers.
                     trace!(self, "Postgres is restored");
+                    (0..self.edges.len()).for_each(|edge| self.crash_edge(edge));
                     self.replication.is_up = false;
                     self.replication.is_lost = true;
-                    // Were its messages executed again, they would meet what clients submit again under other numbers.
                     self.renew_inbound();
                     self.soon(500, Event::ReplicationUp);
                     self.checker.restored();

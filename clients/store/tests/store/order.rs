@@ -232,6 +232,34 @@ fn what_follows_an_edited_change_stays_the_newer() {
     assert!(stamps.len() == 4 && stamps.is_sorted_by(|a, b| a < b), "{stamps:?}");
 }
 
+/// Also where the clock has been set back, and the row's newest column came from a fast one.
+#[test]
+fn an_edit_is_newer_than_all_that_was_seen() {
+    let mut f = clocked();
+    f.host.now.store(5_000, Ordering::Relaxed);
+    f.apply(vec![upsert(vec![clocked_task("a", ("server", 10), (false, 10))])]);
+    update(&mut f, "a", "first");
+    let before = submits(&f)[0].changes[0].stamp;
+    f.apply(vec![told(1, vec![failure(1, Uuid::nil(), Code::PermissionDenied)])]);
+    let mut f = f.reopen();
+    f.host.now.store(100, Ordering::Relaxed);
+    let edit = |value: &str| [Edit { change_id: None, column: "title".into(), value: Some(value.into()) }];
+    f.store.edit(1, &edit("edited")).unwrap();
+    let edited = submits(&f)[0].changes[0].stamp;
+    assert!(edited > before, "{edited} after {before}");
+    let mut f = f.reopen();
+    insert(&mut f, "b");
+    let next = submits(&f)[1].changes[0].stamp;
+    assert!(next > edited, "{next} after {edited}");
+    f.apply(vec![
+        told(2, vec![failure(2, Uuid::nil(), Code::PermissionDenied)]),
+        upsert(vec![clocked_task("a", ("fast", 9_000), (false, 10))]),
+    ]);
+    f.store.edit(1, &edit("again")).unwrap();
+    let again = submits(&f)[0].changes[0].stamp;
+    assert!(again > 9_000, "{again}");
+}
+
 /// What the broker still holds of the old submissions has to be what comes from here.
 #[test]
 fn a_restored_server_finds_the_old_numbers() {

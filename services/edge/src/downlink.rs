@@ -156,7 +156,7 @@ impl Downlink {
             // Commit order: everything before the fence has been fed.
             self.close_bracket(out);
         }
-        if self.moves_membership(message) {
+        if self.moves_membership(message, &self.authorization) {
             self.reauthorize = true;
         }
         if message.last && self.reauthorize {
@@ -225,14 +225,15 @@ impl Downlink {
         }
     }
 
-    fn moves_membership(&self, message: &Message) -> bool {
+    /// Whether the user's memberships move in the message's transaction, and a snapshot does not see it.
+    fn moves_membership(&self, message: &Message, snapshot: &Fence) -> bool {
         #[derive(serde::Deserialize)]
         struct Table<'a> {
             #[serde(borrow)]
             table: std::borrow::Cow<'a, str>,
         }
         (message.scope.as_ref() == Some(&self.user_scope) || message.truncates)
-            && !self.authorization.sees(message.xid, message.lsn())
+            && !snapshot.sees(message.xid, message.lsn())
             // Unreadable counts as moved: reading memberships once too often harms nobody.
             && serde_json::from_slice::<Vec<Table<'_>>>(&message.payload).map_or(true, |changes| {
                 changes.iter().any(|change| self.membership_tables.iter().any(|name| *name == change.table))
@@ -279,6 +280,15 @@ impl Downlink {
             out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             self.staged = false;
         }
+    }
+
+    /// The first transaction behind the cursor that moves the user's memberships and that a snapshot does not see: memberships
+    /// read there are outdated, and nothing that is still to be fed would tell.
+    pub fn outdates<'a>(&self, snapshot: &Fence, look_back: &'a [Arc<Message>]) -> Option<&'a Message> {
+        let moves = |message: &&Message| {
+            message.epoch() == self.position.epoch && self.moves_membership(message, snapshot)
+        };
+        look_back.iter().map(Arc::as_ref).find(moves)
     }
 
     /// Memberships as read in a snapshot. Lost scopes end here; the returned ones are new and need a snapshot.

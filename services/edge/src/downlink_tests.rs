@@ -182,3 +182,16 @@ fn another_epoch_ends_the_session() {
     message.position.epoch = CLIENT;
     assert_eq!(link.message(&message, &mut Vec::new()), Next::EpochChanged);
 }
+
+/// Memberships read in a snapshot that does not see what is behind the cursor would hold for ever.
+#[test]
+fn memberships_that_moved_before_the_cursor_are_noticed() {
+    let downlink = downlink(&[]);
+    let mut moved = msg(10, 8, 0, true, Some(Scope::user("alice")));
+    moved.payload = Bytes::from_static(br#"[{"table":"members","op":"delete","rows":[["p"]]}]"#);
+    let other = msg(9, 7, 0, true, Some(project("p")));
+    let back = [Arc::new(other), Arc::new(moved)];
+    assert_eq!(downlink.outdates(&fence(8, 0x100), &back).map(|message| message.position.seq), Some(10));
+    assert!(downlink.outdates(&fence(9, 0x100), &back).is_none());
+    assert!(downlink.outdates(&fence(0, 0), &back[..1]).is_none());
+}

@@ -219,9 +219,8 @@ impl Session {
                 }
                 Next::Reauthorize => {
                     let mut snapshot = self.snapshot_that_sees(message).await?;
-                    let scopes = snapshot.scopes(&self.edge.catalog, &self.user_id).await;
-                    let scopes = scopes.map_err(|error| End::unavailable(&error))?;
-                    self.join(wire, snapshot, &scopes).await?;
+                    let scopes = self.scopes_in(&mut snapshot).await?;
+                    self.join(wire, snapshot, scopes).await?;
                 }
             }
         }
@@ -246,18 +245,27 @@ impl Session {
         }
     }
 
+    async fn scopes_in(&self, snapshot: &mut Snapshot) -> Result<BTreeSet<Scope>, End> {
+        let scopes = snapshot.scopes(&self.edge.catalog, &self.user_id).await;
+        scopes.map_err(|error| End::unavailable(&error))
+    }
+
     /// Takes the user's scopes as read in `snapshot`, and sends the rows of those that are new.
-    async fn join(&mut self, wire: &mut Wire, snapshot: Snapshot, scopes: &BTreeSet<Scope>) -> Result<(), End> {
+    async fn join(&mut self, wire: &mut Wire, mut snapshot: Snapshot, mut scopes: BTreeSet<Scope>) -> Result<(), End> {
+        // Now, while what the snapshot may not see is still young enough to be in the ring.
+        let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
+        while let Some(message) = self.downlink.outdates(&snapshot.fence, &back) {
+            snapshot = self.snapshot_that_sees(message).await?;
+            scopes = self.scopes_in(&mut snapshot).await?;
+        }
         let fence = Arc::new(snapshot.fence.clone());
         let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
-        let new = self.downlink.authorized(scopes, fence.clone(), &mut self.out);
+        let new = self.downlink.authorized(&scopes, fence.clone(), &mut self.out);
         if in_bracket && (!new.is_empty() || self.downlink.scopes().count() != held) {
             // Memberships moved in a transaction that was published before it became visible to the open snapshot.
             return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
         }
         if !new.is_empty() {
-            // Now, while what the snapshot may not see is still young enough to be in the ring.
-            let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
             self.out.push(Out::Own(begin_frame(&new)));
             self.flush(wire).await?;
             let edge = self.edge.clone();

@@ -28,6 +28,8 @@ pub struct Store {
     troubled: BTreeSet<u64>,
     /// The newest value shown of a cell, in the order of Postgres.
     shown: HashMap<(usize, String), u64>,
+    /// The outbound history of what it shows.
+    epoch: Option<Uuid>,
 }
 
 impl Store {
@@ -104,8 +106,8 @@ impl World {
 
     /// Positions rise within an epoch.
     pub fn applied(&mut self, index: usize, position: Option<Position>) {
-        let before = std::mem::replace(&mut self.clients[index].position, position);
-        if let (Some(before), Some(now)) = (before, position) {
+        let Some(now) = position else { return };
+        if let Some(before) = self.clients[index].position.replace(now) {
             let fell = before.epoch == now.epoch && before.seq > now.seq;
             assert!(!fell, "client {index}: the position falls from {before:?} to {now:?}");
         }
@@ -114,6 +116,11 @@ impl World {
     /// What the app sees of each row after anything happened.
     pub fn check(&mut self, index: usize, why: &str) {
         let info = self.clients[index].store().info().expect("the store's facts");
+        let epoch = info.position.map(|position| position.epoch);
+        if std::mem::replace(&mut self.checker.stores[index].epoch, epoch) != epoch && self.restores {
+            // Until now it showed rows that the restored database may have got again since.
+            self.checker.stores[index].forget_shown();
+        }
         let sql = "SELECT tbl, key, op, columns, vals, stamp, tx, state, attempts FROM local_changes \
                    WHERE state <> 'confirmed' ORDER BY tx, id";
         let mut edits: HashMap<(usize, String), (String, u64)> = HashMap::new();

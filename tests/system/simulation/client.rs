@@ -516,6 +516,10 @@ impl World {
                         .map(|s| (s.tx, s.result.as_ref().map_err(|f| f.code.as_str())))
                         .collect::<Vec<_>>()
                 );
+                if applied.released {
+                    let client = &mut self.clients[index];
+                    client.synced = length(&client.path);
+                }
                 self.applied(index, applied.position);
                 self.check(index, "applied");
                 self.pulse(index);

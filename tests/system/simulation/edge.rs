@@ -200,13 +200,9 @@ impl World {
         if self.rng.random_bool(0.5) && !self.catch_up(session, &mut downlink, &mut out) {
             return self.fatal(session, Code::EpochChanged);
         }
-        let joined = if downlink.cursor() == before {
-            self.join(&mut downlink, state, fence, &scopes, &mut out)
-        } else {
-            let (state, fence) = self.postgres.snapshot();
-            let scopes = state.scopes(&hello.token);
-            self.join(&mut downlink, &state, fence, &scopes, &mut out)
-        };
+        let snapshot =
+            if downlink.cursor() == before { (state.clone(), fence) } else { self.postgres.snapshot() };
+        let joined = self.join(&hello.token, &mut downlink, snapshot, &mut out);
         self.send(session, out);
         if !joined {
             return self.fatal(session, Code::Unavailable);
@@ -249,15 +245,8 @@ impl World {
                 Next::Continue => return true,
                 Next::EpochChanged => return false,
                 Next::Reauthorize => {
-                    // The edge waits until it is visible.
-                    self.postgres.show(message.xid);
-                    let (state, fence) = self.postgres.snapshot();
-                    // Of a database that was restored meanwhile: the edge gives up after a while.
-                    if !fence.sees(message.xid, message.lsn()) {
-                        return false;
-                    }
-                    let scopes = state.scopes(user);
-                    if !self.join(downlink, &state, fence, &scopes, out) {
+                    let Some(snapshot) = self.snapshot_that_sees(message) else { return false };
+                    if !self.join(user, downlink, snapshot, out) {
                         return false;
                     }
                 }
@@ -265,25 +254,36 @@ impl World {
         }
     }
 
+    /// The edge waits until it is visible. None: the database was restored meanwhile, and the edge gives up after a while.
+    fn snapshot_that_sees(&mut self, message: &Message) -> Option<(Rc<State>, Fence)> {
+        self.postgres.show(message.xid);
+        let (state, fence) = self.postgres.snapshot();
+        fence.sees(message.xid, message.lsn()).then_some((state, fence))
+    }
+
     fn join(
         &mut self,
+        user: &str,
         downlink: &mut Downlink,
-        state: &State,
-        fence: Fence,
-        scopes: &BTreeSet<Scope>,
+        (mut state, mut fence): (Rc<State>, Fence),
         out: &mut Vec<Out>,
     ) -> bool {
+        let cursor = (downlink.cursor() as usize).min(self.broker.outbound.len());
+        let back = self.broker.outbound[cursor.saturating_sub(LOOK_BACK)..cursor].to_vec();
+        while let Some(message) = downlink.outdates(&fence, &back) {
+            let Some(later) = self.snapshot_that_sees(message) else { return false };
+            (state, fence) = later;
+        }
+        let scopes = state.scopes(user);
         let fence = Arc::new(fence);
         let (in_bracket, held) = (downlink.in_bracket(), downlink.scopes().count());
-        let new = downlink.authorized(scopes, fence.clone(), out);
+        let new = downlink.authorized(&scopes, fence.clone(), out);
         if in_bracket && (!new.is_empty() || downlink.scopes().count() != held) {
             return false;
         }
         if new.is_empty() {
             return true;
         }
-        let cursor = (downlink.cursor() as usize).min(self.broker.outbound.len());
-        let back = self.broker.outbound[cursor.saturating_sub(LOOK_BACK)..cursor].to_vec();
         out.push(Out::Own(ServerFrame::SnapshotBegin { scopes: new.clone() }));
         for (table, row) in state.read(&self.postgres.tables, &new) {
             let table = self.postgres.tables[table].name.clone();

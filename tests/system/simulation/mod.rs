@@ -23,7 +23,7 @@ use std::time::Instant;
 use world::{POINTS, Points, World};
 
 /// Seeds of an ordinary run.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 2_000;
 /// Every crash point is hit at least once in so many seeds, on average.
 const SEEDS_A_HIT: u64 = 20;
 

@@ -125,13 +125,13 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     let before = session.downlink.cursor();
     session.catch_up(wire).await?;
     if session.downlink.cursor() == before {
-        session.join(wire, snapshot, &scopes).await?;
+        session.join(wire, snapshot, scopes).await?;
     } else {
         // That took its time: what the old snapshot does not see may have left the ring.
         drop(snapshot);
         let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-        let scopes = snapshot.scopes(&edge.catalog, &session.user_id).await.map_err(unavailable)?;
-        session.join(wire, snapshot, &scopes).await?;
+        let scopes = session.scopes_in(&mut snapshot).await?;
+        session.join(wire, snapshot, scopes).await?;
     }
     Ok(session)
 }

@@ -7,3 +7,7 @@ pub mod board;
 pub mod oracle;
 pub mod raw;
 pub mod workload;
+
+// Here, and not among the system tests, so that it has the machine's cores to itself.
+#[cfg(test)]
+mod simulation;

@@ -10,7 +10,6 @@ mod order;
 mod requirements;
 mod restarts;
 mod row_security;
-mod simulation;
 mod structure;
 mod telemetry;
 mod validators;

@@ -285,9 +285,8 @@ impl Downlink {
     /// The first transaction behind the cursor that moves the user's memberships and that a snapshot does not see: memberships
     /// read there are outdated, and nothing that is still to be fed would tell.
     pub fn outdates<'a>(&self, snapshot: &Fence, look_back: &'a [Arc<Message>]) -> Option<&'a Message> {
-        let moves = |message: &&Message| {
-            message.epoch() == self.position.epoch && self.moves_membership(message, snapshot)
-        };
+        let moves =
+            |message: &&Message| message.epoch() == self.position.epoch && self.moves_membership(message, snapshot);
         look_back.iter().map(Arc::as_ref).find(moves)
     }
 

@@ -200,8 +200,7 @@ impl World {
         if self.rng.random_bool(0.5) && !self.catch_up(session, &mut downlink, &mut out) {
             return self.fatal(session, Code::EpochChanged);
         }
-        let snapshot =
-            if downlink.cursor() == before { (state.clone(), fence) } else { self.postgres.snapshot() };
+        let snapshot = if downlink.cursor() == before { (state.clone(), fence) } else { self.postgres.snapshot() };
         let joined = self.join(&hello.token, &mut downlink, snapshot, &mut out);
         self.send(session, out);
         if !joined {

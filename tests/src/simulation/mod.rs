@@ -3,8 +3,8 @@
 //! processes that fail at every step. A seed decides everything, so a failure is replayed by its seed:
 //!
 //! ```text
-//! MILLSTREAM_SEED=123 cargo test -p millstream-tests --test system simulation     (with a trace on stderr)
-//! MILLSTREAM_SEEDS=100000 cargo test -p millstream-tests --test system simulation
+//! MILLSTREAM_SEED=123 cargo test -p millstream-tests --lib simulation     (with a trace on stderr)
+//! MILLSTREAM_SEEDS=100000 cargo test -p millstream-tests --lib simulation
 //! ```
 
 mod broker;
@@ -84,7 +84,7 @@ fn simulation() {
     failed.sort();
     for (seed, why) in &failed {
         say(format_args!("\nseed {seed}: {why}"));
-        say(format_args!("replay: MILLSTREAM_SEED={seed} cargo test -p millstream-tests --test system simulation"));
+        say(format_args!("replay: MILLSTREAM_SEED={seed} cargo test -p millstream-tests --lib simulation"));
     }
     assert!(failed.is_empty(), "failing seeds: {:?}", failed.iter().map(|(seed, _)| seed).collect::<Vec<_>>());
     for point in POINTS {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Stream;
 use async_nats::{HeaderMap, HeaderValue};
+use millstream_runtime::nats::Nats;
 use millstream_schemas::Lsn;
 use millstream_schemas::stream::header;
 use serde::Deserialize;
@@ -26,6 +27,8 @@ pub const MAX_BATCH_MESSAGES: usize = 1000;
 pub const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
 /// Time for the server's answer to one append. A node that dies takes several seconds to be replaced.
 const ACK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for an answer once the connection was made anew: what was asked over the old one gets none.
+const ACK_TIMEOUT_RECONNECTED: Duration = Duration::from_millis(500);
 
 const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
 const BATCH_ID: &str = "Nats-Batch-Id";
@@ -84,7 +87,7 @@ fn tail(headers: &HeaderMap) -> Option<Tail> {
 /// The writing end of the stream.
 #[derive(Debug)]
 pub struct Appender {
-    client: async_nats::Client,
+    nats: Nats,
     epoch: Uuid,
     schema: String,
     /// Last sequence of the stream.
@@ -110,8 +113,8 @@ struct ApiError {
 
 impl Appender {
     /// Goes on behind message `sequence`. `previous` is the commit LSN of the last complete transaction.
-    pub fn new(client: async_nats::Client, epoch: Uuid, schema: &str, sequence: u64, previous: Lsn) -> Self {
-        Appender { client, epoch, schema: schema.to_owned(), sequence, current: previous, previous: Lsn::ZERO }
+    pub fn new(nats: Nats, epoch: Uuid, schema: &str, sequence: u64, previous: Lsn) -> Self {
+        Appender { nats, epoch, schema: schema.to_owned(), sequence, current: previous, previous: Lsn::ZERO }
     }
 
     /// Last sequence of the stream.
@@ -126,7 +129,7 @@ impl Appender {
 
     /// Appends the messages in order. On success all of them are in the stream; on error the session has to start over.
     pub async fn append(&mut self, messages: &[Outgoing]) -> Result<(), Error> {
-        let limit = self.client.max_payload();
+        let limit = self.nats.client.max_payload();
         for message in messages {
             let bytes = message.payload.len() + message.origin.as_ref().map_or(0, String::len) + HEADER_BYTES;
             if bytes > limit {
@@ -169,7 +172,8 @@ impl Appender {
                     self.refusal(&answer)?;
                 }
             } else {
-                self.client
+                self.nats
+                    .client
                     .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
                     .await
                     .map_err(|error| Error::Append(error.to_string()))?;
@@ -181,8 +185,19 @@ impl Appender {
     async fn request(&self, message: &Outgoing, headers: HeaderMap) -> Result<bytes::Bytes, Error> {
         let request =
             async_nats::Request::new().headers(headers).payload(message.payload.clone()).timeout(Some(ACK_TIMEOUT));
-        let answer = self.client.send_request(message.subject.clone(), request).await;
-        Ok(answer.map_err(|error| Error::Append(error.to_string()))?.payload)
+        let mut connections = self.nats.connections.clone();
+        connections.mark_unchanged();
+        let lost = async {
+            if connections.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(ACK_TIMEOUT_RECONNECTED).await;
+        };
+        tokio::select! {
+            answer = self.nats.client.send_request(message.subject.clone(), request) =>
+                Ok(answer.map_err(|error| Error::Append(error.to_string()))?.payload),
+            () = lost => Err(Error::Append("the connection was lost meanwhile".into())),
+        }
     }
 
     fn settle(&mut self, answer: &[u8], count: u64) -> Result<(), Error> {

@@ -95,8 +95,8 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     // From here on, whoever was leader before is fenced: its next append conflicts with our first, or ours with its.
     let (sequence, tail) = append::read_end(&stream).await?;
     let source = epoch::read_source(connection, &shared.slot).await?;
-    let client = &shared.nats.client;
-    let appender = |epoch, previous| Appender::new(client.clone(), epoch, &catalog.version, sequence, previous);
+    let nats = &shared.nats;
+    let appender = |epoch, previous| Appender::new(nats.clone(), epoch, &catalog.version, sequence, previous);
     let (start, appender) = match (epoch::verdict(&shared.slot, &source, tail.as_ref()), tail) {
         (Ok(()), Some(tail)) => {
             let start = Start::behind(&tail);
@@ -141,7 +141,7 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     let mut tasks = JoinSet::new();
     tasks.spawn(reader.run());
     tasks.spawn(publisher.run());
-    tasks.spawn(watermark::answer(client.clone(), shared.pool.clone(), marked_seen));
+    tasks.spawn(watermark::answer(nats.client.clone(), shared.pool.clone(), marked_seen));
     tasks.spawn(async move { Err(leader.hold().await) });
     match tasks.join_next().await {
         Some(Ok(ended)) => ended,

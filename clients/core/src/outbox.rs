@@ -140,6 +140,11 @@ impl Outbox {
         self.accepted
     }
 
+    /// Highest settled `client_seq`.
+    pub fn confirmed(&self) -> u64 {
+        self.confirmed
+    }
+
     /// Whether there is something to send or in flight.
     pub fn is_uploading(&self) -> bool {
         self.online.is_some() && self.accepted < self.last

@@ -195,6 +195,8 @@ pub(crate) struct Link {
 pub(crate) struct ToSync {
     /// The session that it was made for; those of an earlier session are dropped.
     pub session: u64,
+    /// Everything up to here is settled: that it was not sent in this session is no gap.
+    pub confirmed: u64,
     /// The encoded frame, with its number.
     pub entry: Entry,
 }

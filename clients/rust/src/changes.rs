@@ -95,7 +95,10 @@ impl Part for ChangesWorker {
             for input in inputs {
                 for output in run.outbox.handle(input, now()) {
                     match output {
-                        Output::Send(entry) => run.sends.push_back(ToSync { session: run.link.session, entry }),
+                        Output::Send(entry) => {
+                            let (session, confirmed) = (run.link.session, run.outbox.confirmed());
+                            run.sends.push_back(ToSync { session, confirmed, entry });
+                        }
                         Output::Load { after, limit } => {
                             let (reply, answer) = oneshot::channel();
                             if self.writer.send(WriterCommand::Load { after, limit, reply }).await.is_err() {

@@ -433,10 +433,10 @@ impl SyncWorker {
     async fn send(&mut self, socket: &mut Socket, first: ToSync) -> Result<(), End> {
         let mut frames = Vec::new();
         let mut frame = Some(first);
-        while let Some(ToSync { session, entry }) = frame {
+        while let Some(ToSync { session, confirmed, entry }) = frame {
             // The outbox heard of the new session only after it had made frames for the old one.
             if session == self.link.session {
-                if entry.seq <= self.link.sent.max(self.link.accepted) + 1 {
+                if entry.seq <= self.link.sent.max(self.link.accepted).max(confirmed) + 1 {
                     self.link.sent = entry.seq;
                     self.gap = false;
                     frames.push(Message::text(entry.text));

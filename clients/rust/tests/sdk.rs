@@ -109,6 +109,33 @@ async fn after_a_cut_what_was_not_taken_is_sent_again() {
     assert_equal(&client, &edge).await;
 }
 
+/// What was sent before the cut takes effect after the welcome, and is confirmed before it is sent again, since the bus
+/// loses messages.
+#[tokio::test]
+async fn what_is_confirmed_before_it_is_sent_again_leaves_no_gap() {
+    let (edge, directory) = (Edge::start().await, directory());
+    edge.state().late_ledger = true;
+    let faults = Faults { drop: 0.4, duplicate: 0.0, seed: 3 };
+    let client = ready(builder(&directory, "a", &edge).bus_faults(faults)).await;
+    for n in 0..4 {
+        edge.state().cut_after = Some(0);
+        let cut = insert(&client, &format!("{n:02} cut"), "x").await;
+        let taken = |edge: &Edge| edge.state().ledger.get(&client.client_id()) == cut.tx().as_ref();
+        while !taken(&edge) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        edge.state().cut_after = None;
+        while client.status().borrow().state == State::Connected {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        client.resume();
+        let next = insert(&client, &format!("{n:02} next"), "x").await;
+        tokio::time::timeout(Duration::from_secs(10), next.confirmed()).await.expect("stuck behind a gap").unwrap();
+        cut.confirmed().await.unwrap();
+    }
+    assert_eq!(edge.state().log.len(), 8, "each took effect once");
+}
+
 #[tokio::test]
 async fn every_frame_twice_changes_nothing() {
     let (edge, directory) = (Edge::start().await, directory());

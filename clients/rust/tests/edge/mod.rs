@@ -41,6 +41,8 @@ pub struct State {
     pub connections: usize,
     /// The socket is cut after so many submissions of a connection.
     pub cut_after: Option<usize>,
+    /// The welcome does not know yet what took effect last, though the rows that follow it confirm that.
+    pub late_ledger: bool,
     /// Refuse the next submissions with `overloaded`, so many times.
     pub overloaded: usize,
     /// Frames are sent twice.
@@ -230,7 +232,7 @@ impl Edge {
                 transaction_changes: MAX_TRANSACTION_CHANGES,
                 heartbeat_ms: if state.heartbeat_ms == 0 { 30_000 } else { state.heartbeat_ms },
             },
-            last_seq,
+            last_seq: if state.late_ledger { last_seq.saturating_sub(1) } else { last_seq },
             instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),
             epoch: state.epoch,
             resume: if known.is_some() { Resume::CatchUp } else { Resume::Snapshot },

@@ -14,17 +14,20 @@ use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{End, HEARTBEAT, STORED_QUEUE, Session, Wire};
+use super::{End, HEARTBEAT, STORED_QUEUE, Session, VISIBLE_PAUSE, Wire};
 use crate::Edge;
 use crate::catchup;
 use crate::downlink::Downlink;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Ledger, Snapshot, SnapshotError};
 use crate::tail::Chain;
 
 /// How long the tail may lag behind a client that came from a faster edge.
 const HEAD_WAIT: Duration = Duration::from_secs(2);
+/// How long the ledger is waited for to show what the client knows to be confirmed.
+const LEDGER_WAIT: Duration = Duration::from_millis(500);
 /// `hello` must have come within this time.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Reads and checks the first frame: the only work done for a client that nobody vouches for.
 pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> Result<(Hello, String), End> {
     let first = async {
@@ -59,8 +62,7 @@ pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> R
 /// Reads what Postgres knows of the client, welcomes it and brings it up to date.
 pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> Result<Session, End> {
     let unavailable = |error| End::unavailable(&error);
-    let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-    let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await.map_err(unavailable)?;
+    let (mut snapshot, ledger) = snapshot_with_ledger(edge, &hello).await.map_err(unavailable)?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
     }
@@ -134,6 +136,21 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         session.join(wire, snapshot, scopes).await?;
     }
     Ok(session)
+}
+
+/// A snapshot whose ledger has what the client knows to be confirmed: that was published, perhaps a moment before it becomes
+/// visible. A server that was restored never gets there.
+async fn snapshot_with_ledger(edge: &Edge, hello: &Hello) -> Result<(Snapshot, Ledger), SnapshotError> {
+    let start = Instant::now();
+    loop {
+        let mut snapshot = Snapshot::begin(&edge.pool).await?;
+        let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await?;
+        if ledger.last_seq >= hello.confirmed_seq || start.elapsed() > LEDGER_WAIT {
+            return Ok((snapshot, ledger));
+        }
+        drop(snapshot);
+        tokio::time::sleep(VISIBLE_PAUSE).await;
+    }
 }
 
 /// Whether the stream holds this position: its history, and at its sequence its LSN.

@@ -3,6 +3,7 @@
 mod bad_input;
 mod batches;
 mod executor;
+mod histories;
 mod history;
 mod kills;
 mod offline;

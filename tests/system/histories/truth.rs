@@ -1,0 +1,174 @@
+//! What Postgres had: each state in the order of commits, and what a user may see of it.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
+use sqlx::{AssertSqlSafe, PgConnection, Row as _};
+
+use super::schema::{Belongs, Schema};
+
+/// A row's values as Postgres writes them, in the order of the compared columns.
+pub type Row = Vec<Option<String>>;
+/// Rows with the number of their table.
+pub type View = BTreeSet<(usize, Row)>;
+
+/// All that Postgres had.
+pub struct Truth {
+    schema: Schema,
+    /// All rows, from one commit to the next.
+    states: Vec<View>,
+    /// What each commit did, for people.
+    commits: Vec<String>,
+    /// Commits that emptied a table with TRUNCATE.
+    truncations: Vec<(usize, usize)>,
+}
+
+/// What differs, for people.
+fn differences(wanted: &View, shown: &View) -> String {
+    let missing = wanted.difference(shown).map(|row| format!("\nmissing: {row:?}"));
+    missing.chain(shown.difference(wanted).map(|row| format!("\nextra: {row:?}"))).collect()
+}
+
+/// Last entry of the log.
+pub async fn now(postgres: &mut PgConnection) -> Result<i64> {
+    Ok(sqlx::query_scalar("SELECT coalesce(max(n), 0) FROM log").fetch_one(postgres).await?)
+}
+
+/// Every row that there is.
+pub async fn read(postgres: &mut PgConnection, schema: &Schema) -> Result<View> {
+    let mut rows = View::new();
+    for (table, (name, columns)) in schema.columns().iter().enumerate() {
+        let columns: Vec<String> = columns.iter().map(|(name, _)| format!("{name}::text")).collect();
+        let sql = format!("SELECT ARRAY[{}] FROM {name}", columns.join(", "));
+        for row in sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *postgres).await? {
+            rows.insert((table, row.get(0)));
+        }
+    }
+    Ok(rows)
+}
+
+impl Truth {
+    /// From the rows that there were at entry `since` of the log, and the log behind it.
+    pub async fn read(postgres: &mut PgConnection, schema: &Schema, mut rows: View, since: i64) -> Result<Truth> {
+        let tables = schema.columns();
+        let log = sqlx::query("SELECT xid::text, tbl, old::text, new::text FROM log WHERE n > $1 ORDER BY n")
+            .bind(since)
+            .fetch_all(postgres)
+            .await?;
+        let (mut states, mut commits, mut truncations) = (vec![rows.clone()], vec![String::new()], Vec::new());
+        for (index, entry) in log.iter().enumerate() {
+            let [xid, name] = [0, 1].map(|place| entry.get::<&str, _>(place));
+            let [old, new] = [2, 3].map(|place| entry.get::<Option<&str>, _>(place));
+            let table = tables.iter().position(|(other, _)| other == name).context("a table")?;
+            let row = |text: &str| -> Result<(usize, Row)> {
+                let object: serde_json::Value = serde_json::from_str(text)?;
+                let value = |(name, _): &(String, bool)| object[name].as_str().map(str::to_owned);
+                Ok((table, tables[table].1.iter().map(value).collect()))
+            };
+            let text = format!("\n  {name}: {} -> {}", old.unwrap_or("-"), new.unwrap_or("-"));
+            commits.last_mut().context("a commit")?.push_str(&text);
+            if old.is_none() && new.is_none() {
+                rows.retain(|row| row.0 != table);
+                truncations.push((states.len(), table));
+            }
+            if let Some(old) = old {
+                ensure!(rows.remove(&row(old)?), "the log is out of order: there is no {old}");
+            }
+            if let Some(new) = new {
+                rows.insert(row(new)?);
+            }
+            if log.get(index + 1).is_none_or(|next| next.get::<&str, _>(0) != xid) {
+                states.push(rows.clone());
+                commits.push(String::new());
+            }
+        }
+        Ok(Truth { schema: schema.clone(), states, commits, truncations })
+    }
+
+    /// Projects that a user was a member of after a commit.
+    fn projects(&self, commit: usize, user: &str) -> BTreeSet<&str> {
+        let is_own = |row: &&(usize, Row)| row.0 == 0 && row.1[1].as_deref() == Some(user);
+        self.states[commit].iter().filter(is_own).filter_map(|row| row.1[0].as_deref()).collect()
+    }
+
+    /// The rows of a state that belong to a user and to projects, as the configuration says it.
+    fn view(&self, commit: usize, user: &str, projects: &BTreeSet<&str>) -> View {
+        let tables = self.schema.columns();
+        let seen = |(table, row): &&(usize, Row)| {
+            let value = |column: &str| {
+                let place = tables[*table].1.iter().position(|(name, _)| name == column)?;
+                row[place].as_deref()
+            };
+            let in_project = value("project").is_some_and(|project| projects.contains(project));
+            // Memberships are their user's own rows, too.
+            let is_own = value(if *table == 0 { "user_id" } else { "owner" }) == Some(user);
+            match table.checked_sub(1).map(|table| self.schema.tables[table].belongs) {
+                Some(Belongs::Project) => in_project,
+                Some(Belongs::User) => is_own,
+                None | Some(Belongs::Both) => in_project || is_own,
+                Some(Belongs::Everybody) => true,
+            }
+        };
+        self.states[commit].iter().filter(seen).cloned().collect()
+    }
+
+    /// What was committed behind a state, for people.
+    fn commits(&self, from: usize) -> String {
+        (from..self.states.len() - 1).map(|n| format!("\ncommit {}:{}", n + 1, self.commits[n])).collect()
+    }
+
+    /// What a user may see in the end.
+    pub fn last(&self, user: &str) -> View {
+        let last = self.states.len() - 1;
+        self.view(last, user, &self.projects(last, user))
+    }
+
+    /// Whether what a client showed, in this order, are states of its user's rows, in this order, up to the last one.
+    ///
+    /// Memberships are read when a commit that moves them is delivered, and so may be those of a later one: whoever left a
+    /// project and is back by then never lost it. And a snapshot may miss the rows of a table that is truncated while it is
+    /// read (PostgreSQL documentation, "TRUNCATE": it is not MVCC-safe); the truncation follows in the stream.
+    pub fn check(&self, user: &str, shown: &[View]) -> Result<()> {
+        let (mut at, last) = (0, self.states.len() - 1);
+        for (nth, shown) in shown.iter().enumerate() {
+            let is = |commit: &usize| {
+                let projects: BTreeSet<_> = (*commit..=last).map(|later| self.projects(later, user)).collect();
+                let views = projects.iter().map(|projects| self.view(*commit, user, projects));
+                let emptied: BTreeSet<usize> =
+                    self.truncations.iter().filter(|(at, _)| at > commit).map(|(_, table)| *table).collect();
+                views.into_iter().any(|mut view| {
+                    view == *shown || {
+                        view.retain(|(table, _)| !emptied.contains(table));
+                        !emptied.is_empty() && view == *shown
+                    }
+                })
+            };
+            let Some(found) = (at..=last).find(is) else {
+                let view = |commit| self.view(commit, user, &self.projects(commit, user));
+                let far = |commit: &usize| view(*commit).symmetric_difference(shown).count();
+                let nearest = (at..=last).min_by_key(far).unwrap_or(at);
+                bail!(
+                    "{user}, state {nth}: not one that Postgres had from its commit {at} to the last, {last}; from commit \
+                     {nearest} differ:{}{}",
+                    differences(&view(nearest), shown),
+                    self.commits(at)
+                );
+            };
+            at = found;
+        }
+        self.ends(user, shown.last().context("nothing was shown")?)
+    }
+
+    /// Whether a client ended where Postgres did.
+    pub fn ends(&self, user: &str, shown: &View) -> Result<()> {
+        let last = self.last(user);
+        let last_commits = self.states.len().saturating_sub(15);
+        ensure!(
+            *shown == last,
+            "{user} does not end where Postgres does:{}{}",
+            differences(&last, shown),
+            self.commits(last_commits)
+        );
+        Ok(())
+    }
+}

@@ -164,6 +164,10 @@ pub struct Welcome {
     /// client's own entry has another instance, another copy of its store used that number.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub instances: Vec<InstanceSpan>,
+    /// `client_seq` of the rejected transactions among them: what a copy of a store takes for its own and settled, but these.
+    /// Their reasons come with `confirmed`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<u64>,
     /// The outbound stream's epoch.
     pub epoch: Uuid,
     /// Whether the client's rows are kept and brought up to date, or replaced by snapshots of every scope.

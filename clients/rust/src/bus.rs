@@ -147,7 +147,7 @@ pub(crate) enum WriterCommand {
     /// Install the edge's schema; true: a snapshot is needed.
     Install(Box<Schema>, Reply<bool>),
     /// Compare the server's ledger with the store.
-    Meet { last_seq: u64, instances: Vec<InstanceSpan>, reply: Reply<Meeting> },
+    Meet { last_seq: u64, instances: Vec<InstanceSpan>, failed: Vec<u64>, reply: Reply<Meeting> },
     /// The store's facts.
     Info(Reply<Info>),
     /// The position is of no use any more: ask for a snapshot next time.

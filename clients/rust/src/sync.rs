@@ -291,8 +291,9 @@ impl SyncWorker {
                 return Err(End::new(Then::Now, "schema", "the schema changed such that a snapshot is needed"));
             }
         }
-        let (last_seq, instances) = (welcome.last_seq, std::mem::take(&mut welcome.instances));
-        match self.ask(|reply| WriterCommand::Meet { last_seq, instances, reply }).await? {
+        let last_seq = welcome.last_seq;
+        let (instances, failed) = (std::mem::take(&mut welcome.instances), std::mem::take(&mut welcome.failed));
+        match self.ask(|reply| WriterCommand::Meet { last_seq, instances, failed, reply }).await? {
             Meeting::Continue | Meeting::WentBack => Ok(welcome),
             Meeting::NewIdentity => Err(End::new(Then::Now, "new_identity", "the store has a new identity")),
         }

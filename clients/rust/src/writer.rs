@@ -116,8 +116,8 @@ impl Writer {
                 self.refresh_or_report();
                 answer(reply, result);
             }
-            WriterCommand::Meet { last_seq, instances, reply } => {
-                let result = self.meet(last_seq, &instances);
+            WriterCommand::Meet { last_seq, instances, failed, reply } => {
+                let result = self.meet(last_seq, &instances, &failed);
                 answer(reply, result);
             }
             WriterCommand::ForgetPosition(reply) => answer(reply, self.store.forget_position()),
@@ -260,8 +260,8 @@ impl Writer {
         }
     }
 
-    fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan]) -> Result<Meeting, StoreError> {
-        let meeting = self.store.meet(last_seq, instances)?;
+    fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan], failed: &[u64]) -> Result<Meeting, StoreError> {
+        let meeting = self.store.meet(last_seq, instances, failed)?;
         match meeting {
             Meeting::Continue => return Ok(meeting),
             Meeting::WentBack => {

@@ -94,14 +94,15 @@ impl Store {
         Ok(found)
     }
 
-    /// Compares the server's ledger with the store, and follows it where they differ.
-    pub fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan]) -> Result<Meeting, StoreError> {
+    /// Compares the server's ledger with the store, and follows it where they differ. `last_seq`, `instances` and `failed` are
+    /// those of [`millstream_schemas::frame::Welcome`].
+    pub fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan], failed: &[u64]) -> Result<Meeting, StoreError> {
         let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
         let own = self.instance_of(last_seq)?;
         let theirs = submitted_by(instances, last_seq);
         let foreign = own.zip(theirs).is_some_and(|(own, theirs)| own != theirs);
         if foreign || last_seq > self.last_seq().during("reading the last number")? {
-            self.become_new(last_seq, instances)?;
+            self.become_new(last_seq, instances, failed)?;
             Ok(Meeting::NewIdentity)
         } else if last_seq < confirmed {
             self.rewind(last_seq, theirs)?;
@@ -156,8 +157,9 @@ impl Store {
     }
 
     /// The numbers that this store would use are taken: it goes on as a new installation. What the ledger shows to have been
-    /// submitted by this store's own instances (before it was copied) is settled; the rest is numbered anew.
-    fn become_new(&mut self, last_seq: u64, instances: &[InstanceSpan]) -> Result<(), StoreError> {
+    /// submitted by this store's own instances (before it was copied), and not to have been rejected, is settled; the rest is
+    /// numbered anew.
+    fn become_new(&mut self, last_seq: u64, instances: &[InstanceSpan], failed: &[u64]) -> Result<(), StoreError> {
         self.transact(|store| {
             let open: Vec<(i64, i64, Option<String>)> = store
                 .connection
@@ -173,7 +175,8 @@ impl Store {
             for (tx, seq, instance) in open {
                 let (tx, seq) = (tx as u64, seq as u64);
                 let own = instance.and_then(|text| text.parse::<Uuid>().ok());
-                if seq > last_seq || own.is_none() || submitted_by(instances, seq) != own {
+                let settled = seq <= last_seq && !failed.contains(&seq);
+                if !settled || own.is_none() || submitted_by(instances, seq) != own {
                     rest.push(tx);
                     continue;
                 }

@@ -443,7 +443,10 @@ impl World {
         }
         let frame: ServerFrame = serde_json::from_str(text).expect("an edge's frame");
         if let ServerFrame::Welcome(welcome) = frame {
-            let meeting = self.clients[index].store().meet(welcome.last_seq, &welcome.instances).expect("a meeting");
+            let meeting = self.clients[index]
+                .store()
+                .meet(welcome.last_seq, &welcome.instances, &welcome.failed)
+                .expect("a meeting");
             trace!(self, "client {index} is welcomed: ledger {}, {:?}, {meeting:?}", welcome.last_seq, welcome.resume);
             let client = &mut self.clients[index];
             client.synced = length(&client.path);

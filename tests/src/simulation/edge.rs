@@ -180,6 +180,7 @@ impl World {
             },
             last_seq,
             instances,
+            failed: confirmed.iter().flat_map(|confirmed| &confirmed.failed).map(|failure| failure.seq).collect(),
             epoch: head.epoch,
             resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         };

@@ -271,7 +271,7 @@ fn a_restored_server_finds_the_old_numbers() {
     f.apply(vec![told(4, vec![failure(2, Uuid::nil(), Code::PermissionDenied)])]);
     let instance = before[0].instance;
     let mut f = f.reopen();
-    assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }]).unwrap(), Meeting::WentBack);
+    assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }], &[]).unwrap(), Meeting::WentBack);
     let again = submits(&f);
     assert_eq!(again.iter().map(|s| (s.seq, s.instance)).collect::<Vec<_>>(), [2, 3, 4].map(|seq| (seq, instance)));
     assert!(again.iter().zip(&before[1..]).all(|(now, then)| now.changes == then.changes));
@@ -345,7 +345,7 @@ fn a_restored_server_gets_again_what_it_lost() {
     f.apply(vec![failed(1, Code::InvalidValue), confirmed(3)]);
     f.store.discard(1).unwrap();
     // Its ledger says 0 again; transaction 1 is gone for good, so the rest moves up.
-    assert_eq!(f.store.meet(0, &[]).unwrap(), Meeting::WentBack);
+    assert_eq!(f.store.meet(0, &[], &[]).unwrap(), Meeting::WentBack);
     assert_eq!(queue(&f), [entry(1, "b", &[]), entry(2, "c", &[]), entry(3, "d", &[])]);
     assert_eq!(f.store.info().unwrap().confirmed_seq, 0);
     // The server's snapshot lacks them: they stay visible, since they are on their way again.
@@ -359,6 +359,8 @@ fn a_restored_server_gets_again_what_it_lost() {
 struct Server {
     last: u64,
     instances: Vec<InstanceSpan>,
+    /// Rejected ones.
+    failed: Vec<u64>,
     taken: Vec<Uuid>,
 }
 
@@ -428,19 +430,27 @@ fn a_copied_store_takes_a_new_identity() {
 
         let id = original.store.info().unwrap().client_id;
         let (first, second) = if original_first { (&mut original, &mut clone) } else { (&mut clone, &mut original) };
-        assert_eq!(first.store.meet(server.last, &server.instances).unwrap(), Meeting::Continue, "{case}");
+        assert_eq!(
+            first.store.meet(server.last, &server.instances, &server.failed).unwrap(),
+            Meeting::Continue,
+            "{case}"
+        );
         server.submit(&submits(first));
         assert_eq!(server.last, 4, "{case}");
         // The second was in session too, and sent the same numbers: nothing of it is taken, and what it hears is not its own.
         server.submit(&submits(second));
         assert_eq!(server.last, 4, "{case}");
         assert!(matches!(second.try_apply(vec![server.confirm()]), Err(StoreError::Copied)), "{case}");
-        assert_eq!(second.store.meet(server.last, &server.instances).unwrap(), Meeting::NewIdentity, "{case}");
+        assert_eq!(
+            second.store.meet(server.last, &server.instances, &server.failed).unwrap(),
+            Meeting::NewIdentity,
+            "{case}"
+        );
         first.apply(vec![server.confirm()]);
 
         let mut anew = Server::default();
         assert_ne!(second.store.info().unwrap().client_id, id, "{case}");
-        assert_eq!(second.store.meet(anew.last, &anew.instances).unwrap(), Meeting::Continue, "{case}");
+        assert_eq!(second.store.meet(anew.last, &anew.instances, &anew.failed).unwrap(), Meeting::Continue, "{case}");
         anew.submit(&submits(second));
         second.apply(vec![anew.confirm()]);
         let mut times: BTreeMap<Uuid, u32> = everything.keys().map(|id| (*id, 0)).collect();
@@ -455,6 +465,25 @@ fn a_copied_store_takes_a_new_identity() {
 }
 
 /// A backup of the device was restored: its server has seen more of it than it knows itself.
+/// What the server rejected before the copy heard of it is not taken for applied: the copy submits it as its own.
+#[test]
+fn a_copy_does_not_take_a_rejected_change_for_applied() {
+    let mut original = fixture();
+    insert(&mut original, "a");
+    insert(&mut original, "b");
+    let mut server = Server::default();
+    server.submit(&submits(&original));
+    server.failed = vec![2];
+    let mut clone = copy(&original);
+    insert(&mut original, "own");
+    server.submit(&submits(&original));
+    insert(&mut clone, "cloned");
+    assert_eq!(clone.store.meet(server.last, &server.instances, &server.failed).unwrap(), Meeting::NewIdentity);
+    assert_eq!(clone.store.verdict(1).unwrap(), Verdict::Confirmed(Outcome::Applied));
+    assert_eq!(clone.store.verdict(2).unwrap(), Verdict::Open);
+    assert_eq!(queue(&clone), [entry(1, "b", &[]), entry(2, "cloned", &[])]);
+}
+
 #[test]
 fn a_store_restored_from_a_backup_takes_a_new_identity() {
     let mut server = Server::default();
@@ -466,9 +495,9 @@ fn a_store_restored_from_a_backup_takes_a_new_identity() {
     server.submit(&submits(&f));
     insert(&mut restored, "d");
     insert(&mut restored, "e");
-    assert_eq!(restored.store.meet(server.last, &server.instances).unwrap(), Meeting::NewIdentity);
+    assert_eq!(restored.store.meet(server.last, &server.instances, &server.failed).unwrap(), Meeting::NewIdentity);
     assert_eq!(queue(&restored), [entry(1, "d", &[]), entry(2, "e", &[])], "a and b were taken before");
-    assert_eq!(restored.store.meet(0, &[]).unwrap(), Meeting::Continue);
+    assert_eq!(restored.store.meet(0, &[], &[]).unwrap(), Meeting::Continue);
 }
 
 /// Item 39: a store of the first version, with what it had not sent.
@@ -508,10 +537,15 @@ fn a_store_of_the_older_format_is_converted() {
     }
     drop(connection);
     let old = Uuid::from_u128(0xaa);
-    let mut server = Server { last: 1, instances: vec![InstanceSpan { instance: old, first_seq: 1 }], taken: vec![] };
+    let mut server = Server {
+        last: 1,
+        instances: vec![InstanceSpan { instance: old, first_seq: 1 }],
+        failed: vec![],
+        taken: vec![],
+    };
     let mut f = Fixture { store: Store::open(&f.path, f.host.clone()).unwrap(), ..f };
     insert(&mut f, "new");
-    assert_eq!(f.store.meet(server.last, &server.instances).unwrap(), Meeting::Continue);
+    assert_eq!(f.store.meet(server.last, &server.instances, &server.failed).unwrap(), Meeting::Continue);
     server.submit(&submits(&f));
     server.submit(&submits(&f));
     assert_eq!((server.last, server.taken.len()), (52, 51));

@@ -91,6 +91,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         },
         last_seq: ledger.last_seq,
         instances: ledger.instances.clone(),
+        failed: ledger.failed.iter().map(|failure| failure.seq).collect(),
         epoch: head.epoch,
         resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
     }))

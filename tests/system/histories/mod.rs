@@ -24,7 +24,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use schema::{Pool, SERIAL, Schema};
+use schema::{Columns, Pool, SERIAL, Schema};
 use truth::{Truth, View};
 
 /// Histories of an ordinary run.
@@ -103,7 +103,7 @@ impl Seat {
 
 /// The query that reads every table at one instant.
 fn everything(schema: &Schema) -> String {
-    let part = |(n, (table, columns)): (usize, &(String, Vec<(String, bool)>))| {
+    let part = |(n, (table, columns)): (usize, &(String, Columns))| {
         let columns: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
         format!("SELECT {n}, json_array({}) FROM {table}", columns.join(", "))
     };

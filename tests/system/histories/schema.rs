@@ -11,6 +11,9 @@ pub const SERIAL: i64 = 4711;
 /// Columns that only Millstream writes: what clients have of them is not compared.
 const KEPT: [&str; 3] = ["field_clocks", "updated_at", "client_id"];
 
+/// Names of columns; true: a boolean.
+pub type Columns = Vec<(String, bool)>;
+
 /// Type of a value column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -44,7 +47,7 @@ impl Kind {
             Kind::Text if n < 20 => format!("'{}'", "long ".repeat(n as usize * 100)),
             Kind::Text => format!("'ü{n} \"quoted\" ''it''s'"),
             Kind::Bigint => (i64::from(n) * 9_007_199_254_740_993 - 4_503_599_627_370_497).to_string(),
-            Kind::Boolean => if n % 2 == 0 { "true" } else { "false" }.to_owned(),
+            Kind::Boolean => if n.is_multiple_of(2) { "true" } else { "false" }.to_owned(),
             Kind::Numeric => format!("'{n}.{:03}0'", n % 7),
             Kind::Jsonb => format!("'{{\"n\": {n}, \"list\": [1, null, \"x\"]}}'"),
         }
@@ -83,8 +86,8 @@ impl Table {
         matches!(self.belongs, Belongs::User | Belongs::Both)
     }
 
-    /// All columns that are compared, in order; true: a boolean.
-    pub fn columns(&self) -> Vec<(String, bool)> {
+    /// All columns that are compared, in order.
+    pub fn columns(&self) -> Columns {
         let mut columns = vec![("id".to_owned(), false)];
         let flags = [("part", self.pair), ("project", self.project()), ("owner", self.owner())];
         columns.extend(flags.iter().filter(|(_, has)| *has).map(|(name, _)| ((*name).to_owned(), false)));
@@ -257,8 +260,8 @@ impl Schema {
         text
     }
 
-    /// Names of the compared columns of each table, `members` first; true: a boolean.
-    pub fn columns(&self) -> Vec<(String, Vec<(String, bool)>)> {
+    /// The compared columns of each table, `members` first.
+    pub fn columns(&self) -> Vec<(String, Columns)> {
         let members = ["project", "user_id", "role"].map(|name| (name.to_owned(), false)).to_vec();
         let mut all = vec![("members".to_owned(), members)];
         all.extend(self.tables.iter().map(|table| (table.name.clone(), table.columns())));

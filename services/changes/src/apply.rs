@@ -1,5 +1,8 @@
 //! Applies what the plan says, within the transaction at hand: set-wise, or change by change.
 //!
+//! Set-wise, a group of changes of one shape is one statement, and groups that do not depend on each other are one round
+//! trip: statements of a `WITH` see one snapshot and none of each other's effects, so independence is all that they need.
+//!
 //! Set-wise, a change that is refused without an effect (its row was not written) leaves the others as if it had not been
 //! there, so the batch goes on without it. What cannot be undone so (a transaction of several changes, of which one is
 //! refused) sends the batch back, to be cut there. An error of Postgres ends the transaction; with more care, each
@@ -89,13 +92,30 @@ impl<'a> Applier<'a> {
                 groups.add(self.statements, Place { planned: index, step: number }, row);
             }
         }
+        let at_once = !careful && groups.are_independent(self.statements);
+        let mut groups = groups.into_groups();
         let mut outcomes = Vec::new();
-        for group in groups.into_groups() {
-            let written = match careful {
-                false => self.write(&group.statement, &group.rows).await.map_err(failed)?,
-                true => self.write_carefully(&group).await?,
-            };
-            outcomes.extend(group.places.into_iter().zip(written));
+        let together = if at_once {
+            groups.sort_by_key(|group| group.statement.shape.id);
+            self.statements.together(&groups)
+        } else {
+            None
+        };
+        match together {
+            Some(sql) => {
+                let written = self.write_together(&sql, &groups).await.map_err(failed)?;
+                let places = groups.into_iter().flat_map(|group| group.places);
+                outcomes.extend(places.zip(written.into_iter().flatten()));
+            }
+            None => {
+                for group in groups {
+                    let written = match careful {
+                        false => self.write(&group.statement, &group.rows).await.map_err(failed)?,
+                        true => self.write_carefully(&group).await?,
+                    };
+                    outcomes.extend(group.places.into_iter().zip(written));
+                }
+            }
         }
         // Where it is cut: nothing before the first that has to be alone depends on it.
         let mut cut = plan.len();
@@ -235,6 +255,38 @@ impl<'a> Applier<'a> {
         explain::value_at_fault(self.connection, step, refusal).await.map_err(Failed::Server)
     }
 
+    /// Executes the statements of groups as one, and tells what became of each group's rows.
+    async fn write_together(&mut self, sql: &Arc<str>, groups: &[Group<'_>]) -> Result<Vec<Vec<Outcome>>, sqlx::Error> {
+        let mut query = sqlx::query(AssertSqlSafe(sql.clone()));
+        for group in groups {
+            query = bind(query, group.statement.shape.op, &group.rows);
+        }
+        let mut written: Vec<(Vec<Option<Outcome>>, u64)> =
+            groups.iter().map(|group| (vec![None; group.rows.len()], 0)).collect();
+        for row in query.fetch_all(&mut *self.connection).await? {
+            let (place, number): (i32, i64) = (row.try_get("ms_place")?, row.try_get("ms_i")?);
+            let Some(((outcomes, inserted), group)) =
+                usize::try_from(place).ok().and_then(|place| written.get_mut(place).zip(groups.get(place)))
+            else {
+                continue;
+            };
+            match group.statement.shape.op {
+                Operation::Insert => *inserted = number as u64,
+                Operation::Update | Operation::Delete => {
+                    let outcome = usize::try_from(number - 1).ok().and_then(|place| outcomes.get_mut(place));
+                    if let Some(outcome) = outcome {
+                        *outcome = Some(won(row.try_get("winner")?));
+                    }
+                }
+            }
+        }
+        let mut all = Vec::with_capacity(groups.len());
+        for (group, (outcomes, inserted)) in groups.iter().zip(written) {
+            all.push(self.complete(&group.statement, &group.rows, outcomes, Some(inserted)).await?);
+        }
+        Ok(all)
+    }
+
     /// Executes a statement for some rows and tells what became of each.
     async fn write(&mut self, statement: &Statement, rows: &[InputRow<'_>]) -> Result<Vec<Outcome>, sqlx::Error> {
         if let Some(first) = rows.first().filter(|_| statement.shape.personal)
@@ -244,27 +296,25 @@ impl<'a> Applier<'a> {
             set.execute(&mut *self.connection).await?;
             self.user = Some(first.user_id.to_owned());
         }
-        let mut outcomes: Vec<Option<Outcome>> = vec![None; rows.len()];
+        self.complete(statement, rows, vec![None; rows.len()], None).await
+    }
+
+    /// Goes on where some outcomes are known; `sent`: the statement has been executed, and has inserted so many rows.
+    async fn complete(
+        &mut self,
+        statement: &Statement,
+        rows: &[InputRow<'_>],
+        mut outcomes: Vec<Option<Outcome>>,
+        mut sent: Option<u64>,
+    ) -> Result<Vec<Outcome>, sqlx::Error> {
         for _ in 0..RACES {
             let waiting: Vec<usize> = (0..rows.len()).filter(|index| outcomes[*index].is_none()).collect();
             if waiting.is_empty() {
                 break;
             }
-            let tried: Vec<InputRow<'_>> = waiting.iter().map(|index| rows[*index]).collect();
-            let query = bind(&statement.sql, statement.shape.op, &tried);
-            let inserted = if statement.shape.op == Operation::Insert {
-                query.execute(&mut *self.connection).await?.rows_affected()
-            } else {
-                for row in query.fetch_all(&mut *self.connection).await? {
-                    let number: i64 = row.try_get("ms_i")?;
-                    let place = usize::try_from(number - 1).ok().and_then(|place| waiting.get(place).copied());
-                    let Some(place) = place else { continue };
-                    outcomes[place] = Some(match row.try_get::<Option<String>, _>("winner")? {
-                        None => Outcome::Won,
-                        Some(winner) => Outcome::Lost { whole: false, winner },
-                    });
-                }
-                0
+            let inserted = match sent.take() {
+                Some(inserted) => inserted,
+                None => self.send(statement, rows, &waiting, &mut outcomes).await?,
             };
             if inserted == waiting.len() as u64 {
                 waiting.iter().for_each(|index| outcomes[*index] = Some(Outcome::Won));
@@ -274,7 +324,8 @@ impl<'a> Applier<'a> {
                 break;
             }
             let asked: Vec<InputRow<'_>> = unexplained.iter().map(|index| rows[*index]).collect();
-            let query = bind(&statement.explain_sql, statement.shape.op, &asked);
+            let query = sqlx::query(AssertSqlSafe(statement.explain_sql.clone()));
+            let query = bind(query, statement.shape.op, &asked);
             let mut explained = explain::outcomes(query, self.connection, statement, asked[0].step.table).await?;
             // An insert does not tell which rows it made: those that nothing speaks against, if their number is right.
             if inserted > 0 {
@@ -303,9 +354,37 @@ impl<'a> Applier<'a> {
         outcomes.collect()
     }
 
+    /// Executes a statement for those rows that wait; gives how many it inserted.
+    async fn send(
+        &mut self,
+        statement: &Statement,
+        rows: &[InputRow<'_>],
+        waiting: &[usize],
+        outcomes: &mut [Option<Outcome>],
+    ) -> Result<u64, sqlx::Error> {
+        let tried: Vec<InputRow<'_>> = waiting.iter().map(|index| rows[*index]).collect();
+        let query = bind(sqlx::query(AssertSqlSafe(statement.sql.clone())), statement.shape.op, &tried);
+        if statement.shape.op == Operation::Insert {
+            return Ok(query.execute(&mut *self.connection).await?.rows_affected());
+        }
+        for row in query.fetch_all(&mut *self.connection).await? {
+            let number: i64 = row.try_get("ms_i")?;
+            let place = usize::try_from(number - 1).ok().and_then(|place| waiting.get(place).copied());
+            if let Some(place) = place {
+                outcomes[place] = Some(won(row.try_get("winner")?));
+            }
+        }
+        Ok(0)
+    }
+
     async fn raw(&mut self, sql: &'static str) -> Result<(), Failed> {
         sqlx::raw_sql(sql).execute(&mut *self.connection).await.map(drop).map_err(Failed::Server)
     }
+}
+
+/// What became of a row that was written: all of it won, or some columns lost to this clock.
+fn won(winner: Option<String>) -> Outcome {
+    winner.map_or(Outcome::Won, |winner| Outcome::Lost { whole: false, winner })
 }
 
 /// An error of a statement that ends the batch.
@@ -319,9 +398,12 @@ fn failed(error: sqlx::Error) -> Failed {
 }
 
 /// A statement's text is made of the catalog's names and the operator's predicates; values are bound.
-fn bind<'q>(sql: &Arc<str>, op: Operation, rows: &[InputRow<'q>]) -> Query<'q, Postgres, PgArguments> {
+fn bind<'q>(
+    mut query: Query<'q, Postgres, PgArguments>,
+    op: Operation,
+    rows: &[InputRow<'q>],
+) -> Query<'q, Postgres, PgArguments> {
     let step = rows[0].step;
-    let mut query = sqlx::query(AssertSqlSafe(sql.clone()));
     let keys = if op == Operation::Insert { 0 } else { step.key.len() };
     for place in 0..keys {
         query = query.bind(rows.iter().map(|row| row.step.key[place].as_deref()).collect::<Vec<Option<&str>>>());

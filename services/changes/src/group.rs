@@ -168,6 +168,8 @@ pub(crate) struct Groups<'a> {
     referred: HashMap<Key, usize>,
     /// Latest group of a table whose rows cannot be told apart by their keys' texts.
     unknown: HashMap<u32, usize>,
+    /// A row of one group has to come after a row of another.
+    bound: bool,
 }
 
 impl<'a> Groups<'a> {
@@ -204,6 +206,12 @@ impl<'a> Groups<'a> {
                 && !self.groups[group + 1..].iter().any(|later| statements.conflict(&later.statement.shape, shape))
         });
         let group = joins.unwrap_or(self.groups.len());
+        let elsewhere = |found: Option<&usize>| found.is_some_and(|found| *found != group);
+        self.bound |= !comparable
+            || shape.alone
+            || shape.personal
+            || key.as_ref().is_some_and(|key| elsewhere(self.written.get(key)) || elsewhere(self.referred.get(key)))
+            || references.iter().any(|parent| elsewhere(self.written.get(parent)));
         if joins.is_none() {
             self.groups.push(Group { statement: statement.clone(), rows: Vec::new(), places: Vec::new() });
         }
@@ -220,6 +228,13 @@ impl<'a> Groups<'a> {
         self.referred.extend(references.into_iter().map(|parent| (parent, group)));
         self.groups[group].rows.push(row);
         self.groups[group].places.push(place);
+    }
+
+    /// Whether the groups come to the same in any order, and at once: no two meet in a row, nor by what their shapes read.
+    pub fn are_independent(&self, statements: &mut Statements) -> bool {
+        let mut pairs =
+            self.groups.iter().enumerate().flat_map(|(n, a)| self.groups[n + 1..].iter().map(move |b| (a, b)));
+        !self.bound && !pairs.any(|(a, b)| statements.conflict(&a.statement.shape, &b.statement.shape))
     }
 
     /// The groups, in the order of execution.
@@ -269,9 +284,16 @@ mod tests {
     const B: &str = "00000000-0000-0000-0000-00000000000b";
     const C: &str = "00000000-0000-0000-0000-00000000000c";
 
-    /// Changes as (table, operation, key, set): their groups, as the indexes of their changes. `parents` is a table like
-    /// `tasks`, to which `tasks.parent` refers where the traits say so.
-    fn check(traits: Traits, rule: &str, changes: &[(&str, Operation, &str, &str)], expected: &[&[usize]]) {
+    /// Changes as (table, operation, key, set).
+    type Changes<'a> = &'a [(&'a str, Operation, &'a str, &'a str)];
+
+    fn check(traits: Traits, rule: &str, changes: Changes<'_>, expected: &[&[usize]]) {
+        assert_eq!(groups(traits, rule, changes).0, expected, "{changes:?}");
+    }
+
+    /// The groups, as the indexes of their changes, and whether they are independent. `parents` is a table like `tasks`, to
+    /// which `tasks.parent` refers where the traits say so.
+    fn groups(traits: Traits, rule: &str, changes: Changes<'_>) -> (Vec<Vec<usize>>, bool) {
         let mut children = tasks();
         children.columns[3] = millstream_catalog::Column {
             name: "parent".into(),
@@ -309,9 +331,36 @@ mod tests {
             };
             groups.add(&mut statements, Place { planned, step: 0 }, row);
         }
-        let found: Vec<Vec<usize>> =
-            groups.into_groups().iter().map(|group| group.places.iter().map(|place| place.planned).collect()).collect();
-        assert_eq!(found, expected, "{changes:?}");
+        let independent = groups.are_independent(&mut statements);
+        let indexes = |group: &Group<'_>| group.places.iter().map(|place| place.planned).collect();
+        (groups.into_groups().iter().map(indexes).collect(), independent)
+    }
+
+    #[test]
+    fn groups_that_meet_in_no_row_and_read_nothing_of_each_other_may_go_at_once() {
+        use Operation::{Delete, Insert, Update};
+        let free = Traits::default;
+        let check = |traits: Traits, rule, changes: Changes<'_>, expected| {
+            assert_eq!(groups(traits, rule, changes).1, expected, "{changes:?}");
+        };
+        let apart = [("tasks", Insert, A, C), ("tasks", Update, B, "title"), ("tasks", Delete, C, "")];
+        check(free(), "old.done", &apart, true);
+        check(free(), "old.done", &[("tasks", Insert, A, C), ("tasks", Update, A, "title")], false);
+        check(free(), "old.done", &[("tasks", Update, A, "title"), ("tasks", Update, A, "done")], false);
+        check(free(), "old.done", &[("tasks", Update, A, "title"), ("tasks", Update, "odd", "done")], false);
+        check(free(), "EXISTS (SELECT FROM tasks)", &apart, false);
+        check(
+            free(),
+            "EXISTS (SELECT FROM parents)",
+            &[("parents", Insert, A, C), ("tasks", Update, B, "title")],
+            false,
+        );
+        let parent = Parent { oid: 2, columns: vec!["parent".into()], to_key: true };
+        let child = || Traits { parents: vec![parent.clone()], ..Traits::default() };
+        check(child(), "true", &[("parents", Insert, A, C), ("tasks", Insert, A, B)], true);
+        check(child(), "true", &[("parents", Insert, A, C), ("tasks", Insert, A, A)], false);
+        check(child(), "true", &[("tasks", Insert, A, A), ("parents", Insert, A, C)], false);
+        check(child(), "true", &[("parents", Delete, A, ""), ("tasks", Insert, B, C)], false);
     }
 
     #[test]

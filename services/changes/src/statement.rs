@@ -15,13 +15,17 @@ use millstream_catalog::{ConflictPolicy, Table};
 use millstream_schemas::{Clock, Operation};
 use uuid::Uuid;
 
-use crate::group::Shape;
+use crate::group::{Group, Shape};
 use crate::predicate::Mentions;
 use crate::traits::Traits;
 use crate::validator::{Step, rule};
 
 /// Most texts kept; column sets are the clients' choice, so there can be many.
 const MAX_CACHED: usize = 1_000;
+/// Most statements that are sent as one.
+const MAX_TOGETHER: usize = 8;
+/// A combination of statements is worth a plan of its own once it has come so often before.
+const WORTH_A_PLAN: u32 = 1;
 
 /// The texts of a shape.
 #[derive(Debug)]
@@ -56,6 +60,8 @@ pub(crate) struct Statements {
     views: Vec<String>,
     cache: HashMap<(u32, Operation, Vec<usize>), Arc<Statement>>,
     conflicts: HashMap<(usize, usize), bool>,
+    /// By the shapes: how often the combination came, and its text.
+    together: HashMap<Vec<usize>, (u32, Option<Arc<str>>)>,
     made: usize,
 }
 
@@ -74,12 +80,13 @@ impl Statements {
         if self.cache.len() >= MAX_CACHED {
             self.cache.clear();
             self.conflicts.clear();
+            self.together.clear();
         }
         self.made += 1;
         let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
         let unknown = Traits::unknown(table.oid);
         let traits = self.traits.get(&table.oid).unwrap_or(&unknown);
-        let writer = Writer { table, op, columns };
+        let writer = Writer { table, op, columns, first: 1 };
         let mut mentions = Mentions::default();
         writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
         let reads_view = self.views.iter().any(|view| mentions.names.contains(view));
@@ -92,6 +99,38 @@ impl Statements {
         });
         self.cache.insert(key, statement.clone());
         statement
+    }
+
+    /// One text for groups that do not depend on each other: a round trip instead of several. It gives, by the place of the
+    /// group, what each statement gives; of inserts how many rows there are, as `ms_i`. None: they are to be sent one by one.
+    /// `groups` are in the order of their shapes' ids, each with rows.
+    pub fn together(&mut self, groups: &[Group<'_>]) -> Option<Arc<str>> {
+        if !(2..=MAX_TOGETHER).contains(&groups.len()) {
+            return None;
+        }
+        if self.together.len() >= MAX_CACHED {
+            self.together.clear();
+        }
+        let shapes: Vec<usize> = groups.iter().map(|group| group.statement.shape.id).collect();
+        let (seen, text) = self.together.entry(shapes).or_default();
+        *seen = seen.saturating_add(1);
+        if text.is_none() && *seen > WORTH_A_PLAN {
+            let (mut parts, mut results, mut first) = (Vec::new(), Vec::new(), 1);
+            for (place, group) in groups.iter().enumerate() {
+                let Step { table, op, columns, .. } = group.rows[0].step;
+                let writer = Writer { table, op: *op, columns, first };
+                first += writer.parameters();
+                let (returning, ms_i, winner) = match op {
+                    Operation::Insert => (" RETURNING 1", "count(*)", "NULL::text"),
+                    Operation::Update | Operation::Delete => ("", "ms_i", "winner"),
+                };
+                parts.push(format!("ms_{place} AS ({}{returning})", writer.write()));
+                results.push(format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM ms_{place}"));
+            }
+            let sql = format!("/* millstream together */ WITH {}\n{}", parts.join(",\n"), results.join(" UNION ALL "));
+            *text = Some(sql.into());
+        }
+        text.clone()
     }
 
     /// Whether changes of two shapes may depend on their order, even if of different rows.
@@ -109,11 +148,17 @@ const AT: &str = "(timestamptz 'epoch' + millstream_input.ms_at * interval '1 mi
 const CLOCK: &str = "millstream_input.ms_clock COLLATE \"C\"";
 const NOBODY: &str = "uuid '00000000-0000-0000-0000-000000000000'";
 
+/// What every statement is told of each row beside key and values.
+const OWN_PARAMETERS: [(&str, &str); 4] =
+    [("ms_user", "text"), ("ms_client", "uuid"), ("ms_clock", "text"), ("ms_at", "bigint")];
+
 /// Makes the texts of a shape.
 struct Writer<'a> {
     table: &'a Table,
     op: Operation,
     columns: &'a [usize],
+    /// Number of its first parameter.
+    first: usize,
 }
 
 impl<'a> Writer<'a> {
@@ -143,16 +188,25 @@ impl<'a> Writer<'a> {
         Some(self.cast(&format!("ms_v{place}"), index))
     }
 
+    fn keys(&self) -> usize {
+        if self.op == Operation::Insert { 0 } else { self.table.key.len() }
+    }
+
+    /// How many parameters there are.
+    fn parameters(&self) -> usize {
+        self.keys() + self.columns.len() + OWN_PARAMETERS.len()
+    }
+
     /// The parameters, as [`crate::apply`] binds them: keys (but of inserts, whose values hold them), values, users,
     /// clients, clocks, times.
     fn input(&self) -> String {
-        let keys = if self.op == Operation::Insert { 0 } else { self.table.key.len() };
+        let keys = self.keys();
         let texts = keys + self.columns.len();
-        let mut arrays: Vec<String> = (1..=texts).map(|n| format!("${n}::text[]")).collect();
+        let mut arrays: Vec<String> = (0..texts).map(|n| format!("${}::text[]", self.first + n)).collect();
         let mut names: Vec<String> = (0..keys).map(|n| format!("ms_k{n}")).collect();
         names.extend((0..self.columns.len()).map(|n| format!("ms_v{n}")));
-        for (name, r#type) in [("ms_user", "text"), ("ms_client", "uuid"), ("ms_clock", "text"), ("ms_at", "bigint")] {
-            arrays.push(format!("${}::{type}[]", arrays.len() + 1));
+        for (name, r#type) in OWN_PARAMETERS {
+            arrays.push(format!("${}::{type}[]", self.first + arrays.len()));
             names.push(name.to_owned());
         }
         format!("unnest({}) WITH ORDINALITY AS millstream_input({}, ms_i)", arrays.join(", "), names.join(", "))
@@ -417,7 +471,7 @@ mod tests {
     use crate::validator::tests::tasks;
 
     fn sql(table: &Table, op: Operation, columns: &[usize]) -> String {
-        Writer { table, op, columns }.write()
+        Writer { table, op, columns, first: 1 }.write()
     }
 
     fn check(sql: &str, parts: &[&str]) {
@@ -478,7 +532,7 @@ mod tests {
         );
         // No rule: nobody may.
         check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
-        let explain = Writer { table: &table, op: Operation::Insert, columns: &[0, 1] }.explain();
+        let explain = Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1 }.explain();
         check(&explain, &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0"]);
     }
 

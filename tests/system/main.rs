@@ -6,6 +6,7 @@ mod executor;
 mod histories;
 mod history;
 mod kills;
+mod leaks;
 mod offline;
 mod order;
 mod requirements;

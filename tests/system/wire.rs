@@ -16,10 +16,10 @@ use tokio::net::TcpListener;
 use tokio_tungstenite::{accept_async, connect_async};
 
 /// Texts that passed, by direction.
-type Tapped = Arc<Mutex<Vec<(&'static str, String)>>>;
+pub(crate) type Tapped = Arc<Mutex<Vec<(&'static str, String)>>>;
 
 /// A WebSocket proxy that keeps a copy of every text.
-async fn proxy(upstream: String, tapped: Tapped) -> Result<String> {
+pub(crate) async fn proxy(upstream: String, tapped: Tapped) -> Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("ws://{}", listener.local_addr()?);
     tokio::spawn(async move {

@@ -12,6 +12,7 @@ mod order;
 mod requirements;
 mod restarts;
 mod row_security;
+mod snapshots;
 mod structure;
 mod telemetry;
 mod validators;

@@ -1,0 +1,153 @@
+//! Snapshots are exact (G8): whatever commits while one is taken, the rows that a new client gets and the stream that
+//! goes on behind them leave nothing out and repeat nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use millstream_schemas::frame::ServerFrame;
+use millstream_schemas::{TableChanges, TableOp};
+use millstream_tests::board::{Board, PATIENCE};
+use millstream_tests::raw::{Raw, hello};
+use sqlx::PgConnection;
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+/// Snapshots of an ordinary run.
+const SNAPSHOTS: usize = 500;
+/// Taken at a time.
+const AT_A_TIME: usize = 4;
+/// Each writes its rows over and over; the last one holds its transaction open for long.
+const WRITERS: usize = 8;
+/// Rows that a writer's transactions change together.
+const ROWS: usize = 5;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_are_exact_under_load() -> Result<()> {
+    let board = Board::start().await?;
+    let outcome = run(&board).await;
+    board.explain(outcome)
+}
+
+async fn run(board: &Board) -> Result<()> {
+    let mut postgres = board.postgres().await?;
+    let project = Uuid::now_v7();
+    sqlx::query("INSERT INTO projects (id, name) VALUES ($1, 'p')").bind(project).execute(&mut postgres).await?;
+    sqlx::query("INSERT INTO members VALUES ($1, 'alice', 'owner')").bind(project).execute(&mut postgres).await?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut writers = JoinSet::new();
+    for writer in 0..WRITERS {
+        let (mut postgres, stop) = (board.postgres().await?, stop.clone());
+        let ids: Vec<Uuid> = (0..ROWS).map(|_| Uuid::now_v7()).collect();
+        sqlx::query("INSERT INTO tasks (id, project_id, title) SELECT id, $2, $3 FROM unnest($1) AS id")
+            .bind(&ids)
+            .bind(project)
+            .bind(format!("{writer}:0"))
+            .execute(&mut postgres)
+            .await?;
+        writers.spawn(async move {
+            let mut n = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                n += 1;
+                write(&mut postgres, &ids, format!("{writer}:{n}"), writer + 1 == WRITERS).await?;
+            }
+            anyhow::Ok(n)
+        });
+    }
+    let (taken, start) = (Arc::new(AtomicUsize::new(0)), Instant::now());
+    let mut takers = JoinSet::new();
+    for _ in 0..AT_A_TIME {
+        let (url, token, taken) = (board.stack.edge_url(), board.stack.token("alice"), taken.clone());
+        takers.spawn(async move {
+            while taken.fetch_add(1, Ordering::Relaxed) < SNAPSHOTS {
+                snapshot(&url, &token).await?;
+            }
+            anyhow::Ok(())
+        });
+    }
+    let exact = takers.join_all().await.into_iter().collect::<Result<()>>();
+    stop.store(true, Ordering::Relaxed);
+    let commits: u64 = writers.join_all().await.into_iter().collect::<Result<Vec<_>>>()?.iter().sum();
+    exact?;
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{SNAPSHOTS} snapshots, all exact, beside {commits} commits of {WRITERS} writers, in {seconds:.1} s");
+    Ok(())
+}
+
+async fn write(postgres: &mut PgConnection, ids: &[Uuid], title: String, slow: bool) -> Result<()> {
+    use sqlx::Connection as _;
+    let mut transaction = postgres.begin().await?;
+    for (n, id) in ids.iter().enumerate() {
+        sqlx::query("UPDATE tasks SET title = $2 WHERE id = $1")
+            .bind(id)
+            .bind(&title)
+            .execute(&mut *transaction)
+            .await?;
+        if slow && n == 0 {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    }
+    transaction.commit().await?;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    Ok(())
+}
+
+/// What a new client has: of each row, its writer and the number of the writer's transaction.
+type Rows = BTreeMap<String, (usize, u64)>;
+
+/// The rows of tasks in some changes.
+fn tasks(changes: &[TableChanges]) -> Result<Vec<(String, (usize, u64))>> {
+    let mut rows = Vec::new();
+    for change in changes.iter().filter(|change| change.table == "tasks") {
+        ensure!(change.op == TableOp::Upsert && change.columns.is_none(), "{change:?}");
+        for row in &change.rows {
+            let (Some(id), Some(title)) = (&row[0], &row[2]) else { bail!("{row:?}") };
+            let (writer, n) = title.split_once(':').context("a title")?;
+            rows.push((id.clone(), (writer.parse()?, n.parse()?)));
+        }
+    }
+    Ok(rows)
+}
+
+fn ensure_whole(rows: &Rows) -> Result<()> {
+    let of_writers: BTreeSet<_> = rows.values().collect();
+    ensure!(of_writers.len() == WRITERS, "a transaction is there in part: {of_writers:?}");
+    Ok(())
+}
+
+/// Takes a snapshot as a new client, and follows the stream behind it until every quick writer has been heard of.
+async fn snapshot(url: &str, token: &str) -> Result<()> {
+    let mut raw = Raw::connect(url).await?;
+    raw.frame(hello(Uuid::now_v7(), token)).await?;
+    let (mut staged, mut rows, mut before) = (Rows::new(), Rows::new(), Vec::new());
+    let (mut applied, mut heard, start) = (false, BTreeSet::new(), Instant::now());
+    while heard.len() < WRITERS - 1 {
+        ensure!(start.elapsed() < PATIENCE, "only {heard:?} were heard of");
+        let text = raw.next_text().await?.context("the edge closed")?;
+        match serde_json::from_str(&text)? {
+            ServerFrame::SnapshotRows { changes } => staged.extend(tasks(&changes)?),
+            ServerFrame::SnapshotApply {} => {
+                applied = true;
+                rows = std::mem::take(&mut staged);
+                ensure!(rows.len() == WRITERS * ROWS, "{} rows", rows.len());
+                ensure_whole(&rows)?;
+                for (id, (writer, n)) in before.drain(..) {
+                    ensure!(rows[&id].1 >= n, "writer {writer}: the snapshot lacks {n}, which came before it");
+                }
+            }
+            ServerFrame::Rows(message) if applied => {
+                for (id, (writer, n)) in tasks(&message.changes)? {
+                    let had = rows.insert(id, (writer, n)).map(|(_, n)| n);
+                    ensure!(had == Some(n - 1), "writer {writer}: {n} comes behind {had:?}");
+                    heard.insert(writer);
+                }
+                ensure_whole(&rows)?;
+            }
+            ServerFrame::Rows(message) => before.extend(tasks(&message.changes)?),
+            _ => {}
+        }
+    }
+    Ok(())
+}

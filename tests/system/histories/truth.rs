@@ -136,12 +136,10 @@ impl Truth {
                 let views = projects.iter().map(|projects| self.view(*commit, user, projects));
                 let emptied: BTreeSet<usize> =
                     self.truncations.iter().filter(|(at, _)| at > commit).map(|(_, table)| *table).collect();
-                views.into_iter().any(|mut view| {
-                    view == *shown || {
-                        view.retain(|(table, _)| !emptied.contains(table));
-                        !emptied.is_empty() && view == *shown
-                    }
-                })
+                let lacks = |view: View| {
+                    view.difference(shown).all(|(table, _)| emptied.contains(table)) && shown.is_subset(&view)
+                };
+                views.into_iter().any(lacks)
             };
             let Some(found) = (at..=last).find(is) else {
                 let view = |commit| self.view(commit, user, &self.projects(commit, user));

@@ -15,9 +15,9 @@ const CHECK: Duration = Duration::from_secs(1);
 /// How long such a check may take.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Settings of the lock's connection: the server ends it, and so frees the lock, when the leader is frozen (no check
-/// for 10 s) or its host is gone.
+/// for 7 s) or its host is gone.
 const SETTINGS: [(&str, &str); 4] = [
-    ("idle_session_timeout", "10s"),
+    ("idle_session_timeout", "7s"),
     ("tcp_keepalives_idle", "5"),
     ("tcp_keepalives_interval", "2"),
     ("tcp_keepalives_count", "3"),

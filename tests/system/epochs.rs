@@ -163,3 +163,48 @@ async fn an_idle_slot_moves_past_foreign_wal() -> Result<()> {
     .await;
     board.explain(outcome)
 }
+
+/// Copies a folder with owners and modes.
+fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
+    let done = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status()?;
+    ensure!(done.success(), "cannot copy {}", from.display());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_restored_to_backup() -> Result<()> {
+    let mut board = Board::start().await?;
+    let outcome = restored(&mut board).await;
+    board.explain(outcome)
+}
+
+async fn restored(board: &mut Board) -> Result<()> {
+    let mut scene = Scene::new(board).await?;
+    let (data, backup) = (board.stack.dir().join("postgres"), board.stack.dir().join("backup"));
+    board.stack.stop_postgres().await;
+    copy(&data, &backup)?;
+    board.stack.start_postgres().await?;
+    // What the backup does not have: of a client, whose queue gives it again, and by SQL, which is lost.
+    scene.postgres = board.postgres().await?;
+    scene.add(&scene.online, "given again").await?;
+    scene.online.flush(PATIENCE).await?;
+    scene.add_by_sql("lost with the database").await?;
+    converged(board, &scene.online, "alice").await?;
+    // As ARCHITECTURE.md says: the edges stand, the inbound stream is made anew.
+    board.stack.stop_service(Service::Edge).await;
+    board.stack.stop_postgres().await;
+    std::fs::remove_dir_all(&data)?;
+    std::fs::rename(&backup, &data)?;
+    board.stack.start_postgres().await?;
+    let admin = nats::connect(&board.stack.nats_args(Role::Admin), "admin").await?;
+    admin.jetstream.delete_stream("MS_CHANGES").await?;
+    nats::declare_streams(&admin.jetstream, &STREAMS).await?;
+    board.stack.start_service(Service::Edge).await?;
+    scene.postgres = board.postgres().await?;
+    println!("postgres_restored_to_backup: healed in {:.1?}", scene.heals(board).await?);
+    let titles =
+        "SELECT array_agg(title ORDER BY title) FROM tasks WHERE title IN ('given again', 'lost with the database')";
+    let titles: Vec<String> = sqlx::query_scalar(titles).fetch_one(&mut scene.postgres).await?;
+    ensure!(titles == ["given again"], "{titles:?}");
+    Ok(())
+}

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod batches;
+mod bulk;
 mod epochs;
 mod executor;
 mod histories;

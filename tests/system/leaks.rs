@@ -1,5 +1,5 @@
-//! What a user may not see never reaches their socket, whoever writes it and however rows move (G7); and a revocation
-//! takes effect with its own transaction, at once.
+//! What a user may not see never reaches their socket, whoever writes it and however rows move (G7); a revocation
+//! takes effect with its own transaction, at once (G8).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

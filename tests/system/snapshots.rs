@@ -1,4 +1,4 @@
-//! Snapshots are exact (G8): whatever commits while one is taken, the rows that a new client gets and the stream that
+//! Snapshots are exact (G5, G6): whatever commits while one is taken, the rows that a new client gets and the stream that
 //! goes on behind them leave nothing out and repeat nothing.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,4 +1,4 @@
-//! Promises G5 to G9, with Postgres as the oracle: random schemas, memberships and transactions by SQL and by clients,
+//! Promises G5 to G8, with Postgres as the oracle: random schemas, memberships and transactions by SQL and by clients,
 //! under cuts, restarts and revocations. Every client always shows a state that Postgres once had for its user, never an
 //! earlier one than before, and in the end the last one.
 //!

@@ -9,6 +9,7 @@ mod histories;
 mod history;
 mod kills;
 mod leaks;
+mod memberships;
 mod offline;
 mod order;
 mod requirements;

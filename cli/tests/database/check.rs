@@ -103,6 +103,40 @@ async fn what_does_not_fit_is_named_with_the_remedy() {
             8,
             "take it out of `writable`",
         ),
+        (
+            whole(&CONFIG.replace(
+                "scope = \"project_id\" }",
+                "scope = \"project_id\", roles = { column = \"rank\", in = [\"x\"] } }",
+            )),
+            "[tables.members]",
+            4,
+            "no column `rank`",
+        ),
+        (
+            format!(
+                "{CONFIG}[scopes.task]\nmembership = {{ table = \"tasks\", scope = \"id\", through = \"project\", via = \"projekt\" }}"
+            ),
+            "[tables.tasks]",
+            8,
+            "no column `projekt`",
+        ),
+        (
+            format!(
+                "{CONFIG}[scopes.task]\nmembership = {{ table = \"tasks\", scope = \"id\", through = \"project\" }}"
+            ),
+            "[scopes.task]",
+            17,
+            "both `through` (a kind of scope) and `via`",
+        ),
+        (
+            whole(&CONFIG.replace(
+                "[tables.tasks]\nscope = { kind = \"project\", column = \"project_id\" }",
+                "[tables.tasks]\nscope = { kind = \"project\", column = \"title\" }",
+            )),
+            "[tables.tasks]",
+            8,
+            "`title` is text, but `members.project_id`, which names a project too, is uuid",
+        ),
     ] {
         one(pg, "", (CONFIG, &text), (place, Some(line), says, "")).await;
     }

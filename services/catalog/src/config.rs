@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use millstream_schemas::Operation;
 use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
-use serde::Deserialize;
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 /// Longest deadline of external validators, in milliseconds: a change must not be held for longer before others are seen to.
 const MAX_DEADLINE_MS: u64 = 30_000;
@@ -27,20 +29,37 @@ pub struct Config {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScopeConfig {
-    /// Who may read it.
-    pub membership: MembershipConfig,
+    /// Who may read it: whoever any of these makes a member.
+    pub membership: OneOrMany<MembershipConfig>,
 }
 
-/// A row of `table` makes the user in column `user` a member of the scope in column `scope`.
+/// A row of `table` makes members of the scope in column `scope`: the user in column `user`, or every member of the other
+/// scope in column `via`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MembershipConfig {
     /// A synced table.
     pub table: String,
-    /// Column with the user id.
-    pub user: String,
     /// Column with the scope's id.
     pub scope: String,
+    /// Column with the user id.
+    pub user: Option<String>,
+    /// Only rows with one of these roles make a member of the user.
+    pub roles: Option<RolesConfig>,
+    /// Kind of the other scope.
+    pub through: Option<String>,
+    /// Column with the other scope's id.
+    pub via: Option<String>,
+}
+
+/// The roles that count.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolesConfig {
+    /// Column with the role.
+    pub column: String,
+    /// Its values, as text, that make a member.
+    pub r#in: Vec<String>,
 }
 
 /// A synced table.
@@ -141,14 +160,36 @@ pub struct WriteConfig {
     pub delete: Option<String>,
 }
 
-/// One value, or a list of them.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+/// One value (a table), or a list of them.
+#[derive(Clone, Debug)]
 pub enum OneOrMany<T> {
     /// One.
     One(T),
     /// Several.
     Many(Vec<T>),
+}
+
+// By hand, since the error of an untagged enum does not say what is wrong with the value.
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Either<T> {
+            type Value = OneOrMany<T>;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a table or a list of tables")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(OneOrMany::One)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(list)).map(OneOrMany::Many)
+            }
+        }
+        deserializer.deserialize_any(Either(std::marker::PhantomData))
+    }
 }
 
 impl<T> OneOrMany<T> {
@@ -224,12 +265,19 @@ impl Config {
             } else if format!("{kind}:x").parse::<millstream_schemas::Scope>().is_err() {
                 problems.push(format!("[scopes.{kind}]: a kind is a lower-case identifier, such as `project`"));
             }
-            if !self.tables.contains_key(&scope.membership.table) {
-                problems.push(format!(
-                    "[scopes.{kind}]: membership table `{0}` is not synced; declare [tables.{0}]",
-                    scope.membership.table
-                ));
+            if scope.membership.as_slice().is_empty() {
+                problems.push(format!("[scopes.{kind}]: `membership` is empty, so nobody could read it"));
             }
+            for membership in scope.membership.as_slice() {
+                problems.extend(self.membership_problem(membership).map(|what| format!("[scopes.{kind}]: {what}")));
+            }
+        }
+        if let Err(cycle) = self.kinds() {
+            problems.push(format!(
+                "[scopes.{}]: it is reached through itself ({}); membership must come from users in the end",
+                cycle[0],
+                cycle.join(" through ")
+            ));
         }
         for (name, table) in &self.tables {
             if table.scope.as_slice().is_empty() {
@@ -253,6 +301,61 @@ impl Config {
             problems.extend(table.problems().into_iter().map(|what| format!("[tables.{name}]: {what}")));
         }
         problems
+    }
+
+    /// What contradicts itself in a membership: the first thing.
+    fn membership_problem(&self, membership: &MembershipConfig) -> Option<String> {
+        let MembershipConfig { table, user, roles, through, via, .. } = membership;
+        if !self.tables.contains_key(table) {
+            return Some(format!("membership table `{table}` is not synced; declare [tables.{table}]"));
+        }
+        match (user, through, via) {
+            (Some(_), None, None) => {}
+            (None, Some(through), Some(_)) if self.scopes.contains_key(through) => {}
+            (None, Some(through), Some(_)) => {
+                return Some(format!("`through` names `{through}`, which is not declared; add [scopes.{through}]"));
+            }
+            _ => {
+                return Some(format!(
+                    "membership by `{table}` names either the column `user`, or both `through` (a kind of scope) and `via` (the column with its id)"
+                ));
+            }
+        }
+        let roles = roles.as_ref()?;
+        if user.is_none() {
+            return Some("`roles` is for rows that name a `user`".to_owned());
+        }
+        roles.r#in.is_empty().then(|| "`roles.in` is empty, so nobody would be a member".to_owned())
+    }
+
+    /// The declared kinds of scopes, each behind those that it is reached through; or a circle among them, from a kind to
+    /// itself.
+    pub(crate) fn kinds(&self) -> Result<Vec<&str>, Vec<&str>> {
+        fn visit<'c>(
+            config: &'c Config,
+            kind: &'c str,
+            path: &mut Vec<&'c str>,
+            sorted: &mut Vec<&'c str>,
+        ) -> Result<(), Vec<&'c str>> {
+            if let Some(start) = path.iter().position(|open| *open == kind) {
+                return Err([&path[start..], &[kind]].concat());
+            }
+            let Some((kind, scope)) = config.scopes.get_key_value(kind).filter(|_| !sorted.contains(&kind)) else {
+                return Ok(());
+            };
+            path.push(kind);
+            for through in scope.membership.as_slice().iter().filter_map(|membership| membership.through.as_deref()) {
+                visit(config, through, path, sorted)?;
+            }
+            path.pop();
+            sorted.push(kind);
+            Ok(())
+        }
+        let mut sorted = Vec::new();
+        for kind in self.scopes.keys() {
+            visit(self, kind, &mut Vec::new(), &mut sorted)?;
+        }
+        Ok(sorted)
     }
 }
 
@@ -329,6 +432,62 @@ mod tests {
         ] {
             assert!(check(text).contains(says), "{text}\n{}", check(text));
         }
+    }
+
+    #[test]
+    fn mistakes_in_memberships_are_named() {
+        let tables = "[tables.notes]\nscope = { kind = \"user\", column = \"owner_id\" }\n[scopes]\n";
+        for (scopes, says) in [
+            ("a = { membership = { table = \"notes\", scope = \"b\", user = \"c\" } }", "ok"),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\" } }",
+                "either the column `user`, or both `through`",
+            ),
+            ("a = { membership = { table = \"notes\", scope = \"b\", usr = \"c\" } }", "unknown field `usr`"),
+            ("a = { membership = [{ table = \"notes\", scope = \"b\", usr = \"c\" }] }", "unknown field `usr`"),
+            ("a = { membership = 1 }", "a table or a list of tables"),
+            ("a = { membership = [] }", "`membership` is empty"),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\", user = \"c\", via = \"d\" } }",
+                "[scopes.a]: membership by `notes` names either",
+            ),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\", through = \"z\", via = \"d\" } }",
+                "[scopes.a]: `through` names `z`, which is not declared; add [scopes.z]",
+            ),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\", user = \"c\", roles = { column = \"r\", in = [] } } }",
+                "[scopes.a]: `roles.in` is empty",
+            ),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\", through = \"a\", via = \"d\" } }",
+                "[scopes.a]: it is reached through itself (a through a)",
+            ),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\", through = \"e\", via = \"d\" } }\n\
+                 e = { membership = { table = \"notes\", scope = \"b\", through = \"f\", via = \"d\" } }\n\
+                 f = { membership = { table = \"notes\", scope = \"b\", through = \"e\", via = \"d\" } }",
+                "[scopes.e]: it is reached through itself (e through f through e)",
+            ),
+            (
+                "a = { membership = { table = \"notes\", scope = \"b\", through = \"e\", via = \"d\", roles = { column = \"r\", in = [\"x\"] } } }\n\
+                 e = { membership = { table = \"notes\", scope = \"b\", user = \"c\" } }",
+                "[scopes.a]: `roles` is for rows that name a `user`",
+            ),
+        ] {
+            let found = check(&format!("{tables}{scopes}"));
+            assert!(found.contains(says), "{scopes}\n{found}");
+        }
+    }
+
+    #[test]
+    fn kinds_come_behind_those_they_are_reached_through() {
+        let text = "[tables.t]\nscope = { kind = \"global\" }\n[scopes]\n\
+            a = { membership = [{ table = \"t\", scope = \"b\", through = \"c\", via = \"d\" }, { table = \"t\", scope = \"b\", user = \"u\" }] }\n\
+            b = { membership = { table = \"t\", scope = \"b\", through = \"a\", via = \"d\" } }\n\
+            c = { membership = { table = \"t\", scope = \"b\", user = \"u\" } }";
+        assert_eq!(check(text), "ok");
+        assert_eq!(Config::parse(text, Path::new("")).unwrap().kinds(), Ok(vec!["c", "a", "b"]));
     }
 
     #[test]

@@ -9,8 +9,8 @@ mod load;
 mod model;
 
 pub use config::{
-    Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RuleConfig, ScopeConfig, TableConfig,
-    TableScopeConfig, ValidateConfig, WriteConfig,
+    Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RolesConfig, RuleConfig, ScopeConfig,
+    TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
 pub use load::CatalogError;
-pub use model::{Catalog, Column, ConflictPolicy, Membership, Rule, Table, Validate, WriteRules};
+pub use model::{Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules};

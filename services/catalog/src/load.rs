@@ -8,8 +8,10 @@ use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
-use crate::config::{Config, Conflict, DeleteMissing, TableConfig};
-use crate::model::{Catalog, Column, ConflictPolicy, Membership, Rule, Table, Validate, WriteRules};
+use crate::config::{Config, Conflict, DeleteMissing, MembershipConfig, TableConfig};
+use crate::model::{
+    Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
+};
 
 /// Why the configuration does not fit the database.
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +55,40 @@ impl Catalog {
             let mut found = Problems { table: name, problems: &mut problems };
             tables.extend(table(connection, name, declared, config, &mut found).await?);
         }
+        problems.extend(id_types(&tables));
+        let kinds = config.kinds().unwrap_or_default().into_iter().map(str::to_owned).collect();
         let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
         let by_oid = tables.iter().enumerate().map(|(index, table)| (table.oid, index)).collect();
-        let mut catalog = Catalog { version: String::new(), tables, by_name, by_oid };
+        let mut catalog = Catalog { version: String::new(), tables, kinds, by_name, by_oid };
         catalog.version = version(&catalog);
         Ok((catalog, problems))
     }
+}
+
+/// Columns that carry ids of one kind of scope and are of different types: an id of one might be no value of another.
+fn id_types(tables: &[Table]) -> Vec<CatalogError> {
+    fn base(sql_type: &str) -> &str {
+        let name = sql_type.split('(').next().unwrap_or(sql_type);
+        if name == "character varying" { "text" } else { name }
+    }
+    let mut seen: HashMap<&str, (&Table, &Column)> = HashMap::new();
+    let mut problems = Vec::new();
+    for table in tables {
+        let granted =
+            table.memberships.iter().map(|found| ScopeColumn { kind: &found.kind, column: Some(found.scope) });
+        for ScopeColumn { kind, column } in granted.chain(table.row_scope_columns()) {
+            let Some(column) = column.map(|index| &table.columns[index]) else { continue };
+            let (other, first) = *seen.entry(kind).or_insert((table, column));
+            if base(&first.sql_type) != base(&column.sql_type) {
+                let what = format!(
+                    "`{}` is {}, but `{}.{}`, which names a {kind} too, is {}; give both the same type",
+                    column.name, column.sql_type, other.name, first.name, first.sql_type
+                );
+                problems.push(CatalogError::Table { table: table.name.clone(), what });
+            }
+        }
+    }
+    problems
 }
 
 /// What does not fit in the declaration of one table.
@@ -151,15 +181,13 @@ async fn table(
             scopes.push(TableScope { kind: scope.kind.clone(), column: column.flatten() });
         }
     }
-    let mut memberships = Vec::new();
-    for (kind, scope) in config.scopes.iter().filter(|(_, scope)| scope.membership.table == name) {
-        let membership = &scope.membership;
-        let user = problems.column(&columns, &membership.user);
-        let scope = problems.column(&columns, &membership.scope);
-        if let (Some(user), Some(scope)) = (user, scope) {
-            memberships.push(Membership { kind: kind.clone(), user, scope });
-        }
-    }
+    let declared_memberships = config
+        .scopes
+        .iter()
+        .flat_map(|(kind, scope)| scope.membership.as_slice().iter().map(move |membership| (kind, membership)))
+        .filter(|(_, membership)| membership.table == name);
+    let memberships =
+        declared_memberships.filter_map(|(kind, declared)| membership(kind, declared, &columns, problems)).collect();
     if declared.write.insert.is_some() {
         for missing in key.iter().map(|&column| &columns[column]).filter(|column| !column.writable) {
             problems.add(format!("clients may insert, so the key column `{}` must be in `writable`", missing.name));
@@ -197,6 +225,32 @@ async fn table(
         }),
         identity_full: found.get::<&str, _>("identity") == "f",
     }))
+}
+
+/// A membership with its columns; none if one is missing.
+fn membership(
+    kind: &str,
+    declared: &MembershipConfig,
+    columns: &[Column],
+    problems: &mut Problems<'_>,
+) -> Option<Membership> {
+    let scope = problems.column(columns, &declared.scope);
+    let of = match (&declared.user, &declared.through, &declared.via) {
+        (Some(user), ..) => {
+            let user = problems.column(columns, user);
+            let roles = match &declared.roles {
+                None => Some(None),
+                Some(roles) => problems.column(columns, &roles.column).map(|column| Some((column, roles.r#in.clone()))),
+            };
+            user.zip(roles).map(|(column, roles)| Members::User { column, roles })
+        }
+        (None, Some(through), Some(via)) => {
+            problems.column(columns, via).map(|column| Members::Through { kind: through.clone(), column })
+        }
+        // Contradicts itself: the configuration's own problems tell of it.
+        _ => None,
+    };
+    Some(Membership { kind: kind.to_owned(), scope: scope?, of: of? })
 }
 
 /// How concurrent changes meet: as declared, else by what columns there are.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{ColumnSchema, Operation, Schema, Scope, TableSchema, TableScope};
 
 /// The synced tables, as declared in `millstream.toml` and found in the database. Immutable; shared in an `Arc`.
@@ -12,6 +13,8 @@ pub struct Catalog {
     pub version: String,
     /// The tables, by name.
     pub tables: Vec<Table>,
+    /// The declared kinds of scopes, each behind those that it is reached through.
+    pub(crate) kinds: Vec<String>,
     pub(crate) by_name: HashMap<String, usize>,
     pub(crate) by_oid: HashMap<u32, usize>,
 }
@@ -27,9 +30,13 @@ impl Catalog {
         self.by_oid.get(&oid).map(|&index| &self.tables[index])
     }
 
-    /// The tables that grant membership in scopes.
+    /// What makes users members of scopes: each behind those of the kinds that it is reached through.
     pub fn memberships(&self) -> impl Iterator<Item = (&Table, &Membership)> {
-        self.tables.iter().flat_map(|table| table.memberships.iter().map(move |membership| (table, membership)))
+        self.kinds.iter().flat_map(move |kind| {
+            self.tables.iter().flat_map(move |table| {
+                table.memberships.iter().filter(move |found| found.kind == *kind).map(move |found| (table, found))
+            })
+        })
     }
 
     /// What clients are told.
@@ -53,7 +60,7 @@ pub struct Table {
     pub key: Vec<usize>,
     /// The scopes that each row belongs to.
     pub scopes: Vec<TableScope>,
-    /// Memberships that rows of this table grant; such rows are published in `user:{user}` too.
+    /// Memberships that rows of this table grant; such rows are published in the members' scope too.
     pub memberships: Vec<Membership>,
     /// Who may write.
     pub write: WriteRules,
@@ -78,35 +85,27 @@ impl Table {
     /// The scopes of a row, given its values in column order. Null scope columns give no scope.
     pub fn row_scopes<'a>(&'a self, row: impl Fn(usize) -> Option<&'a str>) -> Vec<Scope> {
         let mut scopes: Vec<Scope> = Vec::with_capacity(self.scopes.len() + self.memberships.len());
-        let mut add = |scope: Scope| {
-            if !scopes.contains(&scope) {
-                scopes.push(scope);
-            }
-        };
-        for scope in &self.scopes {
-            match scope.column {
-                None => add(Scope::global()),
-                Some(column) => {
-                    if let Some(id) = row(column) {
-                        add(Scope::new(scope.kind.clone(), id));
-                    }
-                }
-            }
-        }
-        for membership in &self.memberships {
-            if let Some(user) = row(membership.user) {
-                add(Scope::user(user));
-            }
+        for scope in self.row_scope_columns() {
+            let found = match scope.column {
+                None => Some(Scope::global()),
+                Some(column) => row(column).map(|id| Scope::new(scope.kind, id)),
+            };
+            scopes.extend(found.filter(|scope| !scopes.contains(scope)));
         }
         scopes
     }
 
-    /// What clients are told. Rows that grant membership also belong to their user's scope.
+    /// How the scopes of a row are read off it: those declared, and for rows that grant memberships those of the members.
+    pub fn row_scope_columns(&self) -> impl Iterator<Item = ScopeColumn<'_>> {
+        let declared = self.scopes.iter().map(|scope| ScopeColumn { kind: &scope.kind, column: scope.column });
+        declared.chain(self.memberships.iter().map(Membership::members))
+    }
+
+    /// What clients are told.
     pub fn schema(&self) -> TableSchema {
-        let mut scopes = self.scopes.clone();
-        for membership in &self.memberships {
-            let scope =
-                TableScope { kind: millstream_schemas::subject::USER_KIND.into(), column: Some(membership.user) };
+        let mut scopes = Vec::with_capacity(self.scopes.len() + self.memberships.len());
+        for ScopeColumn { kind, column } in self.row_scope_columns() {
+            let scope = TableScope { kind: kind.to_owned(), column };
             if !scopes.contains(&scope) {
                 scopes.push(scope);
             }
@@ -150,15 +149,53 @@ pub struct Column {
     pub writable: bool,
 }
 
-/// A row of the table makes `user` a member of the scope `kind:{scope column}`.
+/// How a scope of a row is read off it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScopeColumn<'a> {
+    /// Kind of the scope.
+    pub kind: &'a str,
+    /// Index of the column with its id; none for `global`.
+    pub column: Option<usize>,
+}
+
+/// A row of the table makes some users members of the scope `kind:{scope column}`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Membership {
     /// Kind of the scope.
     pub kind: String,
-    /// Index of the column with the user id.
-    pub user: usize,
     /// Index of the column with the scope's id.
     pub scope: usize,
+    /// Who becomes a member.
+    pub of: Members,
+}
+
+/// Whom a row makes members.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Members {
+    /// The user that it names.
+    User {
+        /// Index of the column with the user id.
+        column: usize,
+        /// Index of the column with the role, and the roles that count; none if all do.
+        roles: Option<(usize, Vec<String>)>,
+    },
+    /// Every member of another scope.
+    Through {
+        /// Kind of the other scope.
+        kind: String,
+        /// Index of the column with its id.
+        column: usize,
+    },
+}
+
+impl Membership {
+    /// The scope of those whom a row makes members: it is published there, so that they learn of it.
+    pub fn members(&self) -> ScopeColumn<'_> {
+        match &self.of {
+            Members::User { column, .. } => ScopeColumn { kind: USER_KIND, column: Some(*column) },
+            Members::Through { kind, column } => ScopeColumn { kind, column: Some(*column) },
+        }
+    }
 }
 
 /// How concurrent changes to one row meet, with the columns that tell which is newer.

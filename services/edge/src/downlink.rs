@@ -14,6 +14,7 @@ use millstream_schemas::{Lsn, Position, Scope};
 use uuid::Uuid;
 
 use crate::fence::Fence;
+use crate::grants::{Grants, Moved};
 use crate::message::Message;
 
 /// Most messages of a transaction that are kept until its end; a larger transaction streams, so that memory is bounded.
@@ -52,8 +53,8 @@ struct Bracket {
 pub struct Downlink {
     client_id: Uuid,
     user_scope: Scope,
-    /// Names of the tables that grant memberships.
-    membership_tables: Arc<[String]>,
+    /// What moves memberships.
+    grants: Arc<Grants>,
     /// Sequence of the last message fed.
     cursor: u64,
     /// Position of the last message fed, for commits.
@@ -85,7 +86,7 @@ impl Downlink {
     pub fn new(
         client_id: Uuid,
         user_id: &str,
-        membership_tables: Arc<[String]>,
+        grants: Arc<Grants>,
         position: Position,
         scopes: impl IntoIterator<Item = Scope>,
         authorization: Arc<Fence>,
@@ -93,7 +94,7 @@ impl Downlink {
         Downlink {
             client_id,
             user_scope: Scope::user(user_id),
-            membership_tables,
+            grants,
             cursor: position.seq,
             position,
             open: false,
@@ -156,7 +157,7 @@ impl Downlink {
             // Commit order: everything before the fence has been fed.
             self.close_bracket(out);
         }
-        if self.moves_membership(message, &self.authorization) {
+        if self.moves_membership(message, &self.authorization, |scope| self.scopes.contains_key(scope)) {
             self.reauthorize = true;
         }
         if message.last && self.reauthorize {
@@ -226,18 +227,15 @@ impl Downlink {
     }
 
     /// Whether the user's memberships move in the message's transaction, and a snapshot does not see it.
-    fn moves_membership(&self, message: &Message, snapshot: &Fence) -> bool {
-        #[derive(serde::Deserialize)]
-        struct Table<'a> {
-            #[serde(borrow)]
-            table: std::borrow::Cow<'a, str>,
-        }
-        (message.scope.as_ref() == Some(&self.user_scope) || message.truncates)
+    fn moves_membership(&self, message: &Message, snapshot: &Fence, is_member: impl Fn(&Scope) -> bool) -> bool {
+        let concerns = message.truncates
+            || message.scope.as_ref().is_some_and(|scope| *scope == self.user_scope || is_member(scope));
+        concerns
             && !snapshot.sees(message.xid, message.lsn())
-            // Unreadable counts as moved: reading memberships once too often harms nobody.
-            && serde_json::from_slice::<Vec<Table<'_>>>(&message.payload).map_or(true, |changes| {
-                changes.iter().any(|change| self.membership_tables.iter().any(|name| *name == change.table))
-            })
+            && match message.moved(&self.grants) {
+                Moved::To(scopes) => !scopes.iter().all(is_member),
+                Moved::Anywhere => true,
+            }
     }
 
     fn confirm(&mut self, message: &Message, out: &mut Vec<Out>) {
@@ -282,11 +280,18 @@ impl Downlink {
         }
     }
 
-    /// The first transaction behind the cursor that moves the user's memberships and that a snapshot does not see: memberships
+    /// The first transaction behind the cursor that moves the user's memberships and that a snapshot does not see: the `scopes`
     /// read there are outdated, and nothing that is still to be fed would tell.
-    pub fn outdates<'a>(&self, snapshot: &Fence, look_back: &'a [Arc<Message>]) -> Option<&'a Message> {
-        let moves =
-            |message: &&Message| message.epoch() == self.position.epoch && self.moves_membership(message, snapshot);
+    pub fn outdates<'a>(
+        &self,
+        snapshot: &Fence,
+        scopes: &BTreeSet<Scope>,
+        look_back: &'a [Arc<Message>],
+    ) -> Option<&'a Message> {
+        let moves = |message: &&Message| {
+            message.epoch() == self.position.epoch
+                && self.moves_membership(message, snapshot, |scope| scopes.contains(scope))
+        };
         look_back.iter().map(Arc::as_ref).find(moves)
     }
 

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::downlink::{Downlink, Next, Out};
 use crate::fence::Fence;
+use crate::grants::tests::board;
 use crate::message::{Message, tests::message};
 
 const CLIENT: Uuid = Uuid::from_u128(7);
@@ -34,8 +35,7 @@ fn msg(seq: u64, n: u64, index: u32, last: bool, scope: Option<Scope>) -> Messag
 
 fn downlink(scopes: &[Scope]) -> Downlink {
     let position = Position { epoch: Uuid::nil(), seq: 10, lsn: Lsn(0x10_0000) };
-    let tables: Arc<[String]> = Arc::from(["members".to_owned()]);
-    Downlink::new(CLIENT, "alice", tables, position, scopes.iter().cloned(), fence(0, 0x100))
+    Downlink::new(CLIENT, "alice", Arc::new(board()), position, scopes.iter().cloned(), fence(0, 0x100))
 }
 
 fn words(out: Vec<Out>) -> String {
@@ -191,7 +191,35 @@ fn memberships_that_moved_before_the_cursor_are_noticed() {
     moved.payload = Bytes::from_static(br#"[{"table":"members","op":"delete","rows":[["p"]]}]"#);
     let other = msg(9, 7, 0, true, Some(project("p")));
     let back = [Arc::new(other), Arc::new(moved)];
-    assert_eq!(downlink.outdates(&fence(8, 0x100), &back).map(|message| message.position.seq), Some(10));
-    assert!(downlink.outdates(&fence(9, 0x100), &back).is_none());
-    assert!(downlink.outdates(&fence(0, 0), &back[..1]).is_none());
+    let outdates = |fence: &Fence, scopes: &[Scope], back| {
+        downlink.outdates(fence, &scopes.iter().cloned().collect(), back).map(|message: &Message| message.position.seq)
+    };
+    assert_eq!(outdates(&fence(8, 0x100), &[], &back), Some(10));
+    assert_eq!(outdates(&fence(9, 0x100), &[], &back), None);
+    assert_eq!(outdates(&fence(0, 0), &[], &back[..1]), None);
+    // Of a scope that the snapshot is about to grant, through which another one went meanwhile.
+    let organisation = Scope::new("organisation", "o");
+    let mut gone = msg(10, 8, 0, true, Some(organisation.clone()));
+    gone.payload = Bytes::from_static(br#"[{"table":"projects","op":"delete","rows":[["p"]]}]"#);
+    let back = [Arc::new(gone)];
+    assert_eq!(outdates(&fence(8, 0x100), &[organisation], &back), Some(10));
+    assert_eq!(outdates(&fence(8, 0x100), &[], &back), None, "of no concern to those outside");
+}
+
+#[test]
+fn memberships_through_another_scope_follow_its_rows() {
+    let organisation = Scope::new("organisation", "o");
+    let projects = |seq, n, op: &str, ids: &str| {
+        let mut message = msg(seq, n, 0, true, Some(organisation.clone()));
+        message.payload = Bytes::from(format!(r#"[{{"table":"projects","op":"{op}","rows":[{ids}]}}]"#));
+        message
+    };
+    let mut link = downlink(&[organisation.clone(), project("a")]);
+    assert_eq!(feed(&mut link, projects(11, 0x201, "upsert", r#"["a","new name"]"#)), "rows11!", "a is held already");
+    let mut out = Vec::new();
+    for message in [projects(12, 0x202, "upsert", r#"["a",""],["b",""]"#), projects(12, 0x202, "delete", r#"["a"]"#)] {
+        assert_eq!(link.message(&message, &mut out), Next::Reauthorize);
+    }
+    let mut outside = downlink(&[project("a")]);
+    assert_eq!(feed(&mut outside, projects(12, 0x202, "delete", r#"["a"]"#)), "");
 }

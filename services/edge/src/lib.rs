@@ -14,6 +14,7 @@ mod downlink;
 #[cfg(test)]
 mod downlink_tests;
 mod fence;
+mod grants;
 mod hub;
 mod lane;
 mod message;
@@ -55,6 +56,7 @@ pub use token::{AUDIENCE, MIN_SECRET_BYTES};
 pub mod pure {
     pub use crate::downlink::{Downlink, Next, Out};
     pub use crate::fence::Fence;
+    pub use crate::grants::Grants;
     pub use crate::message::Message;
 }
 
@@ -124,7 +126,7 @@ pub enum Error {
 /// What all sessions share.
 pub(crate) struct Edge {
     catalog: Arc<Catalog>,
-    membership_tables: Arc<[String]>,
+    grants: Arc<grants::Grants>,
     pool: PgPool,
     nats: Nats,
     hub: Arc<hub::Hub>,
@@ -161,7 +163,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     tokio::spawn(results(nats.clone(), hub.clone(), shutdown.clone()));
 
     let edge = Arc::new(Edge {
-        membership_tables: catalog.memberships().map(|(table, _)| table.name.clone()).collect(),
+        grants: Arc::new(grants::Grants::new(catalog.memberships())),
         catalog: Arc::new(catalog),
         pool,
         lanes: lane::Lanes::start(&nats, &shutdown),

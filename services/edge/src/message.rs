@@ -10,6 +10,8 @@ use millstream_schemas::stream::{OriginEntry, header};
 use millstream_schemas::{Lsn, Position, Scope};
 use uuid::Uuid;
 
+use crate::grants::{Grants, Moved};
+
 /// A message of `MS_WAL`. The row changes stay as encoded by replication; sessions send slices of one shared frame.
 #[derive(Debug)]
 pub struct Message {
@@ -34,6 +36,7 @@ pub struct Message {
     /// JSON array of `TableChanges`.
     pub payload: Bytes,
     frame: OnceLock<Utf8Bytes>,
+    moved: OnceLock<Moved>,
 }
 
 /// The message lacks a header or has one that cannot be read.
@@ -87,6 +90,7 @@ impl Message {
             traceparent,
             payload,
             frame: OnceLock::new(),
+            moved: OnceLock::new(),
         })
     }
 
@@ -104,6 +108,14 @@ impl Message {
     pub fn weight(&self) -> usize {
         // The frame holds the payload a second time.
         512 + 2 * self.payload.len()
+    }
+
+    /// What it may mean for the memberships of those who hold its scope: found at the first call, and shared from then on.
+    pub fn moved(&self, grants: &Grants) -> &Moved {
+        self.moved.get_or_init(|| match &self.scope {
+            None => Moved::To(Vec::new()),
+            Some(scope) => grants.moved(scope, self.truncates, &self.payload),
+        })
     }
 
     /// The frame `rows`, encoded at the first call and shared from then on.

@@ -254,7 +254,7 @@ impl Session {
     async fn join(&mut self, wire: &mut Wire, mut snapshot: Snapshot, mut scopes: BTreeSet<Scope>) -> Result<(), End> {
         // Now, while what the snapshot may not see is still young enough to be in the ring.
         let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
-        while let Some(message) = self.downlink.outdates(&snapshot.fence, &back) {
+        while let Some(message) = self.downlink.outdates(&snapshot.fence, &scopes, &back) {
             snapshot = self.snapshot_that_sees(message).await?;
             scopes = self.scopes_in(&mut snapshot).await?;
         }

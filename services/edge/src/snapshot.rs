@@ -8,10 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use futures_util::TryStreamExt;
-use millstream_catalog::{Catalog, Table};
+use millstream_catalog::{Catalog, Members, ScopeColumn, Table};
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
-use millstream_schemas::subject::{GLOBAL_KIND, MAX_SCOPE_ID_BYTES, USER_KIND};
+use millstream_schemas::subject::MAX_SCOPE_ID_BYTES;
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use tokio::sync::mpsc;
@@ -113,20 +113,35 @@ impl Snapshot {
     pub async fn scopes(&mut self, catalog: &Catalog, user_id: &str) -> Result<BTreeSet<Scope>, SnapshotError> {
         let mut scopes = BTreeSet::from([Scope::global(), Scope::user(user_id)]);
         for (table, membership) in catalog.memberships() {
-            let (user, scope) = (&table.columns[membership.user], &table.columns[membership.scope]);
+            let column = |index: usize| &table.columns[index];
+            // Of the other scopes, those of a kind have been read by now.
+            let (members, of, roles) = match &membership.of {
+                Members::User { column, roles } => (*column, vec![user_id], roles.as_ref()),
+                Members::Through { kind, column } => {
+                    let held = scopes.iter().filter(|scope| scope.kind == *kind).map(|scope| scope.id.as_str());
+                    (*column, held.collect(), None)
+                }
+            };
+            if of.is_empty() {
+                continue;
+            }
             // Identifiers come quoted from the catalog.
-            let sql = format!(
-                "SELECT DISTINCT {scope}::text FROM {table} WHERE {user} = $1::text::{user_type} AND {scope} IS NOT NULL",
-                scope = scope.sql_name,
+            let mut sql = format!(
+                "SELECT DISTINCT {scope}::text FROM {table} WHERE {members} = ANY ($1::text[]::{members_type}[]) AND {scope} IS NOT NULL",
+                scope = column(membership.scope).sql_name,
                 table = table.sql_name,
-                user = user.sql_name,
-                user_type = user.sql_type,
+                members = column(members).sql_name,
+                members_type = column(members).sql_type,
             );
-            let ids: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql))
-                .bind(user_id)
-                .fetch_all(&mut *self.transaction)
-                .await
-                .map_err(query("read memberships"))?;
+            if let Some((role, _)) = roles {
+                let _ = write!(sql, " AND {}::text = ANY ($2)", column(*role).sql_name);
+            }
+            let mut query_ids = sqlx::query_scalar(AssertSqlSafe(sql)).bind(of);
+            if let Some((_, allowed)) = roles {
+                query_ids = query_ids.bind(allowed);
+            }
+            let ids: Vec<String> =
+                query_ids.fetch_all(&mut *self.transaction).await.map_err(query("read memberships"))?;
             // Such an id is no scope to replication either; one bad row must not lock its user out.
             let fits = |id: &String| !id.is_empty() && id.len() <= MAX_SCOPE_ID_BYTES;
             scopes.extend(ids.into_iter().filter(fits).map(|id| Scope::new(membership.kind.clone(), id)));
@@ -205,7 +220,7 @@ impl Snapshot {
             ids.entry(&scope.kind).or_default().push(&scope.id);
         }
         for table in &catalog.tables {
-            for (kind, column) in scope_columns(table) {
+            for ScopeColumn { kind, column } in table.row_scope_columns() {
                 let Some(ids) = ids.get(kind) else { continue };
                 self.table(table, column, ids, frames).await?;
             }
@@ -252,15 +267,6 @@ impl Snapshot {
         }
         Ok(())
     }
-}
-
-/// How a table's rows are found by scope: kinds with their column. Membership rows are in their user's scope too.
-fn scope_columns(table: &Table) -> impl Iterator<Item = (&str, Option<usize>)> {
-    let declared = table.scopes.iter().map(|scope| {
-        let kind = if scope.column.is_none() { GLOBAL_KIND } else { scope.kind.as_str() };
-        (kind, scope.column)
-    });
-    declared.chain(table.memberships.iter().map(|membership| (USER_KIND, Some(membership.user))))
 }
 
 /// Cuts a COPY stream into lines.

@@ -64,12 +64,12 @@ impl Mapping {
 }
 
 /// The columns that the replica identity of a table must cover: the key finds the row at the client, the scope columns
-/// and membership users say whose row it was.
+/// and those of memberships say whose row it was.
 pub fn identity_columns(table: &Table) -> Vec<usize> {
     let mut columns = table.key.clone();
-    let scopes = table.scopes.iter().filter_map(|scope| scope.column);
-    let memberships = table.memberships.iter().flat_map(|membership| [membership.user, membership.scope]);
-    for column in scopes.chain(memberships) {
+    let scopes = table.row_scope_columns().filter_map(|scope| scope.column);
+    let granted = table.memberships.iter().map(|membership| membership.scope);
+    for column in scopes.chain(granted) {
         if !columns.contains(&column) {
             columns.push(column);
         }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use axum::extract::ws::Utf8Bytes;
-use millstream_edge::pure::{Downlink, Fence, Message, Next, Out};
+use millstream_edge::pure::{Downlink, Fence, Grants, Message, Next, Out};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
 use millstream_schemas::stream::{Submission, Watermark};
 use millstream_schemas::{Code, Position, Scope, TableChanges, TableOp};
@@ -190,9 +190,11 @@ impl World {
             None => Default::default(),
         };
         let authorization = Arc::new(fence.clone());
-        let tables: Arc<[String]> = Arc::new(["members".to_owned()]);
+        let tables = &self.postgres.tables;
+        let memberships = tables.iter().flat_map(|table| table.memberships.iter().map(move |found| (table, found)));
+        let grants = Arc::new(Grants::new(memberships));
         let position = kept.unwrap_or(head);
-        let mut downlink = Downlink::new(hello.client_id, &hello.token, tables, position, held, authorization);
+        let mut downlink = Downlink::new(hello.client_id, &hello.token, grants, position, held, authorization);
         let mut out = Vec::new();
         lost.into_iter().for_each(|scope| downlink.removed(scope, &mut out));
         downlink.ledger(fence.lsn, confirmed, false);
@@ -270,11 +272,12 @@ impl World {
     ) -> bool {
         let cursor = (downlink.cursor() as usize).min(self.broker.outbound.len());
         let back = self.broker.outbound[cursor.saturating_sub(LOOK_BACK)..cursor].to_vec();
-        while let Some(message) = downlink.outdates(&fence, &back) {
+        let mut scopes = state.scopes(user);
+        while let Some(message) = downlink.outdates(&fence, &scopes, &back) {
             let Some(later) = self.snapshot_that_sees(message) else { return false };
             (state, fence) = later;
+            scopes = state.scopes(user);
         }
-        let scopes = state.scopes(user);
         let fence = Arc::new(fence);
         let (in_bracket, held) = (downlink.in_bracket(), downlink.scopes().count());
         let new = downlink.authorized(&scopes, fence.clone(), out);

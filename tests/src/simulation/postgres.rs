@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 
-use millstream_catalog::{Column, ConflictPolicy, Membership, Table, WriteRules};
+use millstream_catalog::{Column, ConflictPolicy, Members, Membership, Table, WriteRules};
 use millstream_changes::pure::{Effect, Known, Settled};
 use millstream_edge::pure::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
@@ -42,7 +42,9 @@ pub fn tables() -> Vec<Table> {
             key: key.to_vec(),
             scopes: vec![TableScope { kind: "project".into(), column: Some(project) }],
             memberships: match name {
-                "members" => vec![Membership { kind: "project".into(), user: 1, scope: 0 }],
+                "members" => {
+                    vec![Membership { kind: "project".into(), scope: 0, of: Members::User { column: 1, roles: None } }]
+                }
                 _ => vec![],
             },
             write: WriteRules { insert: rule.clone(), update: rule.clone(), delete: rule },

@@ -246,6 +246,7 @@ async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
             let count = rng.random_range(2..=3);
             uuids(&mut rng, count)
         },
+        teams: uuids(&mut rng, 2),
         ids: schema.tables.iter().map(|_| uuids(&mut rng, 6)).collect(),
     };
     let mut postgres = board.postgres().await?;

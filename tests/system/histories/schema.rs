@@ -1,4 +1,5 @@
-//! Random schemas: `members` and two to five tables of rows that belong to projects, users, both, or to everybody.
+//! Random schemas: memberships of projects, of teams, and of projects through teams; and two to five tables of rows that
+//! belong to projects, users, both, or to everybody.
 
 use std::fmt::Write;
 
@@ -175,14 +176,52 @@ fn watched(name: &str) -> String {
 
 #[derive(Clone, Debug)]
 pub struct Schema {
-    /// Behind `members`, which is the first.
+    /// Behind [`MEMBERSHIPS`].
     pub tables: Vec<Table>,
 }
+
+/// The tables that grant memberships, which come first, with their columns: users of projects and of teams, unless they are
+/// guests, and teams of projects.
+pub const MEMBERSHIPS: [(&str, &[&str]); 3] = [
+    ("members", &["project", "user_id", "role"]),
+    ("team_members", &["team", "user_id", "role"]),
+    ("plans", &["project", "team"]),
+];
+
+const MEMBERSHIPS_DDL: &str = "
+CREATE TABLE members (project uuid NOT NULL, user_id text NOT NULL, role text NOT NULL, PRIMARY KEY (project, user_id));
+CREATE TABLE team_members (team uuid NOT NULL, user_id text NOT NULL, role text NOT NULL, PRIMARY KEY (team, user_id));
+CREATE TABLE plans (project uuid PRIMARY KEY, team uuid NOT NULL);
+CREATE UNIQUE INDEX plans_identity ON plans (project, team);
+ALTER TABLE plans REPLICA IDENTITY USING INDEX plans_identity;
+";
+
+const MEMBERSHIPS_CONFIG: &str = r#"
+[scopes.team]
+membership = { table = "team_members", user = "user_id", scope = "team", roles = { column = "role", in = ["member", "owner"] } }
+
+[scopes.project]
+membership = [
+    { table = "members", user = "user_id", scope = "project", roles = { column = "role", in = ["member", "owner"] } },
+    { table = "plans", scope = "project", through = "team", via = "team" },
+]
+
+[tables.members]
+scope = { kind = "project", column = "project" }
+write.delete = "old.user_id = auth.user_id"
+
+[tables.team_members]
+scope = { kind = "team", column = "team" }
+
+[tables.plans]
+scope = { kind = "project", column = "project" }
+"#;
 
 /// What a history's transactions are about.
 pub struct Pool {
     pub users: Vec<String>,
     pub projects: Vec<String>,
+    pub teams: Vec<String>,
     /// Keys that rows may have, by table.
     pub ids: Vec<Vec<String>>,
 }
@@ -237,11 +276,10 @@ impl Schema {
                END IF;
                RETURN NULL;
              END $$;
-             CREATE TABLE members (project uuid NOT NULL, user_id text NOT NULL, role text NOT NULL, PRIMARY KEY (project, user_id));
-             {}",
-            kept.join(""),
-            watched("members")
+             {MEMBERSHIPS_DDL}",
+            kept.join("")
         );
+        sql.extend(MEMBERSHIPS.map(|(name, _)| watched(name)));
         for table in &self.tables {
             sql += &table.ddl(&self.tables);
         }
@@ -249,21 +287,17 @@ impl Schema {
     }
 
     pub fn config(&self) -> String {
-        let mut text =
-            "[scopes.project]\nmembership = { table = \"members\", user = \"user_id\", scope = \"project\" }\n\n\
-                        [tables.members]\nscope = { kind = \"project\", column = \"project\" }\n\
-                        write.delete = \"old.user_id = auth.user_id\"\n\n"
-                .to_owned();
+        let mut text = MEMBERSHIPS_CONFIG.to_owned();
         for table in &self.tables {
             text += &table.config();
         }
         text
     }
 
-    /// The compared columns of each table, `members` first.
+    /// The compared columns of each table, [`MEMBERSHIPS`] first.
     pub fn columns(&self) -> Vec<(String, Columns)> {
-        let members = ["project", "user_id", "role"].map(|name| (name.to_owned(), false)).to_vec();
-        let mut all = vec![("members".to_owned(), members)];
+        let texts = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), false)).collect();
+        let mut all = MEMBERSHIPS.map(|(name, columns)| (name.to_owned(), texts(columns))).to_vec();
         all.extend(self.tables.iter().map(|table| (table.name.clone(), table.columns())));
         all
     }
@@ -321,15 +355,29 @@ impl Schema {
     /// One statement that only SQL from elsewhere may give: memberships, keys, whole tables.
     pub fn foreign_statement(&self, pool: &Pool, rng: &mut StdRng) -> String {
         let (project, user) = (Pool::any(&pool.projects, rng).to_owned(), Pool::any(&pool.users, rng).to_owned());
+        let team = Pool::any(&pool.teams, rng).to_owned();
         let member = format!("project = '{project}' AND user_id = '{user}'");
         match rng.random_range(0..100) {
-            0..25 => format!("INSERT INTO members VALUES ('{project}', '{user}', 'member') ON CONFLICT DO NOTHING"),
-            25..45 => format!("DELETE FROM members WHERE {member}"),
-            45..48 => format!("UPDATE members SET role = 'owner' WHERE {member}"),
-            48..51 => {
+            0..16 => format!("INSERT INTO members VALUES ('{project}', '{user}', 'member') ON CONFLICT DO NOTHING"),
+            16..28 => format!("DELETE FROM members WHERE {member}"),
+            28..34 => {
+                let role = *["owner", "guest", "member"].choose(rng).unwrap_or(&"guest");
+                format!("UPDATE members SET role = '{role}' WHERE {member}")
+            }
+            34..36 => {
                 let to = Pool::any(&pool.users, rng);
                 format!("UPDATE members SET user_id = '{to}' WHERE {member} AND user_id <> '{to}'")
             }
+            36..41 => format!("INSERT INTO team_members VALUES ('{team}', '{user}', 'member') ON CONFLICT DO NOTHING"),
+            41..45 => format!("DELETE FROM team_members WHERE team = '{team}' AND user_id = '{user}'"),
+            45..47 => format!(
+                "UPDATE team_members SET role = CASE role WHEN 'guest' THEN 'member' ELSE 'guest' END
+                 WHERE team = '{team}' AND user_id = '{user}'"
+            ),
+            47..49 => format!(
+                "INSERT INTO plans VALUES ('{project}', '{team}') ON CONFLICT (project) DO UPDATE SET team = excluded.team"
+            ),
+            49..51 => format!("DELETE FROM plans WHERE project = '{project}'"),
             51..57 => {
                 let n = rng.random_range(0..self.tables.len());
                 let (from, to) = (Pool::any(&pool.ids[n], rng).to_owned(), Pool::any(&pool.ids[n], rng));
@@ -339,6 +387,7 @@ impl Schema {
                 let n = rng.random_range(0..self.tables.len());
                 format!("TRUNCATE {} CASCADE", self.tables[n].name)
             }
+            58..59 if rng.random_bool(0.2) => "TRUNCATE plans".to_owned(),
             _ => self.statement(pool, rng),
         }
     }

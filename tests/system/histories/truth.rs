@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, bail, ensure};
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 
-use super::schema::{Belongs, Schema};
+use super::schema::{Belongs, MEMBERSHIPS, Schema};
 
 /// A row's values as Postgres writes them, in the order of the compared columns.
 pub type Row = Vec<Option<String>>;
@@ -21,6 +21,13 @@ pub struct Truth {
     commits: Vec<String>,
     /// Commits that emptied a table with TRUNCATE.
     truncations: Vec<(usize, usize)>,
+}
+
+/// What a user is a member of.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Memberships<'a> {
+    projects: BTreeSet<&'a str>,
+    teams: BTreeSet<&'a str>,
 }
 
 /// What differs, for people.
@@ -85,27 +92,36 @@ impl Truth {
         Ok(Truth { schema: schema.clone(), states, commits, truncations })
     }
 
-    /// Projects that a user was a member of after a commit.
-    fn projects(&self, commit: usize, user: &str) -> BTreeSet<&str> {
-        let is_own = |row: &&(usize, Row)| row.0 == 0 && row.1[1].as_deref() == Some(user);
-        self.states[commit].iter().filter(is_own).filter_map(|row| row.1[0].as_deref()).collect()
+    /// What a user was a member of after a commit.
+    fn memberships(&self, commit: usize, user: &str) -> Memberships<'_> {
+        let rows = |table: usize| self.states[commit].iter().filter(move |row| row.0 == table).map(|(_, row)| row);
+        let granted = |table: usize| {
+            let counts = |row: &&Row| row[1].as_deref() == Some(user) && row[2].as_deref() != Some("guest");
+            rows(table).filter(counts).filter_map(|row| row[0].as_deref())
+        };
+        let teams: BTreeSet<&str> = granted(1).collect();
+        let through = rows(2).filter(|row| row[1].as_deref().is_some_and(|team| teams.contains(team)));
+        let projects = granted(0).chain(through.filter_map(|row| row[0].as_deref())).collect();
+        Memberships { projects, teams }
     }
 
-    /// The rows of a state that belong to a user and to projects, as the configuration says it.
-    fn view(&self, commit: usize, user: &str, projects: &BTreeSet<&str>) -> View {
+    /// The rows of a state that a user with these memberships sees, as the configuration says it.
+    fn view(&self, commit: usize, user: &str, memberships: &Memberships<'_>) -> View {
         let tables = self.schema.columns();
         let seen = |(table, row): &&(usize, Row)| {
             let value = |column: &str| {
                 let place = tables[*table].1.iter().position(|(name, _)| name == column)?;
                 row[place].as_deref()
             };
-            let in_project = value("project").is_some_and(|project| projects.contains(project));
+            let in_project = value("project").is_some_and(|project| memberships.projects.contains(project));
+            let in_team = value("team").is_some_and(|team| memberships.teams.contains(team));
             // Memberships are their user's own rows, too.
-            let is_own = value(if *table == 0 { "user_id" } else { "owner" }) == Some(user);
-            match table.checked_sub(1).map(|table| self.schema.tables[table].belongs) {
+            let is_own = value(if *table < MEMBERSHIPS.len() { "user_id" } else { "owner" }) == Some(user);
+            match table.checked_sub(MEMBERSHIPS.len()).map(|table| self.schema.tables[table].belongs) {
                 Some(Belongs::Project) => in_project,
                 Some(Belongs::User) => is_own,
-                None | Some(Belongs::Both) => in_project || is_own,
+                None => in_project || in_team || is_own,
+                Some(Belongs::Both) => in_project || is_own,
                 Some(Belongs::Everybody) => true,
             }
         };
@@ -120,7 +136,7 @@ impl Truth {
     /// What a user may see in the end.
     pub fn last(&self, user: &str) -> View {
         let last = self.states.len() - 1;
-        self.view(last, user, &self.projects(last, user))
+        self.view(last, user, &self.memberships(last, user))
     }
 
     /// Whether what a client showed, in this order, are states of its user's rows, in this order, up to the last one.
@@ -132,8 +148,8 @@ impl Truth {
         let (mut at, last) = (0, self.states.len() - 1);
         for (nth, shown) in shown.iter().enumerate() {
             let is = |commit: &usize| {
-                let projects: BTreeSet<_> = (*commit..=last).map(|later| self.projects(later, user)).collect();
-                let views = projects.iter().map(|projects| self.view(*commit, user, projects));
+                let read: BTreeSet<_> = (*commit..=last).map(|later| self.memberships(later, user)).collect();
+                let views = read.iter().map(|memberships| self.view(*commit, user, memberships));
                 let emptied: BTreeSet<usize> =
                     self.truncations.iter().filter(|(at, _)| at > commit).map(|(_, table)| *table).collect();
                 let lacks = |view: View| {
@@ -142,7 +158,7 @@ impl Truth {
                 views.into_iter().any(lacks)
             };
             let Some(found) = (at..=last).find(is) else {
-                let view = |commit| self.view(commit, user, &self.projects(commit, user));
+                let view = |commit| self.view(commit, user, &self.memberships(commit, user));
                 let far = |commit: &usize| view(*commit).symmetric_difference(shown).count();
                 let nearest = (at..=last).min_by_key(far).unwrap_or(at);
                 bail!(

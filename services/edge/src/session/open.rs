@@ -101,8 +101,8 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         Some(_) => hello.scopes.into_iter().partition(|scope| scopes.contains(scope)),
         None => (Vec::new(), Vec::new()),
     };
-    let tables = edge.membership_tables.clone();
-    let mut downlink = Downlink::new(hello.client_id, &user_id, tables, kept.unwrap_or(head), held, fence.clone());
+    let grants = edge.grants.clone();
+    let mut downlink = Downlink::new(hello.client_id, &user_id, grants, kept.unwrap_or(head), held, fence.clone());
     let mut out = Vec::new();
     for scope in lost {
         downlink.removed(scope, &mut out);

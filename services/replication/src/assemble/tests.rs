@@ -1,6 +1,6 @@
 use super::*;
 use crate::pgoutput::{RelationColumn, Value};
-use millstream_catalog::{Column, Membership, WriteRules};
+use millstream_catalog::{Column, Members, Membership, WriteRules};
 use millstream_schemas::{TableChanges, TableScope};
 
 const TASKS: u32 = 100;
@@ -39,7 +39,11 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
 fn tables() -> Arc<[Table]> {
     let project = |column| vec![TableScope { kind: "project".into(), column: Some(column) }];
     let mut members = table(MEMBERS, "members", &["project_id", "user_id", "role"], &[0, 1], project(0));
-    members.memberships.push(Membership { kind: "project".into(), user: 1, scope: 0 });
+    members.memberships.push(Membership {
+        kind: "project".into(),
+        scope: 0,
+        of: Members::User { column: 1, roles: None },
+    });
     let global = vec![TableScope { kind: "global".into(), column: None }];
     let tasks = table(TASKS, "tasks", &["id", "project_id", "title"], &[0], project(1));
     Arc::new([tasks, members, table(NOTICES, "notices", &["id", "text"], &[0], global)])

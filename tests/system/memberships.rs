@@ -1,0 +1,133 @@
+//! Memberships by role and through another scope: whoever works for an organisation sees its projects, unless as a trainee;
+//! guests see single projects. Connected or not, everybody has what the rows say, and no more.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use millstream_client::{Client, SqlValue};
+use millstream_tests::board::{Board, PATIENCE};
+use sqlx::AssertSqlSafe;
+
+const SCHEMA: &str = "
+CREATE TABLE staff (organisation text NOT NULL, user_id text NOT NULL, role text NOT NULL, PRIMARY KEY (organisation, user_id));
+CREATE TABLE projects (code text PRIMARY KEY, organisation text, name text NOT NULL);
+ALTER TABLE projects REPLICA IDENTITY FULL;
+CREATE TABLE guests (project text NOT NULL, user_id text NOT NULL, PRIMARY KEY (project, user_id));
+CREATE TABLE tasks (id int PRIMARY KEY, project text NOT NULL, title text NOT NULL);
+ALTER TABLE tasks REPLICA IDENTITY FULL;
+";
+
+const CONFIG: &str = r#"
+[scopes.organisation]
+membership = { table = "staff", user = "user_id", scope = "organisation", roles = { column = "role", in = ["engineer", "boss"] } }
+
+[scopes.project]
+membership = [
+    { table = "guests", user = "user_id", scope = "project" },
+    { table = "projects", scope = "code", through = "organisation", via = "organisation" },
+]
+
+[tables]
+staff = { scope = { kind = "organisation", column = "organisation" } }
+projects = { scope = { kind = "project", column = "code" } }
+guests = { scope = { kind = "project", column = "project" } }
+tasks = { scope = { kind = "project", column = "project" } }
+"#;
+
+const SEED: &str = "
+INSERT INTO staff VALUES ('acme', 'ann', 'boss'), ('acme', 'tom', 'trainee'), ('acme', 'off', 'engineer'), ('bolt', 'bob', 'engineer');
+INSERT INTO projects VALUES ('rocket', 'acme', 'Rocket'), ('anvil', 'acme', 'Anvil'), ('nut', 'bolt', 'Nut'), ('free', NULL, 'Free');
+INSERT INTO guests VALUES ('rocket', 'gus'), ('free', 'tom');
+INSERT INTO tasks VALUES (1, 'rocket', 'fuel'), (2, 'rocket', 'fins'), (3, 'anvil', 'cast'), (4, 'nut', 'thread'), (5, 'free', 'roam');
+";
+
+/// What `user` may see of each table, by the rules above.
+const ALLOWED: &str = "
+WITH hired AS (SELECT organisation FROM staff WHERE user_id = $1 AND role IN ('engineer', 'boss')),
+     open AS (SELECT project FROM guests WHERE user_id = $1
+              UNION SELECT code FROM projects JOIN hired USING (organisation))
+SELECT 'staff ' || user_id || ' ' || role FROM staff WHERE user_id = $1 OR organisation IN (TABLE hired)
+UNION ALL SELECT 'project ' || name FROM projects WHERE code IN (TABLE open)
+UNION ALL SELECT 'guest ' || project || ' ' || user_id FROM guests WHERE user_id = $1 OR project IN (TABLE open)
+UNION ALL SELECT 'task ' || title FROM tasks WHERE project IN (TABLE open)";
+const HELD: &str = "
+SELECT 'staff ' || user_id || ' ' || role FROM staff
+UNION ALL SELECT 'project ' || name FROM projects
+UNION ALL SELECT 'guest ' || project || ' ' || user_id FROM guests
+UNION ALL SELECT 'task ' || title FROM tasks";
+
+/// What was committed, and how many tasks each of ann, tom, gus and bob sees then.
+const STEPS: [(&str, [usize; 4]); 13] = [
+    ("SELECT 1", [3, 1, 2, 1]),
+    ("UPDATE staff SET role = 'engineer' WHERE user_id = 'tom'", [3, 4, 2, 1]),
+    ("UPDATE projects SET name = 'Rocket II' WHERE code = 'rocket'", [3, 4, 2, 1]),
+    ("UPDATE projects SET organisation = 'bolt' WHERE code = 'rocket'", [1, 2, 2, 3]),
+    ("UPDATE tasks SET title = title || '!'", [1, 2, 2, 3]),
+    ("INSERT INTO projects VALUES ('new', 'acme', 'New'); INSERT INTO tasks VALUES (6, 'new', 'begin')", [2, 3, 2, 3]),
+    (
+        "UPDATE staff SET role = 'trainee' WHERE user_id = 'tom'; UPDATE tasks SET title = 'secret' WHERE id = 6",
+        [2, 1, 2, 3],
+    ),
+    ("UPDATE projects SET organisation = 'acme' WHERE code = 'free'", [3, 1, 2, 3]),
+    ("UPDATE staff SET organisation = 'bolt' WHERE user_id = 'ann'", [3, 1, 2, 3]),
+    ("UPDATE projects SET code = 'rkt' WHERE code = 'rocket'", [1, 1, 2, 1]),
+    ("DELETE FROM guests WHERE user_id = 'gus'; DELETE FROM projects WHERE code = 'nut'", [0, 1, 0, 0]),
+    (
+        "UPDATE tasks SET project = 'rkt' WHERE project = 'rocket'; INSERT INTO staff VALUES ('bolt', 'gus', 'boss')",
+        [2, 1, 2, 2],
+    ),
+    ("TRUNCATE staff", [0, 1, 0, 0]),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memberships_by_role_and_through_another_scope() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = folder.path().join("millstream.toml");
+    std::fs::write(&config, CONFIG)?;
+    let board = Board::with(|builder| builder.app_schema(SCHEMA).seed(SEED).config(&config)).await?;
+    let outcome = steps(&board).await;
+    board.explain(outcome)
+}
+
+async fn steps(board: &Board) -> Result<()> {
+    let mut clients = Vec::new();
+    for user in ["ann", "tom", "gus", "bob"] {
+        clients.push((user, board.client(user, user).await?));
+    }
+    // Somebody who is away at every step and comes back after it.
+    board.client("off", "off").await?.close().await?;
+    for (sql, tasks) in STEPS {
+        let mut postgres = board.postgres().await?;
+        sqlx::raw_sql(AssertSqlSafe(format!("BEGIN; {sql}; COMMIT"))).execute(&mut postgres).await?;
+        for ((user, client), tasks) in clients.iter().zip(tasks) {
+            let rows = agrees(board, client, user).await.context(sql)?;
+            let found = rows.iter().filter(|row| row.starts_with("task")).count();
+            ensure!(found == tasks, "{sql}: {user} has {found} tasks, not {tasks}: {rows:?}");
+        }
+        let away = board.client("off", "off").await?;
+        agrees(board, &away, "off").await.context(sql)?;
+        away.close().await?;
+    }
+    Ok(())
+}
+
+/// Waits until a client holds what its user may see.
+async fn agrees(board: &Board, client: &Client, user: &str) -> Result<Vec<String>> {
+    let start = Instant::now();
+    loop {
+        let mut allowed: Vec<String> =
+            sqlx::query_scalar(ALLOWED).bind(user).fetch_all(&mut board.postgres().await?).await?;
+        allowed.sort_unstable();
+        let text = |row: &Vec<SqlValue>| match row.as_slice() {
+            [SqlValue::Text(text)] => text.clone(),
+            other => format!("{other:?}"),
+        };
+        let mut held: Vec<String> = client.query(HELD, ()).await?.rows.iter().map(text).collect();
+        held.sort_unstable();
+        if held == allowed {
+            return Ok(held);
+        }
+        ensure!(start.elapsed() < PATIENCE, "{user} holds {held:?}, and may see {allowed:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

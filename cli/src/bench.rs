@@ -1,11 +1,16 @@
 //! `millstream bench`: measures the whole loop on a private stack, or a part of it, and in the same run the floor below it:
 //! what this machine's Postgres and JetStream do at best. Absolutes depend on the machine; the ratio to the floor travels.
 
+mod broadcast;
+mod catchup;
 mod cpu;
 mod drain;
 mod executor;
+mod fanout;
 mod floor;
 mod load;
+mod snapshot;
+mod socket;
 mod verify;
 
 use std::path::{Path, PathBuf};
@@ -16,8 +21,12 @@ use tempfile::TempDir;
 
 use crate::stack::{self, Service, Stack};
 
+pub use broadcast::BroadcastArgs;
+pub use catchup::CatchupArgs;
 pub use drain::DrainArgs;
 pub use executor::ExecutorArgs;
+pub use fanout::FanoutArgs;
+pub use snapshot::SnapshotArgs;
 
 /// The whole stack runs the board example.
 const CONFIG: &str = include_str!("../../examples/board/millstream.toml");
@@ -29,7 +38,10 @@ const SCHEMA: &str = include_str!("../../examples/board/schema.sql");
   cargo millstream bench loop            for people
   cargo millstream bench loop --json     one JSON object on stdout
   cargo millstream bench executor        the executor beside plain SQL
-  cargo millstream bench drain           a long offline queue")]
+  cargo millstream bench drain           a long offline queue
+  cargo millstream bench snapshot        a new client's first rows
+  cargo millstream bench fanout          one scope with many subscribers
+  cargo millstream bench catchup         a client that comes back far behind")]
 pub struct Args {
     /// What to measure.
     #[command(subcommand)]
@@ -45,6 +57,15 @@ pub enum What {
     Executor(ExecutorArgs),
     /// From going online with a long queue to its last confirmation, and whether rows flicker meanwhile
     Drain(DrainArgs),
+    /// From opening a new store to its holding a scope of many rows: beside COPY into SQLite
+    Snapshot(SnapshotArgs),
+    /// From a write to many subscribers of its scope: latency, CPU and memory, beside a server that only broadcasts
+    Fanout(FanoutArgs),
+    /// From opening a store that is far behind to its being up to date
+    Catchup(CatchupArgs),
+    /// The server that only broadcasts
+    #[command(hide = true)]
+    Broadcast(BroadcastArgs),
 }
 
 /// Flags of `millstream bench loop`.
@@ -123,6 +144,9 @@ pub enum Error {
     /// A client did not get there in time.
     #[error("{0}")]
     Late(String),
+    /// SQLite, below a client.
+    #[error("the floor's SQLite")]
+    Floor(#[source] Box<rusqlite::Error>),
     /// A histogram.
     #[error("a time cannot be recorded")]
     Histogram,
@@ -167,6 +191,10 @@ pub async fn run(args: Args) -> Result<(), Error> {
         What::Loop(args) => whole_loop(args).await,
         What::Executor(args) => executor::run(args).await,
         What::Drain(args) => drain::run(args).await,
+        What::Snapshot(args) => snapshot::run(args).await,
+        What::Fanout(args) => fanout::run(args).await,
+        What::Catchup(args) => catchup::run(args).await,
+        What::Broadcast(args) => broadcast::serve(args).await,
     }
 }
 

@@ -18,6 +18,7 @@ mod row_security;
 mod snapshots;
 mod structure;
 mod telemetry;
+mod types;
 mod validators;
 mod verdicts;
 mod wire;

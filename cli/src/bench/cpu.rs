@@ -1,4 +1,4 @@
-//! CPU time of processes with their children, and of all others (Linux: proc_pid_stat(5), proc_stat(5)).
+//! CPU time of processes with their children, and of all others (Linux: proc_pid_stat(5), proc_stat(5)); memory.
 
 use std::collections::HashMap;
 use std::fs;
@@ -56,6 +56,12 @@ impl Sample {
         Sample { at: Instant::now(), processes, busy }
     }
 
+    /// Microseconds that these processes, with all below them, used since an earlier sample.
+    pub fn micros_since(&self, before: &Sample, roots: &[u32]) -> u64 {
+        let ticks: u64 = roots.iter().map(|&root| self.tree(root).saturating_sub(before.tree(root))).sum();
+        ticks * 1_000_000 / TICKS_PER_SECOND
+    }
+
     /// Ticks of a process and all below it.
     fn tree(&self, root: u32) -> u64 {
         let below = |pid: u32| {
@@ -80,6 +86,13 @@ impl Sample {
 pub fn micros(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
     stat.and_then(|stat| parse_process(&stat)).map_or(0, |ticks| ticks.used * 1_000_000 / TICKS_PER_SECOND)
+}
+
+/// Resident memory of a process in KiB (Linux: proc_pid_status(5)); 0 if it is gone.
+pub fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
 /// Microseconds per change between two samples.

@@ -1,0 +1,218 @@
+//! Every common type, by every way: written by SQL and by a client, read in a snapshot and from the stream. What a client
+//! holds is what Postgres holds, to the last digit, and as README.md's table of types says.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use futures_util::TryStreamExt as _;
+use millstream_client::{Client, SqlValue};
+use millstream_tests::board::{Board, PATIENCE};
+use sqlx::{AssertSqlSafe, PgConnection, Row as _};
+use uuid::Uuid;
+
+/// Column, type, and values as SQL expressions.
+const TYPES: [(&str, &str, &[&str]); 39] = [
+    ("smallint_", "smallint", &["-32768", "32767", "0"]),
+    ("integer_", "integer", &["-2147483648", "2147483647", "7"]),
+    ("bigint_", "bigint", &["-9223372036854775808", "9223372036854775807", "9007199254740993"]),
+    ("numeric_", "numeric", &["'0.1000'", "'123456789012345678901234567890.123456789'", "'NaN'", "'-Infinity'"]),
+    ("scaled_", "numeric(12, 2)", &["'1.5'", "'-9999999999.99'", "'0'"]),
+    ("real_", "real", &["'1.1'", "'3.4028235e38'", "'1e-45'", "'NaN'"]),
+    ("double_", "double precision", &["'0.1'", "'1.7976931348623157e308'", "'5e-324'", "'-Infinity'", "'100'", "'1e21'"]),
+    ("boolean_", "boolean", &["true", "false"]),
+    ("text_", "text", &["''", "E'a\\tb\\nc\\\\d\\r\\b'", "'ü 漢 🦀 \"quoted\" ''it''s'''", "'\\N'", "repeat('long ', 4000)"]),
+    ("varchar_", "varchar(20)", &["'short'", "'x'"]),
+    ("char_", "char(5)", &["'ab'", "'abcde'"]),
+    ("bytea_", "bytea", &["'\\x'", "'\\x00ff5c0a'", "decode(repeat('ab', 3000), 'hex')"]),
+    ("date_", "date", &["'2026-11-26'", "'0044-03-15 BC'", "'infinity'"]),
+    ("time_", "time", &["'23:59:59.999999'", "'00:00'"]),
+    ("timetz_", "timetz", &["'12:34:56.7+05:30'", "'00:00Z'"]),
+    ("timestamp_", "timestamp", &["'2026-02-28 12:00:00.000001'", "'4713-01-01 BC'", "'-infinity'"]),
+    ("timestamptz_", "timestamptz", &["'2026-07-01 12:00:00.5+02'", "'1900-01-01 00:00:00 Europe/Amsterdam'", "'infinity'"]),
+    ("interval_", "interval", &["'1 year 2 months -3 days 04:05:06.789'", "'0'", "'-1 day +1 second'"]),
+    ("uuid_", "uuid", &["'00000000-0000-0000-0000-000000000000'", "'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11'"]),
+    ("json_", "json", &["'{\"b\":1,   \"a\": [null, 1.0, \"\\u00fc\"]}'", "'null'", "'\"text\"'"]),
+    ("jsonb_", "jsonb", &["'{\"b\":1,   \"a\": [null, 1.0, \"ü\"]}'", "'null'", "'12345678901234567890.5'"]),
+    ("inet_", "inet", &["'192.168.0.1/24'", "'2001:db8::1'"]),
+    ("cidr_", "cidr", &["'10.0.0.0/8'", "'::/0'"]),
+    ("macaddr_", "macaddr", &["'08:00:2b:01:02:03'", "'ffffffffffff'"]),
+    ("int4range_", "int4range", &["'[1,5]'", "'empty'", "'(,7)'"]),
+    ("tstzrange_", "tstzrange", &["'[2026-01-01 00:00+01, 2026-02-01 00:00+01)'", "'(,infinity]'"]),
+    ("multirange_", "int4multirange", &["'{[1,3), [5,8)}'", "'{}'"]),
+    ("point_", "point", &["'(1.5,-2)'", "'(0.1,1e300)'"]),
+    ("bit_", "bit(3)", &["B'101'", "B'000'"]),
+    ("varbit_", "bit varying", &["B'10111'", "B''"]),
+    ("tsvector_", "tsvector", &["'a:1 fat:2A cat'", "''"]),
+    ("ints_", "integer[]", &["'{1,NULL,-3}'", "'{}'", "'{{1,2},{3,4}}'", "'[0:1]={7,8}'"]),
+    ("texts_", "text[]", &["ARRAY['a,b', 'c\"d', '', NULL, 'NULL', E'\\\\', 'ü']", "'{}'"]),
+    ("numerics_", "numeric[]", &["'{1.10,NaN,12345678901234567890}'", "'{}'"]),
+    ("uuids_", "uuid[]", &["'{00000000-0000-0000-0000-000000000001}'", "'{}'"]),
+    ("mood_", "mood", &["'happy'", "'so-so, really'"]),
+    ("email_", "email", &["'a@b.c'", "'d@e'"]),
+    ("positive_", "positive", &["1", "9223372036854775807"]),
+    ("pair_", "pair", &["ROW(1, 'a,b')", "ROW(NULL, '')"]),
+];
+
+fn schema() -> String {
+    let columns: Vec<String> = TYPES.iter().map(|(name, sql_type, _)| format!("{name} {sql_type}")).collect();
+    format!(
+        "CREATE TYPE mood AS ENUM ('happy', 'so-so, really');
+         CREATE DOMAIN email AS text CHECK (VALUE LIKE '%@%');
+         CREATE DOMAIN positive AS bigint CHECK (VALUE > 0);
+         CREATE TYPE pair AS (n int, t text);
+         CREATE TABLE kinds (id uuid PRIMARY KEY, {}, length int GENERATED ALWAYS AS (length(text_)) STORED);",
+        columns.join(", ")
+    )
+}
+
+fn config() -> String {
+    let columns: Vec<String> = TYPES.iter().map(|(name, ..)| format!("{name:?}")).collect();
+    format!(
+        "[tables.kinds]\nscope = {{ kind = \"global\" }}\nwritable = [\"id\", {}]\nwrite.insert = \"true\"\nwrite.update = \"true\"\n",
+        columns.join(", ")
+    )
+}
+
+/// What SQLite has for a value of a type that Postgres writes as `text`: the table in README.md.
+fn held(sql_type: &str, text: Option<String>) -> SqlValue {
+    let Some(text) = text else { return SqlValue::Null };
+    match sql_type {
+        "boolean" => SqlValue::Integer(i64::from(text == "t")),
+        "smallint" | "integer" | "bigint" => SqlValue::Integer(text.parse().expect("an integer")),
+        "real" | "double precision" if text != "NaN" => SqlValue::Real(text.parse().expect("a number")),
+        "bytea" => {
+            let digits: Vec<char> = text.trim_start_matches("\\x").chars().collect();
+            let byte = |pair: &[char]| u8::from_str_radix(&String::from_iter(pair), 16).expect("hex");
+            SqlValue::Blob(digits.chunks(2).map(byte).collect())
+        }
+        _ => SqlValue::Text(text),
+    }
+}
+
+/// Postgres' rows as a client should hold them.
+async fn expected(postgres: &mut PgConnection) -> Result<Vec<Vec<SqlValue>>> {
+    sqlx::raw_sql("SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'iso_8601'; SET extra_float_digits = 1")
+        .execute(&mut *postgres)
+        .await?;
+    let list: Vec<&str> = TYPES.iter().map(|(name, ..)| *name).collect();
+    let sql = format!("COPY (SELECT id, {} FROM kinds ORDER BY id) TO STDOUT", list.join(", "));
+    let mut lines = Vec::new();
+    {
+        // As the types' output functions write them: a cast to text would not pad char(5), and says true for t.
+        let mut copy = postgres.copy_out_raw(&sql).await?;
+        while let Some(chunk) = copy.try_next().await? {
+            lines.extend_from_slice(&chunk);
+        }
+    }
+    let unescape = |field: &str| -> Option<String> {
+        if field == "\\N" {
+            return None;
+        }
+        let mut text = String::new();
+        let mut rest = field.chars();
+        while let Some(char) = rest.next() {
+            text.push(match char {
+                '\\' => match rest.next().expect("an escape") {
+                    'b' => '\u{8}',
+                    'f' => '\u{c}',
+                    'n' => '\n',
+                    'r' => '\r',
+                    't' => '\t',
+                    'v' => '\u{b}',
+                    other => other,
+                },
+                other => other,
+            });
+        }
+        Some(text)
+    };
+    let types: Vec<&str> = std::iter::once("uuid").chain(TYPES.iter().map(|(_, sql_type, _)| *sql_type)).collect();
+    let text = String::from_utf8(lines)?;
+    Ok(text
+        .lines()
+        .map(|line| line.split('\t').zip(&types).map(|(field, sql_type)| held(sql_type, unescape(field))).collect())
+        .collect())
+}
+
+async fn shows(client: &Client, postgres: &mut PgConnection) -> Result<()> {
+    let names: Vec<&str> = std::iter::once("id").chain(TYPES.iter().map(|(name, ..)| *name)).collect();
+    let expected = expected(postgres).await?;
+    let start = Instant::now();
+    loop {
+        let shown = client.query(&format!("SELECT {} FROM kinds ORDER BY id", names.join(", ")), ()).await?.rows;
+        let same = |a: &SqlValue, b: &SqlValue| match (a, b) {
+            // Signs of zero and all: what is compared are bits.
+            (SqlValue::Real(a), SqlValue::Real(b)) => a.to_bits() == b.to_bits(),
+            (a, b) => a == b,
+        };
+        let differs = expected.iter().zip(&shown).find_map(|(wanted, found)| {
+            let place = wanted.iter().zip(found).position(|(wanted, found)| !same(wanted, found))?;
+            Some(format!("{}: {:?}, not {:?}", names[place], found[place], wanted[place]))
+        });
+        if shown.len() == expected.len() && differs.is_none() {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "{} of {} rows; {differs:?}", shown.len(), expected.len());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_common_type_is_exact_by_every_way() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("millstream.toml");
+    std::fs::write(&file, config())?;
+    let board = Board::with(|builder| builder.app_schema(schema()).config(&file)).await?;
+    let outcome = run(&board).await;
+    board.explain(outcome)
+}
+
+async fn run(board: &Board) -> Result<()> {
+    let mut postgres = board.postgres().await?;
+    let live = board.client("live", "alice").await?;
+    // By SQL, to the stream: one row for every value, the others null; and one of nulls.
+    let mut originals = vec![Uuid::now_v7()];
+    sqlx::query("INSERT INTO kinds (id) VALUES ($1)").bind(originals[0]).execute(&mut postgres).await?;
+    for (name, _, values) in TYPES {
+        for value in values {
+            let id = Uuid::now_v7();
+            let sql = format!("INSERT INTO kinds (id, {name}) VALUES ('{id}', {value})");
+            sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut postgres).await.context(sql)?;
+            originals.push(id);
+        }
+    }
+    shows(&live, &mut postgres).await.context("the stream")?;
+    shows(&board.client("new", "bob").await?, &mut postgres).await.context("a snapshot")?;
+
+    // By a client: copies of all rows as it holds them, by insert and by update.
+    let names: Vec<&str> = TYPES.iter().map(|(name, ..)| *name).collect();
+    let mut copies = Vec::new();
+    for original in &originals {
+        for by_update in [false, true] {
+            let copy = Uuid::now_v7();
+            let write = if by_update {
+                let set: Vec<String> =
+                    names.iter().map(|name| format!("{name} = (SELECT {name} FROM kinds WHERE id = ?1)")).collect();
+                let update = format!("UPDATE kinds SET {} WHERE id = ?2", set.join(", "));
+                live.tx(move |tx| tx.execute("INSERT INTO kinds (id) VALUES (?)", (copy,)).map(drop)).await?;
+                live.execute(&update, (*original, copy)).await?
+            } else {
+                let insert = format!("INSERT INTO kinds (id, {0}) SELECT ?2, {0} FROM kinds WHERE id = ?1", names.join(", "));
+                live.execute(&insert, (*original, copy)).await?
+            };
+            copies.push((*original, copy, write));
+        }
+    }
+    for (original, copy, write) in copies {
+        let verdict = tokio::time::timeout(PATIENCE, write.confirmed()).await?;
+        verdict.with_context(|| format!("a copy of row {original}"))?;
+        let differs: Vec<String> = names.iter().map(|name| format!("a.{name}::text IS NOT DISTINCT FROM b.{name}::text")).collect();
+        let sql = format!("SELECT ARRAY[{}] FROM kinds a, kinds b WHERE a.id = $1 AND b.id = $2", differs.join(", "));
+        let equal: Vec<bool> =
+            sqlx::query(AssertSqlSafe(sql)).bind(original).bind(copy).fetch_one(&mut postgres).await?.get(0);
+        let wrong: Vec<&&str> = names.iter().zip(equal).filter(|(_, equal)| !equal).map(|(name, _)| name).collect();
+        ensure!(wrong.is_empty(), "a client's copy differs in {wrong:?}");
+    }
+    shows(&live, &mut postgres).await.context("the author")?;
+    shows(&board.client("newer", "bob").await?, &mut postgres).await.context("a snapshot of copies")
+}

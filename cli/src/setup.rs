@@ -464,6 +464,8 @@ mod tests {
             memberships: Vec::new(),
             write,
             conflict: millstream_catalog::ConflictPolicy::Arrival,
+            renamed: Default::default(),
+            dropped: Vec::new(),
             delete_missing_accepted: false,
             rules: Vec::new(),
             validate: None,

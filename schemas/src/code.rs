@@ -90,6 +90,8 @@ codes! {
     Unavailable = "unavailable", Automatic;
     /// The outbound stream began a new history: connect again for a snapshot; the queue is kept.
     EpochChanged = "epoch_changed", Automatic;
+    /// The synced tables have changed: connect again for the new schema; the queue is kept.
+    SchemaChanged = "schema_changed", Automatic;
     /// The client read too slowly and was cut; it catches up when it connects again.
     SlowConsumer = "slow_consumer", Automatic;
     /// Nothing was heard from the client within the heartbeat time.

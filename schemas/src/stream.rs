@@ -219,6 +219,10 @@ pub mod header {
     pub const AT: &str = "Ms-At";
     /// On the last message: the clients that the transaction settles, a JSON array of [`super::OriginEntry`].
     pub const ORIGIN: &str = "Ms-Origin";
+    /// On a message that only says how far the stream is complete: the last transaction before it that published something,
+    /// as commit LSN, transaction id and commit time, with blanks between. So the end of the stream can be held against
+    /// the database.
+    pub const LANDMARK: &str = "Ms-Landmark";
     /// Schema version under which rows were encoded.
     pub const SCHEMA: &str = "Ms-Schema";
     /// W3C trace context.

@@ -174,11 +174,19 @@ fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_restored_to_backup() -> Result<()> {
     let mut board = Board::start().await?;
-    let outcome = restored(&mut board).await;
+    let outcome = restored(&mut board, false).await;
     board.explain(outcome)
 }
 
-async fn restored(board: &mut Board) -> Result<()> {
+/// By the time that replication looks, the restored database has written more than it had before.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_restored_to_backup_and_written_on() -> Result<()> {
+    let mut board = Board::start().await?;
+    let outcome = restored(&mut board, true).await;
+    board.explain(outcome)
+}
+
+async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     let mut scene = Scene::new(board).await?;
     let (data, backup) = (board.stack.dir().join("postgres"), board.stack.dir().join("backup"));
     board.stack.stop_postgres().await;
@@ -195,7 +203,17 @@ async fn restored(board: &mut Board) -> Result<()> {
     board.stack.stop_postgres().await;
     std::fs::remove_dir_all(&data)?;
     std::fs::rename(&backup, &data)?;
+    if written_on {
+        board.stack.stop_service(Service::Replication).await;
+    }
     board.stack.start_postgres().await?;
+    if written_on {
+        scene.postgres = board.postgres().await?;
+        for n in 0..20 {
+            scene.add_by_sql(&format!("written on {n}")).await?;
+        }
+        board.stack.start_service(Service::Replication).await?;
+    }
     let admin = nats::connect(&board.stack.nats_args(Role::Admin), "admin").await?;
     admin.jetstream.delete_stream("MS_CHANGES").await?;
     nats::declare_streams(&admin.jetstream, &STREAMS).await?;

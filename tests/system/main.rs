@@ -15,6 +15,7 @@ mod order;
 mod requirements;
 mod restarts;
 mod row_security;
+mod schema_changes;
 mod snapshots;
 mod structure;
 mod telemetry;

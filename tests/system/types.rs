@@ -18,9 +18,17 @@ const TYPES: [(&str, &str, &[&str]); 39] = [
     ("numeric_", "numeric", &["'0.1000'", "'123456789012345678901234567890.123456789'", "'NaN'", "'-Infinity'"]),
     ("scaled_", "numeric(12, 2)", &["'1.5'", "'-9999999999.99'", "'0'"]),
     ("real_", "real", &["'1.1'", "'3.4028235e38'", "'1e-45'", "'NaN'"]),
-    ("double_", "double precision", &["'0.1'", "'1.7976931348623157e308'", "'5e-324'", "'-Infinity'", "'100'", "'1e21'"]),
+    (
+        "double_",
+        "double precision",
+        &["'0.1'", "'1.7976931348623157e308'", "'5e-324'", "'-Infinity'", "'100'", "'1e21'"],
+    ),
     ("boolean_", "boolean", &["true", "false"]),
-    ("text_", "text", &["''", "E'a\\tb\\nc\\\\d\\r\\b'", "'ü 漢 🦀 \"quoted\" ''it''s'''", "'\\N'", "repeat('long ', 4000)"]),
+    (
+        "text_",
+        "text",
+        &["''", "E'a\\tb\\nc\\\\d\\r\\b'", "'ü 漢 🦀 \"quoted\" ''it''s'''", "'\\N'", "repeat('long ', 4000)"],
+    ),
     ("varchar_", "varchar(20)", &["'short'", "'x'"]),
     ("char_", "char(5)", &["'ab'", "'abcde'"]),
     ("bytea_", "bytea", &["'\\x'", "'\\x00ff5c0a'", "decode(repeat('ab', 3000), 'hex')"]),
@@ -28,7 +36,11 @@ const TYPES: [(&str, &str, &[&str]); 39] = [
     ("time_", "time", &["'23:59:59.999999'", "'00:00'"]),
     ("timetz_", "timetz", &["'12:34:56.7+05:30'", "'00:00Z'"]),
     ("timestamp_", "timestamp", &["'2026-02-28 12:00:00.000001'", "'4713-01-01 BC'", "'-infinity'"]),
-    ("timestamptz_", "timestamptz", &["'2026-07-01 12:00:00.5+02'", "'1900-01-01 00:00:00 Europe/Amsterdam'", "'infinity'"]),
+    (
+        "timestamptz_",
+        "timestamptz",
+        &["'2026-07-01 12:00:00.5+02'", "'1900-01-01 00:00:00 Europe/Amsterdam'", "'infinity'"],
+    ),
     ("interval_", "interval", &["'1 year 2 months -3 days 04:05:06.789'", "'0'", "'-1 day +1 second'"]),
     ("uuid_", "uuid", &["'00000000-0000-0000-0000-000000000000'", "'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11'"]),
     ("json_", "json", &["'{\"b\":1,   \"a\": [null, 1.0, \"\\u00fc\"]}'", "'null'", "'\"text\"'"]),
@@ -91,9 +103,11 @@ fn held(sql_type: &str, text: Option<String>) -> SqlValue {
 
 /// Postgres' rows as a client should hold them.
 async fn expected(postgres: &mut PgConnection) -> Result<Vec<Vec<SqlValue>>> {
-    sqlx::raw_sql("SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'iso_8601'; SET extra_float_digits = 1")
-        .execute(&mut *postgres)
-        .await?;
+    sqlx::raw_sql(
+        "SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'iso_8601'; SET extra_float_digits = 1",
+    )
+    .execute(&mut *postgres)
+    .await?;
     let list: Vec<&str> = TYPES.iter().map(|(name, ..)| *name).collect();
     let sql = format!("COPY (SELECT id, {} FROM kinds ORDER BY id) TO STDOUT", list.join(", "));
     let mut lines = Vec::new();
@@ -197,7 +211,8 @@ async fn run(board: &Board) -> Result<()> {
                 live.tx(move |tx| tx.execute("INSERT INTO kinds (id) VALUES (?)", (copy,)).map(drop)).await?;
                 live.execute(&update, (*original, copy)).await?
             } else {
-                let insert = format!("INSERT INTO kinds (id, {0}) SELECT ?2, {0} FROM kinds WHERE id = ?1", names.join(", "));
+                let insert =
+                    format!("INSERT INTO kinds (id, {0}) SELECT ?2, {0} FROM kinds WHERE id = ?1", names.join(", "));
                 live.execute(&insert, (*original, copy)).await?
             };
             copies.push((*original, copy, write));
@@ -206,7 +221,8 @@ async fn run(board: &Board) -> Result<()> {
     for (original, copy, write) in copies {
         let verdict = tokio::time::timeout(PATIENCE, write.confirmed()).await?;
         verdict.with_context(|| format!("a copy of row {original}"))?;
-        let differs: Vec<String> = names.iter().map(|name| format!("a.{name}::text IS NOT DISTINCT FROM b.{name}::text")).collect();
+        let differs: Vec<String> =
+            names.iter().map(|name| format!("a.{name}::text IS NOT DISTINCT FROM b.{name}::text")).collect();
         let sql = format!("SELECT ARRAY[{}] FROM kinds a, kinds b WHERE a.id = $1 AND b.id = $2", differs.join(", "));
         let equal: Vec<bool> =
             sqlx::query(AssertSqlSafe(sql)).bind(original).bind(copy).fetch_one(&mut postgres).await?.get(0);

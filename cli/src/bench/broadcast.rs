@@ -31,7 +31,8 @@ pub async fn serve(args: BroadcastArgs) -> Result<(), Error> {
     crate::keys::write_atomically(&args.address, &address).map_err(failed)?;
     let (texts, _) = broadcast::channel::<Utf8Bytes>(QUEUE);
     let upgrade = async |State(texts): State<broadcast::Sender<Utf8Bytes>>, upgrade: WebSocketUpgrade| -> Response {
-        upgrade.on_upgrade(move |socket| relay(socket, texts))
+        // As the edge has its sockets.
+        upgrade.read_buffer_size(4096).write_buffer_size(0).on_upgrade(move |socket| relay(socket, texts))
     };
     axum::serve(listener, Router::new().route("/", get(upgrade)).with_state(texts)).await.map_err(failed)
 }

@@ -71,6 +71,12 @@ pub struct TableConfig {
     /// Columns that clients may set.
     #[serde(default)]
     pub writable: Vec<String>,
+    /// Former names of columns, with their names of today: clients that know only the old one may still set it.
+    #[serde(default)]
+    pub renamed: BTreeMap<String, String>,
+    /// Columns that are gone: what clients set there is left out.
+    #[serde(default)]
+    pub dropped: Vec<String>,
     /// Who may write; an operation without a rule is refused.
     #[serde(default)]
     pub write: WriteConfig,

@@ -12,5 +12,5 @@ pub use config::{
     Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RolesConfig, RuleConfig, ScopeConfig,
     TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
-pub use load::CatalogError;
+pub use load::{CatalogError, layout};
 pub use model::{Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules};

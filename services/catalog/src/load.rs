@@ -20,6 +20,16 @@ pub enum CatalogError {
     /// The database's catalog cannot be read.
     #[error("cannot read the database's catalog")]
     Query(#[source] sqlx::Error),
+    /// A column that clients may set is not there.
+    #[error(
+        "[tables.{table}]: `writable` names `{column}`, which is not a column of it (generated columns cannot be written)"
+    )]
+    Writable {
+        /// As written in the file.
+        table: String,
+        /// As written there.
+        column: String,
+    },
     /// A declaration does not fit.
     #[error("[tables.{table}]: {what}")]
     Table {
@@ -34,10 +44,11 @@ impl Catalog {
     /// Finds every declared table, its columns, types and key in the database.
     ///
     /// # Errors
-    /// The first declaration that does not fit, or the database cannot be asked.
+    /// The first declaration that does not fit, but for `writable` columns that are not there; or the database cannot be asked.
     pub async fn load(connection: &mut PgConnection, config: &Config) -> Result<Catalog, CatalogError> {
         let (catalog, problems) = Catalog::collect(connection, config).await?;
-        problems.into_iter().next().map_or(Ok(catalog), Err)
+        // A column that was dropped is no reason for standing still: clients may not set what is not there.
+        problems.into_iter().find(|problem| !matches!(problem, CatalogError::Writable { .. })).map_or(Ok(catalog), Err)
     }
 
     /// Like [`Catalog::load`], but goes on: the catalog of what could be found, and every declaration that does not fit.
@@ -112,17 +123,29 @@ impl Problems<'_> {
     }
 }
 
-/// First 16 hexadecimal digits of the SHA-256 of what clients see, so that every service computes the same.
+/// Of SHA-256, the first 8 hexadecimal digits for the [`layout`], then 8 for the rest of what clients see, so that every
+/// service computes the same.
 fn version(catalog: &Catalog) -> String {
-    let mut hash = Sha256::new();
+    let (mut layout, mut rest) = (Sha256::new(), Sha256::new());
     for table in &catalog.tables {
         let schema = table.schema();
-        hash.update(format!("{}\n{:?}\n{:?}\n{:?}\n", schema.name, schema.key, schema.scopes, schema.clocks));
+        layout.update(format!("{}\n{:?}\n{:?}\n{:?}\n", schema.name, schema.key, schema.scopes, schema.clocks));
         for column in &schema.columns {
-            hash.update(format!("{}\t{}\t{}\t{}\n", column.name, column.r#type, column.nullable, column.writable));
+            layout.update(format!("{}\t{}\n", column.name, column.r#type));
+            rest.update(format!("{}\t{}\n", column.nullable, column.writable));
         }
     }
-    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    [layout, rest]
+        .into_iter()
+        .flat_map(|hash| hash.finalize().into_iter().take(4))
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// The part of a schema's version that says how rows are laid out and which scopes they belong to: rows of one layout can
+/// be read by whoever knows another version with the same one.
+pub fn layout(version: &str) -> &str {
+    version.get(..8).unwrap_or(version)
 }
 
 async fn table(
@@ -208,6 +231,8 @@ async fn table(
             delete: declared.write.delete.clone(),
         },
         conflict,
+        renamed: declared.renamed.clone(),
+        dropped: declared.dropped.clone(),
         delete_missing_accepted: declared.delete_missing == DeleteMissing::Accept,
         rules: declared
             .rules
@@ -318,9 +343,17 @@ async fn columns(
         numbers.push(row.get("number"));
     }
     for unknown in declared.writable.iter().filter(|column| !writable[column.as_str()]) {
-        problems.add(format!(
-            "`writable` names `{unknown}`, which is not a column of it (generated columns cannot be written)"
-        ));
+        problems.problems.push(CatalogError::Writable { table: problems.table.to_owned(), column: unknown.clone() });
+    }
+    for (old, new) in &declared.renamed {
+        if !columns.iter().any(|column| column.name == *new) {
+            problems.add(format!("`renamed` says that `{old}` is now `{new}`, which is not a column of it"));
+        }
+    }
+    for old in declared.renamed.keys().chain(&declared.dropped) {
+        if columns.iter().any(|column| column.name == *old) {
+            problems.add(format!("`{old}` is a column of it, and neither renamed nor dropped"));
+        }
     }
     Ok((columns, numbers))
 }

@@ -1,6 +1,6 @@
 //! The catalog: the synced tables with everything that the services need to know of them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use millstream_schemas::subject::USER_KIND;
@@ -66,6 +66,10 @@ pub struct Table {
     pub write: WriteRules,
     /// How concurrent changes to one row meet.
     pub conflict: ConflictPolicy,
+    /// Former names of columns, with their names of today.
+    pub renamed: BTreeMap<String, String>,
+    /// Columns that are gone, and that clients may still set, to no effect.
+    pub dropped: Vec<String>,
     /// Whether the delete of a row that is not there is applied rather than rejected.
     pub delete_missing_accepted: bool,
     /// Business rules, in the order in which they are declared.

@@ -5,7 +5,7 @@
 //! [`Failed`]; here everything is rolled back.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use millstream_runtime::telemetry;
 use sqlx::postgres::PgConnectOptions;
@@ -16,7 +16,7 @@ use crate::apply::Applier;
 use crate::batch::{Fence, Item, Mode, Owned};
 use crate::error::{Fault, classify, is_drift, keeps_connection};
 use crate::history;
-use crate::model::{Model, ModelError};
+use crate::model::{Model, ModelError, Origin};
 use crate::plan::{Action, Condemned, Planned, Rejected, depends_on_catalog, plan, predecessors};
 use crate::results::Results;
 use crate::settle;
@@ -120,7 +120,7 @@ impl Executor {
             Some(model) => model,
             None => Model::load(connection, &config).await.map_err(Failed::Model)?,
         };
-        let transaction = Transaction { connection, items, fences, mode, condemned };
+        let transaction = Transaction { connection, config: &config, items, fences, mode, condemned };
         let mut outcome = transaction.run(&mut current, &stream_epoch).await;
         if let Err(Failed::Isolate { at: Some(at), .. }) = &mut outcome {
             // From an index among submissions to one among items.
@@ -193,6 +193,7 @@ impl Executor {
 
 struct Transaction<'a> {
     connection: &'a mut PgConnection,
+    config: &'a Path,
     items: &'a [Item],
     fences: &'a [Fence],
     mode: Mode,
@@ -200,11 +201,10 @@ struct Transaction<'a> {
 }
 
 impl<'a> Transaction<'a> {
-    async fn run(self, model: &mut Model, stream_epoch: &str) -> Result<Results, Failed> {
+    async fn run(mut self, model: &mut Model, stream_epoch: &str) -> Result<Results, Failed> {
         sqlx::raw_sql("BEGIN").execute(&mut *self.connection).await.map_err(Failed::Server)?;
         let (mut ledger, now) = settle::fence(self.connection, stream_epoch, self.items, self.fences).await?;
-        let fresh = model.is_fresh();
-        let Model { catalog, statements, .. } = model;
+        let Model { catalog, statements, origin } = model;
         let items: &'a [Item] = self.items;
         let submissions = || items.iter().filter_map(|item| item.submission.as_ref());
         let mut rejected = Rejected::default();
@@ -213,8 +213,10 @@ impl<'a> Transaction<'a> {
             rejected.0 = history::rejected(self.connection, &named).await.map_err(Failed::Server)?;
         }
         let mut plan = plan(submissions(), &mut ledger, |name| catalog.table(name), self.condemned, &mut rejected);
-        if !fresh && depends_on_catalog(&plan) {
-            return Err(Failed::Stale);
+        let mut current = false;
+        if depends_on_catalog(&plan) {
+            self.ensure_current(origin).await?;
+            current = true;
         }
         let spans: Vec<tracing::Span> = plan.iter().map(span).collect();
         let mut applier = Applier::new(self.connection, statements, now);
@@ -223,6 +225,9 @@ impl<'a> Transaction<'a> {
                 applier.set_wise(&mut plan, &mut rejected, self.mode == Mode::Careful).await?;
             }
             Mode::Savepoints | Mode::Single => applier.one_by_one(&mut plan, &mut rejected).await?,
+        }
+        if !current && depends_on_catalog(&plan) {
+            self.ensure_current(origin).await?;
         }
         let mut results = Results::default();
         let repeated: Vec<(Uuid, u64)> = plan
@@ -246,6 +251,15 @@ impl<'a> Transaction<'a> {
         });
         settle::settle(self.connection, &plan, &ledger, traceparent).await?;
         self.commit(&plan, results).await
+    }
+
+    /// A refusal must not be due to a catalog that is behind the database.
+    async fn ensure_current(&mut self, origin: &Origin) -> Result<(), Failed> {
+        match origin.is_current(self.connection, self.config).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Failed::Stale),
+            Err(error) => Err(Failed::Server(error)),
+        }
     }
 
     async fn commit(self, plan: &[Planned<'_>], results: Results) -> Result<Results, Failed> {

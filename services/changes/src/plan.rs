@@ -201,11 +201,11 @@ pub(crate) fn plan<'a>(
         .collect()
 }
 
-/// Whether a rejection may be due to a catalog that is behind the database.
+/// Whether a rejection may be due to a catalog that is behind the database: a column was added, or has a wider type.
 pub(crate) fn depends_on_catalog(plan: &[Planned<'_>]) -> bool {
     plan.iter().any(|planned| {
         matches!(&planned.action, Action::Reject(rejection)
-            if matches!(rejection.code, Code::UnknownTable | Code::UnknownColumn | Code::ColumnNotWritable))
+            if matches!(rejection.code, Code::UnknownTable | Code::UnknownColumn | Code::ColumnNotWritable | Code::InvalidValue))
     })
 }
 

@@ -66,10 +66,12 @@ pub(crate) fn validate<'a>(
             format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
         return Err(refuse(0, (Code::TooLarge, message)));
     }
-    changes.iter().enumerate().map(|(index, change)| check(&find, change).map_err(|why| refuse(index, why))).collect()
+    let check = |(index, change)| check(&find, change).map_err(|why| refuse(index, why)).transpose();
+    changes.iter().enumerate().filter_map(check).collect()
 }
 
-fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Result<Step<'a>, (Code, String)> {
+/// None: the change sets only what is gone.
+fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Result<Option<Step<'a>>, (Code, String)> {
     let Some(table) = find(&change.table) else {
         return Err((Code::UnknownTable, format!("no table {:?} is synced", shown(&change.table))));
     };
@@ -83,7 +85,10 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
     }
     let mut set = Vec::with_capacity(change.columns.len());
     for (name, value) in change.columns.iter().zip(&change.values) {
-        let Some(column) = table.column(name) else {
+        let Some(column) = table.column(table.renamed.get(name).unwrap_or(name)) else {
+            if table.dropped.contains(name) {
+                continue;
+            }
             return Err((Code::UnknownColumn, format!("{} has no column {:?}", table.name, shown(name))));
         };
         if !table.columns[column].writable {
@@ -124,6 +129,9 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
             }
         }
         Operation::Update if set.is_empty() => {
+            if !change.columns.is_empty() {
+                return Ok(None);
+            }
             return Err((Code::InvalidChange, "the update sets no column".to_owned()));
         }
         Operation::Update => {}
@@ -146,7 +154,7 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
-    Ok(Step { table, op: change.op, columns, values, key: &change.key, stamp: change.stamp })
+    Ok(Some(Step { table, op: change.op, columns, values, key: &change.key, stamp: change.stamp }))
 }
 
 /// The predicate that guards an operation.
@@ -200,6 +208,8 @@ pub(crate) mod tests {
                 delete: None,
             },
             conflict: millstream_catalog::ConflictPolicy::Arrival,
+            renamed: Default::default(),
+            dropped: Vec::new(),
             delete_missing_accepted: false,
             rules: Vec::new(),
             validate: None,
@@ -243,6 +253,29 @@ pub(crate) mod tests {
         let text = format!("{change:?}");
         let submission = submission(vec![change]);
         assert_eq!(validate(only(&table), &submission).err().map(|rejection| rejection.code), expected, "{text}");
+    }
+
+    #[test]
+    fn old_clients_name_columns_as_they_were() {
+        let table = Table {
+            renamed: [("name".to_owned(), "title".to_owned())].into(),
+            dropped: vec!["junk".to_owned()],
+            ..tasks()
+        };
+        let sets = |op, set: &[(&str, Option<&str>)]| {
+            let submission = submission(vec![change(op, "1", set)]);
+            let steps = validate(only(&table), &submission).map_err(|rejection| rejection.code)?;
+            Ok(steps
+                .iter()
+                .map(|step| (step.columns.clone(), step.values.iter().flatten().count()))
+                .collect::<Vec<_>>())
+        };
+        let all = [("junk", Some("j")), ("name", Some("x")), ("id", Some("1"))];
+        assert_eq!(sets(Operation::Insert, &all), Ok(vec![(vec![0, 1], 2)]));
+        assert_eq!(sets(Operation::Update, &all[..2]), Ok(vec![(vec![1], 1)]));
+        assert_eq!(sets(Operation::Update, &all[..1]), Ok(vec![]), "nothing is left to do");
+        assert_eq!(sets(Operation::Update, &[("name", None), ("title", None)]), Err(Code::InvalidChange), "set twice");
+        assert_eq!(sets(Operation::Update, &[("nomen", None)]), Err(Code::UnknownColumn));
     }
 
     #[test]

@@ -28,6 +28,7 @@ pub(crate) const RESULTS_QUEUE: usize = 256;
 pub struct Hub {
     state: RwLock<State>,
     head: Head,
+    schema: Newest,
 }
 
 struct Head(watch::Sender<Option<Position>>);
@@ -35,6 +36,15 @@ struct Head(watch::Sender<Option<Position>>);
 impl Default for Head {
     fn default() -> Self {
         Head(watch::Sender::new(None))
+    }
+}
+
+/// Version of the schema that the newest rows are encoded by.
+struct Newest(watch::Sender<Option<String>>);
+
+impl Default for Newest {
+    fn default() -> Self {
+        Newest(watch::Sender::new(None))
     }
 }
 
@@ -108,6 +118,13 @@ impl Hub {
     ///
     /// A gap or another epoch empties the ring first: sessions then fall behind it and are cut.
     pub fn push(&self, message: Arc<Message>, now: Instant) {
+        self.schema.0.send_if_modified(|newest| {
+            let changed = message.schema.is_some() && *newest != message.schema;
+            if changed {
+                newest.clone_from(&message.schema);
+            }
+            changed
+        });
         let mut state = self.write();
         let state = &mut *state;
         if let Some((_, previous)) = state.ring.back()
@@ -151,6 +168,11 @@ impl Hub {
             }
         }
         self.head.0.send_replace(Some(head));
+    }
+
+    /// Version of the schema that the newest rows are encoded by.
+    pub fn schema(&self) -> watch::Receiver<Option<String>> {
+        self.schema.0.subscribe()
     }
 
     /// The position of the newest message, as a value to watch; none before the first one.

@@ -3,12 +3,14 @@
 //! - [`session`](self): one socket, from `hello` to its end: the shell
 //! - `downlink`: which messages of the outbound stream a client gets, and when they take effect (pure)
 //! - `hub`, `tail`: one own tail of the stream, a ring of recent messages, and who is woken by which
+//! - `catalogs`: the synced tables, read anew when they have changed
 //! - `catchup`: older messages of single scopes
 //! - `snapshot`, `fence`: what is read from Postgres, and how it joins the stream exactly
 //! - `watermark`: how far replication has published, on a quiet database
 //! - `lane`: submissions to the broker, in order
 //! - `token`: who the user is
 
+mod catalogs;
 mod catchup;
 mod downlink;
 #[cfg(test)]
@@ -36,8 +38,6 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::StreamExt;
-use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
-use millstream_runtime::backoff::Backoff;
 use millstream_runtime::health::{self, Health};
 use millstream_runtime::nats::{self, Nats};
 use millstream_runtime::postgres;
@@ -101,12 +101,9 @@ pub enum Error {
     /// The secret for tokens is missing or too short.
     #[error("{0}")]
     Secret(String),
-    /// See [`ConfigError`].
+    /// The configuration, or the tables that it names.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// See [`CatalogError`].
-    #[error(transparent)]
-    Catalog(#[from] CatalogError),
+    Catalog(#[from] catalogs::LoadError),
     /// The database URL is malformed.
     #[error("DATABASE_URL cannot be used")]
     Database(#[source] sqlx::Error),
@@ -125,8 +122,7 @@ pub enum Error {
 
 /// What all sessions share.
 pub(crate) struct Edge {
-    catalog: Arc<Catalog>,
-    grants: Arc<grants::Grants>,
+    catalogs: Arc<catalogs::Catalogs>,
     pool: PgPool,
     nats: Nats,
     hub: Arc<hub::Hub>,
@@ -144,7 +140,6 @@ pub(crate) struct Edge {
 /// The configuration cannot be used, or the broker refuses us. Faults that may pass are waited for.
 pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     let secret = secret(&args)?;
-    let config = Config::read(&args.config)?;
     let health = Health::new();
     health.set_ready("catalog", false);
     health.set_ready("stream", false);
@@ -153,7 +148,10 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         nats = nats::connect(&args.nats, "edge") => nats?,
         () = shutdown.requested() => return Ok(()),
     };
-    let Some(catalog) = catalog(&pool, &config, &shutdown).await? else { return Ok(()) };
+    let Some(catalogs) = catalogs::Catalogs::start(args.config.clone(), pool.clone(), &shutdown).await? else {
+        return Ok(());
+    };
+    let catalogs = Arc::new(catalogs);
     health.set_ready("catalog", true);
 
     let hub = Arc::new(hub::Hub::default());
@@ -161,10 +159,10 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     tokio::spawn(tail::run(nats.clone(), hub.clone(), health.clone(), shutdown.clone()));
     tokio::spawn(watermarks.clone().run(nats.clone(), shutdown.clone()));
     tokio::spawn(results(nats.clone(), hub.clone(), shutdown.clone()));
+    tokio::spawn(catalogs.clone().run(hub.clone(), shutdown.clone()));
 
     let edge = Arc::new(Edge {
-        grants: Arc::new(grants::Grants::new(catalog.memberships())),
-        catalog: Arc::new(catalog),
+        catalogs,
         pool,
         lanes: lane::Lanes::start(&nats, &shutdown),
         nats,
@@ -210,26 +208,6 @@ fn secret(args: &Args) -> Result<Vec<u8>, Error> {
         )));
     }
     Ok(secret)
-}
-
-/// Loads the catalog, waiting for Postgres; none on shutdown.
-async fn catalog(pool: &PgPool, config: &Config, shutdown: &Shutdown) -> Result<Option<Catalog>, Error> {
-    let mut backoff = Backoff::dependency();
-    loop {
-        let load = async {
-            let mut connection = pool.acquire().await.map_err(CatalogError::Query)?;
-            Catalog::load(&mut connection, config).await
-        };
-        match load.await {
-            Ok(catalog) => return Ok(Some(catalog)),
-            Err(CatalogError::Query(error)) => tracing::warn!(%error, "waiting for Postgres"),
-            Err(error) => return Err(error.into()),
-        }
-        tokio::select! {
-            () = tokio::time::sleep(backoff.next()) => {}
-            () = shutdown.requested() => return Ok(None),
-        }
-    }
 }
 
 /// Hands the executor's hints to the sessions that they are for.

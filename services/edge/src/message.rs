@@ -29,6 +29,8 @@ pub struct Message {
     pub scope: Option<Scope>,
     /// The clients that the transaction settles.
     pub origin: Vec<OriginEntry>,
+    /// Version of the schema that its rows are encoded by.
+    pub schema: Option<String>,
     /// Trace context of the delivery.
     pub traceparent: Option<String>,
     /// Whether it empties a table, which may be one that grants memberships.
@@ -84,6 +86,7 @@ impl Message {
             index: required!(header::INDEX),
             last: read::<u8>(headers, header::LAST).ok_or_else(|| invalid(header::LAST))? == 1,
             at: required!(header::AT),
+            schema: headers.get(header::SCHEMA).map(|value| value.as_str().to_owned()),
             truncates: scope.as_ref() == Some(&Scope::global()) && contains(&payload, br#""op":"truncate""#),
             scope,
             origin,

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::Edge;
+use crate::catalogs::Known;
 use crate::catchup;
 use crate::downlink::{Downlink, Next, Out};
 use crate::hub::{FellBehind, Membership};
@@ -69,6 +70,10 @@ impl End {
         End::Fatal(frame)
     }
 
+    fn schema_changed() -> End {
+        End::retry(Code::SchemaChanged, "the synced tables have changed; connect again for the new schema")
+    }
+
     /// A part that we need failed: the log has the cause, the client the advice.
     fn unavailable(error: &dyn std::error::Error) -> End {
         tracing::warn!(error = %Chain(error), "a session cannot go on");
@@ -96,7 +101,9 @@ pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
         let close = match frame.code {
             Code::TooLarge => close_code::SIZE,
             Code::ShuttingDown => close_code::RESTART,
-            Code::Unavailable | Code::Overloaded | Code::SlowConsumer | Code::EpochChanged => close_code::AGAIN,
+            Code::Unavailable | Code::Overloaded | Code::SlowConsumer | Code::EpochChanged | Code::SchemaChanged => {
+                close_code::AGAIN
+            }
             _ => close_code::POLICY,
         };
         let reason = frame.code.as_str().into();
@@ -151,6 +158,8 @@ struct Session {
     id: Uuid,
     client_id: Uuid,
     user_id: String,
+    /// The catalog whose schema the client has.
+    known: Arc<Known>,
     membership: Membership,
     downlink: Downlink,
     results: mpsc::Receiver<TransactionResult>,
@@ -246,7 +255,7 @@ impl Session {
     }
 
     async fn scopes_in(&self, snapshot: &mut Snapshot) -> Result<BTreeSet<Scope>, End> {
-        let scopes = snapshot.scopes(&self.edge.catalog, &self.user_id).await;
+        let scopes = snapshot.scopes(&self.known.catalog, &self.user_id).await;
         scopes.map_err(|error| End::unavailable(&error))
     }
 
@@ -271,9 +280,9 @@ impl Session {
             let edge = self.edge.clone();
             let _permit = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
             let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
-            let catalog = self.edge.catalog.clone();
+            let known = self.known.clone();
             let wanted = new.clone();
-            let reading = tokio::spawn(async move { snapshot.rows(&catalog, &wanted, &sender).await });
+            let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, &sender).await });
             while let Some(frame) = wire.alive(frames.recv()).await? {
                 wire.send(&[Out::Shared(frame.into())]).await?;
             }
@@ -355,6 +364,10 @@ impl Session {
         ticks.tick().await;
         let wake = self.membership.wake.clone();
         let shutdown = self.edge.shutdown.clone();
+        let mut catalogs = self.edge.catalogs.subscribe();
+        if !Arc::ptr_eq(&catalogs.borrow_and_update(), &self.known) {
+            return Err(End::schema_changed());
+        }
         loop {
             let start = Instant::now();
             self.pump(wire).await?;
@@ -395,6 +408,7 @@ impl Session {
                     }
                     wire.ping().await?;
                 }
+                Ok(()) = catalogs.changed() => return Err(End::schema_changed()),
                 () = shutdown.requested() => {
                     return Err(End::retry(Code::ShuttingDown, "this edge is shutting down; connect again"));
                 }

@@ -18,6 +18,8 @@ use uuid::Uuid;
 
 use crate::assemble::Outgoing;
 use crate::error::Error;
+use crate::publisher::MARK_XID;
+use crate::witness::Landmark;
 
 /// Up to this many waiting messages are published one by one: a batch has a fixed cost of several milliseconds.
 pub const SINGLES: usize = 4;
@@ -51,6 +53,10 @@ pub struct Tail {
     pub previous: Lsn,
     /// Whether it is the last of its transaction.
     pub last: bool,
+    /// Version of the schema that it is encoded by; empty if it does not say.
+    pub schema: String,
+    /// The last transaction in the stream that published something: the message's own, or the last before it.
+    pub landmark: Option<Landmark>,
 }
 
 /// The end of the stream: its last sequence, and the message there if it is (still) there and one of ours.
@@ -81,7 +87,24 @@ fn tail(headers: &HeaderMap) -> Option<Tail> {
         end_lsn: get(headers, header::END_LSN)?,
         previous: get(headers, header::PREVIOUS)?,
         last: headers.get(header::LAST)?.as_str() == "1",
+        schema: get(headers, header::SCHEMA).unwrap_or_default(),
+        landmark: landmark(headers),
     })
+}
+
+fn landmark(headers: &HeaderMap) -> Option<Landmark> {
+    if let Some(text) = headers.get(header::LANDMARK) {
+        let mut parts = text.as_str().split(' ');
+        let (lsn, xid, at) = (parts.next()?, parts.next()?, parts.next()?);
+        return Some(Landmark { lsn: lsn.parse().ok()?, xid: xid.parse().ok()?, at: at.parse().ok()? });
+    }
+    let get = |name| Some(headers.get(name)?.as_str());
+    let landmark = Landmark {
+        lsn: get(header::LSN)?.parse().ok()?,
+        xid: get(header::XID)?.parse().ok()?,
+        at: get(header::AT)?.parse().ok()?,
+    };
+    Some(landmark).filter(|landmark| landmark.xid != MARK_XID)
 }
 
 /// The writing end of the stream.
@@ -95,6 +118,8 @@ pub struct Appender {
     /// The transaction that was appended last and the one before it: what `Ms-Previous-Lsn` is taken from.
     current: Lsn,
     previous: Lsn,
+    /// The last transaction that published something.
+    landmark: Option<Landmark>,
 }
 
 #[derive(Deserialize)]
@@ -112,9 +137,17 @@ struct ApiError {
 }
 
 impl Appender {
-    /// Goes on behind message `sequence`. `previous` is the commit LSN of the last complete transaction.
-    pub fn new(nats: Nats, epoch: Uuid, schema: &str, sequence: u64, previous: Lsn) -> Self {
-        Appender { nats, epoch, schema: schema.to_owned(), sequence, current: previous, previous: Lsn::ZERO }
+    /// Goes on behind message `sequence`. `previous` is the commit LSN of the last complete transaction, `landmark` the
+    /// last that published something.
+    pub fn new(
+        nats: Nats,
+        epoch: Uuid,
+        schema: &str,
+        sequence: u64,
+        previous: Lsn,
+        landmark: Option<Landmark>,
+    ) -> Self {
+        Appender { nats, epoch, schema: schema.to_owned(), sequence, current: previous, previous: Lsn::ZERO, landmark }
     }
 
     /// Last sequence of the stream.
@@ -235,6 +268,11 @@ impl Appender {
         headers.insert(header::LAST, if message.last { "1" } else { "0" });
         headers.insert(header::AT, HeaderValue::from(message.at));
         headers.insert(header::SCHEMA, self.schema.as_str());
+        if message.xid != MARK_XID {
+            self.landmark = Some(Landmark { lsn: message.lsn, xid: message.xid, at: message.at });
+        } else if let Some(Landmark { lsn, xid, at }) = self.landmark {
+            headers.insert(header::LANDMARK, format!("{lsn} {xid} {at}"));
+        }
         if let Some(origin) = &message.origin {
             headers.insert(header::ORIGIN, origin.as_str());
         }
@@ -267,7 +305,25 @@ mod tests {
             assert_eq!(tail(&headers), None);
             headers.insert(name, value);
         }
-        let expected = Tail { epoch, lsn: Lsn(16), end_lsn: Lsn(32), previous: Lsn::ZERO, last: true };
+        let expected = Tail {
+            epoch,
+            lsn: Lsn(16),
+            end_lsn: Lsn(32),
+            previous: Lsn::ZERO,
+            last: true,
+            schema: String::new(),
+            landmark: None,
+        };
         assert_eq!(tail(&headers), Some(expected));
+        // A transaction is its own landmark; a mark names the last before it.
+        headers.insert(header::AT, "5");
+        headers.insert(header::XID, "0");
+        assert_eq!(tail(&headers).and_then(|tail| tail.landmark), None);
+        headers.insert(header::XID, "9");
+        let own = Landmark { lsn: Lsn(16), xid: 9, at: 5 };
+        assert_eq!(tail(&headers).and_then(|tail| tail.landmark), Some(own));
+        headers.insert(header::LANDMARK, "0/8 8 4");
+        let earlier = Landmark { lsn: Lsn(8), xid: 8, at: 4 };
+        assert_eq!(tail(&headers).and_then(|tail| tail.landmark), Some(earlier));
     }
 }

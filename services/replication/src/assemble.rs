@@ -149,6 +149,22 @@ impl Assembler {
         self.transaction.is_some()
     }
 
+    /// Whether a message has something to publish that is skipped, since its transaction is in the stream already: the
+    /// transaction's commit LSN.
+    pub fn skips(&self, message: &Message<'_>) -> Option<Lsn> {
+        let transaction = self.transaction.as_ref().filter(|transaction| transaction.skip)?;
+        let is_synced = |relation: &u32| matches!(self.relations.get(relation), Some(Some(_)));
+        let publishes = match message {
+            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
+                is_synced(relation)
+            }
+            Message::Truncate { relations } => relations.iter().any(is_synced),
+            Message::Logical { transactional, prefix, .. } => *transactional && *prefix == ORIGIN_PREFIX,
+            _ => false,
+        };
+        publishes.then_some(transaction.lsn)
+    }
+
     /// What has to be read from the database before this message can be handled completely: a row enters a scope (or
     /// changes its key) while a large value of it did not change and is not in the change stream. The value may be newer
     /// than the row; then the change that made it so follows in the stream.

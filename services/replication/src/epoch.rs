@@ -8,7 +8,8 @@
 //! the stream, by transactions or, while nothing is published, by marks.
 //!
 //! A new epoch: first the row, then the slot, then the first message of the epoch. A crash in between leaves a row that
-//! differs from the stream's last message, which simply begins another new epoch.
+//! differs from the stream's last message, which simply begins another new epoch. When only the layout of rows has changed,
+//! nothing is lost and the slot goes on; clients still start over, since rows on hand may have changed with it.
 
 use std::time::Duration;
 
@@ -135,6 +136,17 @@ pub async fn read_slot(connection: &mut PgConnection, slot: &str) -> Result<Opti
     }))
 }
 
+/// Writes the row of a new epoch that goes on with the slot.
+pub async fn renew(connection: &mut PgConnection) -> Result<Uuid, Error> {
+    let epoch = Uuid::new_v4();
+    sqlx::query("UPDATE millstream.epoch SET epoch = $1, at = now()")
+        .bind(epoch)
+        .execute(connection)
+        .await
+        .map_err(Error::postgres("write millstream.epoch"))?;
+    Ok(epoch)
+}
+
 /// Writes the row of a new epoch and makes its slot. Returns the epoch and the LSN at which the slot begins: every
 /// transaction with that commit LSN or a higher one will be decoded, every other one has ended.
 pub async fn begin(connection: &mut PgConnection, slot: &str, system_identifier: &str) -> Result<(Uuid, Lsn), Error> {
@@ -213,7 +225,15 @@ mod tests {
             row: Some((epoch, "7".into(), "millstream".into())),
             slot: Some(Slot { usable: true, confirmed: Lsn(500), active_pid: None }),
         };
-        let tail = Tail { epoch, lsn: Lsn(490), end_lsn: Lsn(500), previous: Lsn(400), last: true };
+        let tail = Tail {
+            epoch,
+            lsn: Lsn(490),
+            end_lsn: Lsn(500),
+            previous: Lsn(400),
+            last: true,
+            schema: String::new(),
+            landmark: None,
+        };
         let check = |change: &dyn Fn(&mut Source, &mut Tail), expected: Result<(), Reason>| {
             let (mut source, mut tail) = (source.clone(), tail.clone());
             change(&mut source, &mut tail);

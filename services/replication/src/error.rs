@@ -3,6 +3,7 @@
 use millstream_schemas::Lsn;
 
 use crate::assemble::AssembleError;
+use crate::witness::Differs;
 
 /// Why the service, or one session of it, ended. Sessions are started again whatever the reason.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,12 @@ pub enum Error {
     /// The configuration does not fit the database.
     #[error("cannot load the catalog")]
     Catalog(#[source] millstream_catalog::CatalogError),
+    /// The synced tables, or what `millstream.toml` says of them, have changed.
+    #[error("the synced tables have changed")]
+    SchemaChanged,
+    /// See [`Differs`].
+    #[error(transparent)]
+    HistoryDiffers(#[from] Differs),
     /// Tables cannot be replicated as they are.
     #[error("tables cannot be replicated as they are:\n{0}")]
     Tables(String),

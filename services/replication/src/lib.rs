@@ -25,6 +25,7 @@ pub mod relation;
 mod session;
 mod wal;
 mod watermark;
+mod witness;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -84,7 +85,9 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     let wrong_url = |_| Error::Config("DATABASE_URL: not a connection URL".into());
     let options = postgres::options(&args.postgres, SERVICE).map_err(wrong_url)?;
     let pool = postgres::pool(&args.postgres, SERVICE, POOL_CONNECTIONS).map_err(wrong_url)?;
-    let config = Config::read(&args.config).map_err(Error::ConfigFile)?;
+    // Read anew by every session; what is wrong from the start is said at once.
+    Config::read(&args.config).map_err(Error::ConfigFile)?;
+    let config = args.config;
     let health = Health::new();
     for part in [part::POSTGRES, part::NATS, part::LEADER] {
         health.set_ready(part, false);
@@ -107,6 +110,10 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
             },
         };
         unready(&shared.health, &error);
+        if matches!(error, Error::SchemaChanged) {
+            tracing::info!("the synced tables have changed; starting over with a new catalog");
+            continue;
+        }
         if let Error::Assemble(AssembleError::SchemaChanged { table, shape }) = &error {
             // The next session reads the catalog again. If the table still differs from it, it does so on purpose, or
             // the change stream has not come to the change yet.

@@ -132,6 +132,9 @@ impl Publisher {
     }
 }
 
+/// Stands for no transaction.
+pub const MARK_XID: u32 = 0;
+
 /// A message without rows that says: the stream holds everything before `lsn`. Its own LSN lies above that of every
 /// transaction before and below that of every one to come.
 pub fn mark(lsn: Lsn) -> Outgoing {
@@ -141,7 +144,7 @@ pub fn mark(lsn: Lsn) -> Outgoing {
         payload: Bytes::from_static(b"[]"),
         lsn: Lsn(lsn.0.saturating_sub(1)),
         end_lsn: lsn,
-        xid: 0,
+        xid: MARK_XID,
         index: 0,
         last: true,
         at: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),

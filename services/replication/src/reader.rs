@@ -15,7 +15,9 @@ use tracing::Span;
 
 use crate::assemble::{AssembleError, Assembler, Filled, Lookup, Outgoing, Step};
 use crate::error::Error;
+use crate::pgoutput::Message;
 use crate::wal::{self, Wal};
+use crate::witness::{Landmark, Witness};
 
 /// Most messages between reader and publisher.
 pub const QUEUE_MESSAGES: usize = 8 * 1024;
@@ -48,6 +50,7 @@ pub struct Reader {
     wal: Wal,
     tables: Arc<[Table]>,
     assembler: Assembler,
+    witness: Witness,
     pool: PgPool,
     queue: mpsc::Sender<Queued>,
     room: Arc<Semaphore>,
@@ -65,6 +68,7 @@ impl Reader {
         wal: Wal,
         tables: Arc<[Table]>,
         through: Lsn,
+        witness: Witness,
         accepted: HashSet<u64>,
         pool: PgPool,
         queue: mpsc::Sender<Queued>,
@@ -74,6 +78,7 @@ impl Reader {
         Reader {
             wal,
             assembler: Assembler::new(tables.clone(), through, accepted),
+            witness,
             tables,
             pool,
             queue,
@@ -98,11 +103,18 @@ impl Reader {
             if let ReplicationEvent::KeepAlive { wal_end, .. } = &event {
                 // With nothing open, the server has sent everything that committed before.
                 if !self.assembler.is_open() {
+                    self.witness.reached(Lsn(wal_end.0))?;
                     self.reach(Lsn(wal_end.0));
                 }
                 continue;
             }
             let Some(message) = wal::message(&event).map_err(AssembleError::Decode)? else { continue };
+            if let Message::Begin { final_lsn, at, xid } = message {
+                self.witness.begins(Landmark { lsn: final_lsn, xid, at })?;
+            }
+            if let Some(lsn) = self.assembler.skips(&message) {
+                self.witness.skips(lsn)?;
+            }
             let filled = match self.assembler.lookup(&message)? {
                 Some(lookup) => self.fill(&lookup).await?,
                 None => Filled::new(),

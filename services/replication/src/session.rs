@@ -2,16 +2,17 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use millstream_catalog::{Catalog, Config};
+use millstream_catalog::{Catalog, Config, layout};
 use millstream_runtime::health::Health;
 use millstream_runtime::nats::{self, Nats};
 use millstream_schemas::Lsn;
 use millstream_schemas::stream::Watermark;
 use millstream_schemas::subject::WAL_STREAM;
-use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -21,7 +22,11 @@ use crate::leader::Leader;
 use crate::publisher::{Publisher, mark};
 use crate::reader::{QUEUE_MESSAGES, Reached, Reader};
 use crate::wal::Source;
+use crate::witness::Witness;
 use crate::{epoch, identity, watermark};
+
+/// How often it is looked whether synced tables have changed that nobody writes to.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Names of the parts in the health report.
 pub mod part {
@@ -36,7 +41,7 @@ pub mod part {
 /// What every session needs.
 pub struct Shared {
     /// `millstream.toml`.
-    pub config: Config,
+    pub config: PathBuf,
     /// The broker.
     pub nats: Nats,
     /// Ordinary connections.
@@ -60,18 +65,16 @@ struct Start {
     through: Lsn,
     /// The stream holds everything before this LSN.
     held: Lsn,
-    /// Where the change stream is to start; zero for where the slot stands.
-    wal: Lsn,
 }
 
 impl Start {
     /// Behind the last message of a history that goes on.
     fn behind(tail: &Tail) -> Start {
         if tail.last {
-            Start { through: tail.lsn, held: tail.end_lsn, wal: tail.end_lsn }
+            Start { through: tail.lsn, held: tail.end_lsn }
         } else {
             // That transaction was cut: it is sent anew, from its first message.
-            Start { through: tail.previous, held: Lsn(tail.previous.0 + 1), wal: Lsn::ZERO }
+            Start { through: tail.previous, held: Lsn(tail.previous.0 + 1) }
         }
     }
 }
@@ -89,32 +92,47 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     let mut leader = Leader::wait(&shared.options, &shared.slot, waiting).await?;
     health.set_ready(part::POSTGRES, true);
     let connection = leader.connection();
-    let catalog = Catalog::load(connection, &shared.config).await.map_err(Error::Catalog)?;
+    let catalog = load(&shared.config, connection).await?;
     identity::check(connection, &catalog, &shared.publication).await?;
 
     // From here on, whoever was leader before is fenced: its next append conflicts with our first, or ours with its.
     let (sequence, tail) = append::read_end(&stream).await?;
     let source = epoch::read_source(connection, &shared.slot).await?;
     let nats = &shared.nats;
-    let appender = |epoch, previous| Appender::new(nats.clone(), epoch, &catalog.version, sequence, previous);
-    let (start, appender) = match (epoch::verdict(&shared.slot, &source, tail.as_ref()), tail) {
+    let appender =
+        |epoch, previous, landmark| Appender::new(nats.clone(), epoch, &catalog.version, sequence, previous, landmark);
+    let (start, witness, appender) = match (epoch::verdict(&shared.slot, &source, tail.as_ref()), tail) {
         (Ok(()), Some(tail)) => {
             let start = Start::behind(&tail);
             epoch::release(connection, &shared.slot).await?;
-            (start, appender(tail.epoch, start.through))
+            let epoch = if layout(&tail.schema) == layout(&catalog.version) {
+                tail.epoch
+            } else {
+                let epoch = epoch::renew(connection).await?;
+                tracing::warn!(%epoch, "a new epoch of the outbound stream begins: the synced tables have changed");
+                epoch
+            };
+            let previous = if epoch == tail.epoch { start.through } else { Lsn::ZERO };
+            let mut appender = appender(epoch, previous, tail.landmark);
+            let confirmed = source.slot.as_ref().map_or(Lsn::ZERO, |slot| slot.confirmed);
+            if tail.schema != catalog.version {
+                // Edges learn of it from the stream.
+                appender.append(&[mark(start.held)]).await?;
+            }
+            (start, Witness::new(tail.landmark, confirmed), appender)
         }
         (verdict, _) => {
             let reason = verdict.err().unwrap_or(epoch::Reason::EmptyStream);
             let (epoch, begins) = epoch::begin(connection, &shared.slot, &source.system_identifier).await?;
             tracing::warn!(%epoch, reason = reason.as_str(), wal.lsn = %begins, "a new epoch of the outbound stream begins");
-            let mut appender = appender(epoch, Lsn::ZERO);
+            let mut appender = appender(epoch, Lsn::ZERO, None);
             let first = mark(begins);
             let through = first.lsn;
             appender.append(&[first]).await?;
-            (Start { through, held: begins, wal: begins }, appender)
+            (Start { through, held: begins }, Witness::default(), appender)
         }
     };
-    let wal = shared.source.start(start.wal).await?;
+    let wal = shared.source.start().await?;
     tracing::info!(
         epoch = %appender.epoch(), stream.seq = appender.sequence(), wal.lsn = %start.held, slot = shared.slot,
         "leader: replicating"
@@ -128,24 +146,69 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     let (marked, marked_seen) = watch::channel(first);
     let reader = Reader::new(
         wal,
-        Arc::from(catalog.tables),
+        catalog.tables.into(),
         start.through,
+        witness,
         accepted.clone(),
         shared.pool.clone(),
         queue,
         confirmed_seen,
         reached,
     );
+    let version = catalog.version;
     let publisher = Publisher::new(appender, start.held, queued, reached_seen, confirmed, marked);
     // Dropping the set, also when this future is dropped, ends all of them.
     let mut tasks = JoinSet::new();
     tasks.spawn(reader.run());
     tasks.spawn(publisher.run());
+    tasks.spawn(watch_schema(shared.config.clone(), shared.publication.clone(), shared.pool.clone(), version));
     tasks.spawn(watermark::answer(nats.client.clone(), shared.pool.clone(), marked_seen));
     tasks.spawn(async move { Err(leader.hold().await) });
-    match tasks.join_next().await {
+    let ended = match tasks.join_next().await {
         Some(Ok(ended)) => ended,
         Some(Err(_)) | None => Err(Error::PartEnded),
+    };
+    if let Err(Error::HistoryDiffers(_)) = &ended {
+        // The stream's epoch is now another than the database's: the next session begins a new one.
+        let mut connection = shared.pool.acquire().await.map_err(Error::postgres("connect"))?;
+        epoch::renew(&mut connection).await?;
+    }
+    ended
+}
+
+async fn load(config: &Path, connection: &mut PgConnection) -> Result<Catalog, Error> {
+    let config = Config::read(config).map_err(Error::ConfigFile)?;
+    Catalog::load(connection, &config).await.map_err(Error::Catalog)
+}
+
+/// Looks now and then whether the synced tables, or what is said of them, have changed; ends the session then.
+async fn watch_schema(
+    config: PathBuf,
+    publication: String,
+    pool: PgPool,
+    version: String,
+) -> Result<Infallible, Error> {
+    let mut told = None;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let look = async {
+            let mut connection = pool.acquire().await.map_err(Error::postgres("connect"))?;
+            let catalog = load(&config, &mut connection).await?;
+            identity::check(&mut connection, &catalog, &publication).await?;
+            Ok::<_, Error>(catalog)
+        };
+        match look.await {
+            Ok(catalog) if catalog.version == version => told = None,
+            Ok(_) => return Err(Error::SchemaChanged),
+            // What goes on under the old catalog goes on.
+            Err(error) => {
+                let text = error.chain();
+                if told.as_ref() != Some(&text) {
+                    tracing::warn!(error = text, "cannot look whether synced tables have changed");
+                    told = Some(text);
+                }
+            }
+        }
     }
 }
 
@@ -155,9 +218,17 @@ mod tests {
 
     #[test]
     fn cut_transactions_are_sent_anew() {
-        let mut tail = Tail { epoch: uuid::Uuid::nil(), lsn: Lsn(50), end_lsn: Lsn(60), previous: Lsn(40), last: true };
-        assert_eq!(Start::behind(&tail), Start { through: Lsn(50), held: Lsn(60), wal: Lsn(60) });
+        let mut tail = Tail {
+            epoch: uuid::Uuid::nil(),
+            lsn: Lsn(50),
+            end_lsn: Lsn(60),
+            previous: Lsn(40),
+            last: true,
+            schema: String::new(),
+            landmark: None,
+        };
+        assert_eq!(Start::behind(&tail), Start { through: Lsn(50), held: Lsn(60) });
         tail.last = false;
-        assert_eq!(Start::behind(&tail), Start { through: Lsn(40), held: Lsn(41), wal: Lsn::ZERO });
+        assert_eq!(Start::behind(&tail), Start { through: Lsn(40), held: Lsn(41) });
     }
 }

@@ -90,9 +90,9 @@ impl Source {
         Ok(Source { config })
     }
 
-    /// Starts the change stream at `start`, or, if that is zero, where the slot has been confirmed.
-    pub async fn start(&self, start: Lsn) -> Result<Wal, Error> {
-        let config = self.config.clone().with_start_lsn(to_wire(start));
+    /// Starts the change stream where the slot has been confirmed.
+    pub async fn start(&self) -> Result<Wal, Error> {
+        let config = self.config.clone().with_start_lsn(to_wire(Lsn::ZERO));
         let failed = |operation| move |source| Error::Wal { operation, source };
         let mut client = ReplicationClient::connect(config).await.map_err(failed("connect"))?;
         tokio::time::timeout(START_TIMEOUT, client.wait_started())

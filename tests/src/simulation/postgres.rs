@@ -49,6 +49,8 @@ pub fn tables() -> Vec<Table> {
             },
             write: WriteRules { insert: rule.clone(), update: rule.clone(), delete: rule },
             conflict,
+            renamed: Default::default(),
+            dropped: Vec::new(),
             delete_missing_accepted: false,
             rules: vec![],
             validate: None,

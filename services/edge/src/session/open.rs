@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use axum::extract::ws::{Message as Socket, WebSocket};
 use futures_util::StreamExt;
 use futures_util::stream::SplitStream;
+use millstream_catalog::layout;
 use millstream_schemas::frame::{
     ClientFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW,
     ServerFrame, Welcome,
@@ -62,18 +63,29 @@ pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> R
 /// Reads what Postgres knows of the client, welcomes it and brings it up to date.
 pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> Result<Session, End> {
     let unavailable = |error| End::unavailable(&error);
+    // Before the snapshot, which then sees whatever has changed the tables before.
+    let Some(known) = edge.catalogs.agreeing(&edge.hub).await.map_err(|error| End::unavailable(&error))? else {
+        tracing::warn!("the outbound stream is encoded by another schema than that of this edge");
+        return Err(End::retry(Code::Unavailable, "the server is about to change its tables; try again"));
+    };
     let (mut snapshot, ledger) = snapshot_with_ledger(edge, &hello).await.map_err(unavailable)?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
     }
-    let scopes = snapshot.scopes(&edge.catalog, &user_id).await.map_err(unavailable)?;
+    let scopes = snapshot.scopes(&known.catalog, &user_id).await.map_err(unavailable)?;
     let fence = Arc::new(snapshot.fence.clone());
 
     let Some(head) = *edge.hub.head().borrow() else {
         return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
     };
     let kept = match hello.position {
-        Some(position) if position.epoch == head.epoch && vouched(edge, position).await => Some(position),
+        Some(position)
+            if hello.schema.as_deref().is_some_and(|schema| layout(schema) == layout(&known.catalog.version))
+                && position.epoch == head.epoch
+                && vouched(edge, position).await =>
+        {
+            Some(position)
+        }
         _ => None,
     };
     let (membership, results) = edge.hub.enter(hello.client_id);
@@ -82,7 +94,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         protocol: PROTOCOL_VERSION,
         session: id,
         user_id: user_id.clone(),
-        schema: (hello.schema.as_ref() != Some(&edge.catalog.version)).then(|| edge.catalog.schema()),
+        schema: (hello.schema.as_ref() != Some(&known.catalog.version)).then(|| known.catalog.schema()),
         limits: Limits {
             window: SUBMIT_WINDOW,
             frame_bytes: MAX_FRAME_BYTES,
@@ -101,7 +113,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         Some(_) => hello.scopes.into_iter().partition(|scope| scopes.contains(scope)),
         None => (Vec::new(), Vec::new()),
     };
-    let grants = edge.grants.clone();
+    let grants = known.grants.clone();
     let mut downlink = Downlink::new(hello.client_id, &user_id, grants, kept.unwrap_or(head), held, fence.clone());
     let mut out = Vec::new();
     for scope in lost {
@@ -115,6 +127,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         id,
         client_id: hello.client_id,
         user_id,
+        known,
         membership,
         downlink,
         results,

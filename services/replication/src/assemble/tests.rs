@@ -29,6 +29,8 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         memberships: Vec::new(),
         write: WriteRules::default(),
         conflict: millstream_catalog::ConflictPolicy::Arrival,
+        renamed: Default::default(),
+        dropped: Vec::new(),
         delete_missing_accepted: false,
         rules: Vec::new(),
         validate: None,

@@ -7,10 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use axum::extract::ws::Utf8Bytes;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::Watermark;
 use millstream_schemas::{Lsn, Position, Scope};
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 use crate::fence::Fence;

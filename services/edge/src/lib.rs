@@ -32,8 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::State;
-use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -42,7 +41,6 @@ use millstream_runtime::health::{self, Health};
 use millstream_runtime::nats::{self, Nats};
 use millstream_runtime::postgres;
 use millstream_runtime::shutdown::Shutdown;
-use millstream_schemas::frame::MAX_FRAME_BYTES;
 use millstream_schemas::stream::ResultsMessage;
 use millstream_schemas::subject::RESULTS_SUBJECTS;
 use sqlx::PgPool;
@@ -66,10 +64,6 @@ const POSTGRES_CONNECTIONS: u32 = 16;
 const SNAPSHOTS: usize = 8;
 /// Catch-ups at once: hundreds of direct gets at a time make the broker time out.
 const CATCH_UPS: usize = 16;
-/// Largest message that is read off a socket before the session can refuse it politely.
-const HARD_FRAME_BYTES: usize = 2 * MAX_FRAME_BYTES;
-/// An idle socket keeps this much; the library's default is 128 KiB.
-const SOCKET_READ_BUFFER: usize = 4096;
 /// How long sessions get to say goodbye.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -233,17 +227,7 @@ async fn results(nats: Nats, hub: Arc<hub::Hub>, shutdown: Shutdown) {
     }
 }
 
-async fn upgrade(
-    State(edge): State<Arc<Edge>>,
-    upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
-) -> Response {
-    match upgrade {
-        Ok(upgrade) => upgrade
-            .read_buffer_size(SOCKET_READ_BUFFER)
-            .write_buffer_size(0)
-            .max_frame_size(HARD_FRAME_BYTES)
-            .max_message_size(HARD_FRAME_BYTES)
-            .on_upgrade(move |socket| session::serve(edge, socket)),
-        Err(_) => (StatusCode::UPGRADE_REQUIRED, "a Millstream edge speaks WebSocket here\n").into_response(),
-    }
+async fn upgrade(State(edge): State<Arc<Edge>>, request: Request) -> Response {
+    session::upgrade(request, move |socket| session::serve(edge, socket))
+        .unwrap_or_else(|| (StatusCode::UPGRADE_REQUIRED, "a Millstream edge speaks WebSocket here\n").into_response())
 }

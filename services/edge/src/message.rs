@@ -3,11 +3,11 @@
 use std::sync::OnceLock;
 
 use async_nats::HeaderMap;
-use axum::extract::ws::Utf8Bytes;
 use bytes::Bytes;
 use millstream_runtime::telemetry;
 use millstream_schemas::stream::{OriginEntry, header};
 use millstream_schemas::{Lsn, Position, Scope};
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 use crate::grants::{Grants, Moved};

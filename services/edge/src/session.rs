@@ -1,14 +1,14 @@
 //! One WebSocket: the shell around [`Downlink`] and the lanes.
 
 mod open;
+mod wire;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::ws::{CloseFrame, Message as Socket, WebSocket, close_code};
-use futures_util::stream::{SplitSink, SplitStream};
-use futures_util::{SinkExt, StreamExt};
+use futures_util::StreamExt;
+use futures_util::stream::SplitStream;
 use millstream_runtime::telemetry;
 use millstream_schemas::frame::{
     ClientFrame, ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
@@ -16,6 +16,7 @@ use millstream_schemas::frame::{
 use millstream_schemas::stream::{Submission, TransactionResult};
 use millstream_schemas::{Code, Scope};
 use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use uuid::Uuid;
 
 use crate::Edge;
@@ -26,6 +27,9 @@ use crate::hub::{FellBehind, Membership};
 use crate::lane::Item;
 use crate::snapshot::{Snapshot, begin_frame};
 use crate::tail::Chain;
+
+use wire::{Socket, SocketError, Wire};
+pub use wire::{WebSocket, upgrade};
 
 /// The client must be heard within this time.
 const HEARTBEAT: Duration = Duration::from_secs(45);
@@ -83,8 +87,7 @@ impl End {
 
 /// Serves a WebSocket until it ends.
 pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
-    let (sink, mut stream) = socket.split();
-    let mut wire = Wire { sink };
+    let (mut wire, mut stream) = Wire::new(socket);
     let end = match open::hello(&edge, &mut stream).await {
         Ok((hello, user_id)) => match open::open(&edge, &mut wire, hello, user_id).await {
             Ok(mut session) => {
@@ -99,56 +102,16 @@ pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
     };
     if let End::Fatal(frame) = end {
         let close = match frame.code {
-            Code::TooLarge => close_code::SIZE,
-            Code::ShuttingDown => close_code::RESTART,
+            Code::TooLarge => CloseCode::Size,
+            Code::ShuttingDown => CloseCode::Restart,
             Code::Unavailable | Code::Overloaded | Code::SlowConsumer | Code::EpochChanged | Code::SchemaChanged => {
-                close_code::AGAIN
+                CloseCode::Again
             }
-            _ => close_code::POLICY,
+            _ => CloseCode::Policy,
         };
-        let reason = frame.code.as_str().into();
+        let reason = frame.code.as_str();
         let _ = wire.send(&[Out::Own(ServerFrame::Error(frame))]).await;
-        let _ = wire.sink.send(Socket::Close(Some(CloseFrame { code: close, reason }))).await;
-    }
-}
-
-/// The sending half, which cuts clients that take nothing.
-struct Wire {
-    sink: SplitSink<WebSocket, Socket>,
-}
-
-impl Wire {
-    async fn send(&mut self, out: &[Out]) -> Result<(), End> {
-        for frame in out {
-            let text = match frame {
-                Out::Shared(text) => text.clone(),
-                // Our own types always encode.
-                Out::Own(frame) => serde_json::to_string(frame).unwrap_or_default().into(),
-            };
-            let fed = tokio::time::timeout(SEND_TIMEOUT, self.sink.feed(Socket::Text(text))).await;
-            fed.map_err(|_| End::Gone)?.map_err(|_| End::Gone)?;
-        }
-        tokio::time::timeout(SEND_TIMEOUT, self.sink.flush()).await.map_err(|_| End::Gone)?.map_err(|_| End::Gone)
-    }
-
-    /// Waits for something that may take long, with a sign of life for the client now and then.
-    async fn alive<T>(&mut self, waited: impl Future<Output = T>) -> Result<T, End> {
-        let mut waited = std::pin::pin!(waited);
-        loop {
-            match tokio::time::timeout(SIGN_OF_LIFE, &mut waited).await {
-                Ok(done) => return Ok(done),
-                Err(_) => self.ping().await?,
-            }
-        }
-    }
-
-    async fn ping(&mut self) -> Result<(), End> {
-        let ping = self.sink.send(Socket::Ping(bytes::Bytes::new()));
-        tokio::time::timeout(SEND_TIMEOUT, ping).await.map_err(|_| End::Gone)?.map_err(|_| End::Gone)
-    }
-
-    async fn own(&mut self, frame: ServerFrame) -> Result<(), End> {
-        self.send(&[Out::Own(frame)]).await
+        let _ = wire.close(close, reason).await;
     }
 }
 
@@ -416,7 +379,7 @@ impl Session {
         }
     }
 
-    async fn heard(&mut self, wire: &mut Wire, frame: Option<Result<Socket, axum::Error>>) -> Result<(), End> {
+    async fn heard(&mut self, wire: &mut Wire, frame: Option<Result<Socket, SocketError>>) -> Result<(), End> {
         self.heard = Instant::now();
         let text = match frame {
             Some(Ok(Socket::Text(text))) => text,
@@ -424,10 +387,10 @@ impl Session {
             Some(Ok(Socket::Binary(_))) => {
                 return self.refuse(wire, Code::BadFrame, "frames are JSON texts".to_owned(), None).await;
             }
-            Some(Err(error)) if is_too_long(&error) => {
+            Some(Err(SocketError::Capacity(_))) => {
                 return Err(End::fatal(Code::TooLarge, format!("a frame is far over {MAX_FRAME_BYTES} bytes")));
             }
-            Some(Ok(Socket::Close(_)) | Err(_)) | None => return Err(End::Gone),
+            Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
         };
         if text.len() > MAX_FRAME_BYTES {
             let message = format!("the frame has {} bytes; the limit is {MAX_FRAME_BYTES}", text.len());
@@ -509,16 +472,4 @@ impl Session {
         self.expected = self.expected.max(seq + 1);
         Ok(())
     }
-}
-
-/// Whether the socket was cut because a message went over the hard limit.
-fn is_too_long(error: &axum::Error) -> bool {
-    let mut source = Some(error as &dyn std::error::Error);
-    while let Some(error) = source {
-        if error.to_string().contains("too long") {
-            return true;
-        }
-        source = error.source();
-    }
-    false
 }

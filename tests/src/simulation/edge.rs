@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use axum::extract::ws::Utf8Bytes;
 use millstream_edge::pure::{Downlink, Fence, Grants, Message, Next, Out};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
 use millstream_schemas::stream::{Submission, Watermark};
 use millstream_schemas::{Code, Position, Scope, TableChanges, TableOp};
 use rand::RngExt;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::broker::Stored;
 use super::postgres::State;

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::ws::{Message as Socket, WebSocket};
 use futures_util::StreamExt;
 use futures_util::stream::SplitStream;
 use millstream_catalog::layout;
@@ -15,7 +14,7 @@ use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{End, HEARTBEAT, STORED_QUEUE, Session, VISIBLE_PAUSE, Wire};
+use super::{End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, WebSocket, Wire};
 use crate::Edge;
 use crate::catchup;
 use crate::downlink::Downlink;
@@ -37,7 +36,7 @@ pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> R
                 Some(Ok(Socket::Text(text))) => return Ok(text),
                 Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => {}
                 Some(Ok(Socket::Binary(_))) => return Err(End::fatal(Code::BadFrame, "frames are JSON texts")),
-                Some(Ok(Socket::Close(_)) | Err(_)) | None => return Err(End::Gone),
+                Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
             }
         }
     };

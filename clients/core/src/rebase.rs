@@ -25,7 +25,7 @@ pub struct Pending {
 /// `clocks` names the column with the clocks of the base, where the table merges by column: a change that the server will
 /// find older than what it has is not shown over it.
 ///
-/// An insert over an existing row sets its columns (the server's copy of it may have come first). An update of a row
+/// An insert over an existing row sets its columns, as an update does (the server's copy of it may have come first). An update of a row
 /// that is gone changes nothing: the server will refuse it, and the row must not come back half-filled.
 pub fn overlay(base: Option<Image>, pending: &[Pending], clocks: Option<&str>) -> Option<Image> {
     let texts = clocks.zip(base.as_ref()).and_then(|(column, base)| base.get(column)?.as_deref());
@@ -33,7 +33,7 @@ pub fn overlay(base: Option<Image>, pending: &[Pending], clocks: Option<&str>) -
     pending.iter().fold(base, |row, change| match change.op {
         Operation::Delete if known.newest() > change.clock => row,
         Operation::Delete => None,
-        Operation::Insert => Some(set(row.unwrap_or_default(), change, |_| true)),
+        Operation::Insert => Some(set(row.unwrap_or_default(), change, |column| known.of(column) <= change.clock)),
         Operation::Update => row.map(|row| set(row, change, |column| known.of(column) <= change.clock)),
     })
 }
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn a_newer_column_of_the_server_is_shown_over_an_older_edit() {
-        use Operation::{Delete, Update};
+        use Operation::{Delete, Insert, Update};
         let clock = |stamp| Clock { stamp, ..Clock::default() };
         let base = |a: &str| {
             let mut base = image(r#"{"id":"1","b":"server"}"#).unwrap();
@@ -102,6 +102,8 @@ mod tests {
         assert_eq!(shown(&[change(Update, both, 10)]), Some(("server".into(), "mine".into())));
         assert_eq!(shown(&[change(Update, both, 20)]), Some(("mine".into(), "mine".into())));
         assert_eq!(shown(&[change(Update, both, 4)]), Some(("server".into(), "server".into())));
+        // The author's own row came back with somebody's newer column, and is not confirmed yet.
+        assert_eq!(shown(&[change(Insert, both, 10)]), Some(("server".into(), "mine".into())));
         assert_eq!(shown(&[change(Delete, "{}", 10)]), Some(("server".into(), "server".into())));
         assert_eq!(shown(&[change(Delete, "{}", 21)]), None);
     }

@@ -2,7 +2,8 @@
 //!
 //! The rule is in [`millstream_schemas::frame`]: what comes between two commits belongs together, a repeated index starts
 //! its transaction anew, and a snapshot is staged until its end. Transactions that are ready at the same time leave as
-//! one [`Batch`], for one local transaction: that is what makes catching up fast.
+//! one [`Batch`], for one local transaction: that is what makes catching up fast. Of a transaction that is too large to be kept
+//! in memory until its end, the store keeps the rows aside.
 
 use millstream_schemas::frame::{Confirmed, Resume, Rows, ServerFrame};
 use millstream_schemas::{Lsn, Position, Scope, TableChanges};
@@ -14,9 +15,18 @@ pub enum Work {
     ClearStage,
     /// Put rows of a snapshot into the staging area.
     Stage(Vec<TableChanges>),
+    /// Forget what was kept aside by earlier sessions.
+    ClearSpill,
+    /// Keep rows aside, behind what there is under this number.
+    Spill(u64, Vec<TableChanges>),
+    /// Forget what was kept aside under this number: its transaction begins anew.
+    Unspill(u64),
     /// Apply in one local transaction.
     Apply(Batch),
 }
+
+/// Most encoded bytes of a transaction that is not complete which stay in memory.
+pub const SPILL_BYTES: usize = 8 << 20;
 
 /// Steps of one local transaction, with the position that the store then has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,6 +43,22 @@ pub struct Batch {
     pub traceparents: Vec<String>,
 }
 
+impl Batch {
+    /// Counts a transaction whose rows follow; `transaction` is the one that was counted last.
+    fn begin(&mut self, rows: &Rows, transaction: &mut Option<Lsn>) {
+        self.at = self.at.max(rows.at);
+        if transaction.replace(rows.lsn) == Some(rows.lsn) {
+            return;
+        }
+        self.transactions += 1;
+        if let Some(traceparent) = &rows.traceparent
+            && self.traceparents.len() < MAX_TRACES
+        {
+            self.traceparents.push(traceparent.clone());
+        }
+    }
+}
+
 /// Most trace contexts that a batch carries; those beyond are not continued.
 pub const MAX_TRACES: usize = 64;
 
@@ -41,6 +67,8 @@ pub const MAX_TRACES: usize = 64;
 pub enum Step {
     /// Row changes, in commit order.
     Rows(Vec<TableChanges>),
+    /// The row changes that were kept aside under this number.
+    Spilled(u64),
     /// This client's transactions are settled.
     Confirmed(Confirmed),
     /// The scope was lost.
@@ -61,19 +89,28 @@ pub struct ProtocolError(pub &'static str);
 
 #[derive(Debug)]
 enum Staged {
-    Rows(Rows),
+    Rows(Rows, usize),
+    /// Rows of which the store has the changes, under this number, and those of what followed.
+    Spilled(Rows, u64),
     Confirmed(Confirmed),
     ScopeRemoved(Scope),
-    Snapshot { scopes: Vec<Scope>, full: bool },
+    Snapshot {
+        scopes: Vec<Scope>,
+        full: bool,
+    },
 }
 
 /// The staging of one session.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Replica {
+    /// Most encoded bytes of an open transaction in memory.
+    spill_bytes: usize,
     staged: Vec<Staged>,
     staged_bytes: usize,
     /// LSN and index of the last `rows` of a transaction that is not complete.
     open: Option<(Lsn, u32)>,
+    /// How often something was kept aside.
+    spills: u64,
     /// Scopes of the snapshot under way.
     snapshot: Option<Vec<Scope>>,
     /// Its place among what is staged has come.
@@ -87,12 +124,34 @@ pub struct Replica {
 impl Replica {
     /// The staging of a session that began with this `resume`.
     pub fn new(resume: Resume) -> Self {
-        Replica { full: resume == Resume::Snapshot, ..Self::default() }
+        Replica {
+            spill_bytes: SPILL_BYTES,
+            staged: Vec::new(),
+            staged_bytes: 0,
+            open: None,
+            spills: 0,
+            snapshot: None,
+            applied: false,
+            full: resume == Resume::Snapshot,
+            work: Vec::new(),
+            work_bytes: 0,
+        }
+    }
+
+    /// Keeps less than [`SPILL_BYTES`] in memory, for tests.
+    #[must_use]
+    pub fn spilling_above(self, bytes: usize) -> Self {
+        Replica { spill_bytes: bytes, ..self }
     }
 
     /// Whether a snapshot is arriving.
     pub fn in_snapshot(&self) -> bool {
         self.snapshot.is_some() || self.full
+    }
+
+    /// Whether something waits to be taken.
+    pub fn is_ready(&self) -> bool {
+        !self.work.is_empty()
     }
 
     /// Encoded size of what waits to be taken, in bytes; the caller stops reading when it is too much.
@@ -169,21 +228,71 @@ impl Replica {
     fn rows(&mut self, rows: Rows, bytes: usize) {
         if self.open.is_some_and(|(lsn, index)| lsn == rows.lsn && rows.index <= index) {
             // The earlier attempt at this transaction was cut.
-            self.staged.retain(|item| !matches!(item, Staged::Rows(earlier) if earlier.lsn == rows.lsn));
+            let mut bytes = 0;
+            let work = &mut self.work;
+            self.staged.retain(|item| match item {
+                Staged::Rows(earlier, size) if earlier.lsn == rows.lsn => {
+                    bytes += size;
+                    false
+                }
+                Staged::Spilled(earlier, number) if earlier.lsn == rows.lsn => {
+                    work.push(Work::Unspill(*number));
+                    false
+                }
+                _ => true,
+            });
+            self.staged_bytes -= bytes;
         }
         let position = Position { epoch: rows.epoch, seq: rows.seq, lsn: rows.lsn };
         let last = rows.last;
         self.open = (!last).then_some((rows.lsn, rows.index));
-        self.stage(Staged::Rows(rows), bytes);
+        self.stage(Staged::Rows(rows, bytes), bytes);
         if last && self.snapshot.is_none() {
             self.commit(position);
+        } else if !last {
+            self.spill(position.lsn);
         }
+    }
+
+    /// Has the store keep rows of the open transaction aside if they have grown too large: those at the end, so that what
+    /// came before or between them (a snapshot, say) keeps its place.
+    fn spill(&mut self, open: Lsn) {
+        let size_of = |item: &Staged| match item {
+            Staged::Rows(rows, size) if rows.lsn == open => Some(*size),
+            _ => None,
+        };
+        let sizes: Vec<usize> = self.staged.iter().rev().map_while(size_of).collect();
+        let size: usize = sizes.iter().sum();
+        if size <= self.spill_bytes {
+            return;
+        }
+        let run = self.staged.split_off(self.staged.len() - sizes.len());
+        let mut changes = Vec::new();
+        let mut number = match self.staged.last() {
+            Some(Staged::Spilled(rows, number)) if rows.lsn == open => Some(*number),
+            _ => None,
+        };
+        for item in run {
+            let Staged::Rows(mut rows, _) = item else { continue };
+            changes.append(&mut rows.changes);
+            if number.is_none() {
+                if self.spills == 0 {
+                    self.work.push(Work::ClearSpill);
+                }
+                self.spills += 1;
+                number = Some(self.spills);
+                self.staged.push(Staged::Spilled(rows, self.spills));
+            }
+        }
+        self.work.push(Work::Spill(number.unwrap_or_default(), changes));
+        self.staged_bytes -= size;
+        self.work_bytes += size;
     }
 
     /// Everything staged is ready, but for the rows of a transaction that is not complete.
     fn commit(&mut self, position: Position) {
         let open = self.open.map(|(lsn, _)| lsn);
-        let mut rest = Vec::new();
+        let (mut rest, mut rest_bytes) = (Vec::new(), 0);
         let mut batch = match self.work.pop() {
             Some(Work::Apply(batch)) => batch,
             other => {
@@ -194,21 +303,21 @@ impl Replica {
         let mut transaction = None;
         for item in self.staged.drain(..) {
             match item {
-                Staged::Rows(rows) if Some(rows.lsn) == open => rest.push(Staged::Rows(rows)),
-                Staged::Rows(rows) => {
-                    batch.at = batch.at.max(rows.at);
-                    if transaction.replace(rows.lsn) != Some(rows.lsn) {
-                        batch.transactions += 1;
-                        if let Some(traceparent) = rows.traceparent
-                            && batch.traceparents.len() < MAX_TRACES
-                        {
-                            batch.traceparents.push(traceparent);
-                        }
-                    }
+                Staged::Rows(ref rows, size) if Some(rows.lsn) == open => {
+                    rest_bytes += size;
+                    rest.push(item);
+                }
+                Staged::Spilled(ref rows, _) if Some(rows.lsn) == open => rest.push(item),
+                Staged::Rows(rows, _) => {
+                    batch.begin(&rows, &mut transaction);
                     match batch.steps.last_mut() {
                         Some(Step::Rows(earlier)) => earlier.extend(rows.changes),
                         _ => batch.steps.push(Step::Rows(rows.changes)),
                     }
+                }
+                Staged::Spilled(rows, number) => {
+                    batch.begin(&rows, &mut transaction);
+                    batch.steps.push(Step::Spilled(number));
                 }
                 Staged::Confirmed(confirmed) => batch.steps.push(Step::Confirmed(confirmed)),
                 Staged::ScopeRemoved(scope) => batch.steps.push(Step::ScopeRemoved(scope)),
@@ -217,8 +326,8 @@ impl Replica {
         }
         batch.position = Some(position);
         self.work.push(Work::Apply(batch));
-        self.work_bytes += self.staged_bytes;
-        self.staged_bytes = 0;
+        self.work_bytes += self.staged_bytes - rest_bytes;
+        self.staged_bytes = rest_bytes;
         self.staged = rest;
     }
 }

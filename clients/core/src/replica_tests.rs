@@ -39,7 +39,11 @@ fn scope() -> Scope {
 /// Runs the frames; the works are written as one line each.
 #[track_caller]
 fn check(resume: Resume, frames: Vec<ServerFrame>, expected: &[&str]) {
-    let mut replica = Replica::new(resume);
+    check_with(Replica::new(resume), frames, expected);
+}
+
+#[track_caller]
+fn check_with(mut replica: Replica, frames: Vec<ServerFrame>, expected: &[&str]) {
     for frame in frames {
         assert_eq!(replica.handle(frame, 10).unwrap(), None);
     }
@@ -50,12 +54,16 @@ fn check(resume: Resume, frames: Vec<ServerFrame>, expected: &[&str]) {
         .map(|work| match work {
             Work::ClearStage => "clear".into(),
             Work::Stage(changes) => format!("stage {}", names(changes)),
+            Work::ClearSpill => "clear spill".into(),
+            Work::Spill(part, changes) => format!("spill {part} {}", names(changes)),
+            Work::Unspill(part) => format!("unspill {part}"),
             Work::Apply(batch) => {
                 let steps: Vec<String> = batch
                     .steps
                     .iter()
                     .map(|step| match step {
                         Step::Rows(changes) => names(changes),
+                        Step::Spilled(part) => format!("spilled {part}"),
                         Step::Confirmed(confirmed) => format!("confirmed {}", confirmed.seq),
                         Step::ScopeRemoved(scope) => format!("lost {scope}"),
                         Step::Snapshot { full, .. } => format!("snapshot{}", if *full { " full" } else { "" }),
@@ -89,6 +97,50 @@ fn commit_applies_what_is_staged() {
 fn a_cut_transaction_starts_anew() {
     let frames = vec![rows(5, 0, false, "a"), rows(5, 1, false, "b"), rows(5, 0, false, "c"), rows(5, 1, true, "d")];
     check(Resume::CatchUp, frames, &["c+d @5"]);
+}
+
+#[test]
+fn a_large_transaction_is_kept_aside() {
+    // Frames count 10 bytes each.
+    let small = || Replica::new(Resume::CatchUp).spilling_above(25);
+    let parts = |names: &[&str], last: bool| -> Vec<ServerFrame> {
+        let end = names.len() - 1;
+        names.iter().enumerate().map(|(n, name)| rows(5, n as u32, last && n == end, name)).collect()
+    };
+    check_with(small(), parts(&["a", "b"], false), &[]);
+    let all = ["a", "b", "c", "d", "e", "f", "g"];
+    check_with(small(), parts(&all, true), &["clear spill", "spill 1 a+b+c", "spill 1 d+e+f", "spilled 1, g @5"]);
+    // Between others, in their order; the next one knows that there is nothing of earlier sessions.
+    let mut frames = vec![rows(4, 0, true, "x"), confirmed(1)];
+    frames.extend(parts(&all[..4], false));
+    frames.extend([confirmed(2), commit(6), rows(7, 0, true, "y")]);
+    check_with(
+        small(),
+        frames,
+        &["x @4", "clear spill", "spill 1 a+b+c", "confirmed 1, spilled 1, d, confirmed 2, y @7"],
+    );
+    // Cut, and sent anew.
+    let mut frames = parts(&all[..4], false);
+    frames.extend(parts(&["A", "B"], true));
+    check_with(small(), frames, &["clear spill", "spill 1 a+b+c", "unspill 1", "A+B @5"]);
+    // On both sides of a snapshot.
+    let mut frames = parts(&all[..3], false);
+    frames.extend([
+        ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+        ServerFrame::SnapshotApply {},
+        rows(5, 3, false, "d"),
+        rows(5, 4, false, "e"),
+        rows(5, 5, false, "f"),
+        ServerFrame::SnapshotEnd { position: position(6) },
+    ]);
+    let expected = ["clear spill", "spill 1 a+b+c", "clear", "spill 2 d+e+f", "spilled 1, snapshot, spilled 2 @6"];
+    check_with(small(), frames, &expected);
+    // What was settled before it ends does not take it along.
+    let mut replica = small();
+    for frame in parts(&all[..4], false) {
+        replica.handle(frame, 10).unwrap();
+    }
+    assert_eq!((replica.staged_bytes(), replica.ready_bytes()), (10, 30));
 }
 
 #[test]

@@ -64,6 +64,9 @@ impl Store {
             match work {
                 Work::ClearStage => self.clear_stage()?,
                 Work::Stage(changes) => self.stage(changes)?,
+                Work::ClearSpill => self.clear_spill(None)?,
+                Work::Spill(part, changes) => self.spill(*part, changes)?,
+                Work::Unspill(part) => self.clear_spill(Some(*part))?,
                 Work::Apply(batch) => {
                     let applied = self.apply(batch)?;
                     all.confirmed_seq = applied.confirmed_seq;
@@ -86,6 +89,7 @@ impl Store {
             for step in &batch.steps {
                 match step {
                     Step::Rows(changes) => applier.rows(changes, false)?,
+                    Step::Spilled(part) => applier.spilled(*part)?,
                     Step::Confirmed(confirmed) => applier.confirm(confirmed, &mut settled)?,
                     Step::ScopeRemoved(scope) => applier.remove_scope(scope)?,
                     Step::Snapshot { scopes, full } => applier.snapshot(scopes, *full)?,

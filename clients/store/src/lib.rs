@@ -17,6 +17,7 @@ mod queue;
 mod read;
 mod schema;
 mod snapshot;
+mod spill;
 mod value;
 mod write;
 

@@ -1,12 +1,15 @@
 //! Messages older than the ring, of single scopes, by batched direct get: no consumer, and no cost for what other scopes
 //! did meanwhile. Source: NATS ADR-31, "JetStream Direct Get", batched requests.
 
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::StatusCode;
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::future::try_join_all;
 use millstream_runtime::nats::Nats;
 use millstream_schemas::Scope;
 use millstream_schemas::subject::WAL_STREAM;
@@ -16,14 +19,16 @@ use crate::message::{InvalidMessage, Message};
 /// Messages of one request.
 const BATCH: usize = 256;
 /// Bytes of one request.
-const BATCH_BYTES: usize = 8 << 20;
+const BATCH_BYTES: usize = 1 << 20;
+/// Scopes of one session that are asked for at the same time.
+const AT_ONCE: usize = 4;
 /// The broker answers within this time.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Most messages of one catch-up; beyond that a snapshot is cheaper.
-pub(crate) const MAX_MESSAGES: usize = 50_000;
+const MAX_MESSAGES: usize = 50_000;
 
 /// Most bytes of one catch-up, as the ring counts them.
-pub(crate) const MAX_BYTES: usize = 64 << 20;
+const MAX_BYTES: usize = 64 << 20;
 
 /// Why catching up failed.
 #[derive(Debug, thiserror::Error)]
@@ -54,31 +59,90 @@ pub enum CatchUpError {
     #[error(transparent)]
     Message(#[from] InvalidMessage),
     /// A snapshot is cheaper.
-    #[error("more than {MAX_MESSAGES} messages to catch up with")]
+    #[error("more than {MAX_MESSAGES} messages or {MAX_BYTES} bytes to catch up with")]
     TooMany,
 }
 
-/// All messages of one scope with `from <= seq < before`, in order.
-///
-/// # Errors
-/// See [`CatchUpError`].
-pub async fn fetch(nats: &Nats, scope: &Scope, from: u64, before: u64) -> Result<Vec<Arc<Message>>, CatchUpError> {
-    let subject = scope.subject();
-    let mut found = Vec::new();
-    let mut from = from;
-    while from < before {
-        let (messages, end) = batch(nats, &subject, from, before).await?;
-        let last = messages.last().map(|message: &Arc<Message>| message.position.seq);
-        found.extend(messages);
-        if found.len() > MAX_MESSAGES {
+/// Messages of several scopes in the order of the stream, fetched page by page.
+pub struct Merge<'a> {
+    nats: &'a Nats,
+    before: u64,
+    scopes: Vec<Pages>,
+    /// The next message of each scope that has one, by sequence.
+    next: BinaryHeap<Reverse<(u64, usize)>>,
+    /// What has been handed out.
+    messages: usize,
+    bytes: usize,
+}
+
+/// What has been fetched of a scope and not been handed out.
+struct Pages {
+    subject: String,
+    from: u64,
+    found: VecDeque<Arc<Message>>,
+    /// There is no more to fetch.
+    complete: bool,
+}
+
+impl<'a> Merge<'a> {
+    /// All messages of these scopes with `from <= seq < before`; the first page of each.
+    ///
+    /// # Errors
+    /// See [`CatchUpError`].
+    pub async fn new(
+        nats: &'a Nats,
+        scopes: impl Iterator<Item = &Scope>,
+        from: u64,
+        before: u64,
+    ) -> Result<Merge<'a>, CatchUpError> {
+        let pages = |scope: &Scope| Pages { subject: scope.subject(), from, found: VecDeque::new(), complete: false };
+        let mut scopes: Vec<Pages> = scopes.map(pages).collect();
+        for some in scopes.chunks_mut(AT_ONCE) {
+            try_join_all(some.iter_mut().map(|pages| pages.fetch(nats, before))).await?;
+        }
+        let next = scopes.iter().enumerate().filter_map(|(index, pages)| pages.next(index)).collect();
+        Ok(Merge { nats, before, scopes, next, messages: 0, bytes: 0 })
+    }
+
+    /// The next one.
+    ///
+    /// # Errors
+    /// See [`CatchUpError`].
+    pub async fn next(&mut self) -> Result<Option<Arc<Message>>, CatchUpError> {
+        let Some(Reverse((_, index))) = self.next.pop() else { return Ok(None) };
+        let pages = &mut self.scopes[index];
+        let Some(message) = pages.found.pop_front() else { return Ok(None) };
+        if pages.found.is_empty() && !pages.complete {
+            pages.fetch(self.nats, self.before).await?;
+        }
+        self.next.extend(pages.next(index));
+        self.messages += 1;
+        self.bytes += message.weight();
+        if self.messages > MAX_MESSAGES || self.bytes > MAX_BYTES {
             return Err(CatchUpError::TooMany);
         }
-        match last {
-            Some(last) if !end => from = last + 1,
-            _ => break,
-        }
+        Ok(Some(message))
     }
-    Ok(found)
+}
+
+impl Pages {
+    fn next(&self, index: usize) -> Option<Reverse<(u64, usize)>> {
+        self.found.front().map(|message| Reverse((message.position.seq, index)))
+    }
+
+    async fn fetch(&mut self, nats: &Nats, before: u64) -> Result<(), CatchUpError> {
+        if self.from >= before {
+            self.complete = true;
+            return Ok(());
+        }
+        let (messages, end) = batch(nats, &self.subject, self.from, before).await?;
+        self.complete = end || messages.is_empty();
+        if let Some(last) = messages.last() {
+            self.from = last.position.seq + 1;
+        }
+        self.found.extend(messages);
+        Ok(())
+    }
 }
 
 /// One request: its messages, and whether there are no more.

@@ -59,8 +59,8 @@ pub struct Downlink {
     cursor: u64,
     /// Position of the last message fed, for commits.
     position: Position,
-    /// Inside a transaction of which the end has not been fed.
-    open: bool,
+    /// Commit LSN and id of a transaction of which the end has not been fed.
+    open: Option<(Lsn, u32)>,
     /// Scopes held, each with the snapshot that its rows came from, if this session sent one.
     scopes: BTreeMap<Scope, Option<Arc<Fence>>>,
     /// The snapshot in which memberships were read last.
@@ -97,7 +97,7 @@ impl Downlink {
             grants,
             cursor: position.seq,
             position,
-            open: false,
+            open: None,
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
             authorization,
             reauthorize: false,
@@ -153,7 +153,7 @@ impl Downlink {
         if message.epoch() != self.position.epoch {
             return Next::EpochChanged;
         }
-        if !self.open && self.bracket.as_ref().is_some_and(|bracket| message.lsn() >= bracket.fence.lsn) {
+        if self.open.is_none() && self.bracket.as_ref().is_some_and(|bracket| message.lsn() >= bracket.fence.lsn) {
             // Commit order: everything before the fence has been fed.
             self.close_bracket(out);
         }
@@ -165,24 +165,24 @@ impl Downlink {
             return Next::Reauthorize;
         }
         if message.last {
-            self.release(message, out);
+            self.release(message.lsn(), message.xid, out);
             self.confirm(message, out);
         }
         let delivered = self.delivers(message);
         if let Some(scope) = message.scope.as_ref().filter(|_| delivered) {
             if message.last {
-                self.send(message, message.frame(), out);
+                self.send(message.lsn(), message.xid, message.frame(), out);
             } else {
                 self.held.push((scope.clone(), message.frame()));
                 if self.held.len() > MAX_HELD {
-                    self.release(message, out);
+                    self.release(message.lsn(), message.xid, out);
                 }
             }
             self.staged = true;
         }
         self.cursor = message.position.seq;
         self.position = message.position;
-        self.open = !message.last;
+        self.open = (!message.last).then_some((message.lsn(), message.xid));
         if message.last && self.bracket.is_none() {
             if self.staged && !delivered {
                 out.push(Out::Own(ServerFrame::Commit { position: self.position }));
@@ -192,19 +192,19 @@ impl Downlink {
         Next::Continue
     }
 
-    /// Sends what was held of the message's transaction, except scopes that it turned out to revoke.
-    fn release(&mut self, message: &Message, out: &mut Vec<Out>) {
+    /// Sends what was held of a transaction, except scopes that it turned out to revoke.
+    fn release(&mut self, lsn: Lsn, xid: u32, out: &mut Vec<Out>) {
         for (scope, frame) in std::mem::take(&mut self.held) {
             if self.scopes.contains_key(&scope) {
-                self.send(message, frame, out);
+                self.send(lsn, xid, frame, out);
             }
         }
     }
 
-    /// Sends a frame of the message's transaction, or keeps it for behind the snapshot that does not see it.
-    fn send(&mut self, message: &Message, frame: Utf8Bytes, out: &mut Vec<Out>) {
+    /// Sends a frame of a transaction, or keeps it for behind the snapshot that does not see it.
+    fn send(&mut self, lsn: Lsn, xid: u32, frame: Utf8Bytes, out: &mut Vec<Out>) {
         match &mut self.bracket {
-            Some(bracket) if !bracket.fence.sees(message.xid, message.lsn()) => bracket.after.push(frame),
+            Some(bracket) if !bracket.fence.sees(xid, lsn) => bracket.after.push(frame),
             _ => out.push(Out::Shared(frame)),
         }
     }
@@ -270,10 +270,11 @@ impl Downlink {
         }
     }
 
-    /// The end of a transaction whose last message is of a scope that a catch-up does not fetch.
-    pub fn end_of_group(&mut self, message: &Message, out: &mut Vec<Out>) {
-        self.open = false;
-        self.release(message, out);
+    /// The next message is of the transaction with this commit LSN: another one that is open has ended, with messages of
+    /// scopes that a catch-up does not fetch.
+    pub fn ends_before(&mut self, next: Lsn, out: &mut Vec<Out>) {
+        let Some((lsn, xid)) = self.open.take_if(|(lsn, _)| *lsn != next) else { return };
+        self.release(lsn, xid, out);
         if self.staged && self.bracket.is_none() {
             out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             self.staged = false;
@@ -347,7 +348,7 @@ impl Downlink {
 
     /// Between messages: confirms and closes what the stream has passed by now.
     pub fn settle(&mut self, out: &mut Vec<Out>) {
-        if self.open {
+        if self.open.is_some() {
             return;
         }
         if self.ledger.as_ref().is_some_and(|(fence, _)| self.passed(*fence)) {

@@ -223,3 +223,20 @@ fn memberships_through_another_scope_follow_its_rows() {
     let mut outside = downlink(&[project("a")]);
     assert_eq!(feed(&mut outside, projects(12, 0x202, "delete", r#"["a"]"#)), "");
 }
+
+/// A catch-up ends inside a transaction, the rest of which the ring has: perhaps not of a scope that is held.
+#[test]
+fn an_open_transaction_ends_where_another_begins() {
+    let lsn = |n: u64| Lsn(0x10_0000 + n);
+    let mut link = downlink(&[project("a")]);
+    let mut out = Vec::new();
+    assert_eq!(feed(&mut link, msg(11, 1, 0, false, Some(project("a")))), "");
+    link.ends_before(lsn(1), &mut out);
+    assert_eq!(words(std::mem::take(&mut out)), "", "it goes on");
+    assert_eq!(feed(&mut link, msg(13, 1, 2, false, Some(project("a")))), "");
+    link.skip_to(14);
+    link.ends_before(lsn(2), &mut out);
+    assert_eq!(words(std::mem::take(&mut out)), "rows11 rows13 commit13");
+    link.ends_before(lsn(3), &mut out);
+    assert_eq!(words(out), "", "nothing is open");
+}

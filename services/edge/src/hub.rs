@@ -180,9 +180,9 @@ impl Hub {
         self.head.0.subscribe()
     }
 
-    /// The oldest sequence that the ring holds.
-    pub fn oldest(&self) -> Option<u64> {
-        self.read().ring.front().map(|(_, message)| message.position.seq)
+    /// The position of the oldest message that the ring holds.
+    pub fn oldest(&self) -> Option<Position> {
+        self.read().ring.front().map(|(_, message)| message.position)
     }
 
     /// The position of the message with this sequence, if the ring holds it.
@@ -329,7 +329,7 @@ mod tests {
         for seq in 1..=total {
             hub.push(message(seq, seq, 0, true, None).into(), now);
         }
-        assert_eq!(hub.oldest(), Some(11));
+        assert_eq!(hub.oldest().map(|position| position.seq), Some(11));
         let (session, _results) = hub.enter(Uuid::nil());
         assert_eq!(session.look_back(15, now).len(), 5);
         assert!(session.look_back(15, now + LOOK_BACK).is_empty());

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::Edge;
 use crate::catalogs::Known;
-use crate::catchup;
+use crate::catchup::{CatchUpError, Merge};
 use crate::downlink::{Downlink, Next, Out};
 use crate::hub::{FellBehind, Membership};
 use crate::lane::Item;
@@ -141,41 +141,29 @@ impl Session {
     async fn catch_up(&mut self, wire: &mut Wire) -> Result<(), End> {
         self.membership.set_scopes(self.downlink.scopes());
         let edge = self.edge.clone();
+        let failed = |error| match error {
+            // The client drops its position when it is told so, and gets a snapshot.
+            CatchUpError::TooMany => End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper"),
+            error => End::unavailable(&error),
+        };
         while let Some(oldest) = edge.hub.oldest()
-            && self.downlink.cursor() + 1 < oldest
+            && self.downlink.cursor() + 1 < oldest.seq
         {
             let _permit = wire.alive(edge.catch_ups.acquire()).await?.map_err(|_| End::Gone)?;
-            let mut messages = Vec::new();
-            for scope in self.downlink.scopes() {
-                let fetch = catchup::fetch(&edge.nats, scope, self.downlink.cursor() + 1, oldest);
-                let found = wire.alive(fetch).await?;
-                messages.extend(found.map_err(|error| match error {
-                    // The client drops its position when it is told so, and gets a snapshot.
-                    catchup::CatchUpError::TooMany => {
-                        End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper")
-                    }
-                    error => End::unavailable(&error),
-                })?);
-                let bytes =
-                    messages.iter().fold(0, |sum, message: &Arc<crate::message::Message>| sum + message.weight());
-                if messages.len() > catchup::MAX_MESSAGES || bytes > catchup::MAX_BYTES {
-                    return Err(End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper"));
-                }
-            }
-            messages.sort_unstable_by_key(|message| message.position.seq);
-            // Where the ring begins inside a transaction, its end will come from there.
-            let ring_lsn = edge.hub.position_at(oldest).map(|position| position.lsn);
-            for (index, message) in messages.iter().enumerate() {
-                self.feed(wire, message).await?;
-                let next = messages.get(index + 1).map_or(ring_lsn, |next| Some(next.lsn()));
-                if next != Some(message.lsn()) {
-                    self.downlink.end_of_group(message, &mut self.out);
-                }
+            let from = self.downlink.cursor() + 1;
+            let scopes: Vec<Scope> = self.downlink.scopes().cloned().collect();
+            let merge = Merge::new(&edge.nats, scopes.iter(), from, oldest.seq);
+            let mut merge = wire.alive(merge).await?.map_err(failed)?;
+            while let Some(message) = wire.alive(merge.next()).await?.map_err(failed)? {
+                self.downlink.ends_before(message.lsn(), &mut self.out);
+                self.feed(wire, &message).await?;
                 if self.out.len() >= PUMP {
                     self.flush(wire).await?;
                 }
             }
-            self.downlink.skip_to(oldest - 1);
+            // Where the ring began inside a transaction, its end will come from there.
+            self.downlink.ends_before(oldest.lsn, &mut self.out);
+            self.downlink.skip_to(oldest.seq - 1);
             self.flush(wire).await?;
         }
         Ok(())

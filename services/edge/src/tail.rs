@@ -23,6 +23,8 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const EXPIRES: Duration = Duration::from_secs(3);
 /// Messages of one pull request.
 const BATCH: usize = 500;
+/// Bytes of one pull request: what may be on its way to an edge that is busy.
+const BATCH_BYTES: usize = 8 << 20;
 /// The broker forgets an abandoned consumer after this time.
 const INACTIVE: Duration = Duration::from_secs(30);
 /// Pause before the consumer is made anew.
@@ -106,6 +108,7 @@ async fn follow(nats: &Nats, hub: &Hub, health: &Health, last: &mut Option<u64>)
     let mut messages = consumer
         .stream()
         .max_messages_per_batch(BATCH)
+        .max_bytes_per_batch(BATCH_BYTES)
         .heartbeat(HEARTBEAT)
         .expires(EXPIRES)
         .messages()

@@ -458,7 +458,7 @@ impl World {
             if meeting == Meeting::NewIdentity {
                 return self.hang_up(index, 0);
             }
-            self.clients[index].replica = Some(Replica::new(welcome.resume));
+            self.clients[index].replica = Some(Replica::new(welcome.resume).spilling_above(500));
             let (last_seq, window) = (welcome.last_seq, welcome.limits.window);
             return self.input(index, Input::Connected { last_seq, window });
         }
@@ -557,7 +557,7 @@ impl World {
     pub fn is_settled(&mut self, index: usize) -> bool {
         let length = self.broker.outbound.len();
         let Some(session) = self.clients[index].session else { return false };
-        let applied = self.clients[index].replica.as_ref().is_some_and(|replica| replica.ready_bytes() == 0);
+        let applied = self.clients[index].replica.as_ref().is_some_and(|replica| !replica.is_ready());
         if !applied || !self.sessions[session].is_idle(length) {
             return false;
         }

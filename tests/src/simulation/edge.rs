@@ -227,15 +227,13 @@ impl World {
             self.broker.outbound[cursor..oldest - 1].iter().filter(wanted).cloned().collect();
         let ring = self.broker.outbound[oldest - 1].lsn();
         let user = self.sessions[session].user.clone();
-        for (index, message) in messages.iter().enumerate() {
+        for message in &messages {
+            downlink.ends_before(message.lsn(), out);
             if !self.feed(&user, downlink, message, out) {
                 return false;
             }
-            let next = messages.get(index + 1).map_or(ring, |next| next.lsn());
-            if next != message.lsn() {
-                downlink.end_of_group(message, out);
-            }
         }
+        downlink.ends_before(ring, out);
         downlink.skip_to(oldest as u64 - 1);
         true
     }

@@ -11,7 +11,9 @@ use fixture::{changes, column, confirmed, delete, failed, fixture, schema, stage
 use millstream_client_core::replica::{Batch, Step, Work};
 use millstream_client_store::{MAX_TRANSACTION_BYTES, Outcome, Store, StoreError, Verdict};
 use millstream_schemas::frame::{MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
-use millstream_schemas::{Code, ColumnSchema, Lsn, Operation, Position, Scope, TableChanges, TableOp, TableSchema};
+use millstream_schemas::{
+    Code, ColumnSchema, Lsn, Operation, Position, Row, Scope, TableChanges, TableOp, TableSchema,
+};
 use rusqlite::types::Value;
 use uuid::Uuid;
 
@@ -236,6 +238,34 @@ fn truncate_keeps_pending_inserts() {
         .unwrap();
     f.apply(vec![Step::Rows(vec![changes("tasks", TableOp::Truncate, vec![])])]);
     assert_eq!(f.tasks(), "c|new|-");
+}
+
+#[test]
+fn rows_kept_aside_show_with_their_transaction() {
+    let mut f = fixture();
+    f.apply(vec![upsert(vec![task("a", "p", "old", false), task("b", "p", "old", false)])]);
+    let spill = |part, rows: Vec<Row>| match upsert(rows) {
+        Step::Rows(changes) => Work::Spill(part, changes),
+        other => panic!("{other:?}"),
+    };
+    let many = (0..2_500).map(|n| task(&format!("m{n:04}"), "p", "m", false)).collect();
+    f.store
+        .perform(&[
+            spill(7, vec![task("x", "p", "of a session that was cut", false)]),
+            Work::ClearSpill,
+            spill(8, vec![task("a", "p", "new", false)]),
+            spill(9, vec![task("y", "p", "of an attempt that was cut", false)]),
+            Work::Unspill(9),
+            spill(8, many),
+            spill(9, vec![task("b", "p", "later", false)]),
+        ])
+        .unwrap();
+    assert_eq!(f.tasks(), "a|old|0\nb|old|0", "nothing is visible");
+    f.write(&["UPDATE tasks SET done = 1 WHERE id = 'a'"]).unwrap();
+    f.apply(vec![Step::Spilled(8), upsert(vec![task("b", "p", "between", false)]), Step::Spilled(9)]);
+    assert_eq!(f.read("SELECT count(*) FROM tasks WHERE title = 'm'"), "2500");
+    assert_eq!(f.read("SELECT group_concat(id || title || done, ' ') FROM tasks WHERE id < 'm'"), "anew1 blater0");
+    assert_eq!(f.read("SELECT count(*) FROM millstream_spill"), "0");
 }
 
 #[test]

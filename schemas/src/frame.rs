@@ -112,6 +112,8 @@ pub enum ServerFrame {
     SnapshotBegin {
         /// The scopes, each to be replaced whole.
         scopes: Vec<Scope>,
+        /// How many rows follow, for the client to show how far it is; those in several scopes count for each.
+        rows: u64,
     },
     /// Rows of a snapshot.
     SnapshotRows {

@@ -11,7 +11,9 @@ use crate::watcher::Watcher;
 
 /// How much more a process may need.
 const MORE_KIB: u64 = 128 * 1024;
-/// The broker is not ours: it keeps a few blocks of its stream, and collects its garbage late.
+/// For a million rows, beside other tests: an edge keeps its ring, and what a slow session fetches again.
+const MORE_KIB_MILLION: u64 = 256 * 1024;
+/// The broker is not ours: it keeps the blocks of its stream that were read within 10 s, and collects its garbage late.
 const MORE_KIB_NATS: u64 = 512 * 1024;
 /// How long the larger one may take, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -36,11 +38,11 @@ fn peaks(board: &mut Board, client: &Watcher) -> Result<Vec<(&'static str, u32, 
 }
 
 /// No process may have needed much more than before.
-fn compare(before: &[(&'static str, u32, u64)], nats_kib: u64) -> Result<()> {
+fn compare(before: &[(&'static str, u32, u64)], kib: u64, nats_kib: u64) -> Result<()> {
     for (name, pid, was) in before {
         let more = peak(*pid)?.saturating_sub(*was);
         println!("{name}: +{} MiB", more / 1024);
-        let limit = if *name == Service::Nats.name() { nats_kib } else { MORE_KIB };
+        let limit = if *name == Service::Nats.name() { nats_kib } else { kib };
         ensure!(more < limit, "{name} took {more} KiB more");
     }
     Ok(())
@@ -76,7 +78,7 @@ async fn update(board: &mut Board) -> Result<()> {
     let committed = start.elapsed();
     client.shows(ROWS, ROWS, 2 * PATIENCE).await?;
     println!("an UPDATE of {ROWS} rows: committed in {committed:.1?}, visible after {:.1?}", start.elapsed());
-    compare(&before, MORE_KIB)
+    compare(&before, MORE_KIB, MORE_KIB)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -107,7 +109,7 @@ async fn million(board: &mut Board) -> Result<()> {
     let committed = start.elapsed();
     client.shows(rows, rows, LIMIT).await?;
     println!("an INSERT of {rows} rows: committed in {committed:.1?}, visible after {:.1?}", start.elapsed());
-    compare(&before, MORE_KIB_NATS)?;
+    compare(&before, MORE_KIB_MILLION, MORE_KIB_NATS)?;
     // What comes behind it is not held up.
     sqlx::query("DELETE FROM numbers").execute(&mut postgres).await?;
     let emptied = async {
@@ -116,5 +118,5 @@ async fn million(board: &mut Board) -> Result<()> {
     };
     tokio::time::timeout(LIMIT, emptied).await.context("the rows stay")??;
     println!("emptied after {:.1?}", start.elapsed());
-    compare(&before, MORE_KIB_NATS)
+    compare(&before, MORE_KIB_MILLION, MORE_KIB_NATS)
 }

@@ -151,3 +151,40 @@ async fn snapshot(url: &str, token: &str) -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_sees_how_far_its_snapshot_is() -> Result<()> {
+    const TASKS: u64 = 20_000;
+    let board = Board::start().await?;
+    let mut postgres = board.postgres().await?;
+    for sql in [
+        "INSERT INTO projects (id, name) VALUES ('00000000-0000-0000-0000-000000000001', 'p')".to_owned(),
+        "INSERT INTO members VALUES ('00000000-0000-0000-0000-000000000001', 'alice', 'owner')".to_owned(),
+        format!(
+            "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), '00000000-0000-0000-0000-000000000001', 't' FROM generate_series(1, {TASKS})"
+        ),
+    ] {
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut postgres).await?;
+    }
+    let client = board.builder("a", "alice").open().await?;
+    let mut status = client.status();
+    let mut seen: Vec<millstream_client::Download> = Vec::new();
+    let synced = async {
+        while !status.borrow_and_update().has_synced {
+            status.changed().await?;
+            let download = status.borrow().download;
+            seen.extend(download.filter(|download| seen.last() != Some(download)));
+        }
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(PATIENCE, synced).await.context("no snapshot")??;
+    // The project, the task, and the membership both as the project's row and as Alice's own.
+    let total = TASKS + 3;
+    ensure!(seen.len() > 2 && seen.iter().all(|download| download.total == total), "{seen:?}");
+    ensure!(
+        seen.is_sorted_by(|a, b| a.rows < b.rows) && seen.last().is_some_and(|last| last.rows == total),
+        "{seen:?}"
+    );
+    ensure!(client.status().borrow().download.is_none(), "it is over");
+    Ok(())
+}

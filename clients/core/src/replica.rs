@@ -8,6 +8,8 @@
 use millstream_schemas::frame::{Confirmed, Resume, Rows, ServerFrame};
 use millstream_schemas::{Lsn, Position, Scope, TableChanges};
 
+use crate::status::Download;
+
 /// What the store does, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
@@ -26,7 +28,7 @@ pub enum Work {
 }
 
 /// Most encoded bytes of a transaction that is not complete which stay in memory.
-pub const SPILL_BYTES: usize = 8 << 20;
+pub const SPILL_BYTES: usize = 2 << 20;
 
 /// Steps of one local transaction, with the position that the store then has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,6 +115,8 @@ pub struct Replica {
     spills: u64,
     /// Scopes of the snapshot under way.
     snapshot: Option<Vec<Scope>>,
+    /// How far it is.
+    download: Download,
     /// Its place among what is staged has come.
     applied: bool,
     /// The next snapshot replaces every scope.
@@ -131,6 +135,7 @@ impl Replica {
             open: None,
             spills: 0,
             snapshot: None,
+            download: Download::default(),
             applied: false,
             full: resume == Resume::Snapshot,
             work: Vec::new(),
@@ -147,6 +152,11 @@ impl Replica {
     /// Whether a snapshot is arriving.
     pub fn in_snapshot(&self) -> bool {
         self.snapshot.is_some() || self.full
+    }
+
+    /// How far the snapshot under way is.
+    pub fn download(&self) -> Option<Download> {
+        self.snapshot.is_some().then_some(self.download)
     }
 
     /// Whether something waits to be taken.
@@ -182,7 +192,8 @@ impl Replica {
                     self.commit(position);
                 }
             }
-            ServerFrame::SnapshotBegin { scopes } => {
+            ServerFrame::SnapshotBegin { scopes, rows } => {
+                self.download = Download { rows: 0, total: rows };
                 if self.snapshot.replace(scopes).is_some() {
                     return Err(ProtocolError("snapshot_begin within a snapshot"));
                 }
@@ -194,6 +205,7 @@ impl Replica {
                     return Err(ProtocolError("snapshot_rows outside a snapshot"));
                 }
                 self.work_bytes += bytes;
+                self.download.rows += changes.iter().map(|change| change.rows.len() as u64).sum::<u64>();
                 match self.work.last_mut() {
                     Some(Work::Stage(earlier)) => earlier.extend(changes),
                     _ => self.work.push(Work::Stage(changes)),

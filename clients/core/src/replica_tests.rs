@@ -126,7 +126,7 @@ fn a_large_transaction_is_kept_aside() {
     // On both sides of a snapshot.
     let mut frames = parts(&all[..3], false);
     frames.extend([
-        ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
         ServerFrame::SnapshotApply {},
         rows(5, 3, false, "d"),
         rows(5, 4, false, "e"),
@@ -155,7 +155,7 @@ fn ready_transactions_merge() {
 #[test]
 fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
     let frames = vec![
-        ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
         ServerFrame::SnapshotRows { changes: changes(&["s"]) },
         rows(5, 0, true, "a"),
         ServerFrame::SnapshotRows { changes: changes(&["t"]) },
@@ -173,7 +173,7 @@ fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
 fn a_second_snapshot_waits_for_the_first() {
     let snapshot = |name: &str, seq| {
         vec![
-            ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+            ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
             ServerFrame::SnapshotRows { changes: changes(&[name]) },
             ServerFrame::SnapshotApply {},
             ServerFrame::SnapshotEnd { position: position(seq) },
@@ -196,10 +196,23 @@ fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
 fn a_transaction_that_ends_in_another_scope_is_whole_at_the_end_of_the_bracket() {
     let end = ServerFrame::SnapshotEnd { position: position(9) };
     let frames = vec![
-        ServerFrame::SnapshotBegin { scopes: vec![scope()] },
+        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
         ServerFrame::SnapshotApply {},
         rows(5, 0, false, "a"),
         end,
     ];
     check(Resume::CatchUp, frames, &["clear", "snapshot, a @9"]);
+}
+
+#[test]
+fn a_snapshot_says_how_far_it_is() {
+    let mut replica = Replica::new(Resume::Snapshot);
+    assert_eq!(replica.download(), None);
+    replica.handle(ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 }, 10).unwrap();
+    let part = TableChanges { rows: vec![vec![], vec![]], ..changes(&["s"]).remove(0) };
+    replica.handle(ServerFrame::SnapshotRows { changes: vec![part] }, 10).unwrap();
+    assert_eq!(replica.download(), Some(Download { rows: 2, total: 3 }));
+    replica.handle(ServerFrame::SnapshotApply {}, 10).unwrap();
+    replica.handle(ServerFrame::SnapshotEnd { position: position(1) }, 10).unwrap();
+    assert_eq!(replica.download(), None);
 }

@@ -45,6 +45,15 @@ pub struct Pending {
     pub oldest_at: Option<u64>,
 }
 
+/// Progress of a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Download {
+    /// Rows that have arrived.
+    pub rows: u64,
+    /// Rows that it has; those in several scopes count for each.
+    pub total: u64,
+}
+
 /// The last thing that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LastError {
@@ -78,6 +87,8 @@ pub struct Status {
     pub uploading: bool,
     /// Whether a snapshot is arriving.
     pub downloading: bool,
+    /// How far it is, once it has begun.
+    pub download: Option<Download>,
     /// Whether this process does the syncing.
     pub role: Role,
     /// Where the client's rows stand.

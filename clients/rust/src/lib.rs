@@ -39,7 +39,7 @@ pub use builder::{BoxError, Builder};
 pub use bus::Faults;
 pub use client::{Client, Tx, Worker, Write};
 pub use error::{Error, Result};
-pub use millstream_client_core::status::{LastError, Pending, Role, State, Status};
+pub use millstream_client_core::status::{Download, LastError, Pending, Role, State, Status};
 pub use millstream_client_store::{Edit, EntryState, FailedWrite, Host, Outcome, QueueEntry, StoreError};
 pub use millstream_schemas::{Change, Code, Operation, Position, Schema, Scope};
 pub use params::{IntoParams, IntoSql};

@@ -216,7 +216,7 @@ impl SyncWorker {
             status.reason = Some(end.message.clone());
             status.retry_at = (wait > 0).then(|| wall_ms() + wait);
             status.uploading = false;
-            status.downloading = false;
+            (status.downloading, status.download) = (false, None);
             status.reconnects += u64::from(self.welcomed.is_some());
             if !matches!(end.then, Then::Now | Then::Interrupted) {
                 status.last_error = Some(LastError { code: end.code.clone(), message: end.message.clone() });
@@ -371,9 +371,12 @@ impl SyncWorker {
                     };
                 }
             }
-            let downloading = replica.in_snapshot();
-            self.status
-                .send_if_modified(|status| std::mem::replace(&mut status.downloading, downloading) != downloading);
+            let now = (replica.in_snapshot(), replica.download());
+            self.status.send_if_modified(|status| {
+                let before = (status.downloading, status.download);
+                (status.downloading, status.download) = now;
+                before != now
+            });
         }
     }
 

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::message::Message;
 
 /// Most bytes that the ring keeps.
-const RING_BYTES: usize = 64 << 20;
+const RING_BYTES: usize = 48 << 20;
 /// Most messages that the ring keeps.
 pub(crate) const RING_MESSAGES: usize = 50_000;
 /// How far back a joining snapshot looks for transactions that were published before they became visible.

@@ -226,10 +226,12 @@ impl Session {
             return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
         }
         if !new.is_empty() {
-            self.out.push(Out::Own(begin_frame(&new)));
             self.flush(wire).await?;
             let edge = self.edge.clone();
             let _permit = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
+            let rows = wire.alive(snapshot.count(&self.known.catalog, &new)).await?;
+            self.out.push(Out::Own(begin_frame(&new, rows.map_err(|error| End::unavailable(&error))?)));
+            self.flush(wire).await?;
             let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
             let known = self.known.clone();
             let wanted = new.clone();

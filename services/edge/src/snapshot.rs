@@ -205,6 +205,41 @@ impl Snapshot {
         Ok(Ledger { user_id: Some(row.get("user_id")), last_seq, failed, told_seq, lost, instances })
     }
 
+    /// How many rows these scopes have; those in several count for each.
+    ///
+    /// # Errors
+    /// Postgres failed.
+    pub async fn count(&mut self, catalog: &Catalog, scopes: &[Scope]) -> Result<u64, SnapshotError> {
+        let ids = by_kind(scopes);
+        let (mut counts, mut bound) = (Vec::new(), Vec::new());
+        for table in &catalog.tables {
+            for ScopeColumn { kind, column } in table.row_scope_columns() {
+                let Some(ids) = ids.get(kind) else { continue };
+                let mut sql = format!("(SELECT count(*) FROM {}", table.sql_name);
+                if let Some(column) = column.map(|index| &table.columns[index]) {
+                    bound.push(ids);
+                    let _ = write!(
+                        sql,
+                        " WHERE {} = ANY (${}::text[]::{}[])",
+                        column.sql_name,
+                        bound.len(),
+                        column.sql_type
+                    );
+                }
+                sql.push(')');
+                counts.push(sql);
+            }
+        }
+        if counts.is_empty() {
+            return Ok(0);
+        }
+        let sql = format!("SELECT ({})::int8", counts.join(" + "));
+        // Identifiers come quoted from the catalog.
+        let counted = bound.into_iter().fold(sqlx::query_scalar(AssertSqlSafe(sql)), |query, ids| query.bind(ids));
+        let rows: i64 = counted.fetch_one(&mut *self.transaction).await.map_err(query("count a snapshot's rows"))?;
+        Ok(rows.cast_unsigned())
+    }
+
     /// Sends the rows of these scopes as frames, and ends the transaction.
     ///
     /// # Errors
@@ -215,10 +250,7 @@ impl Snapshot {
         scopes: &[Scope],
         frames: &mpsc::Sender<String>,
     ) -> Result<(), SnapshotError> {
-        let mut ids: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for scope in scopes {
-            ids.entry(&scope.kind).or_default().push(&scope.id);
-        }
+        let ids = by_kind(scopes);
         for table in &catalog.tables {
             for ScopeColumn { kind, column } in table.row_scope_columns() {
                 let Some(ids) = ids.get(kind) else { continue };
@@ -267,6 +299,15 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+/// The ids of scopes, by kind.
+fn by_kind(scopes: &[Scope]) -> BTreeMap<&str, Vec<&str>> {
+    let mut ids: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for scope in scopes {
+        ids.entry(&scope.kind).or_default().push(&scope.id);
+    }
+    ids
 }
 
 /// Cuts a COPY stream into lines.
@@ -358,8 +399,8 @@ impl RowsFrame {
 }
 
 /// The frame that opens a snapshot.
-pub fn begin_frame(scopes: &[Scope]) -> ServerFrame {
-    ServerFrame::SnapshotBegin { scopes: scopes.to_vec() }
+pub fn begin_frame(scopes: &[Scope], rows: u64) -> ServerFrame {
+    ServerFrame::SnapshotBegin { scopes: scopes.to_vec(), rows }
 }
 
 #[cfg(test)]

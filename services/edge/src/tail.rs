@@ -21,10 +21,9 @@ use crate::message::Message;
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Life of one pull request.
 const EXPIRES: Duration = Duration::from_secs(3);
-/// Messages of one pull request.
-const BATCH: usize = 500;
-/// Bytes of one pull request: what may be on its way to an edge that is busy.
-const BATCH_BYTES: usize = 8 << 20;
+/// Messages of one pull request: what may be on its way to an edge that is busy. (With a limit in bytes as well, async-nats asks
+/// again only when the request expires.)
+const BATCH: usize = 128;
 /// The broker forgets an abandoned consumer after this time.
 const INACTIVE: Duration = Duration::from_secs(30);
 /// Pause before the consumer is made anew.
@@ -108,7 +107,6 @@ async fn follow(nats: &Nats, hub: &Hub, health: &Health, last: &mut Option<u64>)
     let mut messages = consumer
         .stream()
         .max_messages_per_batch(BATCH)
-        .max_bytes_per_batch(BATCH_BYTES)
         .heartbeat(HEARTBEAT)
         .expires(EXPIRES)
         .messages()

@@ -285,7 +285,7 @@ impl World {
         if new.is_empty() {
             return true;
         }
-        out.push(Out::Own(ServerFrame::SnapshotBegin { scopes: new.clone() }));
+        out.push(Out::Own(ServerFrame::SnapshotBegin { scopes: new.clone(), rows: 0 }));
         for (table, row) in state.read(&self.postgres.tables, &new) {
             let table = self.postgres.tables[table].name.clone();
             let changes = vec![TableChanges { table, op: TableOp::Upsert, columns: None, rows: vec![row] }];

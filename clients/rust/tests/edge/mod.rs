@@ -245,7 +245,7 @@ impl Edge {
             None => {
                 let rows = state.tasks.values().cloned().collect();
                 let changes = vec![TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows }];
-                frames.push(ServerFrame::SnapshotBegin { scopes: vec![Scope::global()] });
+                frames.push(ServerFrame::SnapshotBegin { scopes: vec![Scope::global()], rows: 0 });
                 frames.push(ServerFrame::SnapshotRows { changes });
                 frames.push(ServerFrame::SnapshotApply {});
                 frames.push(ServerFrame::SnapshotEnd { position });

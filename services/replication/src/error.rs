@@ -36,7 +36,7 @@ pub enum Error {
     /// The synced tables, or what `millstream.toml` says of them, have changed.
     #[error("the synced tables have changed")]
     SchemaChanged,
-    /// See [`Differs`].
+    /// The database's history is not the one that was published.
     #[error(transparent)]
     HistoryDiffers(#[from] Differs),
     /// Tables cannot be replicated as they are.

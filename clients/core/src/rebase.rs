@@ -25,8 +25,8 @@ pub struct Pending {
 /// `clocks` names the column with the clocks of the base, where the table merges by column: a change that the server will
 /// find older than what it has is not shown over it.
 ///
-/// An insert over an existing row sets its columns, as an update does (the server's copy of it may have come first). An update of a row
-/// that is gone changes nothing: the server will refuse it, and the row must not come back half-filled.
+/// An insert over an existing row sets its columns, as an update does (the server's copy of it may have come first). An
+/// update of a row that is gone changes nothing: the server will refuse it, and the row must not come back half-filled.
 pub fn overlay(base: Option<Image>, pending: &[Pending], clocks: Option<&str>) -> Option<Image> {
     let texts = clocks.zip(base.as_ref()).and_then(|(column, base)| base.get(column)?.as_deref());
     let known = texts.map(Clocks::parse).unwrap_or_default();

@@ -39,6 +39,14 @@ pub struct Known {
     pub grants: Arc<Grants>,
 }
 
+impl Known {
+    /// Whether the newest rows of the stream are encoded in its layout. Asked after the head was read, it holds for the head's
+    /// epoch: an epoch has one layout, and a message shows its schema before it becomes the head.
+    pub fn agrees(&self, hub: &Hub) -> bool {
+        hub.schema().borrow().as_ref().is_none_or(|schema| layout(schema) == layout(&self.catalog.version))
+    }
+}
+
 /// The catalog that holds at the moment.
 pub struct Catalogs {
     config: PathBuf,
@@ -84,8 +92,7 @@ impl Catalogs {
     pub async fn agreeing(&self, hub: &Hub) -> Result<Option<Arc<Known>>, LoadError> {
         let agreeing = || {
             let known = self.known.borrow().clone();
-            let newest = hub.schema().borrow().clone();
-            newest.is_none_or(|schema| layout(&schema) == layout(&known.catalog.version)).then_some(known)
+            known.agrees(hub).then_some(known)
         };
         if let Some(known) = agreeing() {
             return Ok(Some(known));

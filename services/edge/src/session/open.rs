@@ -77,6 +77,10 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     let Some(head) = *edge.hub.head().borrow() else {
         return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
     };
+    if !known.agrees(&edge.hub) {
+        // They changed while we read: rows behind this head would meet the old schema.
+        return Err(End::schema_changed());
+    }
     let kept = match hello.position {
         Some(position)
             if hello.schema.as_deref().is_some_and(|schema| layout(schema) == layout(&known.catalog.version))

@@ -25,8 +25,11 @@ use crate::explain;
 use crate::group::{Group, Groups, Place};
 use crate::plan::{Action, Planned, Rejected};
 use crate::statement::{InputRow, Statement, Statements};
+use crate::suspects::suspects;
 use crate::validator::Step;
 
+/// Most rows that are left out of a statement for what its errors quote.
+const MAX_APART: usize = 20;
 /// How often a row is tried that is there, may be written and would win, but was not written: somebody else was writing it.
 const RACES: usize = 3;
 
@@ -75,13 +78,8 @@ impl<'a> Applier<'a> {
         InputRow { step, user_id, client_id, clock }
     }
 
-    /// Everything in as few statements as there may be; `careful`: with savepoints.
-    pub async fn set_wise(
-        &mut self,
-        plan: &mut [Planned<'_>],
-        rejected: &mut Rejected,
-        careful: bool,
-    ) -> Result<(), Failed> {
+    /// The changes in groups, and whether those are independent; then they are in the order of their shapes' ids.
+    pub fn groups<'p>(&mut self, plan: &'p [Planned<'_>]) -> Result<(Vec<Group<'p>>, bool), Failed> {
         let mut groups = Groups::default();
         for (index, planned) in plan.iter().enumerate() {
             for (number, step) in planned.steps().iter().enumerate() {
@@ -92,29 +90,35 @@ impl<'a> Applier<'a> {
                 groups.add(self.statements, Place { planned: index, step: number }, row);
             }
         }
-        let at_once = !careful && groups.are_independent(self.statements);
+        let independent = groups.are_independent(self.statements);
         let mut groups = groups.into_groups();
-        let mut outcomes = Vec::new();
-        let together = if at_once {
+        if independent {
             groups.sort_by_key(|group| group.statement.shape.id);
-            self.statements.together(&groups)
+        }
+        Ok((groups, independent))
+    }
+
+    /// Everything in as few statements as there may be; `careful`: with savepoints.
+    pub async fn set_wise(
+        &mut self,
+        plan: &mut [Planned<'_>],
+        rejected: &mut Rejected,
+        careful: bool,
+    ) -> Result<(), Failed> {
+        let (groups, independent) = self.groups(plan)?;
+        let mut outcomes = Vec::new();
+        if careful && independent {
+            outcomes = self.write_apart(groups).await?;
+        } else if let Some(sql) = independent.then(|| self.statements.together(&groups)).flatten() {
+            let written = self.write_together(&sql, &groups).await.map_err(failed)?;
+            outcomes.extend(groups.into_iter().flat_map(|group| group.places).zip(written.into_iter().flatten()));
         } else {
-            None
-        };
-        match together {
-            Some(sql) => {
-                let written = self.write_together(&sql, &groups).await.map_err(failed)?;
-                let places = groups.into_iter().flat_map(|group| group.places);
-                outcomes.extend(places.zip(written.into_iter().flatten()));
-            }
-            None => {
-                for group in groups {
-                    let written = match careful {
-                        false => self.write(&group.statement, &group.rows).await.map_err(failed)?,
-                        true => self.write_carefully(&group).await?,
-                    };
-                    outcomes.extend(group.places.into_iter().zip(written));
-                }
+            for group in groups {
+                let written = match careful {
+                    false => self.write(&group.statement, &group.rows).await.map_err(failed)?,
+                    true => self.write_carefully(&group).await?,
+                };
+                outcomes.extend(group.places.into_iter().zip(written));
             }
         }
         // Where it is cut: nothing before the first that has to be alone depends on it.
@@ -144,18 +148,62 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    /// A group, halved in savepoints where it fails.
+    /// Independent groups, at once in a savepoint. Rows that an error of Postgres seems to be about are left out and come
+    /// last, each alone; groups of which it names no row are halved.
+    async fn write_apart(&mut self, mut groups: Vec<Group<'_>>) -> Result<Vec<(Place, Outcome)>, Failed> {
+        let mut apart = Vec::new();
+        let mut outcomes = Vec::new();
+        self.savepoint(0).await?;
+        while let Some(sql) = self.statements.together(&groups) {
+            let error = match self.write_together(&sql, &groups).await {
+                Ok(written) => {
+                    let places = groups.drain(..).flat_map(|group| group.places);
+                    outcomes.extend(places.zip(written.into_iter().flatten()));
+                    break;
+                }
+                Err(error) => error,
+            };
+            if matches!(classify(&error), Fault::Server | Fault::Gone) {
+                return Err(failed(error));
+            }
+            self.raw("ROLLBACK TO SAVEPOINT statement").await?;
+            let before = apart.len();
+            for group in groups.iter_mut().filter(|group| !group.statement.shape.ordered) {
+                for index in suspects(&group.rows, &error).into_iter().rev() {
+                    apart.push(group.cut(index));
+                }
+            }
+            groups.retain(|group| !group.rows.is_empty());
+            if apart.len() == before || apart.len() > MAX_APART {
+                break;
+            }
+        }
+        // In the order of the batch: they may be in each other's way.
+        apart.sort_by_key(|group| group.places[0]);
+        for group in groups.into_iter().chain(apart) {
+            let written = self.write_carefully(&group).await?;
+            outcomes.extend(group.places.into_iter().zip(written));
+        }
+        Ok(outcomes)
+    }
+
+    /// Begins a savepoint; `at` is the transaction that needs it.
+    async fn savepoint(&mut self, at: usize) -> Result<(), Failed> {
+        self.savepoints += 1;
+        if self.savepoints > MAX_SAVEPOINTS {
+            return Err(Failed::isolate_at(at, "too many savepoints"));
+        }
+        self.raw("SAVEPOINT statement").await
+    }
+
+    /// A group, taken apart in savepoints where it fails: at the row that the error is about, else in the middle.
     async fn write_carefully(&mut self, group: &Group<'_>) -> Result<Vec<Outcome>, Failed> {
         let mut outcomes = Vec::with_capacity(group.rows.len());
         let mut waiting: Vec<_> = std::iter::once(0..group.rows.len()).collect();
         while let Some(range) = waiting.pop() {
             let at = group.places[range.start].planned;
-            self.savepoints += 1;
-            if self.savepoints > MAX_SAVEPOINTS {
-                return Err(Failed::isolate_at(at, "too many savepoints"));
-            }
+            self.savepoint(at).await?;
             let rows = &group.rows[range.clone()];
-            self.raw("SAVEPOINT statement").await?;
             match self.write(&group.statement, rows).await {
                 Ok(written) => {
                     self.raw("RELEASE SAVEPOINT statement").await?;
@@ -177,8 +225,13 @@ impl<'a> Applier<'a> {
                         }
                         ([_], _) => return Err(Failed::isolate_at(at, &error.to_string())),
                         _ => {
-                            let middle = range.start + rows.len() / 2;
-                            waiting.extend([middle..range.end, range.start..middle]);
+                            let suspects = suspects(rows, &error);
+                            let (one, next) = match suspects.first() {
+                                Some(first) => (range.start + first, range.start + first + 1),
+                                None => (range.start + rows.len() / 2, range.start + rows.len() / 2),
+                            };
+                            let parts = [next..range.end, one..next, range.start..one];
+                            waiting.extend(parts.into_iter().filter(|part| !part.is_empty()));
                             self.raw("RELEASE SAVEPOINT statement").await?;
                         }
                     }
@@ -398,7 +451,7 @@ fn failed(error: sqlx::Error) -> Failed {
 }
 
 /// A statement's text is made of the catalog's names and the operator's predicates; values are bound.
-fn bind<'q>(
+pub(crate) fn bind<'q>(
     mut query: Query<'q, Postgres, PgArguments>,
     op: Operation,
     rows: &[InputRow<'q>],

@@ -1,4 +1,5 @@
-//! One Postgres transaction a batch: fence, ledger, rows, ledger again, history, origin, COMMIT.
+//! One Postgres transaction a batch: fence, ledger, rows, ledger again, history, origin, COMMIT; or, where its outcome can
+//! be foreseen, all that as one statement (see [`crate::at_once`]).
 //!
 //! The fence moves the positions of the batch's partitions and so locks their rows: whoever else believes to own one of
 //! them waits, and then finds another position or epoch. What becomes of an error is decided by the caller, from
@@ -13,6 +14,7 @@ use sqlx::{ConnectOptions, Connection, PgConnection, Row};
 use uuid::Uuid;
 
 use crate::apply::Applier;
+use crate::at_once::Memory;
 use crate::batch::{Fence, Item, Mode, Owned};
 use crate::error::{Fault, classify, is_drift, keeps_connection};
 use crate::history;
@@ -89,12 +91,14 @@ pub(crate) struct Executor {
     stream_epoch: String,
     connection: Option<PgConnection>,
     model: Option<Model>,
+    memory: Memory,
 }
 
 impl Executor {
     /// Connects when first used.
     pub fn new(options: PgConnectOptions, config: PathBuf, stream_epoch: String) -> Self {
-        Executor { options: options.options(SESSION), config, stream_epoch, connection: None, model: None }
+        let memory = Memory::default();
+        Executor { options: options.options(SESSION), config, stream_epoch, connection: None, model: None, memory }
     }
 
     async fn connect(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
@@ -114,14 +118,24 @@ impl Executor {
         condemned: &Condemned,
     ) -> Result<Results, Failed> {
         let (config, stream_epoch) = (self.config.clone(), self.stream_epoch.clone());
-        let mut model = self.model.take();
+        let (mut model, mut memory) = (self.model.take(), std::mem::take(&mut self.memory));
         let connection = self.connect().await.map_err(Failed::Server)?;
         let mut current = match model.take() {
             Some(model) => model,
             None => Model::load(connection, &config).await.map_err(Failed::Model)?,
         };
-        let transaction = Transaction { connection, config: &config, items, fences, mode, condemned };
-        let mut outcome = transaction.run(&mut current, &stream_epoch).await;
+        let mut transaction =
+            Transaction { connection, config: &config, stream_epoch: &stream_epoch, items, fences, mode, condemned };
+        let at_once = match mode {
+            Mode::Fast => transaction.at_once(&mut current, &mut memory).await,
+            Mode::Careful | Mode::Savepoints | Mode::Single => None,
+        };
+        // It is over with its statement, whichever way.
+        let ended = at_once.is_some();
+        let mut outcome = match at_once {
+            Some(outcome) => outcome,
+            None => transaction.run(&mut current, &mut memory).await,
+        };
         if let Err(Failed::Isolate { at: Some(at), .. }) = &mut outcome {
             // From an index among submissions to one among items.
             let mut submissions = items.iter().enumerate().filter(|(_, item)| item.submission.is_some());
@@ -137,7 +151,11 @@ impl Executor {
             Err(Failed::Gone(_) | Failed::Unsure(..)) => (true, false),
         };
         self.model = Some(current).filter(|_| keep_model);
-        if outcome.is_err() && !(keep_connection && self.rollback().await) {
+        if let Err(Failed::Fenced | Failed::Ledger | Failed::Gone(_) | Failed::Unsure(..)) = &outcome {
+            memory = Memory::default();
+        }
+        self.memory = memory;
+        if outcome.is_err() && !(keep_connection && (ended || self.rollback().await)) {
             self.connection = None;
         }
         outcome
@@ -191,19 +209,21 @@ impl Executor {
     }
 }
 
-struct Transaction<'a> {
-    connection: &'a mut PgConnection,
+/// A batch and its connection.
+pub(crate) struct Transaction<'a> {
+    pub connection: &'a mut PgConnection,
     config: &'a Path,
-    items: &'a [Item],
-    fences: &'a [Fence],
+    pub stream_epoch: &'a str,
+    pub items: &'a [Item],
+    pub fences: &'a [Fence],
     mode: Mode,
-    condemned: &'a Condemned,
+    pub condemned: &'a Condemned,
 }
 
 impl<'a> Transaction<'a> {
-    async fn run(mut self, model: &mut Model, stream_epoch: &str) -> Result<Results, Failed> {
+    async fn run(mut self, model: &mut Model, memory: &mut Memory) -> Result<Results, Failed> {
         sqlx::raw_sql("BEGIN").execute(&mut *self.connection).await.map_err(Failed::Server)?;
-        let (mut ledger, now) = settle::fence(self.connection, stream_epoch, self.items, self.fences).await?;
+        let (mut ledger, now) = settle::fence(self.connection, self.stream_epoch, self.items, self.fences).await?;
         let Model { catalog, statements, origin } = model;
         let items: &'a [Item] = self.items;
         let submissions = || items.iter().filter_map(|item| item.submission.as_ref());
@@ -218,7 +238,7 @@ impl<'a> Transaction<'a> {
             self.ensure_current(origin).await?;
             current = true;
         }
-        let spans: Vec<tracing::Span> = plan.iter().map(span).collect();
+        let spans = spans(&plan);
         let mut applier = Applier::new(self.connection, statements, now);
         match self.mode {
             Mode::Fast | Mode::Careful => {
@@ -235,22 +255,18 @@ impl<'a> Transaction<'a> {
             .filter(|planned| matches!(planned.action, Action::Repeat))
             .map(|planned| (planned.submission.client_id, planned.submission.seq))
             .collect();
-        for planned in &plan {
-            if let Some(result) = planned.result() {
-                results.push(planned.submission.client_id, result);
-            }
-        }
+        results.extend(&plan);
         if !repeated.is_empty() {
             let known = history::known(self.connection, &repeated).await.map_err(Failed::Server)?;
             // Results of this batch come first, so a repetition within it does not hide its rejection.
             known.into_iter().for_each(|(client_id, result)| results.push(client_id, result));
         }
-        let last = plan.iter().zip(&spans).rev().find(|(planned, _)| planned.result().is_some());
-        let traceparent = last.and_then(|(planned, span)| {
-            span.in_scope(telemetry::traceparent).or_else(|| planned.submission.traceparent.clone())
-        });
-        settle::settle(self.connection, &plan, &ledger, traceparent).await?;
-        self.commit(&plan, results).await
+        settle::settle(self.connection, &plan, &ledger, traceparent(&plan, &spans)).await?;
+        let committed = self.commit(&plan, results).await;
+        if committed.is_ok() {
+            memory.keep(ledger, Some(now));
+        }
+        committed
     }
 
     /// A refusal must not be due to a catalog that is behind the database.
@@ -287,7 +303,17 @@ impl<'a> Transaction<'a> {
     }
 }
 
-/// The span of a submission, within the trace that its client began.
+/// The spans of submissions, each within the trace that its client began.
+pub(crate) fn spans(plan: &[Planned<'_>]) -> Vec<tracing::Span> {
+    plan.iter().map(span).collect()
+}
+
+/// The trace that the batch's origin names: that of the last one that was taken.
+pub(crate) fn traceparent(plan: &[Planned<'_>], spans: &[tracing::Span]) -> Option<String> {
+    let (planned, span) = plan.iter().zip(spans).rev().find(|(planned, _)| planned.result().is_some())?;
+    span.in_scope(telemetry::traceparent).or_else(|| planned.submission.traceparent.clone())
+}
+
 fn span(planned: &Planned<'_>) -> tracing::Span {
     if planned.result().is_none() {
         return tracing::Span::none();

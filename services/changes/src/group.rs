@@ -33,7 +33,7 @@ pub(crate) struct Shape {
     /// COMMIT decides about it: in a transaction of its own.
     pub deferred: bool,
     /// Its table has constraints by which inserts and deletes of different rows can be in each other's way.
-    ordered: bool,
+    pub ordered: bool,
     /// Foreign keys that it touches.
     parents: Vec<Reference>,
     /// Tables that it writes, its own first.
@@ -132,7 +132,7 @@ impl Shape {
 }
 
 /// A change with its place in the batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place {
     /// Index of its transaction in the plan.
     pub planned: usize,
@@ -149,6 +149,14 @@ pub(crate) struct Group<'a> {
     pub rows: Vec<InputRow<'a>>,
     /// Whose rows these are.
     pub places: Vec<Place>,
+}
+
+impl<'a> Group<'a> {
+    /// Takes a row out, as a group of its own.
+    pub fn cut(&mut self, index: usize) -> Group<'a> {
+        let (row, place) = (self.rows.remove(index), self.places.remove(index));
+        Group { statement: self.statement.clone(), rows: vec![row], places: vec![place] }
+    }
 }
 
 /// A row, by its table and the canonical form of its key.

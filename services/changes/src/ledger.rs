@@ -36,6 +36,13 @@ pub(crate) struct Client {
     pub last: u64,
 }
 
+impl Client {
+    /// As the database has it.
+    pub fn stored(user_id: String, last_seq: u64, instance: Option<Uuid>) -> Client {
+        Client { user_id, instance, stored: Some(last_seq), last: last_seq }
+    }
+}
+
 /// The clients of a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
@@ -45,8 +52,8 @@ pub(crate) struct Ledger {
 
 impl Ledger {
     /// Adds what the database knows of a client.
-    pub fn load(&mut self, client_id: Uuid, user_id: String, last_seq: u64, instance: Option<Uuid>) {
-        self.clients.insert(client_id, Client { user_id, instance, stored: Some(last_seq), last: last_seq });
+    pub fn load(&mut self, client_id: Uuid, client: Client) {
+        self.clients.insert(client_id, client);
     }
 
     /// Whether the database, as opposed to this batch, has taken a transaction.
@@ -86,6 +93,12 @@ impl Ledger {
         Decision::Take
     }
 
+    /// What the database knows of the clients once the batch is committed.
+    pub fn stored(self) -> impl Iterator<Item = (Uuid, Client)> {
+        let stored = |client: Client| Client { stored: Some(client.last), ..client };
+        self.clients.into_iter().map(move |(id, client)| (id, stored(client)))
+    }
+
     /// Where instances began, in the batch.
     pub fn spans(&self) -> &[(Uuid, InstanceSpan)] {
         &self.spans
@@ -120,7 +133,7 @@ mod tests {
     fn check(stored: Option<(&str, u64)>, submissions: &[(&str, u64, Decision)], last: Option<u64>) {
         let mut ledger = Ledger::default();
         if let Some((user, seq)) = stored {
-            ledger.load(CLIENT, user.into(), seq, None);
+            ledger.load(CLIENT, Client::stored(user.into(), seq, None));
         }
         for &(user, seq, expected) in submissions {
             assert_eq!(ledger.decide(&submission(user, seq, 0, None)), expected, "{user} {seq}");
@@ -148,7 +161,7 @@ mod tests {
         use Decision::{Duplicate, Fork, Take};
         let check = |stored: Option<u128>, steps: &[(u64, u128, Option<u128>, Decision)], spans: &[(u64, u128)]| {
             let mut ledger = Ledger::default();
-            ledger.load(CLIENT, "a".into(), 7, stored.map(Uuid::from_u128));
+            ledger.load(CLIENT, Client::stored("a".into(), 7, stored.map(Uuid::from_u128)));
             for &(seq, instance, previous, expected) in steps {
                 assert_eq!(ledger.decide(&submission("a", seq, instance, previous)), expected, "{seq} {instance}");
             }

@@ -2,12 +2,13 @@
 //!
 //! `ownership` decides which partitions of the stream are this process's; the `consumer` reads them and hands each
 //! message to one of a few `worker`s; a worker cuts `batch`es and has the `executor` apply each in one Postgres
-//! transaction, guarded by the partition's position and the client's `ledger`. The `validator` says what needs no
-//! database, `external` asks validators outside (what waits for them stands at the `gate`), `statement` holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go
-//! out by `results` and, if they are rejections, into `history`. The `janitor` keeps the stream small,
-//! `retention` the tables.
+//! transaction, `at_once` if it can, guarded by the partition's position and the client's `ledger`. The `validator` says
+//! what needs no database, `external` asks validators outside (what waits for them stands at the `gate`), `statement`
+//! holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go out by `results` and,
+//! if they are rejections, into `history`. The `janitor` keeps the stream small, `retention` the tables.
 
 mod apply;
+mod at_once;
 mod batch;
 mod consumer;
 pub mod direct;
@@ -31,6 +32,7 @@ mod results;
 mod retention;
 mod settle;
 mod statement;
+mod suspects;
 mod traits;
 mod validator;
 mod worker;

@@ -214,6 +214,7 @@ mod tests {
     use millstream_schemas::{Change, Operation};
 
     use super::*;
+    use crate::ledger::Client;
     use crate::validator::tests::{change, only, tasks};
 
     fn submission(seq: u64, after: &[u64], title: &str) -> Submission {
@@ -242,7 +243,7 @@ mod tests {
             submission(9, &[4], "x"),
         ];
         let mut ledger = Ledger::default();
-        ledger.load(Uuid::from_u128(1), "u".into(), 4, None);
+        ledger.load(Uuid::from_u128(1), Client::stored("u".into(), 4, None));
         assert_eq!(predecessors(submissions.iter(), &ledger).iter().map(|(_, seq)| *seq).collect::<Vec<_>>(), [3, 4]);
         let mut rejected = Rejected([(Uuid::from_u128(1), 3)].into());
         let plan = plan(submissions.iter(), &mut ledger, only(&table), &Condemned::new(), &mut rejected);

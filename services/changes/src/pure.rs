@@ -9,7 +9,7 @@ use millstream_schemas::stream::{InstanceSpan, OriginEntry, Submission};
 use uuid::Uuid;
 
 use crate::error::Refusal;
-use crate::ledger::Ledger;
+use crate::ledger::{Client, Ledger};
 use crate::plan::{Condemned, Rejected, plan, predecessors};
 use crate::settle;
 
@@ -57,7 +57,7 @@ pub fn settle(
 ) -> Settled {
     let mut ledger = Ledger::default();
     for Known { client_id, user_id, last_seq, instance } in known {
-        ledger.load(client_id, user_id, last_seq, instance);
+        ledger.load(client_id, Client::stored(user_id, last_seq, instance));
     }
     let named = predecessors(submissions.iter(), &ledger);
     let mut refused = Rejected(HashSet::from_iter(named.into_iter().filter(|(client, seq)| rejected(*client, *seq))));

@@ -4,6 +4,8 @@ use millstream_schemas::stream::{ResultsMessage, TransactionResult};
 use millstream_schemas::subject;
 use uuid::Uuid;
 
+use crate::plan::Planned;
+
 /// Verdicts by client, each client's in the order in which they were reached.
 #[derive(Debug, Default)]
 pub(crate) struct Results(Vec<(Uuid, Vec<TransactionResult>)>);
@@ -14,6 +16,15 @@ impl Results {
         match self.0.iter_mut().rev().find(|(id, _)| *id == client_id) {
             Some((_, results)) => results.push(result),
             None => self.0.push((client_id, vec![result])),
+        }
+    }
+
+    /// Adds the verdicts that a batch reached.
+    pub fn extend(&mut self, plan: &[Planned<'_>]) {
+        for planned in plan {
+            if let Some(result) = planned.result() {
+                self.push(planned.submission.client_id, result);
+            }
         }
     }
 

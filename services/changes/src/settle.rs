@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use millstream_schemas::stream::{Failure, Loss, ORIGIN_PREFIX, OriginEntry, OriginRecord};
-use sqlx::{PgConnection, Row};
+use sqlx::postgres::PgArguments;
+use sqlx::query::Query;
+use sqlx::{PgConnection, Postgres, Row};
 use uuid::Uuid;
 
 use crate::batch::{Fence, Item};
@@ -17,17 +19,28 @@ pub(crate) const MAX_LOST: usize = 100;
 /// Newest instances kept a client.
 const MAX_INSTANCES: i64 = 1_000;
 
-/// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
-/// another owner changed the ledger meanwhile, it would have moved the position or the epoch too, and the fence fails.
-const FENCE: &str = "\
-WITH fenced AS (
+macro_rules! fenced {
+    () => {
+        "fenced AS (
     UPDATE millstream.partitions AS p SET position = f.new
     FROM unnest($2::smallint[], $3::bigint[], $4::bigint[], $5::bigint[]) AS f(partition, epoch, old, new)
     WHERE p.stream_epoch = $1 AND p.partition = f.partition AND p.epoch = f.epoch AND p.position = f.old
-    RETURNING p.partition)
+    RETURNING p.partition)"
+    };
+}
+/// Moves the positions of those partitions that are where their owner believes. Its parameters: [`bind_fences`].
+pub(crate) const FENCED: &str = fenced!();
+
+/// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
+/// another owner changed the ledger meanwhile, it would have moved the position or the epoch too, and the fence fails.
+const FENCE: &str = concat!(
+    "WITH ",
+    fenced!(),
+    "
 SELECT (SELECT count(*) FROM fenced) AS fenced, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now,
        c.client_id, c.user_id, c.last_seq, c.instance
-FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uuid[])";
+FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uuid[])"
+);
 
 /// Ledger, history and origin in one round trip, the last before COMMIT. The ledger is compared and set, so that even
 /// an owner under another stream epoch cannot take a transaction twice.
@@ -76,17 +89,10 @@ pub(crate) async fn fence(
     items: &[Item],
     fences: &[Fence],
 ) -> Result<(Ledger, u64), Failed> {
-    let column = |value: fn(&Fence) -> i64| fences.iter().map(value).collect::<Vec<i64>>();
-    let partitions: Vec<i16> = fences.iter().map(|fence| fence.partition as i16).collect();
     let mut clients: Vec<Uuid> = items.iter().filter_map(|item| Some(item.submission.as_ref()?.client_id)).collect();
     clients.sort_unstable();
     clients.dedup();
-    let rows = sqlx::query(FENCE)
-        .bind(stream_epoch)
-        .bind(partitions)
-        .bind(column(|fence| fence.epoch))
-        .bind(column(|fence| fence.old as i64))
-        .bind(column(|fence| fence.new as i64))
+    let rows = bind_fences(sqlx::query(FENCE), stream_epoch, fences)
         .bind(clients)
         .fetch_all(connection)
         .await
@@ -101,10 +107,26 @@ pub(crate) async fn fence(
         if let Some(client_id) = row.try_get::<Option<Uuid>, _>("client_id").map_err(Failed::Server)? {
             let last: i64 = row.try_get("last_seq").map_err(Failed::Server)?;
             let instance = row.try_get("instance").map_err(Failed::Server)?;
-            ledger.load(client_id, row.try_get("user_id").map_err(Failed::Server)?, last as u64, instance);
+            let user_id = row.try_get("user_id").map_err(Failed::Server)?;
+            ledger.load(client_id, Client::stored(user_id, last as u64, instance));
         }
     }
     Ok((ledger, now))
+}
+
+/// The parameters `$1` to `$5` of [`FENCED`].
+pub(crate) fn bind_fences<'q>(
+    query: Query<'q, Postgres, PgArguments>,
+    stream_epoch: &'q str,
+    fences: &[Fence],
+) -> Query<'q, Postgres, PgArguments> {
+    let column = |value: fn(&Fence) -> i64| fences.iter().map(value).collect::<Vec<i64>>();
+    query
+        .bind(stream_epoch)
+        .bind(fences.iter().map(|fence| fence.partition as i16).collect::<Vec<i16>>())
+        .bind(column(|fence| fence.epoch))
+        .bind(column(|fence| fence.old as i64))
+        .bind(column(|fence| fence.new as i64))
 }
 
 /// Stores the ledger and the failures, and writes the origin.
@@ -179,7 +201,7 @@ pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> 
     ledger.changed().map(entry).collect()
 }
 
-fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Failed> {
+pub(crate) fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Failed> {
     serde_json::to_string(value).map_err(unencodable)
 }
 

@@ -15,6 +15,7 @@ use millstream_catalog::{ConflictPolicy, Table};
 use millstream_schemas::{Clock, Operation};
 use uuid::Uuid;
 
+use crate::at_once;
 use crate::group::{Group, Shape};
 use crate::predicate::Mentions;
 use crate::traits::Traits;
@@ -60,9 +61,30 @@ pub(crate) struct Statements {
     views: Vec<String>,
     cache: HashMap<(u32, Operation, Vec<usize>), Arc<Statement>>,
     conflicts: HashMap<(usize, usize), bool>,
-    /// By the shapes: how often the combination came, and its text.
-    together: HashMap<Vec<usize>, (u32, Option<Arc<str>>)>,
+    /// Texts for several groups, by their shapes.
+    combined: HashMap<Vec<usize>, Combined>,
     made: usize,
+}
+
+/// What there is for a combination of shapes.
+#[derive(Debug, Default)]
+struct Combined {
+    /// How often it came.
+    seen: u32,
+    together: Option<Arc<str>>,
+    at_once: Option<Arc<str>>,
+}
+
+/// A statement within another one.
+struct Part {
+    sql: String,
+    /// It gives a row for each that it wrote, with `ms_i` and `winner`; others only as many.
+    tells: bool,
+}
+
+/// The parts as `ms_0`, `ms_1` and so on.
+fn ctes(parts: &[Part]) -> String {
+    parts.iter().enumerate().map(|(n, part)| format!("ms_{n} AS ({})", part.sql)).collect::<Vec<_>>().join(",\n")
 }
 
 impl Statements {
@@ -80,7 +102,7 @@ impl Statements {
         if self.cache.len() >= MAX_CACHED {
             self.cache.clear();
             self.conflicts.clear();
-            self.together.clear();
+            self.combined.clear();
         }
         self.made += 1;
         let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
@@ -105,32 +127,64 @@ impl Statements {
     /// group, what each statement gives; of inserts how many rows there are, as `ms_i`. None: they are to be sent one by one.
     /// `groups` are in the order of their shapes' ids, each with rows.
     pub fn together(&mut self, groups: &[Group<'_>]) -> Option<Arc<str>> {
-        if !(2..=MAX_TOGETHER).contains(&groups.len()) {
+        if groups.len() < 2 {
             return None;
         }
-        if self.together.len() >= MAX_CACHED {
-            self.together.clear();
+        let text = |parts: &[Part]| {
+            let results = parts.iter().enumerate().map(|(place, part)| {
+                let (ms_i, winner) = if part.tells { ("ms_i", "winner") } else { ("count(*)", "NULL::text") };
+                format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM ms_{place}")
+            });
+            let results = results.collect::<Vec<_>>().join(" UNION ALL ");
+            format!("/* millstream together */ WITH {}\n{results}", ctes(parts))
+        };
+        self.combined(groups, 1, |combined| &mut combined.together, text)
+    }
+
+    /// One text for a whole batch: see [`crate::at_once`]. None: it is to go the long way. `groups` are as above, of any
+    /// number.
+    pub fn at_once(&mut self, groups: &[Group<'_>]) -> Option<Arc<str>> {
+        let text = |parts: &[Part]| {
+            let whole = |part: &Part| if part.tells { " FILTER (WHERE winner IS NULL)" } else { "" };
+            let counts =
+                parts.iter().enumerate().map(|(n, part)| format!("(SELECT count(*){} FROM ms_{n})", whole(part)));
+            at_once::text(&ctes(parts), &counts.collect::<Vec<_>>())
+        };
+        self.combined(groups, at_once::PARAMETERS + 1, |combined| &mut combined.at_once, text)
+    }
+
+    /// A text for groups, made when their combination is worth it. `first`: number of the first parameter of theirs.
+    fn combined(
+        &mut self,
+        groups: &[Group<'_>],
+        mut first: usize,
+        place: fn(&mut Combined) -> &mut Option<Arc<str>>,
+        text: impl Fn(&[Part]) -> String,
+    ) -> Option<Arc<str>> {
+        if !(1..=MAX_TOGETHER).contains(&groups.len()) {
+            return None;
+        }
+        if self.combined.len() >= MAX_CACHED {
+            self.combined.clear();
         }
         let shapes: Vec<usize> = groups.iter().map(|group| group.statement.shape.id).collect();
-        let (seen, text) = self.together.entry(shapes).or_default();
-        *seen = seen.saturating_add(1);
-        if text.is_none() && *seen > WORTH_A_PLAN {
-            let (mut parts, mut results, mut first) = (Vec::new(), Vec::new(), 1);
-            for (place, group) in groups.iter().enumerate() {
+        let combined = self.combined.entry(shapes).or_default();
+        combined.seen = combined.seen.saturating_add(1);
+        if combined.seen <= WORTH_A_PLAN {
+            return None;
+        }
+        let found = place(combined);
+        if found.is_none() {
+            let part = |group: &Group<'_>| {
                 let Step { table, op, columns, .. } = group.rows[0].step;
                 let writer = Writer { table, op: *op, columns, first };
                 first += writer.parameters();
-                let (returning, ms_i, winner) = match op {
-                    Operation::Insert => (" RETURNING 1", "count(*)", "NULL::text"),
-                    Operation::Update | Operation::Delete => ("", "ms_i", "winner"),
-                };
-                parts.push(format!("ms_{place} AS ({}{returning})", writer.write()));
-                results.push(format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM ms_{place}"));
-            }
-            let sql = format!("/* millstream together */ WITH {}\n{}", parts.join(",\n"), results.join(" UNION ALL "));
-            *text = Some(sql.into());
+                let tells = *op != Operation::Insert;
+                Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
+            };
+            *found = Some(text(&groups.iter().map(part).collect::<Vec<_>>()).into());
         }
-        text.clone()
+        found.clone()
     }
 
     /// Whether changes of two shapes may depend on their order, even if of different rows.

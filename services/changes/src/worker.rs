@@ -272,7 +272,7 @@ impl Worker {
                 self.pause().await;
             }
             Err(Failed::Unsure(results, error)) => {
-                tracing::warn!(worker = self.index, %error, "the outcome of a COMMIT is unknown; reading the positions");
+                tracing::warn!(worker = self.index, %error, "the outcome of a batch is unknown; reading the positions");
                 // Where no position moves (the middle of a large message) the ledger will tell what was done.
                 if let Some(stored) = self.recover().await
                     && fences.iter().any(|fence| fence.new != fence.old)
@@ -281,6 +281,10 @@ impl Worker {
                     })
                 {
                     return Some(results);
+                }
+                // One of them may have ended its backend: with care, that shows.
+                if mode == Mode::Fast {
+                    self.queue.failed(count.min(self.queue.len()), mode, None);
                 }
             }
             Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,

@@ -39,6 +39,9 @@ struct Seen {
     /// Task and author by id.
     notes: BTreeMap<i64, (i64, String)>,
     links: BTreeSet<i64>,
+    /// Team by id.
+    cards: BTreeMap<i64, i64>,
+    marks: BTreeSet<i64>,
 }
 
 /// Makes batches.
@@ -49,6 +52,11 @@ pub struct Generator {
     begin: u64,
     stamp: u64,
     may_clamp: bool,
+    /// Most batches are calm, so that those that are not do not keep the executor wary.
+    quiet: bool,
+    calm: bool,
+    /// Rows of this batch, where it is calm.
+    used: BTreeSet<(&'static str, i64)>,
 }
 
 impl Generator {
@@ -61,8 +69,19 @@ impl Generator {
             instance: Uuid::from_u128(rng.random()),
             last: 0,
         });
+        let quiet = rng.random();
         let begin = now - BEFORE_MICROS;
-        Generator { rng, authors: authors.to_vec(), seen: Seen::default(), begin, stamp: begin, may_clamp: false }
+        Generator {
+            rng,
+            authors: authors.to_vec(),
+            seen: Seen::default(),
+            begin,
+            stamp: begin,
+            may_clamp: false,
+            quiet,
+            calm: false,
+            used: BTreeSet::new(),
+        }
     }
 
     /// Takes over what a database holds (see `State`).
@@ -83,6 +102,8 @@ impl Generator {
                 .map(|row| (int(row, "id"), (int(row, "task_id"), text(row, "author"))))
                 .collect(),
             links: rows("links").iter().map(|row| int(row, "id")).collect(),
+            cards: rows("cards").iter().map(|row| (int(row, "id"), int(row, "team_id"))).collect(),
+            marks: rows("marks").iter().map(|row| int(row, "id")).collect(),
         };
         for row in rows("clients") {
             if let Some(author) =
@@ -99,8 +120,13 @@ impl Generator {
         let spoilt = [0.0, 0.0, 0.02, 0.1, 0.4][self.rng.random_range(0..5)];
         let odd = [0.0, 0.0, 0.05, 0.2][self.rng.random_range(0..4)];
         let long = [0.0, 0.1, 0.5][self.rng.random_range(0..3)];
+        // Tables on which nothing depends; where no two changes meet and nothing is stale either, a batch may go at once.
+        self.calm = !self.seen.members.is_empty() && self.rng.random_bool(if self.quiet { 0.95 } else { 0.2 });
+        let (odd, long) = if self.calm { (0.0, 0.0) } else { (odd, long) };
+        let spoilt = if self.quiet && self.rng.random_bool(0.8) { 0.0 } else { spoilt };
+        self.used.clear();
         self.may_clamp = true;
-        let size = self.rng.random_range(1..=MAX_SUBMISSIONS);
+        let size = self.rng.random_range(1..=if self.calm { MAX_SUBMISSIONS / 2 } else { MAX_SUBMISSIONS });
         let mut batch = Vec::with_capacity(size);
         for _ in 0..size {
             let author = self.rng.random_range(0..self.authors.len());
@@ -126,7 +152,7 @@ impl Generator {
             changes,
             traceparent: None,
         };
-        if self.rng.random_bool(0.2) {
+        if !self.calm && self.rng.random_bool(0.2) {
             let back = self.rng.random_range(1..=5).min(author.last);
             submission.after = (submission.seq - back..submission.seq).collect();
         }
@@ -161,9 +187,9 @@ impl Generator {
                 self.may_clamp = false;
                 self.begin + 400 * 86_400_000_000
             }
-            1..20 => self.begin - self.rng.random_range(0..STALE_MICROS),
+            1..20 if !self.calm || self.rng.random_bool(0.1) => self.begin - self.rng.random_range(0..STALE_MICROS),
             20..30 => self.stamp,
-            30..40 => self.stamp + self.rng.random_range(0..50_000),
+            30..40 if !self.calm => self.stamp + self.rng.random_range(0..50_000),
             _ => {
                 self.stamp += 1_000;
                 self.stamp
@@ -179,7 +205,9 @@ impl Generator {
         let before = self.seen.clone();
         let mut change = loop {
             let roll = self.rng.random_range(0..100);
-            let change = match self.rng.random_range(0..14) {
+            let change = match self.rng.random_range(if self.calm { 14..16 } else { 0..16 }) {
+                14.. if roll < 70 => self.card(as_user),
+                14.. => self.mark(),
                 0 => self.team(as_user, roll),
                 1..3 => self.member(as_user, roll),
                 3..5 => self.label(as_user, roll),
@@ -218,6 +246,9 @@ impl Generator {
             ("task_id", Some("999")),
             ("team_id", Some("999")),
             ("body", Some("")),
+            ("text", Some("")),
+            ("text", None),
+            ("text", Some("denied")),
             ("url", None),
             ("url", Some("denied")),
             ("place", Some("1")),
@@ -270,6 +301,7 @@ impl Generator {
         self.seen.teams.remove(&team);
         self.seen.members.retain(|(of, _), _| *of != team);
         self.seen.labels.retain(|_, of| *of != team);
+        self.seen.cards.retain(|_, of| *of != team);
         let Seen { tasks, notes, .. } = &mut self.seen;
         tasks.retain(|_, of| *of != team);
         notes.retain(|_, (task, _)| tasks.contains_key(task));
@@ -403,6 +435,60 @@ impl Generator {
         }
         self.seen.links.remove(&id);
         Some(self.delete("links", &[&id]))
+    }
+
+    fn card(&mut self, user: &str) -> Option<Change> {
+        let team = self.team_of(user, false)?;
+        let of_team: Vec<i64> = self.seen.cards.iter().filter(|(_, of)| **of == team).map(|(id, _)| *id).collect();
+        let (text, roll) = (self.word("card"), self.rng.random_range(0..10));
+        if roll < 5 || of_team.is_empty() {
+            let id = self.fresh(200, |seen, id| seen.cards.contains_key(&id))?;
+            self.alone("cards", id)?;
+            self.seen.cards.insert(id, team);
+            let set = [("id", id.to_string()), ("team_id", team.to_string()), ("text", text)];
+            return Some(self.insert("cards", &set));
+        }
+        let id = self.one(&of_team)?;
+        self.alone("cards", id)?;
+        if roll == 9 {
+            self.seen.cards.remove(&id);
+            return Some(self.delete("cards", &[&id]));
+        }
+        let mut set = vec![("text", text), ("points", self.rng.random_range(0..9).to_string())];
+        if roll < 7 {
+            set.remove(self.rng.random_range(0..2));
+        }
+        Some(self.update("cards", &[&id], &set))
+    }
+
+    /// Notes a row; none if it may not be changed again.
+    fn alone(&mut self, table: &'static str, id: i64) -> Option<()> {
+        (self.used.insert((table, id)) || !self.calm).then_some(())
+    }
+
+    fn mark(&mut self) -> Option<Change> {
+        let marks: Vec<i64> = self.seen.marks.iter().copied().collect();
+        let roll = self.rng.random_range(0..10);
+        if roll < 7 || marks.is_empty() {
+            let id = self.fresh(200, |seen, id| seen.marks.contains(&id))?;
+            self.alone("marks", id)?;
+            self.seen.marks.insert(id);
+            // Now and then one that is taken.
+            let name = if roll == 0 && (!self.calm || self.rng.random_bool(0.1)) {
+                "mark".to_owned()
+            } else {
+                format!("mark {}", self.rng.random::<u32>())
+            };
+            return Some(self.insert("marks", &[("id", id.to_string()), ("name", name)]));
+        }
+        let id = self.one(&marks)?;
+        self.alone("marks", id)?;
+        if roll == 7 || self.calm {
+            let points = self.rng.random_range(0..9).to_string();
+            return Some(self.update("marks", &[&id], &[("points", points)]));
+        }
+        self.seen.marks.remove(&id);
+        Some(self.delete("marks", &[&id]))
     }
 
     /// A team with the user among its members, or its owners.

@@ -64,6 +64,22 @@ CREATE TABLE links (
 );
 CREATE TABLE log (name text NOT NULL, op text NOT NULL, rows bigint NOT NULL);
 
+-- By column, and by arrival with a second unique column: nothing else that would keep changes apart.
+CREATE TABLE cards (
+    id integer PRIMARY KEY,
+    team_id integer NOT NULL REFERENCES teams ON DELETE CASCADE,
+    text text NOT NULL CHECK (text <> ''),
+    points integer NOT NULL DEFAULT 0 CHECK (points >= 0),
+    field_clocks jsonb NOT NULL DEFAULT '{}',
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    client_id uuid
+);
+CREATE TABLE marks (
+    id integer PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    points integer NOT NULL DEFAULT 0 CHECK (points >= 0)
+);
+
 CREATE FUNCTION count_members() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN UPDATE teams SET size = size + 1 WHERE id = NEW.team_id;

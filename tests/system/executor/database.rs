@@ -9,6 +9,14 @@ use sqlx::Connection as _;
 use sqlx::postgres::PgConnection;
 use uuid::Uuid;
 
+const CONFIG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/system/executor/millstream.toml");
+
+async fn executor(stack: &Stack) -> Direct {
+    let args = millstream_runtime::postgres::Args { database_url: stack.postgres_url_of(Role::Changes) };
+    let options = millstream_runtime::postgres::options(&args, "test").unwrap();
+    Direct::connect(options, CONFIG.into()).await.unwrap()
+}
+
 pub struct Database {
     pub stack: Stack,
     /// As the superuser.
@@ -18,10 +26,9 @@ pub struct Database {
 
 impl Database {
     pub async fn start() -> Database {
-        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/system/executor/millstream.toml");
         let stack = Stack::builder()
             .app_schema(include_str!("schema.sql"))
-            .config(config)
+            .config(CONFIG)
             // None of our services is started.
             .executable("/bin/false")
             .services([])
@@ -30,10 +37,13 @@ impl Database {
             .await
             .unwrap();
         let sql = PgConnection::connect(&stack.postgres_url()).await.unwrap();
-        let args = millstream_runtime::postgres::Args { database_url: stack.postgres_url_of(Role::Changes) };
-        let options = millstream_runtime::postgres::options(&args, "test").unwrap();
-        let direct = Direct::connect(options, config.into()).await.unwrap();
+        let direct = executor(&stack).await;
         Database { stack, sql, direct }
+    }
+
+    /// Another executor, with a partition of its own.
+    pub async fn another(&self) -> Direct {
+        executor(&self.stack).await
     }
 
     /// One JSON text a query.

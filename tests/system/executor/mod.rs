@@ -277,3 +277,93 @@ async fn copies_and_successors_are_told_apart() {
     assert_eq!(database.json("SELECT count(*)::text FROM notes").await, "3");
     database.stack.stop().await;
 }
+
+/// Whether the executor's last statement was a whole batch.
+const AT_ONCE: &str = "SELECT bool_or(query LIKE '/* millstream at once */%')::text FROM pg_stat_activity WHERE application_name = 'millstream-test'";
+
+#[tokio::test]
+async fn a_batch_at_once_is_not_misled_by_what_it_remembers() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    let mut ann = Client::new(1, "ann");
+    let now = micros();
+    let key = [("id", "1")];
+    let rank = |rank: &'static str, stamp| change("tasks", Update, &key, &[("rank", Some(rank))], stamp);
+    let insert = change("tasks", Insert, &key, &[("project_id", Some("1")), ("title", Some("a"))], now);
+    is(&database.batch(vec![ann.submit(vec![insert])]).await, Verdict::Applied);
+    for _ in 0..2 {
+        is(&database.batch(vec![ann.submit(vec![rank("1", now)])]).await, Verdict::Applied);
+    }
+    assert_eq!(database.json(AT_ONCE).await, "true");
+    // What it does not remember: another worker took the next one.
+    let mut another = database.another().await;
+    let taken = ann.submit(vec![rank("2", now + 1)]);
+    is(&another.execute(vec![taken.clone()], false).await.unwrap(), Verdict::Applied);
+    let again = millstream_schemas::stream::Submission { changes: vec![rank("3", now + 2)], ..taken };
+    is(&database.batch(vec![again]).await, Verdict::Applied);
+    let row = "SELECT rank::text FROM tasks";
+    assert_eq!(database.json(row).await, "2");
+    is(&database.batch(vec![ann.submit(vec![rank("4", now + 3)])]).await, Verdict::Applied);
+    assert_eq!((database.json(AT_ONCE).await.as_str(), database.json(row).await.as_str()), ("true", "4"));
+    // What loses, wholly or in part, or may not be, is no less told.
+    let both = |stamp| change("tasks", Update, &key, &[("title", Some("b")), ("rank", Some("0"))], stamp);
+    for (stamp, verdict) in [(now + 3, Verdict::Applied), (now + 3, Verdict::Applied), (now + 4, Verdict::Applied)] {
+        is(&database.batch(vec![ann.submit(vec![both(stamp)])]).await, verdict);
+    }
+    is(&database.batch(vec![ann.submit(vec![rank("5", now + 6)])]).await, Verdict::Applied);
+    assert_eq!(database.json(AT_ONCE).await, "true");
+    is(&database.batch(vec![ann.submit(vec![both(now + 5)])]).await, Verdict::Merged);
+    assert_eq!(database.json(row).await, "5");
+    is(&database.batch(vec![ann.submit(vec![rank("5", now)])]).await, Verdict::Superseded);
+    refused(
+        &database.batch(vec![ann.submit(vec![rank("-5", now + 7)])]).await,
+        Code::BusinessRule,
+        Some("rank_negative"),
+        "",
+    );
+    for _ in 0..10 {
+        is(&database.batch(vec![ann.submit(vec![rank("6", now + 7)])]).await, Verdict::Applied);
+    }
+    assert_eq!(database.json(AT_ONCE).await, "true");
+    // Its backend ends; the same batch is applied by the next one.
+    let end = "SELECT count(pg_terminate_backend(pid))::text FROM pg_stat_activity WHERE application_name = 'millstream-test'";
+    database.json(end).await;
+    is(&database.batch(vec![ann.submit(vec![rank("7", now + 8)])]).await, Verdict::Applied);
+    assert_eq!(database.json(row).await, "7");
+    for _ in 0..10 {
+        is(&database.batch(vec![ann.submit(vec![rank("8", now + 9)])]).await, Verdict::Applied);
+    }
+    assert_eq!(database.json(AT_ONCE).await, "true");
+    // The partition is somebody else's.
+    database.sql.execute("UPDATE millstream.partitions SET epoch = epoch + 1").await.unwrap();
+    let lost = database.direct.execute(vec![ann.submit(vec![rank("9", now + 10)])], false).await;
+    assert!(lost.is_err(), "{lost:?}");
+    assert_eq!(database.json(row).await, "8");
+    let ledger = database.json("SELECT last_seq::text FROM millstream.clients").await;
+    assert_eq!(ledger, (ann.seq - 1).to_string());
+    database.stack.stop().await;
+}
+
+#[tokio::test]
+async fn rows_that_exclude_each_other_keep_their_order_whatever_an_error_quotes() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    let mut ann = Client::new(1, "ann");
+    let now = micros();
+    let insert = |id: &'static str, code: Option<&'static str>| {
+        let set = [("project_id", Some("1")), ("title", Some("a")), ("code", code)];
+        change("tasks", Insert, &[("id", id)], &set, now)
+    };
+    let rank = |rank: &'static str| change("tasks", Update, &[("id", "1")], &[("rank", Some(rank))], now);
+    is(&database.batch(vec![ann.submit(vec![insert("1", None)])]).await, Verdict::Applied);
+    // Postgres quotes the second one's value in the first one's words.
+    for (first, second) in [("2", "3"), ("4", "5"), ("6", "7")] {
+        database.sql.execute("UPDATE tasks SET code = NULL").await.unwrap();
+        let batch = [rank(first), insert(first, Some("7")), insert(second, Some("07"))];
+        let results = database.batch(batch.into_iter().map(|change| ann.submit(vec![change])).collect()).await;
+        let verdicts: Vec<Verdict> = results.iter().map(|(_, result)| result.verdict).collect();
+        assert_eq!(verdicts, [Verdict::Applied, Verdict::Applied, Verdict::Rejected], "{first}");
+    }
+    assert_eq!(database.json("SELECT string_agg(id::text, ',' ORDER BY id) FROM tasks").await, "1,2,4,6");
+    database.stack.stop().await;
+}

@@ -18,13 +18,14 @@ BEGIN
 END $$;
 CREATE TRIGGER project_member AFTER INSERT ON projects FOR EACH ROW EXECUTE FUNCTION project_member();
 
--- By column; unique column; parent that cascades.
+-- By column; unique columns; parent that cascades.
 CREATE TABLE tasks (
     id int PRIMARY KEY,
     project_id int NOT NULL REFERENCES projects ON DELETE CASCADE,
     title varchar(20) NOT NULL,
     rank int,
     slug text UNIQUE,
+    code int UNIQUE,
     field_clocks jsonb NOT NULL DEFAULT '{}',
     updated_at timestamptz NOT NULL DEFAULT now(),
     client_id uuid

@@ -1,0 +1,169 @@
+//! The short way: a whole batch as one statement, without BEGIN and COMMIT, in one round trip.
+//!
+//! It is open to batches whose outcome can be foreseen: each transaction is the next one of a client that was met before,
+//! nothing is refused beforehand, and no change depends on another. The statement has Postgres check what was foreseen,
+//! that is positions, ledger, and that every row is written as a whole; where something is different it takes itself back
+//! by an error, and the batch goes the long way ([`Transaction::run`]).
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use millstream_schemas::stream::{ORIGIN_PREFIX, OriginRecord};
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Row};
+use uuid::Uuid;
+
+use crate::apply::{Applier, bind};
+use crate::batch::Item;
+use crate::error::{Fault, classify, keeps_connection};
+use crate::executor::{Failed, Transaction, spans, traceparent};
+use crate::group::Group;
+use crate::ledger::{Client, Ledger};
+use crate::model::Model;
+use crate::plan::{Action, Planned, Rejected, plan, predecessors};
+use crate::results::Results;
+use crate::settle::{self, FENCED};
+
+/// Parameters before those of the groups.
+pub(crate) const PARAMETERS: usize = 12;
+/// SQLSTATE of `millstream.take_back`.
+const TAKEN_BACK: &str = "MS001";
+/// Most clients that are remembered.
+const MAX_CLIENTS: usize = 10_000;
+
+/// Makes the statement from the groups' statements and what counts the rows that each wrote as a whole.
+///
+/// Postgres evaluates the branches of a CASE in their order, and with them what they count: no row is written before the
+/// positions and the ledger stand.
+pub(crate) fn text(parts: &str, counts: &[String]) -> String {
+    let wrong = |(n, count): (usize, &String)| format!("{count} <> ($12::bigint[])[{}]", n + 3);
+    let wrong = counts.iter().enumerate().map(wrong).collect::<Vec<_>>().join(" OR ");
+    format!(
+        "/* millstream at once */ WITH {FENCED},
+known AS (
+    UPDATE millstream.clients AS c SET last_seq = n.last_seq, last_seen = now()
+    FROM unnest($6::uuid[], $7::text[], $8::bigint[], $9::bigint[]) AS n(client_id, user_id, stored, last_seq)
+    WHERE c.client_id = n.client_id AND c.last_seq = n.stored AND c.user_id = n.user_id
+    RETURNING 1),
+{parts}
+SELECT CASE
+    WHEN (SELECT count(*) FROM fenced) <> ($12::bigint[])[1] THEN millstream.take_back('positions')
+    WHEN (SELECT count(*) FROM known) <> ($12::bigint[])[2] THEN millstream.take_back('ledger')
+    WHEN {wrong} THEN millstream.take_back('rows')
+    ELSE pg_logical_emit_message(true, $10, $11) END::text AS lsn,
+    (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now"
+    )
+}
+
+/// What batches before found: the ledger entries of clients, and the database's time. If somebody else moves an entry,
+/// the comparison in the statement fails.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    clients: HashMap<Uuid, Client>,
+    /// Microseconds since 1970, and when they were read.
+    time: Option<(u64, Instant)>,
+}
+
+impl Memory {
+    /// The ledger of a batch's clients; none if there is a submission that is not known to be the next of its client.
+    fn ledger(&self, items: &[Item]) -> Option<Ledger> {
+        let mut ledger = Ledger::default();
+        let mut taken: HashMap<Uuid, u64> = HashMap::new();
+        for submission in items.iter().filter_map(|item| item.submission.as_ref()) {
+            let client = self.clients.get(&submission.client_id)?;
+            let last = taken.entry(submission.client_id).or_insert_with(|| {
+                ledger.load(submission.client_id, client.clone());
+                client.last
+            });
+            *last += 1;
+            let next = submission.seq == *last && client.instance == Some(submission.instance);
+            if !next || client.user_id != submission.user_id {
+                return None;
+            }
+        }
+        Some(ledger)
+    }
+
+    /// The database's time, microseconds since 1970, or a little less.
+    fn now(&self) -> Option<u64> {
+        self.time.map(|(time, read)| time + read.elapsed().as_micros() as u64)
+    }
+
+    /// Keeps what a committed batch stored, and the time that it read.
+    pub fn keep(&mut self, ledger: Ledger, time: Option<u64>) {
+        self.time = time.map(|time| (time, Instant::now()));
+        if self.clients.len() > MAX_CLIENTS {
+            self.clients.clear();
+        }
+        self.clients.extend(ledger.stored());
+    }
+}
+
+impl Transaction<'_> {
+    /// Applies the batch and commits it, unless it has to go the long way.
+    pub async fn at_once(&mut self, model: &mut Model, memory: &mut Memory) -> Option<Result<Results, Failed>> {
+        let (mut ledger, now) = (memory.ledger(self.items)?, memory.now()?);
+        let submissions = || self.items.iter().filter_map(|item| item.submission.as_ref());
+        if !predecessors(submissions(), &ledger).is_empty() {
+            return None;
+        }
+        let Model { catalog, statements, .. } = model;
+        let find = |name: &str| catalog.table(name);
+        let plan = plan(submissions(), &mut ledger, find, self.condemned, &mut Rejected::default());
+        if plan.is_empty() || plan.iter().any(|planned| !matches!(planned.action, Action::Apply(_))) {
+            return None;
+        }
+        let mut applier = Applier::new(self.connection, statements, now);
+        let (groups, true) = applier.groups(&plan).ok()? else { return None };
+        let sql = statements.at_once(&groups)?;
+        let spans = spans(&plan);
+        let traceparent = traceparent(&plan, &spans);
+        let mut results = Results::default();
+        results.extend(&plan);
+        let error = match self.send(&sql, &plan, &groups, &ledger, traceparent).await {
+            Ok(row) => {
+                memory.keep(ledger, row.try_get("now").ok().map(|now: i64| now as u64));
+                return Some(Ok(results));
+            }
+            Err(Failed::Server(error)) => error,
+            Err(failed) => return Some(Err(failed)),
+        };
+        if !keeps_connection(&error) {
+            return Some(Err(Failed::Unsure(results, error)));
+        }
+        let taken_back = error.as_database_error().filter(|error| error.code().is_some_and(|code| code == TAKEN_BACK));
+        match (taken_back.map(|error| error.message()), classify(&error)) {
+            (Some("positions"), _) => Some(Err(Failed::Fenced)),
+            // There the ledger is read anew.
+            (Some("ledger"), _) => None,
+            (None, Fault::Server | Fault::Gone) => Some(Err(Failed::Server(error))),
+            _ => Some(Err(Failed::Isolate { why: error.to_string(), at: None })),
+        }
+    }
+
+    async fn send(
+        &mut self,
+        sql: &std::sync::Arc<str>,
+        plan: &[Planned<'_>],
+        groups: &[Group<'_>],
+        ledger: &Ledger,
+        traceparent: Option<String>,
+    ) -> Result<PgRow, Failed> {
+        let clients: Vec<(Uuid, &Client)> = ledger.changed().collect();
+        let number = |value: fn(&Client) -> u64| clients.iter().map(|(_, c)| value(c) as i64).collect::<Vec<_>>();
+        let counts = [self.fences.len(), clients.len()].into_iter().chain(groups.iter().map(|group| group.rows.len()));
+        let origin = OriginRecord { clients: settle::origin(plan, ledger), traceparent };
+        let mut query = settle::bind_fences(sqlx::query(AssertSqlSafe(sql.clone())), self.stream_epoch, self.fences)
+            .bind(clients.iter().map(|(id, _)| *id).collect::<Vec<_>>())
+            .bind(clients.iter().map(|(_, client)| client.user_id.as_str()).collect::<Vec<_>>())
+            .bind(number(|client| client.stored.unwrap_or_default()))
+            .bind(number(|client| client.last))
+            .bind(ORIGIN_PREFIX)
+            .bind(settle::encode(&origin)?)
+            .bind(counts.map(|count| count as i64).collect::<Vec<_>>());
+        for group in groups {
+            query = bind(query, group.statement.shape.op, &group.rows);
+        }
+        query.fetch_one(&mut *self.connection).await.map_err(Failed::Server)
+    }
+}

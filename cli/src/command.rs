@@ -62,9 +62,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     // Services tell of themselves; the other commands only when asked, since stderr is for people there.
-    let asked = ["RUST_LOG", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
-        .iter()
-        .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+    let asked = std::env::var_os("RUST_LOG").is_some_and(|value| !value.is_empty()) || telemetry::is_configured();
     let service = match &command {
         Command::Edge(_) => Some("edge"),
         Command::Changes(_) => Some("changes"),

@@ -1,6 +1,6 @@
-//! One trace from click to click, through the write-ahead log.
+//! One trace from click to click, through the write-ahead log; and the metrics of who leads replication.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -17,19 +17,63 @@ fn contains(body: &[u8], part: &[u8]) -> bool {
     body.windows(part.len()).any(|window| window == part)
 }
 
+/// A collector on this machine.
+struct Collector {
+    endpoint: String,
+    /// Each an OTLP request of one process.
+    bodies: Arc<Mutex<Vec<Bytes>>>,
+}
+
+impl Collector {
+    /// Of the requests to a path.
+    async fn start(path: &str) -> Result<Collector> {
+        let bodies: Arc<Mutex<Vec<Bytes>>> = Arc::default();
+        let kept = bodies.clone();
+        let receive = move |body: Bytes| {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(body);
+            std::future::ready(())
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let endpoint = format!("http://{}", listener.local_addr()?);
+        let router = Router::new().route(path, post(receive));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Ok(Collector { endpoint, bodies })
+    }
+
+    /// Waits for a request with all these parts.
+    async fn receives(&self, parts: &[&[u8]]) -> Result<()> {
+        let bodies = || self.bodies.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = || bodies().iter().any(|body| parts.iter().all(|part| contains(body, part)));
+        let waited = async {
+            while !found() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(10), waited).await;
+        waited.with_context(|| {
+            format!("no request with {:?}", parts.iter().map(|p| String::from_utf8_lossy(p)).collect::<Vec<_>>())
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_tells_how_far_the_stream_is_behind() -> Result<()> {
+    let collector = Collector::start("/v1/metrics").await?;
+    let endpoint = collector.endpoint.clone();
+    let board = Board::with(|builder| {
+        builder.service_env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint).service_env("OTEL_METRIC_EXPORT_INTERVAL", "200")
+    })
+    .await?;
+    let names = ["lag_seconds", "lag_bytes", "retained_bytes"].map(|name| format!("millstream.replication.{name}"));
+    let mut parts: Vec<&[u8]> = names.iter().map(|name| name.as_bytes()).collect();
+    parts.push(b"millstream-replication");
+    board.explain(collector.receives(&parts).await)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_trace_from_click_to_click() -> Result<()> {
-    // A collector: each body is an OTLP request of one process, with the trace id as 16 raw bytes.
-    let bodies: Arc<Mutex<Vec<Bytes>>> = Arc::default();
-    let kept = bodies.clone();
-    let receive = move |body: Bytes| {
-        kept.lock().unwrap().push(body);
-        std::future::ready(())
-    };
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-    let endpoint = format!("http://{}", listener.local_addr()?);
-    tokio::spawn(async move { axum::serve(listener, Router::new().route("/v1/traces", post(receive))).await });
-
+    let collector = Collector::start("/v1/traces").await?;
+    let endpoint = collector.endpoint.clone();
     let board = Board::with(|builder| {
         builder.service_env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint).service_env("OTEL_BSP_SCHEDULE_DELAY", "100")
     })
@@ -73,18 +117,8 @@ async fn one_trace_from_click_to_click() -> Result<()> {
             ("millstream-replication", "replicate"),
             ("millstream-edge", "deliver"),
         ] {
-            let found = || {
-                bodies.lock().unwrap().iter().any(|body| {
-                    contains(body, service.as_bytes()) && contains(body, span.as_bytes()) && contains(body, &id)
-                })
-            };
-            let waited = async {
-                while !found() {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            };
-            let waited = tokio::time::timeout(Duration::from_secs(10), waited).await;
-            waited.with_context(|| format!("no span {span} of {service} in the trace"))?;
+            // The trace's id is in it as 16 raw bytes.
+            collector.receives(&[service.as_bytes(), span.as_bytes(), &id]).await?;
         }
         Ok(())
     };

@@ -9,7 +9,8 @@
 //! - [`assemble`]: messages from transactions; [`chunks`]: their buffers, order across scopes, bounded memory
 //! - [`append`]: the end of the stream and how to append there
 //! - `epoch`: whether the history goes on; `leader`, `identity`, `wal`: lock, checks, connection
-//! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches
+//! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches;
+//!   `lag`: how far it is behind
 
 pub mod append;
 pub mod assemble;
@@ -17,6 +18,7 @@ pub mod chunks;
 mod epoch;
 mod error;
 mod identity;
+mod lag;
 mod leader;
 pub mod pgoutput;
 mod publisher;
@@ -40,6 +42,7 @@ use millstream_runtime::{nats, postgres};
 use crate::assemble::AssembleError;
 pub use crate::error::Error;
 pub use crate::identity::{identity_problems, publication_problems};
+use crate::lag::Gauges;
 use crate::session::{Shared, part};
 use crate::wal::Source;
 
@@ -97,7 +100,8 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         () = shutdown.requested() => return Ok(()),
         nats = nats::connect(&args.nats, SERVICE) => nats?,
     };
-    let shared = Shared { config, nats, pool, options, source, slot: args.slot, publication: args.publication, health };
+    let (slot, publication, gauges) = (args.slot, args.publication, Gauges::register());
+    let shared = Shared { config, nats, pool, options, source, slot, publication, health, gauges };
     let mut backoff = Backoff::dependency();
     let mut accepted = HashSet::new();
     loop {

@@ -18,12 +18,13 @@ use tokio::task::JoinSet;
 
 use crate::append::{self, Appender, Tail};
 use crate::error::Error;
+use crate::lag::Gauges;
 use crate::leader::Leader;
 use crate::publisher::{Publisher, mark};
 use crate::reader::{QUEUE_MESSAGES, Reached, Reader};
 use crate::wal::Source;
 use crate::witness::Witness;
-use crate::{epoch, identity, watermark};
+use crate::{epoch, identity, lag, watermark};
 
 /// How often it is looked whether synced tables have changed that nobody writes to.
 const LOOK: Duration = Duration::from_secs(2);
@@ -56,6 +57,8 @@ pub struct Shared {
     pub publication: String,
     /// Health report.
     pub health: Health,
+    /// Metrics.
+    pub gauges: Gauges,
 }
 
 /// Where a session starts.
@@ -162,6 +165,7 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     tasks.spawn(reader.run());
     tasks.spawn(publisher.run());
     tasks.spawn(watch_schema(shared.config.clone(), shared.publication.clone(), shared.pool.clone(), version));
+    tasks.spawn(lag::measure(shared.gauges.clone(), shared.pool.clone(), shared.slot.clone(), marked_seen.clone()));
     tasks.spawn(watermark::answer(nats.client.clone(), shared.pool.clone(), marked_seen));
     tasks.spawn(async move { Err(leader.hold().await) });
     let ended = match tasks.join_next().await {

@@ -1,34 +1,47 @@
-//! Logs on stderr, and traces over OTLP where an endpoint is configured.
+//! Logs on stderr, and traces and metrics over OTLP where an endpoint is configured.
 //!
 //! Logs are JSON when stderr is not a terminal, unless `MILLSTREAM_LOG_FORMAT` says `text`; `RUST_LOG` selects levels.
-//! Traces are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` (or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`) is set; the standard
-//! `OTEL_*` variables apply. Trace context crosses processes as a W3C `traceparent`.
+//! Both are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` (or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`, `…_METRICS_ENDPOINT`) is
+//! set; the standard `OTEL_*` variables apply. Trace context crosses processes as a W3C `traceparent`.
 
 use std::io::IsTerminal;
 
+use opentelemetry::metrics::Meter;
 use opentelemetry::trace::{TraceContextExt, TracerProvider};
 use opentelemetry::{Context, SpanId, TraceFlags, TraceId, trace::SpanContext, trace::TraceState};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-/// Flushes traces when dropped.
+const TRACES: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
+const METRICS: &str = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT";
+
+/// Flushes traces and metrics when dropped.
 #[must_use]
-pub struct Guard(Option<SdkTracerProvider>);
+pub struct Guard {
+    traces: Option<SdkTracerProvider>,
+    metrics: Option<SdkMeterProvider>,
+}
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(provider) = self.0.take()
-            && let Err(error) = provider.shutdown()
-        {
-            eprintln!("traces were not flushed: {error}");
+        let flushed = [
+            ("traces", self.traces.take().map(|provider| provider.shutdown())),
+            ("metrics", self.metrics.take().map(|provider| provider.shutdown())),
+        ];
+        for (what, result) in flushed {
+            if let Some(Err(error)) = result {
+                eprintln!("{what} were not flushed: {error}");
+            }
         }
     }
 }
 
-/// Sets up logs and traces for the process; call once, in `main`.
+/// Sets up logs, traces and metrics for the process; call once, in `main`.
 pub fn init(service: &'static str) -> Guard {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn"));
     let text = match std::env::var("MILLSTREAM_LOG_FORMAT").as_deref() {
@@ -51,32 +64,68 @@ pub fn init(service: &'static str) -> Guard {
             .with_filter(tracing_subscriber::filter::LevelFilter::INFO)
     });
     tracing_subscriber::registry().with(log.with_filter(filter)).with(traces).init();
-    Guard(provider)
+    let metrics = meter_provider(service);
+    if let Some(provider) = &metrics {
+        opentelemetry::global::set_meter_provider(provider.clone());
+    }
+    Guard { traces: provider, metrics }
 }
 
-fn tracer_provider(service: &'static str) -> Option<SdkTracerProvider> {
-    let configured = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
+/// Makes this process's instruments; without effect where metrics are off.
+pub fn meter() -> Meter {
+    opentelemetry::global::meter("millstream")
+}
+
+/// Whether traces or metrics are to be exported.
+pub fn is_configured() -> bool {
+    [TRACES, METRICS].into_iter().any(has_endpoint)
+}
+
+/// Whether a signal has an endpoint; `own` is the variable of that signal alone.
+fn has_endpoint(own: &str) -> bool {
+    ["OTEL_EXPORTER_OTLP_ENDPOINT", own]
         .iter()
-        .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
-    if !configured {
-        return None;
-    }
-    // The blocking HTTP client refuses to be built inside an async runtime's thread.
-    let built = std::thread::spawn(|| opentelemetry_otlp::SpanExporter::builder().with_http().build()).join();
-    let exporter = match built {
-        Ok(Ok(exporter)) => exporter,
-        Ok(Err(error)) => {
-            eprintln!("traces are off: {error}");
-            return None;
+        .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
+}
+
+/// Builds an exporter of a signal, in a thread of its own: the blocking HTTP client refuses to be built inside an async
+/// runtime's.
+fn exporter<T: Send + 'static>(
+    signal: &str,
+    build: impl FnOnce() -> Result<T, opentelemetry_otlp::ExporterBuildError> + Send + 'static,
+) -> Option<T> {
+    match std::thread::spawn(build).join().ok()? {
+        Ok(exporter) => Some(exporter),
+        Err(error) => {
+            eprintln!("{signal} are off: {error}");
+            None
         }
-        Err(_) => return None,
-    };
+    }
+}
+
+fn resource(service: &'static str) -> Resource {
     // OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the default name.
-    let mut resource = opentelemetry_sdk::Resource::builder();
+    let mut resource = Resource::builder();
     if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
         resource = resource.with_service_name(format!("millstream-{service}"));
     }
-    Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build())
+    resource.build()
+}
+
+fn meter_provider(service: &'static str) -> Option<SdkMeterProvider> {
+    if !has_endpoint(METRICS) {
+        return None;
+    }
+    let exporter = exporter("metrics", || opentelemetry_otlp::MetricExporter::builder().with_http().build())?;
+    Some(SdkMeterProvider::builder().with_periodic_exporter(exporter).with_resource(resource(service)).build())
+}
+
+fn tracer_provider(service: &'static str) -> Option<SdkTracerProvider> {
+    if !has_endpoint(TRACES) {
+        return None;
+    }
+    let exporter = exporter("traces", || opentelemetry_otlp::SpanExporter::builder().with_http().build())?;
+    Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource(service)).build())
 }
 
 /// The W3C `traceparent` of the current span; none where traces are off or the span is not sampled.

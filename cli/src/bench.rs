@@ -209,17 +209,7 @@ async fn whole_loop(args: LoopArgs) -> Result<(), Error> {
     let folder = folder(args.dir.as_deref(), CONFIG)?;
     let mut stack = start(&folder).await?;
     let outcome = measure(&mut stack, &args, folder.path()).await;
-    if outcome.is_err() {
-        eprintln!("{}", stack.logs());
-    }
-    stack.stop().await;
-    let report = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
-    } else {
-        print(&report);
-    }
-    Ok(())
+    finish(stack, outcome, args.json, print).await
 }
 
 /// A new folder with a `millstream.toml`.
@@ -252,6 +242,21 @@ async fn start(folder: &TempDir) -> Result<Stack, Error> {
         .start()
         .await
         .map_err(Error::Stack)
+}
+
+/// Stops the stack, and prints what was measured; where that failed, the stack's logs.
+async fn finish<R: Serialize>(stack: Stack, outcome: Result<R, Error>, json: bool, print: fn(&R)) -> Result<(), Error> {
+    if outcome.is_err() {
+        eprintln!("{}", stack.logs());
+    }
+    stack.stop().await;
+    let report = outcome?;
+    if json {
+        println!("{}", serde_json::to_string(&report).unwrap_or_default());
+    } else {
+        print(&report);
+    }
+    Ok(())
 }
 
 async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &std::path::Path) -> Result<Report, Error> {

@@ -16,7 +16,7 @@ use sqlx::postgres::PgConnection;
 use uuid::Uuid;
 
 use super::load::{SETTLE_LIMIT, number};
-use super::{Error, folder, start};
+use super::{Error, finish, folder, start};
 use crate::keys::Role;
 use crate::stack::Stack;
 
@@ -60,18 +60,12 @@ pub async fn run(args: CatchupArgs) -> Result<(), Error> {
     let folder = folder(args.dir.as_deref(), super::CONFIG)?;
     let stack = start(&folder).await?;
     let outcome = measure(&stack, folder.path(), &args).await;
-    if outcome.is_err() {
-        eprintln!("{}", stack.logs());
-    }
-    stack.stop().await;
-    let report = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
-    } else {
-        println!("{} messages behind, {} changes of its own   {} s", report.behind, report.relevant, report.seconds);
-        println!("floor: one request to the broker            {} s", report.floor_seconds);
-    }
-    Ok(())
+    finish(stack, outcome, args.json, print).await
+}
+
+fn print(report: &Report) {
+    println!("{} messages behind, {} changes of its own   {} s", report.behind, report.relevant, report.seconds);
+    println!("floor: one request to the broker            {} s", report.floor_seconds);
 }
 
 /// Clients that come back, each with a store of its own.

@@ -13,7 +13,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::load::{self, number};
-use super::{Error, folder, round, start, verify};
+use super::{Error, finish, folder, round, start, verify};
 use crate::stack::Stack;
 
 /// Versions of each row that the queue holds: an insert, then updates.
@@ -56,19 +56,13 @@ pub async fn run(args: DrainArgs) -> Result<(), Error> {
     let folder = folder(args.dir.as_deref(), super::CONFIG)?;
     let stack = start(&folder).await?;
     let outcome = measure(&stack, folder.path(), args.changes / VERSIONS).await;
-    if outcome.is_err() {
-        eprintln!("{}", stack.logs());
-    }
-    stack.stop().await;
-    let report = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
-    } else {
-        println!("{} changes in {} s: {} changes/s", report.changes, report.seconds, report.changes_per_s);
-        println!("flickers   {} in {} reads", report.flickers, report.reads);
-        println!("recorded   {} changes/s while offline", report.recorded_per_s);
-    }
-    Ok(())
+    finish(stack, outcome, args.json, print).await
+}
+
+fn print(report: &Report) {
+    println!("{} changes in {} s: {} changes/s", report.changes, report.seconds, report.changes_per_s);
+    println!("flickers   {} in {} reads", report.flickers, report.reads);
+    println!("recorded   {} changes/s while offline", report.recorded_per_s);
 }
 
 async fn measure(stack: &Stack, folder: &Path, rows: u64) -> Result<Report, Error> {

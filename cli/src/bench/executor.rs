@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use self::plain::Way;
 use self::workload::{Batch, Workload};
-use super::{Error, cpu, folder, round, seconds};
+use super::{Error, cpu, finish, folder, round, seconds};
 use crate::keys::Role;
 use crate::stack::Stack;
 
@@ -127,17 +127,7 @@ pub async fn run(args: ExecutorArgs) -> Result<(), Error> {
         .await
         .map_err(Error::Stack)?;
     let outcome = measure(&stack, &config, &args).await;
-    if outcome.is_err() {
-        eprintln!("{}", stack.logs());
-    }
-    stack.stop().await;
-    let report = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
-    } else {
-        print(&report);
-    }
-    Ok(())
+    finish(stack, outcome, args.json, print).await
 }
 
 async fn measure(stack: &Stack, config: &Path, args: &ExecutorArgs) -> Result<Report, Error> {

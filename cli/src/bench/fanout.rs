@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::cpu::{self, Sample};
 use super::socket::Socket;
-use super::{Error, Percentiles, broadcast, folder, round, seconds, start};
+use super::{Error, Percentiles, broadcast, finish, folder, round, seconds, start};
 use crate::stack::{Service, Stack};
 
 /// Rows that are written, one after the other and again.
@@ -81,20 +81,15 @@ pub async fn run(args: FanoutArgs) -> Result<(), Error> {
     let folder = folder(args.dir.as_deref(), super::CONFIG)?;
     let mut stack = start(&folder).await?;
     let outcome = measure(&mut stack, folder.path(), &args).await;
-    if outcome.is_err() {
-        eprintln!("{}", stack.logs());
-    }
-    stack.stop().await;
-    let report = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
-        return Ok(());
-    }
+    finish(stack, outcome, args.json, print).await
+}
+
+fn print(report: &Report) {
     println!(
         "{} writes/s to one scope          p50     p99    CPU of 10,000 deliveries    memory a connection",
-        args.rate
+        report.writes_per_s
     );
-    for point in report.points {
+    for point in &report.points {
         let Point { latency_ms, floor, .. } = point;
         println!(
             "{:>6} subscribers           {:>7} {:>7} ms    {:>6} s (edge {} s)       {:>6} KiB",
@@ -110,7 +105,6 @@ pub async fn run(args: FanoutArgs) -> Result<(), Error> {
             floor.latency_ms.p50, floor.latency_ms.p99, floor.server_cpu_s_per_10k, floor.rss_per_connection_kib
         );
     }
-    Ok(())
 }
 
 async fn measure(stack: &mut Stack, folder: &Path, args: &FanoutArgs) -> Result<Report, Error> {

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::load::{SETTLE_LIMIT, number};
 use super::socket::Socket;
-use super::{Error, folder, round, start};
+use super::{Error, finish, folder, round, start};
 use crate::stack::Stack;
 
 const USER: &str = "bench";
@@ -57,19 +57,13 @@ pub async fn run(args: SnapshotArgs) -> Result<(), Error> {
     let folder = folder(args.dir.as_deref(), super::CONFIG)?;
     let stack = start(&folder).await?;
     let outcome = measure(&stack, folder.path(), &args).await;
-    if outcome.is_err() {
-        eprintln!("{}", stack.logs());
-    }
-    stack.stop().await;
-    let report = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
-    } else {
-        println!("{} rows to a new client   {} s", report.rows, report.seconds);
-        println!("to a bare socket            {} s, {} bytes", report.wire_seconds, report.bytes);
-        println!("floor: COPY into SQLite     {} s", report.floor_seconds);
-    }
-    Ok(())
+    finish(stack, outcome, args.json, print).await
+}
+
+fn print(report: &Report) {
+    println!("{} rows to a new client   {} s", report.rows, report.seconds);
+    println!("to a bare socket            {} s, {} bytes", report.wire_seconds, report.bytes);
+    println!("floor: COPY into SQLite     {} s", report.floor_seconds);
 }
 
 fn median(mut times: Vec<f64>) -> f64 {

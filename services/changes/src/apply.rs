@@ -153,7 +153,9 @@ impl<'a> Applier<'a> {
     async fn write_apart(&mut self, mut groups: Vec<Group<'_>>) -> Result<Vec<(Place, Outcome)>, Failed> {
         let mut apart = Vec::new();
         let mut outcomes = Vec::new();
-        self.savepoint(0).await?;
+        if groups.len() > 1 {
+            self.savepoint(0).await?;
+        }
         while let Some(sql) = self.statements.together(&groups) {
             let error = match self.write_together(&sql, &groups).await {
                 Ok(written) => {

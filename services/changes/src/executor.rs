@@ -151,6 +151,7 @@ impl Executor {
             Err(Failed::Gone(_) | Failed::Unsure(..)) => (true, false),
         };
         self.model = Some(current).filter(|_| keep_model);
+        // Without it the same batch goes the long way, which shows whether one of its changes ends the backend.
         if let Err(Failed::Fenced | Failed::Ledger | Failed::Gone(_) | Failed::Unsure(..)) = &outcome {
             memory = Memory::default();
         }

@@ -282,10 +282,6 @@ impl Worker {
                 {
                     return Some(results);
                 }
-                // One of them may have ended its backend: with care, that shows.
-                if mode == Mode::Fast {
-                    self.queue.failed(count.min(self.queue.len()), mode, None);
-                }
             }
             Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,
             Err(Failed::Gone(error)) => {

@@ -8,7 +8,7 @@ use database::{Client, Database, change};
 use millstream_schemas::Code;
 use millstream_schemas::Operation::{Delete, Insert, Update};
 use millstream_schemas::stream::{Failure, TransactionResult, Verdict};
-use sqlx::Executor as _;
+use sqlx::{Connection as _, Executor as _};
 use uuid::Uuid;
 
 fn failure(results: &[(Uuid, TransactionResult)]) -> &Failure {
@@ -365,5 +365,59 @@ async fn rows_that_exclude_each_other_keep_their_order_whatever_an_error_quotes(
         assert_eq!(verdicts, [Verdict::Applied, Verdict::Applied, Verdict::Rejected], "{first}");
     }
     assert_eq!(database.json("SELECT string_agg(id::text, ',' ORDER BY id) FROM tasks").await, "1,2,4,6");
+    database.stack.stop().await;
+}
+
+/// Fails in ways that nobody understands: the backend crashes, and Postgres with it, or an error is none that a change can be
+/// blamed for. In the schema `millstream`, so that the executor takes the trigger for one of its own and the table for a
+/// plain one.
+const POISON: &str = "\
+CREATE FUNCTION millstream.poison() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF NEW.title = 'kills' THEN
+        COPY (SELECT) TO PROGRAM 'kill -9 $PPID';
+        PERFORM pg_sleep(5);
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = 'XX000', MESSAGE = 'a fault';
+END $$;
+CREATE TRIGGER poison BEFORE UPDATE ON tasks FOR EACH ROW WHEN (NEW.title IN ('kills', 'fails'))
+EXECUTE FUNCTION millstream.poison();
+INSERT INTO tasks (id, project_id, title) SELECT n, 1, 'a' FROM generate_series(1, 9) AS n";
+
+#[tokio::test]
+async fn poison_is_given_up_and_spoils_nothing_else() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    database.sql.execute(POISON).await.unwrap();
+    let mut clients: Vec<Client> = (1..=3).map(|id| Client::new(id, "ann")).collect();
+    let now = micros() + 1_000_000;
+    let titles = |bad: &'static str| ["b", "c", "d", "e", bad, "f", "g", "h", "i"];
+    for (round, bad) in ["c", "c", "fails", "c", "kills", "c"].into_iter().enumerate() {
+        let changes = ["1", "2", "3", "4", "5", "6", "7", "8", "9"]
+            .into_iter()
+            .zip(titles(bad))
+            .map(|(id, title)| change("tasks", Update, &[("id", id)], &[("title", Some(title))], now + round as u64));
+        let batch = changes.enumerate().map(|(n, change)| clients[n % 3].submit(vec![change])).collect();
+        let began = std::time::Instant::now();
+        let results = database.batch(batch).await;
+        assert_eq!(results.len(), 9, "{results:?}");
+        let rejected: Vec<_> = results.iter().filter_map(|(_, result)| result.failure.as_ref()).collect();
+        match bad {
+            "c" => assert!(rejected.is_empty(), "{rejected:?}"),
+            _ => {
+                assert_eq!(rejected.iter().map(|failure| failure.code).collect::<Vec<_>>(), [Code::Internal]);
+                assert!(rejected[0].message.contains("5 times"), "{rejected:?}");
+                // Five tries, with pauses that double; and perhaps Postgres recovers before each.
+                assert!(began.elapsed() < std::time::Duration::from_secs(60), "{:?}", began.elapsed());
+                eprintln!("{bad}: {:?}", began.elapsed());
+            }
+        }
+        let applied = results.iter().filter(|(_, result)| result.verdict == Verdict::Applied).count();
+        assert_eq!(applied + rejected.len(), 9, "{results:?}");
+    }
+    // It went with the crash.
+    database.sql = sqlx::PgConnection::connect(&database.stack.postgres_url()).await.unwrap();
+    let recorded = "SELECT string_agg(concat_ws(' ', code, substring(payload::text FROM 'fails|kills')), ',' ORDER BY at) FROM millstream.changes_history";
+    assert_eq!(database.json(recorded).await, "internal fails,internal kills");
     database.stack.stop().await;
 }

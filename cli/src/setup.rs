@@ -405,6 +405,7 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
             "GRANT SELECT, INSERT, UPDATE, DELETE ON millstream.partitions, millstream.members, millstream.clients, \
              millstream.instances, millstream.changes_history TO {changes}"
         ),
+        format!("GRANT EXECUTE ON FUNCTION millstream.take_back(text) TO {changes}"),
         format!("GRANT SELECT, INSERT, UPDATE ON millstream.epoch TO {replication}"),
     ];
     for schema in schemas {

@@ -13,6 +13,9 @@ use serde::{Deserialize, Deserializer};
 /// Longest deadline of external validators, in milliseconds: a change must not be held for longer before others are seen to.
 const MAX_DEADLINE_MS: u64 = 30_000;
 
+/// What names in the executor's statements begin with: a predicate that uses one would read another relation than it means.
+const RESERVED: &str = "millstream_";
+
 /// The whole file.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -386,6 +389,12 @@ impl TableConfig {
                 problems.push(format!("rule `{code}`: `message` has 1 to {MAX_FAILURE_MESSAGE_BYTES} bytes"));
             }
         }
+        let write = [("insert", &self.write.insert), ("update", &self.write.update), ("delete", &self.write.delete)];
+        let predicates = write.into_iter().filter_map(|(op, sql)| Some((format!("`write.{op}`"), sql.as_ref()?)));
+        let rules = self.rules.iter().map(|rule| (format!("rule `{}`", rule.code), &rule.check));
+        for (place, _) in predicates.chain(rules).filter(|(_, sql)| sql.to_lowercase().contains(RESERVED)) {
+            problems.push(format!("{place}: names that begin with `{RESERVED}` are Millstream's; rename yours"));
+        }
         if let Some(validate) = &self.validate {
             if validate.on.is_empty() {
                 problems.push("`validate.on` names no operation".to_owned());
@@ -434,6 +443,7 @@ mod tests {
                 "lower-case",
             ),
             (&format!("{table}rules = [{{ code = \"a\", message = \"m\", on = [], check = \"true\" }}]"), "`on`"),
+            (&format!("{table}write.insert = \"EXISTS (TABLE Millstream_known)\""), "`write.insert`: names that begin"),
             (&format!("{table}validate = {{ on = [\"insert\"], deadline_ms = 0 }}"), "deadline_ms"),
         ] {
             assert!(check(text).contains(says), "{text}\n{}", check(text));

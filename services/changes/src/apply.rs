@@ -78,7 +78,7 @@ impl<'a> Applier<'a> {
         InputRow { step, user_id, client_id, clock }
     }
 
-    /// The changes in groups, and whether those are independent; then they are in the order of their shapes' ids.
+    /// The changes in groups, and whether those are independent.
     pub fn groups<'p>(&mut self, plan: &'p [Planned<'_>]) -> Result<(Vec<Group<'p>>, bool), Failed> {
         let mut groups = Groups::default();
         for (index, planned) in plan.iter().enumerate() {
@@ -91,11 +91,7 @@ impl<'a> Applier<'a> {
             }
         }
         let independent = groups.are_independent(self.statements);
-        let mut groups = groups.into_groups();
-        if independent {
-            groups.sort_by_key(|group| group.statement.shape.id);
-        }
-        Ok((groups, independent))
+        Ok((groups.into_groups(), independent))
     }
 
     /// Everything in as few statements as there may be; `careful`: with savepoints.
@@ -105,11 +101,11 @@ impl<'a> Applier<'a> {
         rejected: &mut Rejected,
         careful: bool,
     ) -> Result<(), Failed> {
-        let (groups, independent) = self.groups(plan)?;
+        let (mut groups, independent) = self.groups(plan)?;
         let mut outcomes = Vec::new();
         if careful && independent {
             outcomes = self.write_apart(groups).await?;
-        } else if let Some(sql) = independent.then(|| self.statements.together(&groups)).flatten() {
+        } else if let Some(sql) = independent.then(|| self.statements.together(&mut groups)).flatten() {
             let written = self.write_together(&sql, &groups).await.map_err(failed)?;
             outcomes.extend(groups.into_iter().flat_map(|group| group.places).zip(written.into_iter().flatten()));
         } else {
@@ -149,14 +145,14 @@ impl<'a> Applier<'a> {
     }
 
     /// Independent groups, at once in a savepoint. Rows that an error of Postgres seems to be about are left out and come
-    /// last, each alone; groups of which it names no row are halved.
+    /// last, each alone, where the order of their group does not matter; groups of which it names no row are halved.
     async fn write_apart(&mut self, mut groups: Vec<Group<'_>>) -> Result<Vec<(Place, Outcome)>, Failed> {
         let mut apart = Vec::new();
         let mut outcomes = Vec::new();
         if groups.len() > 1 {
             self.savepoint(0).await?;
         }
-        while let Some(sql) = self.statements.together(&groups) {
+        while let Some(sql) = self.statements.together(&mut groups) {
             let error = match self.write_together(&sql, &groups).await {
                 Ok(written) => {
                     let places = groups.drain(..).flat_map(|group| group.places);
@@ -170,7 +166,7 @@ impl<'a> Applier<'a> {
             }
             self.raw("ROLLBACK TO SAVEPOINT statement").await?;
             let before = apart.len();
-            for group in groups.iter_mut().filter(|group| !group.statement.shape.ordered) {
+            for group in groups.iter_mut().filter(|group| group.statement.shape.is_unordered()) {
                 for index in suspects(&group.rows, &error).into_iter().rev() {
                     apart.push(group.cut(index));
                 }

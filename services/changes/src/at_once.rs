@@ -25,9 +25,13 @@ use crate::results::Results;
 use crate::settle::{self, FENCED};
 
 /// Parameters before those of the groups.
-pub(crate) const PARAMETERS: usize = 12;
+pub(crate) const PARAMETERS: usize = 13;
 /// SQLSTATE of `millstream.take_back`.
 const TAKEN_BACK: &str = "MS001";
+/// So many batches go the long way after one of which a row was not written: where some lose, others may.
+const PAUSE: u32 = 10;
+/// How far the database's time may be from what is remembered of it, microseconds.
+const MAX_OFF: i64 = 1_000_000;
 /// Most clients that are remembered.
 const MAX_CLIENTS: usize = 10_000;
 
@@ -40,15 +44,16 @@ pub(crate) fn text(parts: &str, counts: &[String]) -> String {
     let wrong = counts.iter().enumerate().map(wrong).collect::<Vec<_>>().join(" OR ");
     format!(
         "/* millstream at once */ WITH {FENCED},
-known AS (
+millstream_known AS (
     UPDATE millstream.clients AS c SET last_seq = n.last_seq, last_seen = now()
     FROM unnest($6::uuid[], $7::text[], $8::bigint[], $9::bigint[]) AS n(client_id, user_id, stored, last_seq)
     WHERE c.client_id = n.client_id AND c.last_seq = n.stored AND c.user_id = n.user_id
     RETURNING 1),
 {parts}
 SELECT CASE
-    WHEN (SELECT count(*) FROM fenced) <> ($12::bigint[])[1] THEN millstream.take_back('positions')
-    WHEN (SELECT count(*) FROM known) <> ($12::bigint[])[2] THEN millstream.take_back('ledger')
+    WHEN abs(extract(epoch FROM clock_timestamp()) * 1000000 - $13) > {MAX_OFF} THEN millstream.take_back('time')
+    WHEN (SELECT count(*) FROM millstream_fenced) <> ($12::bigint[])[1] THEN millstream.take_back('positions')
+    WHEN (SELECT count(*) FROM millstream_known) <> ($12::bigint[])[2] THEN millstream.take_back('ledger')
     WHEN {wrong} THEN millstream.take_back('rows')
     ELSE pg_logical_emit_message(true, $10, $11) END::text AS lsn,
     (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now"
@@ -62,6 +67,8 @@ pub(crate) struct Memory {
     clients: HashMap<Uuid, Client>,
     /// Microseconds since 1970, and when they were read.
     time: Option<(u64, Instant)>,
+    /// Batches that are still to go the long way.
+    pause: u32,
 }
 
 impl Memory {
@@ -84,7 +91,14 @@ impl Memory {
         Some(ledger)
     }
 
-    /// The database's time, microseconds since 1970, or a little less.
+    /// Whether a batch may go the short way.
+    fn allows(&mut self) -> bool {
+        let paused = self.pause > 0;
+        self.pause = self.pause.saturating_sub(1);
+        !paused
+    }
+
+    /// The database's time, microseconds since 1970, or a little less; if its clock was set, the statement finds out.
     fn now(&self) -> Option<u64> {
         self.time.map(|(time, read)| time + read.elapsed().as_micros() as u64)
     }
@@ -102,6 +116,9 @@ impl Memory {
 impl Transaction<'_> {
     /// Applies the batch and commits it, unless it has to go the long way.
     pub async fn at_once(&mut self, model: &mut Model, memory: &mut Memory) -> Option<Result<Results, Failed>> {
+        if !memory.allows() {
+            return None;
+        }
         let (mut ledger, now) = (memory.ledger(self.items)?, memory.now()?);
         let submissions = || self.items.iter().filter_map(|item| item.submission.as_ref());
         if !predecessors(submissions(), &ledger).is_empty() {
@@ -114,13 +131,13 @@ impl Transaction<'_> {
             return None;
         }
         let mut applier = Applier::new(self.connection, statements, now);
-        let (groups, true) = applier.groups(&plan).ok()? else { return None };
-        let sql = statements.at_once(&groups)?;
-        let spans = spans(&plan);
-        let traceparent = traceparent(&plan, &spans);
+        let (mut groups, true) = applier.groups(&plan).ok()? else { return None };
+        let sql = statements.at_once(&mut groups)?;
+        let spans = self.spans.insert(spans(&plan));
+        let traceparent = traceparent(&plan, spans);
         let mut results = Results::default();
         results.extend(&plan);
-        let error = match self.send(&sql, &plan, &groups, &ledger, traceparent).await {
+        let error = match self.send(&sql, &plan, &groups, &ledger, now, traceparent).await {
             Ok(row) => {
                 memory.keep(ledger, row.try_get("now").ok().map(|now: i64| now as u64));
                 return Some(Ok(results));
@@ -134,10 +151,17 @@ impl Transaction<'_> {
         let taken_back = error.as_database_error().filter(|error| error.code().is_some_and(|code| code == TAKEN_BACK));
         match (taken_back.map(|error| error.message()), classify(&error)) {
             (Some("positions"), _) => Some(Err(Failed::Fenced)),
-            // There the ledger is read anew.
-            (Some("ledger"), _) => None,
+            // Nothing is wrong with it: the long way reads time and ledger anew, and finds what was not written, and why.
+            (Some(reason), _) => {
+                if reason == "rows" {
+                    memory.pause = PAUSE;
+                }
+                None
+            }
             (None, Fault::Server | Fault::Gone) => Some(Err(Failed::Server(error))),
-            _ => Some(Err(Failed::Isolate { why: error.to_string(), at: None })),
+            (None, Fault::Verdict(_) | Fault::Unknown) => {
+                Some(Err(Failed::Isolate { why: error.to_string(), at: None }))
+            }
         }
     }
 
@@ -147,6 +171,7 @@ impl Transaction<'_> {
         plan: &[Planned<'_>],
         groups: &[Group<'_>],
         ledger: &Ledger,
+        now: u64,
         traceparent: Option<String>,
     ) -> Result<PgRow, Failed> {
         let clients: Vec<(Uuid, &Client)> = ledger.changed().collect();
@@ -160,7 +185,8 @@ impl Transaction<'_> {
             .bind(number(|client| client.last))
             .bind(ORIGIN_PREFIX)
             .bind(settle::encode(&origin)?)
-            .bind(counts.map(|count| count as i64).collect::<Vec<_>>());
+            .bind(counts.map(|count| count as i64).collect::<Vec<_>>())
+            .bind(now as i64);
         for group in groups {
             query = bind(query, group.statement.shape.op, &group.rows);
         }

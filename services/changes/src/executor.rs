@@ -124,8 +124,16 @@ impl Executor {
             Some(model) => model,
             None => Model::load(connection, &config).await.map_err(Failed::Model)?,
         };
-        let mut transaction =
-            Transaction { connection, config: &config, stream_epoch: &stream_epoch, items, fences, mode, condemned };
+        let mut transaction = Transaction {
+            connection,
+            config: &config,
+            stream_epoch: &stream_epoch,
+            items,
+            fences,
+            mode,
+            condemned,
+            spans: None,
+        };
         let at_once = match mode {
             Mode::Fast => transaction.at_once(&mut current, &mut memory).await,
             Mode::Careful | Mode::Savepoints | Mode::Single => None,
@@ -151,7 +159,7 @@ impl Executor {
             Err(Failed::Gone(_) | Failed::Unsure(..)) => (true, false),
         };
         self.model = Some(current).filter(|_| keep_model);
-        // Without it the same batch goes the long way, which shows whether one of its changes ends the backend.
+        // It may not be true any more.
         if let Err(Failed::Fenced | Failed::Ledger | Failed::Gone(_) | Failed::Unsure(..)) = &outcome {
             memory = Memory::default();
         }
@@ -219,6 +227,8 @@ pub(crate) struct Transaction<'a> {
     pub fences: &'a [Fence],
     mode: Mode,
     pub condemned: &'a Condemned,
+    /// See [`spans`]; one a submission, made by the first attempt.
+    pub spans: Option<Vec<tracing::Span>>,
 }
 
 impl<'a> Transaction<'a> {
@@ -239,7 +249,7 @@ impl<'a> Transaction<'a> {
             self.ensure_current(origin).await?;
             current = true;
         }
-        let spans = spans(&plan);
+        let spans = self.spans.take().unwrap_or_else(|| spans(&plan));
         let mut applier = Applier::new(self.connection, statements, now);
         match self.mode {
             Mode::Fast | Mode::Careful => {

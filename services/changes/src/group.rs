@@ -33,11 +33,13 @@ pub(crate) struct Shape {
     /// COMMIT decides about it: in a transaction of its own.
     pub deferred: bool,
     /// Its table has constraints by which inserts and deletes of different rows can be in each other's way.
-    pub ordered: bool,
+    ordered: bool,
     /// Foreign keys that it touches.
     parents: Vec<Reference>,
     /// Tables that it writes, its own first.
-    writes: Vec<Written>,
+    writes: Vec<u32>,
+    /// Their names, and those of its partitions.
+    written: HashSet<String>,
     /// What its predicates mention.
     reads: HashSet<String>,
 }
@@ -64,8 +66,9 @@ impl Shape {
         let set = |names: &[String]| columns.iter().any(|index| names.contains(&table.columns[*index].name));
         let own = table.name.rsplit('.').next().unwrap_or(&table.name).to_lowercase();
         let cascades: &[Written] = if op == Operation::Delete { &traits.cascades } else { &[] };
-        let mut writes = vec![Written { oid: table.oid, name: own }];
-        writes.extend(cascades.iter().cloned());
+        let writes = std::iter::once(traits.root).chain(cascades.iter().map(|written| written.oid)).collect();
+        let names = cascades.iter().map(|written| &written.name).chain(&traits.partitions);
+        let written = names.cloned().chain([own]).collect();
         let touched = traits.parents.iter().filter(|parent| op != Operation::Update || set(&parent.columns));
         let parents: Vec<Reference> = touched
             .map(|parent| {
@@ -79,8 +82,8 @@ impl Shape {
             .collect();
         let under_unique = op == Operation::Update && set(&traits.unique_columns);
         let cascade_triggers = !cascades.is_empty() && traits.cascade_triggers;
-        let refers_to_itself = parents.iter().any(|parent| parent.table == table.oid);
-        let reads_what_it_writes = writes.iter().any(|written| mentions.names.contains(&written.name));
+        let refers_to_itself = parents.iter().any(|parent| parent.table == traits.root);
+        let reads_what_it_writes = !mentions.names.is_disjoint(&written);
         let barrier = traits.triggers
             || traits.row_security
             || traits.functions
@@ -98,25 +101,32 @@ impl Shape {
             ordered: traits.sequences || !traits.unique_columns.is_empty(),
             parents,
             writes,
+            written,
             reads: mentions.names,
         }
     }
 
     fn table(&self) -> u32 {
-        self.writes[0].oid
+        self.writes[0]
+    }
+
+    /// Whether rows with different keys come to the same in any order. Not so where they exclude each other, nor where
+    /// what goes with one deleted row may be what keeps another.
+    pub fn is_unordered(&self) -> bool {
+        !self.ordered && self.writes.len() == 1
     }
 
     /// Whether changes of these shapes, of rows with different keys, may depend on their order.
     pub fn conflicts(&self, other: &Shape) -> bool {
         let one_way = |a: &Shape, b: &Shape| {
             a.barrier
-                || a.writes.iter().any(|written| b.reads.contains(&written.name))
-                || a.writes[1..].iter().any(|written| b.writes.iter().any(|other| other.oid == written.oid))
+                || !a.written.is_disjoint(&b.reads)
+                || a.writes[1..].iter().any(|oid| b.writes.contains(oid))
                 // What goes with a deleted row may be what kept another one from being deleted.
                 || (a.writes.len() > 1 && b.op == Operation::Delete && a.id != b.id)
                 || b.parents.iter().any(|parent| {
                     // A new parent can be told from others by its key; a deleted one has referrers that are not named.
-                    a.writes.iter().any(|written| written.oid == parent.table)
+                    a.writes.contains(&parent.table)
                         && match a.op {
                             Operation::Insert => b.op != Operation::Delete && parent.value.is_none(),
                             Operation::Update => false,
@@ -326,8 +336,8 @@ mod tests {
             })
             .collect();
         let checked: Vec<_> = submissions.iter().map(|submission| validate(find, submission).unwrap()).collect();
-        let parent = Traits { oid: 2, ..Traits::default() };
-        let mut statements = Statements::new(vec![Traits { oid: 1, ..traits }, parent], vec!["a_view".into()]);
+        let parent = Traits { oid: 2, root: 2, ..Traits::default() };
+        let mut statements = Statements::new(vec![Traits { oid: 1, root: 1, ..traits }, parent], vec!["a_view".into()]);
         let mut groups = Groups::default();
         for (planned, steps) in checked.iter().enumerate() {
             let user_id = &submissions[planned].user_id;

@@ -21,7 +21,7 @@ const MAX_INSTANCES: i64 = 1_000;
 
 macro_rules! fenced {
     () => {
-        "fenced AS (
+        "millstream_fenced AS (
     UPDATE millstream.partitions AS p SET position = f.new
     FROM unnest($2::smallint[], $3::bigint[], $4::bigint[], $5::bigint[]) AS f(partition, epoch, old, new)
     WHERE p.stream_epoch = $1 AND p.partition = f.partition AND p.epoch = f.epoch AND p.position = f.old
@@ -37,7 +37,7 @@ const FENCE: &str = concat!(
     "WITH ",
     fenced!(),
     "
-SELECT (SELECT count(*) FROM fenced) AS fenced, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now,
+SELECT (SELECT count(*) FROM millstream_fenced) AS fenced, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now,
        c.client_id, c.user_id, c.last_seq, c.instance
 FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uuid[])"
 );

@@ -61,9 +61,18 @@ pub(crate) struct Statements {
     views: Vec<String>,
     cache: HashMap<(u32, Operation, Vec<usize>), Arc<Statement>>,
     conflicts: HashMap<(usize, usize), bool>,
-    /// Texts for several groups, by their shapes.
-    combined: HashMap<Vec<usize>, Combined>,
+    /// Texts for several groups, by their kind and shapes.
+    combined: HashMap<(Kind, Vec<usize>), Combined>,
     made: usize,
+}
+
+/// What a text for several groups holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Kind {
+    /// The groups alone.
+    Together,
+    /// All of a batch.
+    AtOnce,
 }
 
 /// What there is for a combination of shapes.
@@ -71,8 +80,7 @@ pub(crate) struct Statements {
 struct Combined {
     /// How often it came.
     seen: u32,
-    together: Option<Arc<str>>,
-    at_once: Option<Arc<str>>,
+    text: Option<Arc<str>>,
 }
 
 /// A statement within another one.
@@ -82,9 +90,14 @@ struct Part {
     tells: bool,
 }
 
-/// The parts as `ms_0`, `ms_1` and so on.
+/// The parts as `millstream_0`, `millstream_1` and so on.
 fn ctes(parts: &[Part]) -> String {
-    parts.iter().enumerate().map(|(n, part)| format!("ms_{n} AS ({})", part.sql)).collect::<Vec<_>>().join(",\n")
+    parts
+        .iter()
+        .enumerate()
+        .map(|(n, part)| format!("millstream_{n} AS ({})", part.sql))
+        .collect::<Vec<_>>()
+        .join(",\n")
 }
 
 impl Statements {
@@ -125,40 +138,40 @@ impl Statements {
 
     /// One text for groups that do not depend on each other: a round trip instead of several. It gives, by the place of the
     /// group, what each statement gives; of inserts how many rows there are, as `ms_i`. None: they are to be sent one by one.
-    /// `groups` are in the order of their shapes' ids, each with rows.
-    pub fn together(&mut self, groups: &[Group<'_>]) -> Option<Arc<str>> {
+    /// `groups` each have rows, and are sorted if there is a text.
+    pub fn together(&mut self, groups: &mut [Group<'_>]) -> Option<Arc<str>> {
         if groups.len() < 2 {
             return None;
         }
         let text = |parts: &[Part]| {
             let results = parts.iter().enumerate().map(|(place, part)| {
                 let (ms_i, winner) = if part.tells { ("ms_i", "winner") } else { ("count(*)", "NULL::text") };
-                format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM ms_{place}")
+                format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM millstream_{place}")
             });
             let results = results.collect::<Vec<_>>().join(" UNION ALL ");
             format!("/* millstream together */ WITH {}\n{results}", ctes(parts))
         };
-        self.combined(groups, 1, |combined| &mut combined.together, text)
+        self.combined(Kind::Together, groups, 1, text)
     }
 
     /// One text for a whole batch: see [`crate::at_once`]. None: it is to go the long way. `groups` are as above, of any
     /// number.
-    pub fn at_once(&mut self, groups: &[Group<'_>]) -> Option<Arc<str>> {
+    pub fn at_once(&mut self, groups: &mut [Group<'_>]) -> Option<Arc<str>> {
         let text = |parts: &[Part]| {
             let whole = |part: &Part| if part.tells { " FILTER (WHERE winner IS NULL)" } else { "" };
-            let counts =
-                parts.iter().enumerate().map(|(n, part)| format!("(SELECT count(*){} FROM ms_{n})", whole(part)));
+            let counts = parts.iter().enumerate();
+            let counts = counts.map(|(n, part)| format!("(SELECT count(*){} FROM millstream_{n})", whole(part)));
             at_once::text(&ctes(parts), &counts.collect::<Vec<_>>())
         };
-        self.combined(groups, at_once::PARAMETERS + 1, |combined| &mut combined.at_once, text)
+        self.combined(Kind::AtOnce, groups, at_once::PARAMETERS + 1, text)
     }
 
     /// A text for groups, made when their combination is worth it. `first`: number of the first parameter of theirs.
     fn combined(
         &mut self,
-        groups: &[Group<'_>],
+        kind: Kind,
+        groups: &mut [Group<'_>],
         mut first: usize,
-        place: fn(&mut Combined) -> &mut Option<Arc<str>>,
         text: impl Fn(&[Part]) -> String,
     ) -> Option<Arc<str>> {
         if !(1..=MAX_TOGETHER).contains(&groups.len()) {
@@ -167,14 +180,14 @@ impl Statements {
         if self.combined.len() >= MAX_CACHED {
             self.combined.clear();
         }
+        groups.sort_by_key(|group| group.statement.shape.id);
         let shapes: Vec<usize> = groups.iter().map(|group| group.statement.shape.id).collect();
-        let combined = self.combined.entry(shapes).or_default();
+        let combined = self.combined.entry((kind, shapes)).or_default();
         combined.seen = combined.seen.saturating_add(1);
         if combined.seen <= WORTH_A_PLAN {
             return None;
         }
-        let found = place(combined);
-        if found.is_none() {
+        if combined.text.is_none() {
             let part = |group: &Group<'_>| {
                 let Step { table, op, columns, .. } = group.rows[0].step;
                 let writer = Writer { table, op: *op, columns, first };
@@ -182,9 +195,9 @@ impl Statements {
                 let tells = *op != Operation::Insert;
                 Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
             };
-            *found = Some(text(&groups.iter().map(part).collect::<Vec<_>>()).into());
+            combined.text = Some(text(&groups.iter().map(part).collect::<Vec<_>>()).into());
         }
-        found.clone()
+        combined.text.clone()
     }
 
     /// Whether changes of two shapes may depend on their order, even if of different rows.

@@ -2,7 +2,8 @@
 //!
 //! Postgres quotes rows and keys in an error's DETAIL (PostgreSQL source, `ExecBuildSlotValueDescription` and
 //! `BuildIndexValueDescription`): `Failing row contains (1, x, null).`, `Key (id)=(1) already exists.`. The words around
-//! may be of any language. What is guessed wrong costs an attempt and nothing else, since each suspect is then tried alone.
+//! may be of any language. What is guessed wrong costs an attempt, since each
+//! suspect is then tried alone; the caller sees to it that the order does not matter.
 
 use sqlx::postgres::PgDatabaseError;
 

@@ -8,8 +8,14 @@ use sqlx::{PgConnection, Row};
 const TRAITS: &str = "\
 SELECT jsonb_build_object(
     'oid', c.oid::bigint,
+    'root', coalesce(pg_partition_root(c.oid)::oid, c.oid)::bigint,
+    'partitions', (
+        SELECT coalesce(jsonb_agg(lower(k.relname)), '[]') FROM pg_class k WHERE k.oid = ANY (tree.oids) AND k.oid <> c.oid),
     'row_security', c.relrowsecurity,
-    'triggers', c.relhasrules OR EXISTS (SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (tree.oids)),
+    'triggers', c.relhasrules
+        OR EXISTS (
+            SELECT FROM pg_inherits i JOIN pg_class k ON k.oid = i.inhrelid WHERE i.inhparent = c.oid AND NOT k.relispartition)
+        OR EXISTS (SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (tree.oids)),
     'functions', EXISTS (
             SELECT FROM pg_attrdef d JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
             WHERE d.adrelid = ANY (tree.oids) AND p.refclassid = 'pg_proc'::regclass)
@@ -44,13 +50,14 @@ SELECT jsonb_build_object(
             WHERE d.classid = 'pg_class'::regclass AND d.objid = x.indexrelid AND d.refclassid = 'pg_class'::regclass
               AND d.refobjid = x.indrelid AND d.refobjsubid = a.attnum))),
     'parents', (
-        SELECT coalesce(jsonb_agg(jsonb_build_object('oid', f.confrelid::bigint, 'to_key', EXISTS (
+        SELECT coalesce(jsonb_agg(jsonb_build_object('oid', coalesce(pg_partition_root(f.confrelid)::oid, f.confrelid)::bigint, 'to_key', EXISTS (
             SELECT FROM pg_index k WHERE k.indexrelid = f.conindid AND k.indisprimary), 'columns', (
             SELECT jsonb_agg(a.attname) FROM pg_attribute a WHERE a.attrelid = f.conrelid AND a.attnum = ANY (f.conkey)))), '[]')
         FROM pg_constraint f WHERE f.contype = 'f' AND f.conrelid = ANY (tree.oids)),
     'cascades', (
-        SELECT coalesce(jsonb_agg(jsonb_build_object('oid', w.oid::bigint, 'name', lower(k.relname))), '[]')
-        FROM unnest(cascade.oids) AS w(oid) JOIN pg_class k ON k.oid = w.oid WHERE w.oid <> ALL (tree.oids)),
+        SELECT coalesce(jsonb_agg(DISTINCT jsonb_build_object('oid', coalesce(pg_partition_root(w.oid)::oid, w.oid)::bigint, 'name', lower(k.relname))), '[]')
+        FROM unnest(cascade.oids) AS w(oid) JOIN pg_class k ON k.oid = w.oid OR k.oid = pg_partition_root(w.oid)::oid
+        WHERE w.oid <> ALL (tree.oids)),
     'cascade_triggers', EXISTS (
         SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (cascade.oids) AND t.tgrelid <> ALL (tree.oids)),
     'deferred', EXISTS (
@@ -83,8 +90,12 @@ WHERE c.relkind IN ('v', 'm', 'f') AND n.nspname NOT IN ('pg_catalog', 'informat
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(crate) struct Traits {
     pub oid: u32,
+    /// The partitioned table that it is a part of; else itself.
+    pub root: u32,
+    /// Names of its partitions, in lower case.
+    pub partitions: Vec<String>,
     pub row_security: bool,
-    /// It has triggers of the application, or rewrite rules.
+    /// It has triggers of the application, rewrite rules, or tables that inherit from it (a key may have two rows there).
     pub triggers: bool,
     /// Defaults or checks call functions of the application.
     pub functions: bool,
@@ -103,10 +114,10 @@ pub(crate) struct Traits {
     pub deferred: bool,
 }
 
-/// A foreign key.
+/// A foreign key. Tables stand for their partitions.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Parent {
-    /// Table that it refers to.
+    /// Table that it refers to; of partitions the root.
     pub oid: u32,
     /// Columns that refer.
     pub columns: Vec<String>,
@@ -114,7 +125,7 @@ pub(crate) struct Parent {
     pub to_key: bool,
 }
 
-/// A table that is written.
+/// A table that is written; partitions of one table have its oid, each with its name.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Written {
     pub oid: u32,
@@ -125,7 +136,7 @@ pub(crate) struct Written {
 impl Traits {
     /// Of a table that is not known: changes one by one, in their order.
     pub fn unknown(oid: u32) -> Traits {
-        Traits { oid, row_security: true, triggers: true, ..Traits::default() }
+        Traits { oid, root: oid, row_security: true, triggers: true, ..Traits::default() }
     }
 }
 

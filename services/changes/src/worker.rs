@@ -274,6 +274,12 @@ impl Worker {
             Err(Failed::Unsure(results, error)) => {
                 tracing::warn!(worker = self.index, %error, "the outcome of a batch is unknown; reading the positions");
                 // Where no position moves (the middle of a large message) the ledger will tell what was done.
+                let single = match (mode, self.queue.batch().0) {
+                    (Mode::Single, [Item { submission: Some(submission), .. }]) => {
+                        Some((submission.client_id, submission.seq))
+                    }
+                    _ => None,
+                };
                 if let Some(stored) = self.recover().await
                     && fences.iter().any(|fence| fence.new != fence.old)
                     && fences.iter().all(|fence| {
@@ -281,6 +287,14 @@ impl Worker {
                     })
                 {
                     return Some(results);
+                }
+                // Perhaps one of its changes ends the backend, by what COMMIT does.
+                match (mode, single) {
+                    (_, Some((client_id, seq))) => self.strike(client_id, seq, &error).await,
+                    (Mode::Fast | Mode::Careful, _) => self.queue.isolate(count),
+                    (Mode::Savepoints | Mode::Single, _) => {
+                        self.queue.failed(count.min(self.queue.len()), mode, None);
+                    }
                 }
             }
             Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,

@@ -321,6 +321,7 @@ async fn a_batch_at_once_is_not_misled_by_what_it_remembers() {
         Some("rank_negative"),
         "",
     );
+    assert_eq!(database.json(AT_ONCE).await, "false");
     for _ in 0..10 {
         is(&database.batch(vec![ann.submit(vec![rank("6", now + 7)])]).await, Verdict::Applied);
     }
@@ -368,13 +369,55 @@ async fn rows_that_exclude_each_other_keep_their_order_whatever_an_error_quotes(
     database.stack.stop().await;
 }
 
-/// Fails in ways that nobody understands: the backend crashes, and Postgres with it, or an error is none that a change can be
+#[tokio::test]
+async fn what_depends_on_each_other_keeps_its_order_in_every_batch() {
+    let mut database = Database::start().await;
+    database.sql.execute(SEED).await.unwrap();
+    database.sql.execute("INSERT INTO tasks (id, project_id, title) VALUES (1, 1, 'a')").await.unwrap();
+    // A rule may read what is not synced by itself.
+    database.sql.execute("GRANT SELECT ON parted_low TO millstream_changes").await.unwrap();
+    let mut ann = Client::new(1, "ann");
+    let now = micros();
+    let rank = |rank: &'static str| change("tasks", Update, &[("id", "1")], &[("rank", Some(rank))], now);
+    let delete = |table: &'static str, id: &'static str| change(table, Delete, &[("id", id)], &[], now);
+    let insert = |table: &'static str, id: &'static str, part: &'static str| {
+        change(table, Insert, &[("id", id)], &[("part", Some(part))], now)
+    };
+    let part = |id: &'static str| change("parted", Insert, &[("id", id)], &[], now);
+    let (yes, no) = (Verdict::Applied, Verdict::Rejected);
+    // Several times, since what is seen again is written in another way.
+    for round in 0..3 {
+        // Somebody's letters go with them, and then nothing keeps those who received them.
+        database
+            .sql
+            .execute(
+                "DELETE FROM letters; DELETE FROM people; DELETE FROM pieces; DELETE FROM spots; DELETE FROM parted; \
+                 INSERT INTO people VALUES (1), (2); INSERT INTO letters VALUES (1, 1, 2); INSERT INTO parted VALUES (1), (2)",
+            )
+            .await
+            .unwrap();
+        for (batch, expected) in [
+            (vec![delete("people", "2"), delete("people", "1"), rank("1")], vec![no, yes, yes]),
+            (vec![delete("parted", "1"), insert("pieces", "1", "2"), delete("parted", "2")], vec![yes, yes, no]),
+            (vec![part("3"), insert("spots", "1", "3"), insert("spots", "2", "4")], vec![yes, no, yes]),
+            (vec![part("5"), insert("spots", "3", "5")], vec![yes, no]),
+        ] {
+            let results = database.batch(batch.into_iter().map(|change| ann.submit(vec![change])).collect()).await;
+            let verdicts: Vec<Verdict> = results.iter().map(|(_, result)| result.verdict).collect();
+            assert_eq!(verdicts, expected, "{round}: {results:?}");
+        }
+    }
+    assert_eq!(database.json("SELECT string_agg(id::text, ',') FROM people").await, "2");
+    database.stack.stop().await;
+}
+
+/// Fails in ways that nobody understands: the backend crashes at once or at COMMIT, and Postgres with it, or an error is none that a change can be
 /// blamed for. In the schema `millstream`, so that the executor takes the trigger for one of its own and the table for a
 /// plain one.
 const POISON: &str = "\
 CREATE FUNCTION millstream.poison() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
-    IF NEW.title = 'kills' THEN
+    IF NEW.title IN ('kills', 'ends') THEN
         COPY (SELECT) TO PROGRAM 'kill -9 $PPID';
         PERFORM pg_sleep(5);
     END IF;
@@ -382,6 +425,14 @@ BEGIN
 END $$;
 CREATE TRIGGER poison BEFORE UPDATE ON tasks FOR EACH ROW WHEN (NEW.title IN ('kills', 'fails'))
 EXECUTE FUNCTION millstream.poison();
+CREATE CONSTRAINT TRIGGER poison_late AFTER UPDATE ON tasks DEFERRABLE INITIALLY IMMEDIATE FOR EACH ROW
+WHEN (NEW.title = 'ends') EXECUTE FUNCTION millstream.poison();
+CREATE FUNCTION millstream.late() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    SET CONSTRAINTS poison_late DEFERRED;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER late BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION millstream.late();
 INSERT INTO tasks (id, project_id, title) SELECT n, 1, 'a' FROM generate_series(1, 9) AS n";
 
 #[tokio::test]
@@ -392,7 +443,7 @@ async fn poison_is_given_up_and_spoils_nothing_else() {
     let mut clients: Vec<Client> = (1..=3).map(|id| Client::new(id, "ann")).collect();
     let now = micros() + 1_000_000;
     let titles = |bad: &'static str| ["b", "c", "d", "e", bad, "f", "g", "h", "i"];
-    for (round, bad) in ["c", "c", "fails", "c", "kills", "c"].into_iter().enumerate() {
+    for (round, bad) in ["c", "c", "fails", "c", "kills", "c", "ends", "c"].into_iter().enumerate() {
         let changes = ["1", "2", "3", "4", "5", "6", "7", "8", "9"]
             .into_iter()
             .zip(titles(bad))
@@ -417,7 +468,7 @@ async fn poison_is_given_up_and_spoils_nothing_else() {
     }
     // It went with the crash.
     database.sql = sqlx::PgConnection::connect(&database.stack.postgres_url()).await.unwrap();
-    let recorded = "SELECT string_agg(concat_ws(' ', code, substring(payload::text FROM 'fails|kills')), ',' ORDER BY at) FROM millstream.changes_history";
-    assert_eq!(database.json(recorded).await, "internal fails,internal kills");
+    let recorded = "SELECT string_agg(concat_ws(' ', code, substring(payload::text FROM 'fails|kills|ends')), ',' ORDER BY at) FROM millstream.changes_history";
+    assert_eq!(database.json(recorded).await, "internal fails,internal kills,internal ends");
     database.stack.stop().await;
 }

@@ -57,6 +57,20 @@ CREATE TABLE logs (
 -- A key whose texts cannot be compared.
 CREATE TABLE days (day date PRIMARY KEY, task_id int REFERENCES tasks, n int);
 
+-- What goes with one row may be what keeps another.
+CREATE TABLE people (id int PRIMARY KEY);
+CREATE TABLE letters (
+    id int PRIMARY KEY,
+    sender int REFERENCES people ON DELETE CASCADE,
+    recipient int REFERENCES people
+);
+
+-- Partitions that are named by themselves.
+CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id);
+CREATE TABLE parted_low PARTITION OF parted FOR VALUES FROM (0) TO (100);
+CREATE TABLE pieces (id int PRIMARY KEY, part int REFERENCES parted_low);
+CREATE TABLE spots (id int PRIMARY KEY, part int);
+
 -- COMMIT decides.
 CREATE TABLE ordered (id int PRIMARY KEY, place int UNIQUE DEFERRABLE INITIALLY DEFERRED);
 

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use millstream_catalog::{Catalog, Config, ConfigError, Conflict};
 use millstream_replication::identity_problems;
-use millstream_runtime::postgres;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 pub use self::migration::{Found, FoundColumn, FoundTrigger, Missing, Policy, TRIGGERS, migration, missing, triggers};
+use crate::database::{DatabaseArgs, NoDatabase};
 use crate::setup;
 
 /// Flags of `millstream attach`.
@@ -22,7 +22,9 @@ use crate::setup;
   millstream attach                                     all synced tables, the migration on stdout
   millstream attach tasks --output migrations/7_merge_tasks.sql
   millstream attach app.notes --policy row")]
-#[command(after_help = "The database is only read. Nothing on stdout means that there is nothing to do.")]
+#[command(
+    after_help = "The database is only read. Without DATABASE_URL it is that of `millstream dev` in --data. Nothing on stdout means that there is nothing to do."
+)]
 pub struct Args {
     /// Tables, as millstream.toml names them; all synced ones if none is named
     #[arg(value_name = "TABLE")]
@@ -38,7 +40,7 @@ pub struct Args {
     pub output: Option<PathBuf>,
     /// The database.
     #[command(flatten)]
-    pub postgres: postgres::Args,
+    pub database: DatabaseArgs,
 }
 
 /// No migration.
@@ -50,6 +52,9 @@ pub enum Error {
     /// `millstream.toml`.
     #[error("the configuration is not usable")]
     Config(#[source] ConfigError),
+    /// Nothing says which database.
+    #[error("which database?")]
+    NoDatabase(#[source] NoDatabase),
     /// The database cannot be reached.
     #[error("the database")]
     Connect(#[source] setup::Error),
@@ -89,7 +94,9 @@ pub async fn run(args: Args) -> Result<(), Error> {
         }
         Err(error) => return Err(Error::Config(error)),
     };
-    let mut connection = setup::connect(&args.postgres, Duration::ZERO).await.map_err(Error::Connect)?;
+    let mut connection = setup::connect(&args.database.find().map_err(Error::NoDatabase)?, Duration::ZERO)
+        .await
+        .map_err(Error::Connect)?;
     let outcome = attach(&mut connection, config.as_ref(), &args.tables, args.policy).await?;
     for note in &outcome.notes {
         eprintln!("{note}");

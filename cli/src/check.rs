@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
-use millstream_runtime::postgres;
 use serde::Serialize;
 use sqlx::PgConnection;
 
 use crate::client::Output;
+use crate::database::{DatabaseArgs, NoDatabase};
 use crate::exit::Exit;
 use crate::setup;
 
@@ -23,7 +23,9 @@ use crate::setup;
 #[command(before_help = "Examples:
   millstream check
   millstream check --config app/millstream.toml -o json")]
-#[command(after_help = "The database is only read. Exit status 5 when something does not fit.")]
+#[command(
+    after_help = "The database is only read. Without DATABASE_URL it is that of `millstream dev` in --data. Exit status 5 when something does not fit."
+)]
 pub struct Args {
     /// The synced tables
     #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
@@ -33,7 +35,7 @@ pub struct Args {
     pub output: Output,
     /// The database, preferably as owner of the tables.
     #[command(flatten)]
-    pub postgres: postgres::Args,
+    pub database: DatabaseArgs,
 }
 
 /// It could not be checked.
@@ -42,6 +44,9 @@ pub enum Error {
     /// `millstream.toml` cannot be read.
     #[error("the configuration is not usable")]
     Config(#[source] ConfigError),
+    /// Nothing says which database.
+    #[error("which database?")]
+    NoDatabase(#[source] NoDatabase),
     /// The database cannot be reached.
     #[error("the database")]
     Connect(#[source] setup::Error),
@@ -146,7 +151,9 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
         .map_err(|source| Error::Config(ConfigError::Read { path: path.clone(), source }))?;
     let problems = match Config::parse(&text, path) {
         Ok(config) => {
-            let mut connection = setup::connect(&args.postgres, Duration::ZERO).await.map_err(Error::Connect)?;
+            let mut connection = setup::connect(&args.database.find().map_err(Error::NoDatabase)?, Duration::ZERO)
+                .await
+                .map_err(Error::Connect)?;
             check(&mut connection, &config, &text).await?
         }
         // Without its structure there is nothing to hold against the database.

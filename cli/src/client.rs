@@ -3,10 +3,10 @@
 pub(crate) mod output;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt as _;
-use millstream_client::{Client, Edit, Error as SdkError, Outcome, State, Status, Write};
+use millstream_client::{Client, Edit, EntryState, Error as SdkError, Outcome, QueueEntry, State, Status, Write};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::exit::Exit;
@@ -28,9 +28,12 @@ const MAX_FAILED_SHOWN: usize = 20;
   millstream client --store a.db --offline sql \"DELETE FROM comments\"      queued, sent when next online
   millstream client --store a.db --user alice -o json status
   millstream client --store a.db --user alice queue list --failed
+  millstream client --store a.db --user alice queue show 7
   millstream client --store a.db --user alice queue edit 7 --set title='Buy oat milk'")]
-#[command(after_help = "Exit status: 0 done (applied, or queued while offline), 1 failed or rejected, 3 wrong \
-configuration, 4 the edge is needed and not there. Data goes to stdout, the rest to stderr.")]
+#[command(
+    after_help = "Exit status: 0 done (applied, or queued while offline), 1 failed or rejected, or `status` found that the edge does not take this client, 3 wrong \
+configuration, 4 the edge is needed and not there. Data goes to stdout, the rest to stderr."
+)]
 pub struct Args {
     /// The local SQLite store; created when missing
     #[arg(long, env = "MILLSTREAM_STORE")]
@@ -101,6 +104,11 @@ pub enum Command {
 #[derive(clap::Subcommand)]
 pub enum Queue {
     /// The newest entries, settled ones included
+    #[command(
+        after_help = "States: pending (recorded), sending, accepted (on the broker), then applied, merged or superseded \
+(took effect, or lost to newer changes); retry_wait (rejected, tried again by itself), error (rejected, waits for you), \
+held (waits for an earlier transaction on the same rows)."
+    )]
     List {
         /// At most so many
         #[arg(long, default_value_t = 50)]
@@ -108,6 +116,11 @@ pub enum Queue {
         /// Only those that failed or are held back
         #[arg(long)]
         failed: bool,
+    },
+    /// All of one transaction: its changes, and why it has not taken effect
+    Show {
+        /// Its number
+        transaction: u64,
     },
     /// Submit a failed transaction again
     Retry {
@@ -119,7 +132,7 @@ pub enum Queue {
         /// Its number
         transaction: u64,
         /// column=value, as Postgres writes it; column= is an empty text
-        #[arg(long, value_name = "COLUMN=VALUE", value_parser = assignment)]
+        #[arg(long, value_name = "COLUMN=VALUE", value_parser = assignment, required_unless_present = "set_null")]
         set: Vec<(String, String)>,
         /// A column to set to null
         #[arg(long, value_name = "COLUMN")]
@@ -170,6 +183,9 @@ pub enum Error {
         /// Why it failed.
         source: Box<SdkError>,
     },
+    /// It was never there, or is not any more.
+    #[error("the queue has no transaction {0} (any more)")]
+    NoTransaction(u64),
     /// A new store needs the edge once.
     #[error("this store has no tables yet, and the edge at {edge} is not reachable ({reason}): connect once first")]
     Empty {
@@ -189,7 +205,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::NoUser | Error::TokenFile { .. } | Error::Token(_) | Error::Flag(_) => Exit::Config,
-            Error::Client { .. } => Exit::Failed,
+            Error::Client { .. } | Error::NoTransaction(_) => Exit::Failed,
             Error::Empty { .. } => Exit::Dependency,
         }
     }
@@ -273,8 +289,13 @@ impl Session<'_> {
     /// Waits for what becomes of a write, while that is of use, and prints it.
     async fn verdict<T>(&self, write: &Write<T>, rows: Option<usize>) -> Result<Exit, Error> {
         let mut written = output::Written { rows, tx: write.tx(), ..output::Written::default() };
-        if write.tx().is_some() {
+        if let Some(tx) = write.tx() {
             written.state = output::WriteState::Queued;
+            if let Some(entry) = self.entry(tx).await?.filter(|entry| entry.state == EntryState::Held) {
+                (written.state, written.waits_for) = (output::WriteState::Held, entry.waits_for);
+                output::written(&written, self.args.output);
+                return Ok(Exit::Ok);
+            }
             let verdict = tokio::select! {
                 biased;
                 verdict = timeout(self.wait, write.confirmed()) => verdict.ok(),
@@ -289,6 +310,7 @@ impl Session<'_> {
                     written.code = Some(code.to_string());
                     written.rule = rule;
                     written.message = Some(message);
+                    written.next_attempt = self.entry(tx).await?.and_then(|entry| entry.next_attempt);
                 }
                 Some(Err(error)) => return Err(Error::client("the verdict is not known")(error)),
                 None => {}
@@ -327,7 +349,13 @@ impl Session<'_> {
         let failed = self.client.failed().await.map_err(Error::client("cannot read the queue"))?;
         let status = self.client.status().borrow().clone();
         output::status(&status, &failed, MAX_FAILED_SHOWN, self.args.output);
-        Ok(Exit::Ok)
+        Ok(if matches!(status.state, State::Error | State::NeedsAuth) { Exit::Failed } else { Exit::Ok })
+    }
+
+    /// The first entry of a transaction.
+    async fn entry(&self, tx: u64) -> Result<Option<QueueEntry>, Error> {
+        let entries = self.client.transaction(tx).await.map_err(Error::client("cannot read the queue"))?;
+        Ok(entries.into_iter().next())
     }
 
     async fn queue(&self, queue: &Queue) -> Result<Exit, Error> {
@@ -337,6 +365,16 @@ impl Session<'_> {
                 let mut entries = self.client.queue(*limit).await.map_err(Error::client("cannot read the queue"))?;
                 entries.retain(|entry| !failed || output::needs_attention(entry.state));
                 output::queue(&entries, self.args.output);
+                return Ok(Exit::Ok);
+            }
+            Queue::Show { transaction } => {
+                let entries =
+                    self.client.transaction(*transaction).await.map_err(Error::client("cannot read the queue"))?;
+                if entries.is_empty() {
+                    return Err(Error::NoTransaction(*transaction));
+                }
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                output::transaction(&entries, now.as_micros() as u64, self.args.output);
                 return Ok(Exit::Ok);
             }
             Queue::Retry { transaction } => self.client.retry(*transaction).await.map_err(failed)?,

@@ -3,7 +3,7 @@
 use std::error::Error as StdError;
 use std::process::ExitCode;
 
-use crate::{bench, binaries, client, dev, fetch, healthcheck, history, setup, stack, token};
+use crate::{bench, binaries, client, database, dev, fetch, healthcheck, history, setup, stack, token};
 
 /// How the program ends. 2, wrong usage, comes from the command line's parser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +78,10 @@ fn classify(error: &(dyn StdError + 'static)) -> Exit {
     {
         return Exit::Config;
     }
-    if error.is::<millstream_catalog::ConfigError>() || error.is::<millstream_catalog::CatalogError>() {
+    if error.is::<database::NoDatabase>()
+        || error.is::<millstream_catalog::ConfigError>()
+        || error.is::<millstream_catalog::CatalogError>()
+    {
         return Exit::Config;
     }
     Exit::Failed

@@ -4,7 +4,7 @@
 mod replay;
 
 use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
@@ -18,10 +18,11 @@ use sqlx::{AssertSqlSafe, Connection as _, Postgres, Row as _};
 use uuid::Uuid;
 
 use crate::client::{Output, output};
+use crate::database::{DatabaseArgs, NoDatabase};
 use crate::exit::Exit;
 use crate::keys::Role;
 use crate::setup::is_absence;
-use crate::stack::{self, DEV_DATA};
+use crate::stack;
 
 /// Rows that match [`Filter`], as parameters 1 to 6.
 const MATCHES: &str = "\
@@ -44,18 +45,15 @@ used.
 Exit status: 0 done, 1 failed or rejected again, 3 wrong configuration, 4 Postgres, NATS or the executor is not there."
 )]
 pub struct Args {
-    /// Postgres, as owner of the schema millstream; better in the environment than in argv
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
-    pub database_url: Option<String>,
+    /// The database.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
     /// NATS, for replay
     #[arg(long, env = "NATS_URL")]
     pub nats_url: Option<String>,
     /// File with the seed of the nkey `operator`; MILLSTREAM_NATS_SEED may hold the seed itself
     #[arg(long, env = "MILLSTREAM_NATS_SEED_FILE")]
     pub nats_seed_file: Option<PathBuf>,
-    /// Data folder of dev mode, where DATABASE_URL is not given
-    #[arg(long, env = "MILLSTREAM_DEV_DATA", default_value = DEV_DATA)]
-    pub data: PathBuf,
     /// How to print data
     #[arg(short, long, value_enum, global = true, default_value_t = Output::Text)]
     pub output: Output,
@@ -145,13 +143,8 @@ fn since(text: &str) -> Result<Since, String> {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Neither settings nor dev mode.
-    #[error("no database: set DATABASE_URL, or run `cargo dev` first (cannot read {})", path.display())]
-    NoDatabase {
-        /// Where dev mode's settings were looked for.
-        path: PathBuf,
-        /// Why they were not read.
-        source: io::Error,
-    },
+    #[error("which database?")]
+    NoDatabase(#[source] NoDatabase),
     /// Postgres cannot be reached.
     #[error("cannot connect to Postgres")]
     Connect(#[source] sqlx::Error),
@@ -190,7 +183,6 @@ impl Error {
     /// The exit code.
     pub fn exit(&self) -> Exit {
         match self {
-            Error::NoDatabase { .. } => Exit::Config,
             Error::Nats(nats::Error::Seed { .. }) => Exit::Config,
             Error::Connect(error) if is_absence(error) => Exit::Dependency,
             Error::Nats(_) | Error::NatsSilent(_) | Error::Publish(_) => Exit::Dependency,
@@ -221,19 +213,16 @@ impl Args {
     /// Where Postgres and NATS are: as told, else as dev mode's data folder says.
     fn servers(&self) -> Result<(postgres::Args, nats::Args), Error> {
         let seed = self.nats_seed_file.clone();
-        if let Some(database_url) = self.database_url.clone().filter(|url| !url.is_empty()) {
+        let database = self.database.find().map_err(Error::NoDatabase)?;
+        if self.database.given().is_some() {
             let nats_url = self.nats_url.clone().unwrap_or_else(|| "nats://127.0.0.1:4222".to_owned());
-            return Ok((postgres::Args { database_url }, nats::Args { nats_url, nats_seed_file: seed }));
+            return Ok((database, nats::Args { nats_url, nats_seed_file: seed }));
         }
-        let missing = |path: &Path| {
-            let path = path.to_path_buf();
-            move |source| Error::NoDatabase { path, source }
-        };
-        let database_url = stack::data_postgres_url(&self.data).map_err(missing(&self.data))?;
-        let mut nats = stack::data_nats(&self.data, Role::Operator).map_err(missing(&self.data))?;
+        let nats = stack::data_nats(&self.database.data, Role::Operator);
+        let mut nats = nats.map_err(|source| Error::NoDatabase(self.database.missing(source)))?;
         nats.nats_url = self.nats_url.clone().unwrap_or(nats.nats_url);
         nats.nats_seed_file = seed.or(nats.nats_seed_file);
-        Ok((postgres::Args { database_url }, nats))
+        Ok((database, nats))
     }
 }
 

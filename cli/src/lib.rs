@@ -7,7 +7,7 @@
 //! - [`process`]: child processes that do not outlive us
 //! - [`setup`], [`keys`]: the deploy step; [`attach`], [`check`]: the application's tables before it
 //! - [`client`], [`history`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
-//! - [`exit`]: exit codes
+//! - [`database`]: which database those are about; [`exit`]: exit codes
 
 pub mod attach;
 pub mod bench;
@@ -15,6 +15,7 @@ pub mod binaries;
 pub mod check;
 pub mod client;
 mod command;
+pub mod database;
 pub mod dev;
 pub mod exit;
 pub mod fetch;

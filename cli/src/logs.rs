@@ -68,8 +68,9 @@ fn render(service: Service, line: &str, colour: bool) -> Option<String> {
     let text = match service {
         Service::Postgres => {
             let telling = ["WARNING:", "ERROR:", "FATAL:", "PANIC:"].iter().any(|level| line.contains(level));
-            // The answer to our own asking whether it is up yet.
-            (telling && !line.contains("the database system is starting up")).then(|| postgres_text(line))?
+            // Answers to our own doing: asking whether it is up yet, and going away from a replication connection.
+            let expected = ["the database system is starting up", "FATAL:  connection to client lost"];
+            (telling && !expected.iter().any(|text| line.contains(text))).then(|| postgres_text(line))?
         }
         Service::Nats => {
             let at = ["[WRN]", "[ERR]", "[FTL]"].iter().find_map(|level| line.find(level))?;

@@ -64,9 +64,14 @@ fn exit_codes_are_those_of_the_help() {
     let output = millstream(&["client", "--store", store, "sql", "SELECT 1"]);
     assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
     // Configuration: neither DATABASE_URL nor dev mode's data.
+    let board = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/board/millstream.toml");
     let missing = folder.path().join("missing");
-    let output = millstream(&["history", "--data", missing.to_str().unwrap(), "list"]);
-    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    for command in [&["history", "list"][..], &["check", "--config", board], &["attach", "--config", board]] {
+        let data = ["--data", missing.to_str().unwrap()];
+        let output = millstream(&[&command[..1], &data, &command[1..]].concat());
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("cargo dev"), "{}", text(&output.stderr));
+    }
     // Dependency down: no Postgres.
     let nowhere = "postgres://u:p@127.0.0.1:9/app";
     let output = millstream(&["history", "--database-url", nowhere, "list"]);
@@ -92,7 +97,6 @@ fn exit_codes_are_those_of_the_help() {
     for command in ["check", "attach"] {
         let output = millstream(&[command, "--config", "/nonexistent.toml", "--database-url", nowhere]);
         assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
-        let board = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/board/millstream.toml");
         let output = millstream(&[command, "--config", board, "--database-url", nowhere]);
         assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
         assert!(output.stdout.is_empty());

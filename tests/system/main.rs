@@ -3,6 +3,7 @@
 mod bad_input;
 mod batches;
 mod bulk;
+mod command_line;
 mod epochs;
 mod executor;
 mod histories;

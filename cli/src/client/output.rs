@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::Output;
 
-/// Widest column of a table, in characters.
+/// Widest column of rows, in characters.
 const MAX_COLUMN: usize = 60;
 
 /// What became of a write.
@@ -21,6 +21,8 @@ pub enum WriteState {
     Unchanged,
     /// Durable here, sent when the edge is reachable.
     Queued,
+    /// Durable here, held back behind a rejected transaction on the same rows.
+    Held,
     /// Committed in Postgres and seen in the stream.
     Applied,
     /// The same, but some columns lost to newer changes of others.
@@ -47,6 +49,12 @@ pub struct Written {
     pub rule: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// The transaction that it is held back for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_for: Option<u64>,
+    /// When a rejected one is tried again by itself, microseconds since 1970; none: it waits for a person.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_attempt: Option<u64>,
 }
 
 /// Prints a write.
@@ -61,6 +69,21 @@ pub fn written(written: &Written, output: Output) {
             let rule = written.rule.as_ref().map(|rule| format!(", {rule}")).unwrap_or_default();
             print(&format!("rejected: {}{rule}{transaction}", written.code.as_deref().unwrap_or("internal")));
             eprintln!("{}", written.message.as_deref().unwrap_or_default());
+            let Some(tx) = written.tx else { return };
+            match written.next_attempt {
+                Some(_) => {
+                    eprintln!("it is tried again by itself; `queue edit {tx}` and `queue discard {tx}` act at once")
+                }
+                None => eprintln!("it waits for you: `queue edit {tx}`, `queue retry {tx}` or `queue discard {tx}`"),
+            }
+        }
+        WriteState::Held => {
+            print(&format!("held{rows}{transaction}"));
+            if let Some(first) = written.waits_for {
+                eprintln!(
+                    "transaction {first}, on the same rows, has to be retried, edited or discarded first: see `queue show {first}`"
+                );
+            }
         }
         state => print(&format!("{}{rows}{transaction}", word(&state))),
     }
@@ -84,24 +107,66 @@ pub fn queue(entries: &[QueueEntry], output: Output) {
     if output == Output::Json {
         return print(&to_json(&entries));
     }
-    let names = ["tx", "state", "change", "attempts", "why"].map(str::to_owned).to_vec();
+    let names = ["tx", "state", "change", "rejections", "why"].map(str::to_owned).to_vec();
     let row = |entry: &QueueEntry| {
-        let key: Vec<&str> = entry.change.key.iter().map(|part| part.as_deref().unwrap_or("null")).collect();
-        let change = format!("{} {} {}", entry.change.op.as_str(), entry.change.table, key.join(","));
-        let state = entry.outcome.map_or_else(|| word(&entry.state), |outcome| word(&outcome));
-        let why: Vec<&str> =
-            [&entry.error_code, &entry.error_rule, &entry.error].into_iter().flatten().map(String::as_str).collect();
-        let texts = [state, change, entry.attempts.to_string(), why.join(": ")].map(SqlValue::Text);
+        let texts = [state(entry), change(entry), entry.attempts.to_string(), why(entry)].map(SqlValue::Text);
         let tx = SqlValue::Integer(i64::try_from(entry.tx).unwrap_or(i64::MAX));
         std::iter::once(tx).chain(texts).collect()
     };
-    print(&table(&Rows { columns: names, rows: entries.iter().map(row).collect() }));
+    print(&table(&Rows { columns: names, rows: entries.iter().map(row).collect() }, usize::MAX));
+}
+
+/// Prints a transaction of the queue: a block, or one JSON array of its entries on a line.
+pub fn transaction(entries: &[QueueEntry], now: u64, output: Output) {
+    if output == Output::Json {
+        return print(&to_json(&entries));
+    }
+    let Some(first) = entries.first() else { return };
+    let seconds = |micros: u64| micros as f64 / 1e6;
+    let mut lines = vec![
+        ("transaction", first.tx.to_string()),
+        ("state", state(first)),
+        ("recorded", format!("{:.0} s ago", seconds(now.saturating_sub(first.recorded_at)))),
+        ("client_seq", first.seq.map_or_else(|| "none while it is held back".to_owned(), |seq| seq.to_string())),
+        ("rejections", first.attempts.to_string()),
+    ];
+    if let Some(at) = first.next_attempt {
+        lines.push(("next try", format!("in {:.0} s", seconds(at.saturating_sub(now)))));
+    }
+    let failed = entries.iter().find(|entry| entry.error.is_some()).unwrap_or(first);
+    if !why(failed).is_empty() {
+        lines.push(("why", why(failed)));
+    }
+    for entry in entries {
+        lines.push(("change", format!("{}  ({})", change(entry), entry.change.change_id)));
+        for (column, value) in entry.change.columns.iter().zip(&entry.change.values) {
+            lines.push(("", format!("{column} = {}", value.as_deref().unwrap_or("NULL"))));
+        }
+    }
+    let lines: Vec<String> = lines.iter().map(|(name, value)| format!("{name:<11} {value}")).collect();
+    print(&lines.join("\n"));
+}
+
+fn state(entry: &QueueEntry) -> String {
+    entry.outcome.map_or_else(|| word(&entry.state), |outcome| word(&outcome))
+}
+
+fn change(entry: &QueueEntry) -> String {
+    let key: Vec<&str> = entry.change.key.iter().map(|part| part.as_deref().unwrap_or("null")).collect();
+    format!("{} {} {}", entry.change.op.as_str(), entry.change.table, key.join(","))
+}
+
+/// Why it has not taken effect, as far as the server or the queue say.
+fn why(entry: &QueueEntry) -> String {
+    let waits = entry.waits_for.map(|tx| format!("waits for transaction {tx}"));
+    let parts = [&waits, &entry.error_code, &entry.error_rule, &entry.error];
+    parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join(": ")
 }
 
 /// Prints rows: a table, or one JSON array of objects on a line.
 pub fn rows(rows: &Rows, output: Output) {
     match output {
-        Output::Text => print(&table(rows)),
+        Output::Text => print(&table(rows, MAX_COLUMN)),
         Output::Json => {
             let objects: Vec<Value> = rows
                 .rows
@@ -197,9 +262,9 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Columns of equal width, a line below the names, and the number of rows.
-fn table(rows: &Rows) -> String {
-    let cut = |text: String| match text.char_indices().nth(MAX_COLUMN) {
+/// Columns of equal width, of at most `widest` characters, a line below the names, and the number of rows.
+fn table(rows: &Rows, widest: usize) -> String {
+    let cut = |text: String| match text.char_indices().nth(widest) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text,
     };
@@ -245,13 +310,13 @@ mod tests {
                 vec![SqlValue::Text("a\nb".into()), SqlValue::Null],
             ],
         };
-        assert_eq!(table(&rows), "title  done\n-----  ----\nMüll   1\na b    NULL\n(2 rows)");
+        assert_eq!(table(&rows, MAX_COLUMN), "title  done\n-----  ----\nMüll   1\na b    NULL\n(2 rows)");
     }
 
     #[test]
     fn long_values_are_cut_and_blobs_are_hexadecimal() {
         let rows = Rows { columns: vec!["x".into()], rows: vec![vec![SqlValue::Text("ü".repeat(100))]] };
-        assert!(table(&rows).contains(&format!("{}…", "ü".repeat(MAX_COLUMN))));
+        assert!(table(&rows, MAX_COLUMN).contains(&format!("{}…", "ü".repeat(MAX_COLUMN))));
         assert_eq!(text_value(&SqlValue::Blob(vec![0, 255])), "\\x00ff");
     }
 }

@@ -93,7 +93,7 @@ pub struct Status {
     pub role: Role,
     /// Where the client's rows stand.
     pub position: Option<Position>,
-    /// The user that the edge knows.
+    /// The user whose rows the store holds, or as whom the edge knows this client; none before the first connection.
     pub user_id: Option<String>,
     /// The installation.
     pub client_id: Uuid,

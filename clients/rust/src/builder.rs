@@ -13,6 +13,7 @@ use millstream_client_core::backoff;
 use millstream_client_core::status::Status;
 use millstream_client_store::{Host, Store};
 use millstream_schemas::Schema;
+use millstream_schemas::subject::USER_KIND;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
@@ -194,6 +195,8 @@ impl Builder {
         initial.client_id = info.client_id;
         initial.has_synced = info.position.is_some();
         initial.schema = info.schema.clone();
+        // A store holds the rows of one user.
+        initial.user_id = info.scopes.iter().find(|scope| scope.kind == USER_KIND).map(|scope| scope.id.to_string());
         let (status, _) = watch::channel(initial);
         let (control, control_receiver) = watch::channel(Control { paused: self.paused, ..Control::default() });
         let progress = Arc::new(Progress::default());

@@ -134,6 +134,8 @@ pub(crate) enum WriterCommand {
     Failed(Reply<Vec<FailedWrite>>),
     /// List the newest entries of the queue.
     Queue(usize, Reply<Vec<QueueEntry>>),
+    /// The entries of a transaction.
+    Transaction(u64, Reply<Vec<QueueEntry>>),
     /// Queue a failed transaction again, with these edits.
     Retry(u64, Vec<Edit>, Reply<()>),
     /// Forget a failed or held transaction.

@@ -161,6 +161,11 @@ impl Client {
         self.ask(|reply| WriterCommand::Queue(limit, reply)).await
     }
 
+    /// The entries of a transaction in the queue, in order; none once it is discarded or pruned.
+    pub async fn transaction(&self, tx: u64) -> Result<Vec<QueueEntry>> {
+        self.ask(|reply| WriterCommand::Transaction(tx, reply)).await
+    }
+
     /// Submits a failed transaction again, with the same change ids, once nothing before it on its rows waits.
     pub async fn retry(&self, tx: u64) -> Result<Write<()>> {
         self.edit(tx, Vec::new()).await

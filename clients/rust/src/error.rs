@@ -74,7 +74,7 @@ impl Error {
             Error::Store(StoreError::NotWritable(_)) => "not_writable",
             Error::Store(StoreError::TooManyChanges { .. } | StoreError::TooManyBytes { .. }) => "too_large",
             Error::Store(StoreError::Statement(_)) => "statement",
-            Error::Store(StoreError::NotFailed(_)) => "not_failed",
+            Error::Store(StoreError::NotFailed { .. }) => "not_failed",
             Error::Store(StoreError::Edit { .. }) => "edit",
             Error::Store(_) => "store",
             Error::Rejected { code, .. } => code.as_str(),

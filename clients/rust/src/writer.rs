@@ -89,6 +89,7 @@ impl Writer {
             WriterCommand::Flush(reply) => self.flush(reply),
             WriterCommand::Schema(reply) => answer(reply, Ok::<_, StoreError>(self.store.schema().cloned())),
             WriterCommand::Failed(reply) => answer(reply, self.store.failed()),
+            WriterCommand::Transaction(tx, reply) => answer(reply, self.store.transaction(tx)),
             WriterCommand::Queue(limit, reply) => answer(reply, self.store.entries(limit)),
             WriterCommand::Retry(tx, edits, reply) => {
                 let result = self.store.edit(tx, &edits).map(drop);

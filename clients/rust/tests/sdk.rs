@@ -118,6 +118,7 @@ async fn what_is_confirmed_before_it_is_sent_again_leaves_no_gap() {
     let faults = Faults { drop: 0.4, duplicate: 0.0, seed: 3 };
     let client = ready(builder(&directory, "a", &edge).bus_faults(faults)).await;
     for n in 0..4 {
+        let sessions = client.status().borrow().reconnects;
         edge.state().cut_after = Some(0);
         let cut = insert(&client, &format!("{n:02} cut"), "x").await;
         let taken = |edge: &Edge| edge.state().ledger.get(&client.client_id()) == cut.tx().as_ref();
@@ -125,7 +126,7 @@ async fn what_is_confirmed_before_it_is_sent_again_leaves_no_gap() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         edge.state().cut_after = None;
-        while client.status().borrow().state == State::Connected {
+        while client.status().borrow().reconnects == sessions {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         client.resume();

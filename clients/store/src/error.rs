@@ -2,6 +2,7 @@
 
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 
+use crate::queue::EntryState;
 use crate::write::MAX_TRANSACTION_BYTES;
 
 /// An error of the store. What failed was rolled back.
@@ -68,8 +69,13 @@ pub enum StoreError {
     #[error("\"{0}\" is a name that the store needs for itself")]
     ReservedTable(String),
     /// There is no failed transaction of that number.
-    #[error("transaction {0} is not a failed one")]
-    NotFailed(u64),
+    #[error("transaction {tx} {}", not_failed(*.state))]
+    NotFailed {
+        /// The transaction.
+        tx: u64,
+        /// Where it stands; none: the queue does not have it.
+        state: Option<EntryState>,
+    },
     /// An edit names what the transaction does not have.
     #[error("the edit does not fit transaction {tx}: {what}")]
     Edit {
@@ -107,6 +113,20 @@ impl StoreError {
         let (StoreError::Sqlite { source, .. } | StoreError::Statement(source)) = self else { return false };
         use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull};
         matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked | DiskFull))
+    }
+}
+
+fn not_failed(state: Option<EntryState>) -> &'static str {
+    match state {
+        None => "is not in the queue: there was none of this number, it was discarded, or it took effect long ago",
+        Some(EntryState::Confirmed) => "took effect: undo it by a new write",
+        Some(EntryState::Held) => {
+            "is held back behind a rejected one: retry, edit or discard that one, or discard this one"
+        }
+        Some(EntryState::Pending | EntryState::Sending | EntryState::Accepted) => {
+            "is under way: only a rejected one can be retried, edited or discarded"
+        }
+        Some(EntryState::RetryWait | EntryState::Error) => "was rejected",
     }
 }
 

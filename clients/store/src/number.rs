@@ -5,7 +5,7 @@
 //! it; so the changes of one row take effect in the order in which they were made, retries included.
 
 use millstream_schemas::stream::InstanceSpan;
-use rusqlite::params;
+use rusqlite::{OptionalExtension, params};
 use uuid::Uuid;
 
 use crate::apply::Applier;
@@ -37,6 +37,20 @@ impl Store {
             ))
             .and_then(|mut statement| statement.query_row([tx as i64], |row| row.get(0)))
             .during("looking for an earlier transaction in trouble")
+    }
+
+    /// The transaction that one is held back for: a rejected one on its rows, else a held one.
+    pub(crate) fn blocked_by(&self, tx: u64) -> Result<Option<u64>, StoreError> {
+        self.connection
+            .prepare_cached(
+                "SELECT e.tx FROM local_changes mine JOIN local_changes AS e INDEXED BY local_changes_live \
+                 ON e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' \
+                 WHERE mine.tx = ?1 AND e.tx < ?1 AND (e.attempts > 0 OR e.state = 'held') \
+                 ORDER BY e.state = 'held', e.tx LIMIT 1",
+            )
+            .and_then(|mut statement| statement.query_row([tx as i64], |row| row.get(0)).optional())
+            .map(|found: Option<i64>| found.map(|tx| tx as u64))
+            .during("looking for what a transaction waits for")
     }
 
     /// Holds a transaction back.

@@ -108,6 +108,8 @@ pub struct QueueEntry {
     pub error_rule: Option<String>,
     /// Text of the last verdict against it; only on the change that failed.
     pub error: Option<String>,
+    /// The transaction that it is held back for, if it is held.
+    pub waits_for: Option<u64>,
     /// When it was recorded: microseconds since 1970.
     pub recorded_at: u64,
 }
@@ -192,6 +194,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
         error_code: row.get(15)?,
         error_rule: row.get(16)?,
         error: row.get(17)?,
+        waits_for: None,
         recorded_at: row.get::<_, i64>(18)? as u64,
     };
     let raw = Raw { entry, instance: row.get::<_, Option<String>>(2)?.map(id), traceparent: row.get(19)? };
@@ -251,7 +254,23 @@ impl Store {
     pub fn entries(&self, limit: usize) -> Result<Vec<QueueEntry>, StoreError> {
         let mut raws = self.select("ORDER BY id DESC LIMIT ?1", params![limit as i64])?;
         raws.reverse();
-        Ok(raws.into_iter().map(|raw| raw.entry).collect())
+        self.told(raws)
+    }
+
+    /// The entries of a transaction, in order; none if the queue does not have it (any more).
+    pub fn transaction(&self, tx: u64) -> Result<Vec<QueueEntry>, StoreError> {
+        self.told(self.select("WHERE tx = ?1 ORDER BY id", [tx as i64])?)
+    }
+
+    /// Entries, with what those that are held wait for.
+    fn told(&self, raws: Vec<Raw>) -> Result<Vec<QueueEntry>, StoreError> {
+        let told = |mut entry: QueueEntry| {
+            if entry.state == EntryState::Held {
+                entry.waits_for = self.blocked_by(entry.tx)?;
+            }
+            Ok(entry)
+        };
+        raws.into_iter().map(|raw| told(raw.entry)).collect()
     }
 
     /// The rejected transactions, oldest first.
@@ -398,7 +417,8 @@ impl Store {
         }
         self.connection
             .prepare_cached(
-                "UPDATE local_changes SET next_attempt = NULL, attempts = CASE WHEN ?2 THEN 0 ELSE attempts END WHERE tx = ?1",
+                "UPDATE local_changes SET next_attempt = NULL, attempts = iif(?2, 0, attempts), last_error = iif(?2, NULL, last_error), \
+                 last_error_code = iif(?2, NULL, last_error_code), last_error_rule = iif(?2, NULL, last_error_rule) WHERE tx = ?1",
             )
             .and_then(|mut statement| statement.execute(params![tx as i64, by_hand]))
             .during("queueing again")?;
@@ -431,7 +451,11 @@ impl Store {
             .prepare_cached(&format!("SELECT DISTINCT tbl, key FROM local_changes WHERE tx = ?1 AND {states}"))
             .and_then(|mut statement| statement.query_map([tx as i64], |row| Ok((row.get(0)?, row.get(1)?)))?.collect())
             .during("reading a transaction")?;
-        if keys.is_empty() { Err(StoreError::NotFailed(tx)) } else { Ok(keys) }
+        if keys.is_empty() {
+            let state = self.transaction(tx)?.first().map(|entry| entry.state);
+            return Err(StoreError::NotFailed { tx, state });
+        }
+        Ok(keys)
     }
 
     /// Removes settled entries recorded before `before` (microseconds since 1970); others are never removed.

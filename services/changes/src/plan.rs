@@ -136,7 +136,7 @@ impl Rejected {
             .after
             .iter()
             .find(|&&seq| seq < submission.seq && self.0.contains(&(submission.client_id, seq)))?;
-        let message = format!("transaction {failed} wrote the same rows before it and was rejected");
+        let message = format!("an earlier transaction on the same rows was rejected (client_seq {failed})");
         Some(Refusal::new(Code::PredecessorFailed, message))
     }
 }

@@ -127,7 +127,15 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
         (verdict, _) => {
             let reason = verdict.err().unwrap_or(epoch::Reason::EmptyStream);
             let (epoch, begins) = epoch::begin(connection, &shared.slot, &source.system_identifier).await?;
-            tracing::warn!(%epoch, reason = reason.as_str(), wal.lsn = %begins, "a new epoch of the outbound stream begins");
+            match (reason, &source.row) {
+                (epoch::Reason::EmptyStream, None) => {
+                    tracing::info!(%epoch, wal.lsn = %begins, "the first epoch of the outbound stream begins");
+                }
+                _ => {
+                    let reason = reason.as_str();
+                    tracing::warn!(%epoch, reason, wal.lsn = %begins, "a new epoch of the outbound stream begins");
+                }
+            }
             let mut appender = appender(epoch, Lsn::ZERO, None);
             let first = mark(begins);
             let through = first.lsn;

@@ -128,6 +128,8 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
                     tracing::info!("connected to NATS");
                     made.send_modify(|made| *made += 1);
                 }
+                // By ourselves, at the end.
+                async_nats::Event::Closed => tracing::debug!("the connection to NATS is closed"),
                 // Also the only place where a missing permission shows itself.
                 event => tracing::warn!(%event, "NATS connection"),
             }

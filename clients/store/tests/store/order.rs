@@ -69,8 +69,10 @@ fn a_rejection_brings_the_confirmed_row_back_and_is_listed() {
 
     // A person says: again. The same transaction and change ids, a new number, shown again.
     assert_eq!(f.store.retry(1).unwrap().unwrap().seq, 3);
+    let of_before = |entry: &millstream_client_store::QueueEntry| entry.error_code.is_some() || entry.error.is_some();
+    assert!(!f.store.transaction(1).unwrap().iter().any(of_before), "it is another attempt");
     assert_eq!(f.tasks(), "a|mine|0\nb|-|-\nz|server|1");
-    assert!(matches!(f.store.retry(1), Err(StoreError::NotFailed(1))));
+    assert!(matches!(f.store.retry(1), Err(StoreError::NotFailed { tx: 1, state: Some(_) })));
     let submit = f.store.pending(2, 1).unwrap().remove(0);
     assert_eq!((submit.seq, submit.attempt, submit.changes[1].change_id), (3, 1, change_id));
     f.apply(vec![failed(3, Code::PermissionDenied)]);
@@ -165,6 +167,8 @@ fn a_transaction_that_joins_two_rows_joins_their_waits() {
     f.write(&["INSERT INTO tasks (id) VALUES ('a')", "UPDATE tasks SET title = 'x' WHERE id = 'b'"]).unwrap();
     update(&mut f, "b", "y");
     assert_eq!(states(&f), "1|1|error|1\n2|2|confirmed|0\n3|-|held|0\n4|-|held|0");
+    let waits: Vec<_> = f.store.entries(10).unwrap().iter().map(|entry| (entry.tx, entry.waits_for)).collect();
+    assert_eq!(waits, [(1, None), (2, None), (3, Some(1)), (3, Some(1)), (4, Some(3))]);
     f.store.discard(1).unwrap();
     assert_eq!(queue(&f), [entry(3, "a", &[]), entry(4, "b", &[3])]);
 }
@@ -182,8 +186,13 @@ fn a_held_transaction_can_be_discarded_and_a_retry_waits_for_its_predecessors() 
     update(&mut f, "a", "third");
     f.store.discard(2).unwrap();
     assert_eq!(f.store.retry(1).unwrap().unwrap().seq, 3);
+    let of_before = |entry: &millstream_client_store::QueueEntry| entry.error_code.is_some() || entry.error.is_some();
+    assert!(!f.store.transaction(1).unwrap().iter().any(of_before), "it is another attempt");
     assert_eq!(queue(&f), [entry(3, "a", &[]), entry(4, "a", &[3])]);
-    assert!(matches!(f.store.discard(1), Err(StoreError::NotFailed(1))), "it is under way");
+    assert!(
+        matches!(f.store.discard(1), Err(StoreError::NotFailed { tx: 1, state: Some(EntryState::Pending) })),
+        "it is under way"
+    );
 }
 
 #[test]
@@ -201,7 +210,7 @@ fn a_failed_change_can_be_edited() {
         let error = f.store.edit(1, &[edit("title", "half"), bad]).unwrap_err().to_string();
         assert!(error.contains(what), "{error}");
     }
-    assert!(matches!(f.store.edit(9, &[]), Err(StoreError::NotFailed(9))));
+    assert!(matches!(f.store.edit(9, &[]), Err(StoreError::NotFailed { tx: 9, state: None })));
     f.store.edit(1, &[edit("title", "better"), edit("done", "t")]).unwrap();
     let after = submits(&f).remove(0).changes.remove(0);
     assert_eq!(after.change_id, before.change_id);

@@ -1,0 +1,66 @@
+//! `millstream client` as a person meets it: what it says of a write that does not go through, and of the way out.
+
+use anyhow::{Context, Result, ensure};
+use millstream_tests::board::{Board, PATIENCE};
+use uuid::Uuid;
+
+/// Runs it with alice's store; gives the exit code and everything that it says.
+async fn client(board: &Board, user: &str, arguments: &[&str]) -> Result<(i32, String)> {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_services"));
+    command.args(["client", "--edge", &board.stack.edge_url(), "--user", user, "--data"]).arg(board.stack.dir());
+    command.arg("--store").arg(board.store("alice")).args(arguments);
+    let output = tokio::time::timeout(PATIENCE, command.output()).await.context("it hangs")??;
+    let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    Ok((output.status.code().context("no exit code")?, text))
+}
+
+/// Runs it, and looks for what it has to say.
+async fn says(board: &Board, arguments: &[&str], exit: i32, parts: &[&str]) -> Result<()> {
+    let (code, text) = client(board, "alice", arguments).await?;
+    let missing = parts.iter().find(|part| !text.contains(**part));
+    ensure!(code == exit && missing.is_none(), "{arguments:?}: exit {code}, without {missing:?}:\n{text}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_go_through_says_why_and_the_way_out() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let (project, task) = (Uuid::now_v7().to_string(), Uuid::now_v7().to_string());
+        let made = format!("INSERT INTO projects (id, name) VALUES ('{project}', 'p')");
+        says(&board, &["sql", &made], 0, &["applied, 1 row (transaction 1)"]).await?;
+        // Into nobody's project, and again while that is refused.
+        let stray = format!("INSERT INTO tasks (id, project_id, title) VALUES ('{task}', '{}', 't')", Uuid::now_v7());
+        let refused = ["rejected: permission_denied (transaction 2)", "queue retry 2", "queue discard 2"];
+        says(&board, &["sql", &stray], 1, &refused).await?;
+        let held = ["held, 1 row (transaction 3)", "transaction 2, on the same rows", "queue show 2"];
+        says(&board, &["sql", &stray], 0, &held).await?;
+        let listed = ["rejections", "permission_denied", "waits for transaction 2"];
+        says(&board, &["queue", "list", "--failed"], 0, &listed).await?;
+        let shown = ["rejections  1", "permission_denied: ", "title = t", &format!("insert tasks {task}")];
+        says(&board, &["queue", "show", "2"], 0, &shown).await?;
+        says(&board, &["status"], 0, &["user        alice", "1 transactions, 1 held back"]).await?;
+        says(&board, &["--offline", "status"], 0, &["user        alice"]).await?;
+        // What cannot be.
+        says(&board, &["queue", "show", "9"], 1, &["no transaction 9"]).await?;
+        says(&board, &["queue", "retry", "9"], 1, &["transaction 9 is not in the queue"]).await?;
+        says(&board, &["queue", "retry", "1"], 1, &["transaction 1 took effect"]).await?;
+        says(&board, &["queue", "retry", "3"], 1, &["transaction 3 is held back"]).await?;
+        says(&board, &["queue", "edit", "2"], 2, &["--set"]).await?;
+        // The way out.
+        says(&board, &["queue", "discard", "3"], 0, &["discarded (transaction 3)"]).await?;
+        let edit = format!("project_id={project}");
+        says(&board, &["queue", "edit", "2", "--set", &edit], 0, &["applied (transaction 2)"]).await?;
+        let (_, text) = client(&board, "alice", &["queue", "show", "2"]).await?;
+        ensure!(text.contains("state       applied") && !text.contains("permission_denied"), "{text}");
+        // Whose store it is not.
+        let (code, text) = client(&board, "bob", &["status"]).await?;
+        ensure!(
+            code == 1 && text.contains("identity_mismatch") && text.contains("user        alice"),
+            "{code}: {text}"
+        );
+        Ok(())
+    }
+    .await;
+    board.explain(result)
+}

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use millstream::stack::Service;
 use millstream_schemas::frame::ServerFrame;
 use millstream_schemas::{TableChanges, TableOp};
 use millstream_tests::board::{Board, PATIENCE};
@@ -17,6 +18,8 @@ use uuid::Uuid;
 
 /// Snapshots of an ordinary run.
 const SNAPSHOTS: usize = 500;
+/// For so long at least, so that they are of several moments.
+const DURATION: Duration = Duration::from_secs(6);
 /// Taken at a time.
 const AT_A_TIME: usize = 4;
 /// Each writes its rows over and over; the last one holds its transaction open for long.
@@ -35,7 +38,17 @@ async fn run(board: &Board) -> Result<()> {
     let mut postgres = board.postgres().await?;
     let project = Uuid::now_v7();
     sqlx::query("INSERT INTO projects (id, name) VALUES ($1, 'p')").bind(project).execute(&mut postgres).await?;
-    sqlx::query("INSERT INTO members VALUES ($1, 'alice', 'owner')").bind(project).execute(&mut postgres).await?;
+    // Alice's snapshots are shared with others that start together; Bob has too many scopes for that.
+    sqlx::query("INSERT INTO members VALUES ($1, 'alice', 'owner'), ($1, 'bob', 'owner')")
+        .bind(project)
+        .execute(&mut postgres)
+        .await?;
+    for sql in [
+        "INSERT INTO projects (id, name) SELECT gen_random_uuid(), 'empty' FROM generate_series(1, 20)",
+        "INSERT INTO members SELECT id, 'bob', 'owner' FROM projects WHERE name = 'empty'",
+    ] {
+        sqlx::query(sql).execute(&mut postgres).await?;
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = JoinSet::new();
     for writer in 0..WRITERS {
@@ -58,10 +71,11 @@ async fn run(board: &Board) -> Result<()> {
     }
     let (taken, start) = (Arc::new(AtomicUsize::new(0)), Instant::now());
     let mut takers = JoinSet::new();
-    for _ in 0..AT_A_TIME {
-        let (url, token, taken) = (board.stack.edge_url(), board.stack.token("alice"), taken.clone());
+    for taker in 0..AT_A_TIME {
+        let user = if taker % 2 == 0 { "alice" } else { "bob" };
+        let (url, token, taken) = (board.stack.edge_url(), board.stack.token(user), taken.clone());
         takers.spawn(async move {
-            while taken.fetch_add(1, Ordering::Relaxed) < SNAPSHOTS {
+            while taken.fetch_add(1, Ordering::Relaxed) < SNAPSHOTS || start.elapsed() < DURATION {
                 snapshot(&url, &token).await?;
             }
             anyhow::Ok(())
@@ -71,8 +85,8 @@ async fn run(board: &Board) -> Result<()> {
     stop.store(true, Ordering::Relaxed);
     let commits: u64 = writers.join_all().await.into_iter().collect::<Result<Vec<_>>>()?.iter().sum();
     exact?;
-    let seconds = start.elapsed().as_secs_f64();
-    println!("{SNAPSHOTS} snapshots, all exact, beside {commits} commits of {WRITERS} writers, in {seconds:.1} s");
+    let (seconds, taken) = (start.elapsed().as_secs_f64(), taken.load(Ordering::Relaxed) - AT_A_TIME);
+    println!("{taken} snapshots, all exact, beside {commits} commits of {WRITERS} writers, in {seconds:.1} s");
     Ok(())
 }
 
@@ -188,4 +202,64 @@ async fn a_client_sees_how_far_its_snapshot_is() -> Result<()> {
     );
     ensure!(client.status().borrow().download.is_none(), "it is over");
     Ok(())
+}
+
+/// A new client: the rows of its snapshot, in however many frames.
+async fn rows_of(url: String, token: String) -> Result<usize> {
+    let mut raw = Raw::connect(&url).await?;
+    raw.frame(hello(Uuid::now_v7(), &token)).await?;
+    let (mut rows, mut told) = (0, 0);
+    loop {
+        match serde_json::from_str(&raw.next_text().await?.context("the edge closed")?)? {
+            ServerFrame::SnapshotBegin { rows, .. } => told = rows,
+            ServerFrame::SnapshotRows { changes } => {
+                rows += changes.iter().map(|change| change.rows.len()).sum::<usize>()
+            }
+            ServerFrame::SnapshotEnd { .. } => break,
+            _ => {}
+        }
+    }
+    ensure!(told == rows as u64, "{rows} rows, of {told} that were told");
+    Ok(rows)
+}
+
+/// Rows are read and encoded once for clients that start together; whoever has too many scopes for that reads its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_start_together_share_what_is_read() -> Result<()> {
+    const CLIENTS: usize = 40;
+    let board = Board::start().await?;
+    let result = async {
+        let mut postgres = board.postgres().await?;
+        for sql in [
+            "INSERT INTO projects (id, name) SELECT gen_random_uuid(), 'p' || n FROM generate_series(1, 20) AS n",
+            "INSERT INTO members SELECT id, user_id, 'member' FROM projects, (VALUES ('alice'), ('bob')) AS u (user_id) \
+             WHERE user_id = 'bob' OR name = 'p1'",
+            "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), id, 't' FROM projects, generate_series(1, 500)",
+            "ALTER SYSTEM SET log_statement = 'all'",
+            "SELECT pg_reload_conf()",
+        ] {
+            sqlx::query(sql).execute(&mut postgres).await?;
+        }
+        let read = || -> Result<usize> {
+            let log = std::fs::read_to_string(board.stack.log_path(Service::Postgres))?;
+            Ok(log.matches("COPY (SELECT").count())
+        };
+        let start = |user: &'static str, clients: usize| {
+            let mut takers = JoinSet::new();
+            (0..clients).for_each(|_| drop(takers.spawn(rows_of(board.stack.edge_url(), board.stack.token(user)))));
+            takers
+        };
+        // The project, its tasks, its two members, and a membership as one's own row.
+        let rows = start("alice", CLIENTS).join_all().await.into_iter().collect::<Result<Vec<_>>>()?;
+        ensure!(rows == [504; CLIENTS], "{rows:?}");
+        // Six statements a client if each read for itself.
+        let shared = read()?;
+        ensure!((5..=4 * 6).contains(&shared), "{shared} reads for {CLIENTS} clients");
+        let rows = start("bob", 4).join_all().await.into_iter().collect::<Result<Vec<_>>>()?;
+        ensure!(rows == [20 * 501 + 21 + 20; 4], "{rows:?}");
+        println!("{shared} reads for {CLIENTS} clients");
+        Ok(())
+    };
+    let result = result.await;
+    board.explain(result)
 }

@@ -13,13 +13,16 @@ use futures_util::future::try_join_all;
 use millstream_runtime::nats::Nats;
 use millstream_schemas::Scope;
 use millstream_schemas::subject::WAL_STREAM;
+use tokio::sync::Semaphore;
 
 use crate::message::{InvalidMessage, Message};
 
 /// Messages of one request.
 const BATCH: usize = 256;
-/// Bytes of one request.
-const BATCH_BYTES: usize = 1 << 20;
+/// Bytes of one request: a share of what the scopes of a session fetch ahead, within bounds.
+const PAGES_BYTES: usize = 4 << 20;
+const MIN_BATCH_BYTES: usize = 32 << 10;
+const MAX_BATCH_BYTES: usize = 1 << 20;
 /// Scopes of one session that are asked for at the same time.
 const AT_ONCE: usize = 4;
 /// The broker answers within this time.
@@ -58,6 +61,9 @@ pub enum CatchUpError {
     /// See [`InvalidMessage`].
     #[error(transparent)]
     Message(#[from] InvalidMessage),
+    /// The broker has discarded some of it.
+    #[error("the stream does not reach back so far (any more)")]
+    Discarded,
     /// A snapshot is cheaper.
     #[error("more than {MAX_MESSAGES} messages or {MAX_BYTES} bytes to catch up with")]
     TooMany,
@@ -65,13 +71,25 @@ pub enum CatchUpError {
 
 /// Messages of several scopes in the order of the stream, fetched page by page.
 pub struct Merge<'a> {
-    nats: &'a Nats,
+    broker: Broker<'a>,
+    from: u64,
     before: u64,
     scopes: Vec<Pages>,
     /// The next message of each scope that has one, by sequence.
     next: BinaryHeap<Reverse<(u64, usize)>>,
     /// What has been handed out.
     messages: usize,
+    /// What has been fetched.
+    bytes: usize,
+}
+
+/// Where pages come from.
+#[derive(Clone, Copy)]
+struct Broker<'a> {
+    nats: &'a Nats,
+    /// Requests at once, of all sessions.
+    requests: &'a Semaphore,
+    /// Bytes of one request.
     bytes: usize,
 }
 
@@ -91,17 +109,36 @@ impl<'a> Merge<'a> {
     /// See [`CatchUpError`].
     pub async fn new(
         nats: &'a Nats,
+        requests: &'a Semaphore,
         scopes: impl Iterator<Item = &Scope>,
         from: u64,
         before: u64,
     ) -> Result<Merge<'a>, CatchUpError> {
         let pages = |scope: &Scope| Pages { subject: scope.subject(), from, found: VecDeque::new(), complete: false };
         let mut scopes: Vec<Pages> = scopes.map(pages).collect();
+        let share = PAGES_BYTES / scopes.len().max(1);
+        let broker = Broker { nats, requests, bytes: share.clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES) };
+        let mut bytes = 0;
         for some in scopes.chunks_mut(AT_ONCE) {
-            try_join_all(some.iter_mut().map(|pages| pages.fetch(nats, before))).await?;
+            let fetched = try_join_all(some.iter_mut().map(|pages| pages.fetch(broker, before))).await?;
+            bytes += fetched.iter().sum::<usize>();
+            if bytes > MAX_BYTES {
+                return Err(CatchUpError::TooMany);
+            }
         }
         let next = scopes.iter().enumerate().filter_map(|(index, pages)| pages.next(index)).collect();
-        Ok(Merge { nats, before, scopes, next, messages: 0, bytes: 0 })
+        Ok(Merge { broker, from, before, scopes, next, messages: 0, bytes })
+    }
+
+    /// Makes sure that nothing was missing: the broker discards what is old, and then gives what comes behind it.
+    ///
+    /// # Errors
+    /// See [`CatchUpError`].
+    pub async fn complete(&self) -> Result<(), CatchUpError> {
+        match at(self.broker.nats, self.from).await? {
+            Some(_) => Ok(()),
+            None => Err(CatchUpError::Discarded),
+        }
     }
 
     /// The next one.
@@ -113,11 +150,10 @@ impl<'a> Merge<'a> {
         let pages = &mut self.scopes[index];
         let Some(message) = pages.found.pop_front() else { return Ok(None) };
         if pages.found.is_empty() && !pages.complete {
-            pages.fetch(self.nats, self.before).await?;
+            self.bytes += pages.fetch(self.broker, self.before).await?;
         }
         self.next.extend(pages.next(index));
         self.messages += 1;
-        self.bytes += message.weight();
         if self.messages > MAX_MESSAGES || self.bytes > MAX_BYTES {
             return Err(CatchUpError::TooMany);
         }
@@ -130,27 +166,37 @@ impl Pages {
         self.found.front().map(|message| Reverse((message.position.seq, index)))
     }
 
-    async fn fetch(&mut self, nats: &Nats, before: u64) -> Result<(), CatchUpError> {
+    /// Gives how many bytes it fetched, as the ring counts them.
+    async fn fetch(&mut self, broker: Broker<'_>, before: u64) -> Result<usize, CatchUpError> {
         if self.from >= before {
             self.complete = true;
-            return Ok(());
+            return Ok(0);
         }
-        let (messages, end) = batch(nats, &self.subject, self.from, before).await?;
+        let (messages, end) = batch(broker, &self.subject, self.from, before).await?;
         self.complete = end || messages.is_empty();
         if let Some(last) = messages.last() {
             self.from = last.position.seq + 1;
         }
+        let bytes = messages.iter().map(|message| message.weight()).sum();
         self.found.extend(messages);
-        Ok(())
+        Ok(bytes)
     }
 }
 
 /// One request: its messages, and whether there are no more.
-async fn batch(nats: &Nats, subject: &str, from: u64, before: u64) -> Result<(Vec<Arc<Message>>, bool), CatchUpError> {
+async fn batch(
+    broker: Broker<'_>,
+    subject: &str,
+    from: u64,
+    before: u64,
+) -> Result<(Vec<Arc<Message>>, bool), CatchUpError> {
+    // Held for a request, not for as long as its client takes what it brings.
+    let _permit = broker.requests.acquire().await;
+    let nats = broker.nats;
     let request = |source: async_nats::Error| CatchUpError::Request { subject: subject.to_owned(), source };
     let inbox = nats.client.new_inbox();
     let mut replies = nats.client.subscribe(inbox.clone()).await.map_err(|error| request(error.into()))?;
-    let body = serde_json::json!({ "seq": from, "batch": BATCH, "max_bytes": BATCH_BYTES, "next_by_subj": subject });
+    let body = serde_json::json!({ "seq": from, "batch": BATCH, "max_bytes": broker.bytes, "next_by_subj": subject });
     nats.client
         .publish_with_reply(format!("$JS.API.DIRECT.GET.{WAL_STREAM}"), inbox, Bytes::from(body.to_string()))
         .await

@@ -78,16 +78,20 @@ pub struct Downlink {
     ledger: Option<(Lsn, Confirmed)>,
     /// It does not tell of everything up to its fence: the session ends behind it.
     cut: bool,
+    /// A catch-up fetches only some of the messages that settle changes: nothing is confirmed until the ledger is read again.
+    mute: bool,
     watermark: Option<Watermark>,
 }
 
 impl Downlink {
-    /// A session that stands at `position` and holds `scopes` there.
+    /// A session that stands at `position` and holds `scopes` there; `open` is the commit LSN and id of a transaction that has
+    /// only been published in part by then.
     pub fn new(
         client_id: Uuid,
         user_id: &str,
         grants: Arc<Grants>,
         position: Position,
+        open: Option<(Lsn, u32)>,
         scopes: impl IntoIterator<Item = Scope>,
         authorization: Arc<Fence>,
     ) -> Self {
@@ -97,7 +101,7 @@ impl Downlink {
             grants,
             cursor: position.seq,
             position,
-            open: None,
+            open,
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
             authorization,
             reauthorize: false,
@@ -107,8 +111,14 @@ impl Downlink {
             confirmed: 0,
             ledger: None,
             cut: false,
+            mute: false,
             watermark: None,
         }
+    }
+
+    /// The client knows its changes up to this `client_seq` to be settled.
+    pub fn knows(&mut self, confirmed_seq: u64) {
+        self.confirmed = confirmed_seq;
     }
 
     /// The epoch of the history that the session follows.
@@ -131,9 +141,20 @@ impl Downlink {
         self.scopes.keys()
     }
 
+    /// Whether the session delivers a scope.
+    pub fn holds(&self, scope: &Scope) -> bool {
+        self.scopes.contains_key(scope)
+    }
+
     /// Whether something waits for the stream to pass an LSN, so that a watermark would help on a quiet database.
     pub fn waits(&self) -> bool {
         self.bracket.is_some() || self.ledger.is_some()
+    }
+
+    /// A catch-up begins: nothing is confirmed until [`Downlink::ledger`] tells of all that it passed over.
+    pub fn mute(&mut self) {
+        self.mute = true;
+        self.ledger = None;
     }
 
     /// The ledger was read at `fence`: confirm it once everything that it speaks of has been sent.
@@ -141,6 +162,7 @@ impl Downlink {
     pub fn ledger(&mut self, fence: Lsn, confirmed: Option<Confirmed>, cut: bool) {
         self.ledger = confirmed.map(|confirmed| (fence, confirmed));
         self.cut = cut;
+        self.mute = false;
     }
 
     /// Whether a ledger that does not tell of everything has been told: nothing may be confirmed behind it.
@@ -249,7 +271,7 @@ impl Downlink {
                 // This transaction committed after all that the ledger speaks of, so that has been sent.
                 self.confirm_ledger(out);
             }
-            if entry.seq > self.confirmed && !self.cut {
+            if entry.seq > self.confirmed && !self.cut && !self.mute {
                 self.confirmed = entry.seq;
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
                     seq: entry.seq,
@@ -271,14 +293,20 @@ impl Downlink {
     }
 
     /// The next message is of the transaction with this commit LSN: another one that is open has ended, with messages of
-    /// scopes that a catch-up does not fetch.
-    pub fn ends_before(&mut self, next: Lsn, out: &mut Vec<Out>) {
-        let Some((lsn, xid)) = self.open.take_if(|(lsn, _)| *lsn != next) else { return };
+    /// scopes that a catch-up does not fetch. If it moved memberships, gives its commit LSN and id: as with
+    /// [`Next::Reauthorize`], they are to be read before this is told again.
+    pub fn ends_before(&mut self, next: Lsn, out: &mut Vec<Out>) -> Option<(Lsn, u32)> {
+        let (lsn, xid) = self.open.filter(|(lsn, _)| *lsn != next)?;
+        if self.reauthorize {
+            return Some((lsn, xid));
+        }
+        self.open = None;
         self.release(lsn, xid, out);
         if self.staged && self.bracket.is_none() {
             out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             self.staged = false;
         }
+        None
     }
 
     /// The first transaction behind the cursor that moves the user's memberships and that a snapshot does not see: the `scopes`

@@ -35,7 +35,7 @@ fn msg(seq: u64, n: u64, index: u32, last: bool, scope: Option<Scope>) -> Messag
 
 fn downlink(scopes: &[Scope]) -> Downlink {
     let position = Position { epoch: Uuid::nil(), seq: 10, lsn: Lsn(0x10_0000) };
-    Downlink::new(CLIENT, "alice", Arc::new(board()), position, scopes.iter().cloned(), fence(0, 0x100))
+    Downlink::new(CLIENT, "alice", Arc::new(board()), position, None, scopes.iter().cloned(), fence(0, 0x100))
 }
 
 fn words(out: Vec<Out>) -> String {
@@ -231,12 +231,58 @@ fn an_open_transaction_ends_where_another_begins() {
     let mut link = downlink(&[project("a")]);
     let mut out = Vec::new();
     assert_eq!(feed(&mut link, msg(11, 1, 0, false, Some(project("a")))), "");
-    link.ends_before(lsn(1), &mut out);
+    assert_eq!(link.ends_before(lsn(1), &mut out), None);
     assert_eq!(words(std::mem::take(&mut out)), "", "it goes on");
     assert_eq!(feed(&mut link, msg(13, 1, 2, false, Some(project("a")))), "");
     link.skip_to(14);
-    link.ends_before(lsn(2), &mut out);
+    assert_eq!(link.ends_before(lsn(2), &mut out), None);
     assert_eq!(words(std::mem::take(&mut out)), "rows11 rows13 commit13");
-    link.ends_before(lsn(3), &mut out);
+    assert_eq!(link.ends_before(lsn(3), &mut out), None);
     assert_eq!(words(out), "", "nothing is open");
+}
+
+/// Its last message is in a scope that a catch-up does not fetch, but it took a membership away.
+#[test]
+fn a_transaction_that_moved_memberships_ends_once_they_have_been_read() {
+    let lsn = |n: u64| Lsn(0x10_0000 + n);
+    let mut link = downlink(&[project("a"), Scope::user("alice")]);
+    let mut gone = msg(11, 0x101, 0, false, Some(Scope::user("alice")));
+    gone.payload = Bytes::from_static(br#"[{"table":"members","op":"delete","rows":[["a","alice"]]}]"#);
+    assert_eq!(feed(&mut link, gone), "");
+    assert_eq!(feed(&mut link, msg(12, 0x101, 1, false, Some(project("a")))), "");
+    link.skip_to(14);
+    let mut out = Vec::new();
+    assert_eq!(link.ends_before(lsn(0x102), &mut out), Some((lsn(0x101), 0x101)));
+    assert!(out.is_empty());
+    link.authorized(&BTreeSet::from([Scope::user("alice")]), fence(0x102, 0x102), &mut out);
+    assert_eq!(link.ends_before(lsn(0x102), &mut out), None);
+    assert_eq!(words(out), "-project:a rows11 commit12");
+}
+
+/// What a catch-up passes over may have told of a failure.
+#[test]
+fn nothing_is_confirmed_in_a_catch_up() {
+    let mut link = downlink(&[project("a")]);
+    link.knows(5);
+    link.mute();
+    assert_eq!(feed(&mut link, origin(msg(12, 2, 0, true, Some(project("a"))), CLIENT, 7)), "rows12!");
+    assert_eq!(link.confirmed(), 5);
+    link.ledger(Lsn(0x10_0000 + 3), ledger(8), false);
+    assert_eq!(feed(&mut link, msg(13, 3, 0, true, None)), "confirmed8 commit13");
+    assert_eq!(feed(&mut link, origin(msg(14, 4, 0, true, None), CLIENT, 9)), "confirmed9 commit14");
+}
+
+/// A session begins while a transaction is being published: its snapshot may not see it, and the half that is there already
+/// waits for the rest.
+#[test]
+fn a_session_may_begin_inside_a_transaction() {
+    let position = Position { epoch: Uuid::nil(), seq: 10, lsn: Lsn(0x10_0008) };
+    let open = Some((Lsn(0x10_0008), 8));
+    let mut link = Downlink::new(CLIENT, "alice", Arc::new(board()), position, open, [], fence(8, 0x9));
+    let mut out = Vec::new();
+    let new = link.authorized(&BTreeSet::from([project("a")]), fence(8, 0x8), &mut out);
+    link.joined(new, &fence(8, 0x8), &[Arc::new(msg(10, 8, 0, false, Some(project("a"))))]);
+    link.settle(&mut out);
+    assert_eq!(words(out), "");
+    assert_eq!(feed(&mut link, msg(11, 8, 1, true, Some(project("a")))), "apply rows10 rows11! end11");
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use millstream_schemas::stream::TransactionResult;
-use millstream_schemas::{Position, Scope};
+use millstream_schemas::{Lsn, Position, Scope};
 use tokio::sync::{Notify, mpsc, watch};
 use uuid::Uuid;
 
@@ -185,11 +185,16 @@ impl Hub {
         self.read().ring.front().map(|(_, message)| message.position)
     }
 
-    /// The position of the message with this sequence, if the ring holds it.
-    pub fn position_at(&self, seq: u64) -> Option<Position> {
+    /// Whether the ring holds everything that was published of transactions which committed from `lsn` on.
+    pub fn reaches_back_to(&self, lsn: Lsn) -> bool {
+        self.oldest().is_some_and(|oldest| oldest.lsn <= lsn)
+    }
+
+    /// The message with this sequence, if the ring holds it.
+    pub fn at(&self, seq: u64) -> Option<Arc<Message>> {
         let state = self.read();
         let first = state.ring.front()?.1.position.seq;
-        state.ring.get(usize::try_from(seq.checked_sub(first)?).ok()?).map(|(_, message)| message.position)
+        state.ring.get(usize::try_from(seq.checked_sub(first)?).ok()?).map(|(_, message)| message.clone())
     }
 
     /// Enters a session without scopes.
@@ -311,8 +316,8 @@ mod tests {
         assert_eq!(seqs(&session, 6), Ok(vec![7, 8]));
         assert_eq!(seqs(&session, 8), Ok(vec![]));
         assert_eq!(seqs(&session, 3), Err(FellBehind));
-        assert_eq!(hub.position_at(7).map(|position| position.seq), Some(7));
-        assert_eq!(hub.position_at(9), None);
+        assert_eq!(hub.at(7).map(|message| message.position.seq), Some(7));
+        assert!(hub.at(9).is_none());
         session.set_scopes([]);
         hub.push(message(9, 80, 0, true, Some(scope)).into(), now);
         assert!(!woken(&session).await);

@@ -6,6 +6,7 @@
 //! - `catalogs`: the synced tables, read anew when they have changed
 //! - `catchup`: older messages of single scopes
 //! - `snapshot`, `fence`: what is read from Postgres, and how it joins the stream exactly
+//! - `shared`: snapshots of clients that start together
 //! - `watermark`: how far replication has published, on a quiet database
 //! - `lane`: submissions to the broker, in order
 //! - `token`: who the user is
@@ -21,6 +22,7 @@ mod hub;
 mod lane;
 mod message;
 mod session;
+mod shared;
 mod snapshot;
 mod tail;
 mod token;
@@ -62,7 +64,7 @@ pub mod pure {
 const POSTGRES_CONNECTIONS: u32 = 16;
 /// Snapshots at once; below the number of connections, so that sessions without one still open.
 const SNAPSHOTS: usize = 8;
-/// Catch-ups at once: hundreds of direct gets at a time make the broker time out.
+/// Requests of catch-ups at once: hundreds of direct gets at a time make the broker time out.
 const CATCH_UPS: usize = 16;
 /// How long sessions get to say goodbye.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -123,7 +125,9 @@ pub(crate) struct Edge {
     lanes: lane::Lanes,
     watermarks: watermark::Watermarks,
     verifier: token::Verifier,
-    snapshots: Semaphore,
+    /// Snapshots that are read at once.
+    snapshots: Arc<Semaphore>,
+    shared: Arc<shared::Shared>,
     catch_ups: Semaphore,
     shutdown: Shutdown,
 }
@@ -155,15 +159,17 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     tokio::spawn(results(nats.clone(), hub.clone(), shutdown.clone()));
     tokio::spawn(catalogs.clone().run(hub.clone(), shutdown.clone()));
 
+    let snapshots = Arc::new(Semaphore::new(SNAPSHOTS));
     let edge = Arc::new(Edge {
         catalogs,
+        shared: shared::Shared::new(pool.clone(), snapshots.clone()),
         pool,
         lanes: lane::Lanes::start(&nats, &shutdown),
         nats,
         hub: hub.clone(),
         watermarks,
         verifier: token::Verifier::new(&secret),
-        snapshots: Semaphore::new(SNAPSHOTS),
+        snapshots,
         catch_ups: Semaphore::new(CATCH_UPS),
         shutdown: shutdown.clone(),
     });

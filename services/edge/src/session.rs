@@ -14,8 +14,8 @@ use millstream_schemas::frame::{
     ClientFrame, ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
 };
 use millstream_schemas::stream::{Submission, TransactionResult};
-use millstream_schemas::{Code, Scope};
-use tokio::sync::mpsc;
+use millstream_schemas::{Code, Lsn, Scope};
+use tokio::sync::{SemaphorePermit, mpsc};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use uuid::Uuid;
 
@@ -23,9 +23,11 @@ use crate::Edge;
 use crate::catalogs::Known;
 use crate::catchup::{CatchUpError, Merge};
 use crate::downlink::{Downlink, Next, Out};
+use crate::fence::Fence;
 use crate::hub::{FellBehind, Membership};
 use crate::lane::Item;
-use crate::snapshot::{Snapshot, begin_frame};
+use crate::shared::{Apart, Part};
+use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, begin_frame};
 use crate::tail::Chain;
 
 use wire::{Socket, SocketError, Wire};
@@ -43,8 +45,6 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 const PUMP: usize = 256;
 /// Such batches handled before the socket is looked at again.
 const PUMP_BATCHES: usize = 16;
-/// Frames of a snapshot between Postgres and the socket.
-const SNAPSHOT_FRAMES: usize = 4;
 /// Acknowledgements of lanes between two looks at them.
 const STORED_QUEUE: usize = 4 * SUBMIT_WINDOW as usize;
 /// Refused frames after which a client is cut.
@@ -85,6 +85,15 @@ impl End {
     }
 }
 
+/// How many rows parts have together.
+async fn count(parts: &[Arc<Part>]) -> Result<u64, Apart> {
+    let mut rows = 0;
+    for part in parts {
+        rows += part.rows().await?;
+    }
+    Ok(rows)
+}
+
 /// Serves a WebSocket until it ends.
 pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
     let (mut wire, mut stream) = Wire::new(socket);
@@ -115,6 +124,24 @@ pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
     }
 }
 
+/// Rows that are to be sent, and what they are as of.
+struct Joining<'e> {
+    scopes: BTreeSet<Scope>,
+    fence: Arc<Fence>,
+    /// Messages that the rows may lack.
+    back: Vec<Arc<crate::message::Message>>,
+    source: Source,
+    _turn: Option<SemaphorePermit<'e>>,
+}
+
+/// Where rows come from.
+enum Source {
+    /// A snapshot of the session's own.
+    Own(Snapshot),
+    /// What is read for several sessions, and how many rows that is.
+    Shared(Vec<Arc<Part>>, u64),
+}
+
 /// A session that has been welcomed.
 struct Session {
     edge: Arc<Edge>,
@@ -137,32 +164,40 @@ struct Session {
 }
 
 impl Session {
-    /// Fetches what the ring no longer holds, scope by scope, and sends it in stream order.
+    /// Whether the ring no longer holds what comes next.
+    fn is_behind(&self) -> bool {
+        self.edge.hub.oldest().is_some_and(|oldest| self.downlink.cursor() + 1 < oldest.seq)
+    }
+
+    /// Fetches what the ring no longer holds, scope by scope, and sends it in stream order. Then the ledger is to be read.
     async fn catch_up(&mut self, wire: &mut Wire) -> Result<(), End> {
         self.membership.set_scopes(self.downlink.scopes());
         let edge = self.edge.clone();
         let failed = |error| match error {
             // The client drops its position when it is told so, and gets a snapshot.
-            CatchUpError::TooMany => End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper"),
+            CatchUpError::TooMany | CatchUpError::Discarded => {
+                End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper")
+            }
             error => End::unavailable(&error),
         };
+        self.downlink.mute();
         while let Some(oldest) = edge.hub.oldest()
             && self.downlink.cursor() + 1 < oldest.seq
         {
-            let _permit = wire.alive(edge.catch_ups.acquire()).await?.map_err(|_| End::Gone)?;
             let from = self.downlink.cursor() + 1;
             let scopes: Vec<Scope> = self.downlink.scopes().cloned().collect();
-            let merge = Merge::new(&edge.nats, scopes.iter(), from, oldest.seq);
+            let merge = Merge::new(&edge.nats, &edge.catch_ups, scopes.iter(), from, oldest.seq);
             let mut merge = wire.alive(merge).await?.map_err(failed)?;
             while let Some(message) = wire.alive(merge.next()).await?.map_err(failed)? {
-                self.downlink.ends_before(message.lsn(), &mut self.out);
+                self.end_before(wire, message.lsn()).await?;
                 self.feed(wire, &message).await?;
                 if self.out.len() >= PUMP {
                     self.flush(wire).await?;
                 }
             }
+            wire.alive(merge.complete()).await?.map_err(failed)?;
             // Where the ring began inside a transaction, its end will come from there.
-            self.downlink.ends_before(oldest.lsn, &mut self.out);
+            self.end_before(wire, oldest.lsn).await?;
             self.downlink.skip_to(oldest.seq - 1);
             self.flush(wire).await?;
         }
@@ -178,21 +213,34 @@ impl Session {
                     return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
                 }
                 Next::Reauthorize => {
-                    let mut snapshot = self.snapshot_that_sees(message).await?;
-                    let scopes = self.scopes_in(&mut snapshot).await?;
-                    self.join(wire, snapshot, scopes).await?;
+                    self.reauthorize(wire, message.xid, message.lsn()).await?;
                 }
             }
         }
     }
 
-    /// A snapshot in which the message's transaction is visible: it may be published a moment before it becomes so, and
+    /// Reads memberships again, as they are from a transaction on.
+    async fn reauthorize(&mut self, wire: &mut Wire, xid: u32, commit: Lsn) -> Result<(), End> {
+        let mut snapshot = self.snapshot_that_sees(xid, commit).await?;
+        let scopes = self.scopes_in(&mut snapshot).await?;
+        self.join(wire, snapshot, scopes).await
+    }
+
+    /// Ends a transaction of which a catch-up does not fetch the last message.
+    async fn end_before(&mut self, wire: &mut Wire, next: Lsn) -> Result<(), End> {
+        while let Some((commit, xid)) = self.downlink.ends_before(next, &mut self.out) {
+            self.reauthorize(wire, xid, commit).await?;
+        }
+        Ok(())
+    }
+
+    /// A snapshot in which a transaction is visible: it may be published a moment before it becomes so, and
     /// memberships read without it would miss what it grants or revokes.
-    async fn snapshot_that_sees(&self, message: &crate::message::Message) -> Result<Snapshot, End> {
+    async fn snapshot_that_sees(&self, xid: u32, commit: Lsn) -> Result<Snapshot, End> {
         let start = Instant::now();
         loop {
             let snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
-            if snapshot.fence.sees(message.xid, message.lsn()) {
+            if snapshot.fence.sees(xid, commit) {
                 return Ok(snapshot);
             }
             if start.elapsed() > VISIBLE_WAIT {
@@ -211,14 +259,9 @@ impl Session {
     }
 
     /// Takes the user's scopes as read in `snapshot`, and sends the rows of those that are new.
-    async fn join(&mut self, wire: &mut Wire, mut snapshot: Snapshot, mut scopes: BTreeSet<Scope>) -> Result<(), End> {
-        // Now, while what the snapshot may not see is still young enough to be in the ring.
-        let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
-        while let Some(message) = self.downlink.outdates(&snapshot.fence, &scopes, &back) {
-            snapshot = self.snapshot_that_sees(message).await?;
-            scopes = self.scopes_in(&mut snapshot).await?;
-        }
-        let fence = Arc::new(snapshot.fence.clone());
+    async fn join(&mut self, wire: &mut Wire, snapshot: Snapshot, scopes: BTreeSet<Scope>) -> Result<(), End> {
+        let edge = self.edge.clone();
+        let Joining { scopes, fence, back, source, _turn } = self.joining(&edge, wire, snapshot, scopes).await?;
         let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
         let new = self.downlink.authorized(&scopes, fence.clone(), &mut self.out);
         if in_bracket && (!new.is_empty() || self.downlink.scopes().count() != held) {
@@ -227,26 +270,96 @@ impl Session {
         }
         if !new.is_empty() {
             self.flush(wire).await?;
-            let edge = self.edge.clone();
-            let _permit = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
-            let rows = wire.alive(snapshot.count(&self.known.catalog, &new)).await?;
-            self.out.push(Out::Own(begin_frame(&new, rows.map_err(|error| End::unavailable(&error))?)));
-            self.flush(wire).await?;
-            let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
-            let known = self.known.clone();
-            let wanted = new.clone();
-            let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, &sender).await });
-            while let Some(frame) = wire.alive(frames.recv()).await? {
-                wire.send(&[Out::Shared(frame.into())]).await?;
-            }
-            match reading.await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return Err(End::unavailable(&error)),
-                Err(error) => return Err(End::unavailable(&error)),
+            match source {
+                Source::Own(snapshot) => self.send_own(wire, snapshot, &new).await?,
+                Source::Shared(parts, rows) => self.send_shared(wire, &parts, rows, &new).await?,
             }
             self.downlink.joined(new, &fence, &back);
         }
         self.membership.set_scopes(self.downlink.scopes());
+        Ok(())
+    }
+
+    /// Finds where the rows come from, and a moment at which scopes and rows go with the stream behind the cursor.
+    async fn joining<'e>(
+        &self,
+        edge: &'e Arc<Edge>,
+        wire: &mut Wire,
+        mut snapshot: Snapshot,
+        mut scopes: BTreeSet<Scope>,
+    ) -> Result<Joining<'e>, End> {
+        let begin = async || Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error));
+        let mut turn = None;
+        loop {
+            // Now, while what the snapshot may not see is still young enough to be in the ring.
+            let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
+            let fence = Arc::new(snapshot.fence.clone());
+            if !edge.hub.reaches_back_to(fence.lsn) {
+                snapshot = begin().await?;
+            } else if let Some(message) = self.downlink.outdates(&fence, &scopes, &back) {
+                snapshot = self.snapshot_that_sees(message.xid, message.lsn()).await?;
+            } else {
+                let new: Vec<Scope> = scopes.iter().filter(|scope| !self.downlink.holds(scope)).cloned().collect();
+                let shared = snapshot.adopted.as_ref().and_then(|adopted| edge.shared.parts(adopted, &new).ok());
+                // Whoever waits holds no connection meanwhile, else sessions without rows could not open.
+                if let Some(parts) = shared {
+                    drop(snapshot);
+                    if let Ok(rows) = wire.alive(count(&parts)).await? {
+                        return Ok(Joining { scopes, fence, back, source: Source::Shared(parts, rows), _turn: None });
+                    }
+                } else {
+                    if turn.is_none() && !new.is_empty() {
+                        turn = edge.snapshots.try_acquire().ok();
+                    }
+                    if turn.is_some() || new.is_empty() {
+                        return Ok(Joining { scopes, fence, back, source: Source::Own(snapshot), _turn: turn });
+                    }
+                    drop(snapshot);
+                    turn = Some(wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?);
+                }
+                snapshot = begin().await?;
+            }
+            scopes = self.scopes_in(&mut snapshot).await?;
+        }
+    }
+
+    /// Sends rows as fast as the client takes them.
+    async fn send_own(&mut self, wire: &mut Wire, mut snapshot: Snapshot, scopes: &[Scope]) -> Result<(), End> {
+        let rows = wire.alive(snapshot.count(&self.known.catalog, scopes)).await?;
+        wire.own(begin_frame(scopes, rows.map_err(|error| End::unavailable(&error))?)).await?;
+        let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
+        let (known, wanted) = (self.known.clone(), scopes.to_vec());
+        let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, &sender).await });
+        while let Some(frame) = wire.alive(frames.recv()).await? {
+            wire.send(&[Out::Shared(frame.into())]).await?;
+        }
+        match reading.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(End::unavailable(&error)),
+            Err(error) => Err(End::unavailable(&error)),
+        }
+    }
+
+    /// Sends rows that are read for others too.
+    async fn send_shared(
+        &mut self,
+        wire: &mut Wire,
+        parts: &[Arc<Part>],
+        rows: u64,
+        scopes: &[Scope],
+    ) -> Result<(), End> {
+        wire.own(begin_frame(scopes, rows)).await?;
+        for part in parts {
+            let mut index = 0;
+            loop {
+                let frame = wire.alive(part.frame(index)).await?;
+                let frame =
+                    frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
+                let Some(frame) = frame else { break };
+                wire.send(&[Out::Shared(frame)]).await?;
+                index += 1;
+            }
+        }
         Ok(())
     }
 
@@ -286,8 +399,7 @@ impl Session {
         Ok(())
     }
 
-    /// The cursor is older than the ring: from live to catch-up. That fetches rows but not what only settles changes, so
-    /// the ledger is read again.
+    /// The cursor is older than the ring: from live to catch-up.
     async fn fell_behind(&mut self, wire: &mut Wire) -> Result<(), End> {
         let behind = || End::retry(Code::SlowConsumer, "the live stream was interrupted; connect again to catch up");
         let head = (*self.edge.hub.head().borrow()).ok_or_else(behind)?;
@@ -296,6 +408,11 @@ impl Session {
         }
         self.catch_up(wire).await?;
         let mut snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
+        self.read_ledger(&mut snapshot).await
+    }
+
+    /// Reads what became of the client's changes while nobody was told.
+    async fn read_ledger(&mut self, snapshot: &mut Snapshot) -> Result<(), End> {
         let ledger = snapshot.ledger(self.client_id, self.downlink.confirmed()).await;
         let ledger = ledger.map_err(|error| End::unavailable(&error))?;
         let cut = ledger.is_cut();

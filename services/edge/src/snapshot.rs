@@ -13,14 +13,18 @@ use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
 use millstream_schemas::subject::MAX_SCOPE_ID_BYTES;
 use millstream_schemas::{Code, Scope};
-use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
+use sqlx::{AssertSqlSafe, Executor as _, PgPool, Postgres, Row, Transaction};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::fence::{Fence, InvalidFence};
+use crate::shared::Adopted;
 
 /// A frame of snapshot rows is sent when it has grown to this many bytes.
 const ROWS_FRAME_BYTES: usize = 128 * 1024;
+/// Frames between Postgres and whoever takes them.
+pub const SNAPSHOT_FRAMES: usize = 4;
+const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 /// Most failures told at once; a client that has more asks again by connecting again.
 const MAX_FAILURES: i64 = 1_000;
 /// Most instances told at a welcome: the newest ones.
@@ -54,6 +58,30 @@ pub struct Snapshot {
     transaction: Transaction<'static, Postgres>,
     /// What it sees.
     pub fence: Fence,
+    /// The moment that it shares with others.
+    pub adopted: Option<Adopted>,
+}
+
+/// A transaction whose snapshot others may adopt while it is open.
+pub struct Exporter {
+    _transaction: Transaction<'static, Postgres>,
+    /// Name of the snapshot.
+    id: String,
+}
+
+impl Exporter {
+    /// Begins the transaction; gives also what it sees.
+    ///
+    /// # Errors
+    /// Postgres cannot be reached.
+    pub async fn begin(pool: &PgPool) -> Result<(Exporter, Fence), SnapshotError> {
+        let Snapshot { mut transaction, fence, .. } = Snapshot::begin(pool).await?;
+        let id: String = sqlx::query_scalar("SELECT pg_export_snapshot()")
+            .fetch_one(&mut *transaction)
+            .await
+            .map_err(query("export a snapshot"))?;
+        Ok((Exporter { _transaction: transaction, id }, fence))
+    }
 }
 
 /// A client's ledger row.
@@ -94,16 +122,25 @@ impl Snapshot {
     /// # Errors
     /// Postgres cannot be reached.
     pub async fn begin(pool: &PgPool) -> Result<Snapshot, SnapshotError> {
-        let mut transaction = pool
-            .begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            .await
-            .map_err(query("begin a snapshot"))?;
+        let mut transaction = pool.begin_with(BEGIN).await.map_err(query("begin a snapshot"))?;
         let row = sqlx::query("SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text")
             .fetch_one(&mut *transaction)
             .await
             .map_err(query("read the snapshot's visibility"))?;
         let fence = Fence::parse(row.get(0), row.get(1))?;
-        Ok(Snapshot { transaction, fence })
+        Ok(Snapshot { transaction, fence, adopted: None })
+    }
+
+    /// Begins a transaction of a moment that others share.
+    ///
+    /// # Errors
+    /// Postgres cannot be reached, or has lost the moment.
+    pub async fn adopt(pool: &PgPool, adopted: Adopted) -> Result<Snapshot, SnapshotError> {
+        let mut transaction = pool.begin_with(BEGIN).await.map_err(query("begin a snapshot"))?;
+        // Postgres gave the name, and takes no parameter here.
+        let sql = AssertSqlSafe(format!("SET TRANSACTION SNAPSHOT '{}'", adopted.exporter().id));
+        transaction.execute(sqlx::raw_sql(sql)).await.map_err(query("adopt a snapshot"))?;
+        Ok(Snapshot { transaction, fence: adopted.moment.fence.clone(), adopted: Some(adopted) })
     }
 
     /// The scopes that a user may read. The only place that decides it.

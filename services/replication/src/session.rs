@@ -118,8 +118,8 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
             let previous = if epoch == tail.epoch { start.through } else { Lsn::ZERO };
             let mut appender = appender(epoch, previous, tail.landmark);
             let confirmed = source.slot.as_ref().map_or(Lsn::ZERO, |slot| slot.confirmed);
-            if tail.schema != catalog.version {
-                // Edges learn of it from the stream.
+            if tail.schema != catalog.version && tail.last {
+                // Edges learn of it from the stream; behind a transaction that was cut, from its rest.
                 appender.append(&[mark(start.held)]).await?;
             }
             (start, Witness::new(tail.landmark, confirmed), appender)

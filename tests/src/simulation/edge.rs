@@ -8,7 +8,7 @@ use std::sync::Arc;
 use millstream_edge::pure::{Downlink, Fence, Grants, Message, Next, Out};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
 use millstream_schemas::stream::{Submission, Watermark};
-use millstream_schemas::{Code, Position, Scope, TableChanges, TableOp};
+use millstream_schemas::{Code, Lsn, Position, Scope, TableChanges, TableOp};
 use rand::RngExt;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
@@ -194,7 +194,8 @@ impl World {
         let memberships = tables.iter().flat_map(|table| table.memberships.iter().map(move |found| (table, found)));
         let grants = Arc::new(Grants::new(memberships));
         let position = kept.unwrap_or(head);
-        let mut downlink = Downlink::new(hello.client_id, &hello.token, grants, position, held, authorization);
+        let mut downlink = Downlink::new(hello.client_id, &hello.token, grants, position, None, held, authorization);
+        downlink.knows(hello.confirmed_seq.min(last_seq));
         let mut out = Vec::new();
         lost.into_iter().for_each(|scope| downlink.removed(scope, &mut out));
         downlink.ledger(fence.lsn, confirmed, false);
@@ -203,7 +204,14 @@ impl World {
         if self.rng.random_bool(0.5) && !self.catch_up(session, &mut downlink, &mut out) {
             return self.fatal(session, Code::EpochChanged);
         }
-        let snapshot = if downlink.cursor() == before { (state.clone(), fence) } else { self.postgres.snapshot() };
+        let snapshot = if downlink.cursor() == before {
+            (state.clone(), fence)
+        } else {
+            let (state, fence) = self.postgres.snapshot();
+            let (_, _, confirmed) = state.ledger(hello.client_id, downlink.confirmed());
+            downlink.ledger(fence.lsn, confirmed, false);
+            (state, fence)
+        };
         let joined = self.join(&hello.token, &mut downlink, snapshot, &mut out);
         self.send(session, out);
         if !joined {
@@ -221,6 +229,10 @@ impl World {
         }
         // First message of the ring.
         let oldest = self.rng.random_range(cursor + 1..=seen);
+        if oldest == cursor + 1 {
+            return true;
+        }
+        downlink.mute();
         let scopes: BTreeSet<Scope> = downlink.scopes().cloned().collect();
         let wanted = |message: &&Arc<Message>| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope));
         let messages: Vec<Arc<Message>> =
@@ -228,13 +240,25 @@ impl World {
         let ring = self.broker.outbound[oldest - 1].lsn();
         let user = self.sessions[session].user.clone();
         for message in &messages {
-            downlink.ends_before(message.lsn(), out);
-            if !self.feed(&user, downlink, message, out) {
+            if !self.end_before(&user, downlink, message.lsn(), out) || !self.feed(&user, downlink, message, out) {
                 return false;
             }
         }
-        downlink.ends_before(ring, out);
+        if !self.end_before(&user, downlink, ring, out) {
+            return false;
+        }
         downlink.skip_to(oldest as u64 - 1);
+        true
+    }
+
+    /// False: the session cannot go on.
+    fn end_before(&mut self, user: &str, downlink: &mut Downlink, next: Lsn, out: &mut Vec<Out>) -> bool {
+        while let Some((commit, xid)) = downlink.ends_before(next, out) {
+            let Some(snapshot) = self.snapshot_that_sees(xid, commit) else { return false };
+            if !self.join(user, downlink, snapshot, out) {
+                return false;
+            }
+        }
         true
     }
 
@@ -245,7 +269,7 @@ impl World {
                 Next::Continue => return true,
                 Next::EpochChanged => return false,
                 Next::Reauthorize => {
-                    let Some(snapshot) = self.snapshot_that_sees(message) else { return false };
+                    let Some(snapshot) = self.snapshot_that_sees(message.xid, message.lsn()) else { return false };
                     if !self.join(user, downlink, snapshot, out) {
                         return false;
                     }
@@ -255,10 +279,10 @@ impl World {
     }
 
     /// The edge waits until it is visible. None: the database was restored meanwhile, and the edge gives up after a while.
-    fn snapshot_that_sees(&mut self, message: &Message) -> Option<(Rc<State>, Fence)> {
-        self.postgres.show(message.xid);
+    fn snapshot_that_sees(&mut self, xid: u32, commit: Lsn) -> Option<(Rc<State>, Fence)> {
+        self.postgres.show(xid);
         let (state, fence) = self.postgres.snapshot();
-        fence.sees(message.xid, message.lsn()).then_some((state, fence))
+        fence.sees(xid, commit).then_some((state, fence))
     }
 
     fn join(
@@ -272,7 +296,7 @@ impl World {
         let back = self.broker.outbound[cursor.saturating_sub(LOOK_BACK)..cursor].to_vec();
         let mut scopes = state.scopes(user);
         while let Some(message) = downlink.outdates(&fence, &scopes, &back) {
-            let Some(later) = self.snapshot_that_sees(message) else { return false };
+            let Some(later) = self.snapshot_that_sees(message.xid, message.lsn()) else { return false };
             (state, fence) = later;
             scopes = state.scopes(user);
         }

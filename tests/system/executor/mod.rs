@@ -273,7 +273,7 @@ async fn copies_and_successors_are_told_apart() {
     assert_eq!(codes, [Some(Code::EntityMissing), Some(Code::PredecessorFailed), None]);
     let mut last = client.submit(vec![note(&ids[5])]);
     last.after = vec![next.seq];
-    refused(&database.batch(vec![last]).await, Code::PredecessorFailed, None, "transaction 2");
+    refused(&database.batch(vec![last]).await, Code::PredecessorFailed, None, "client_seq 2");
     assert_eq!(database.json("SELECT count(*)::text FROM notes").await, "3");
     database.stack.stop().await;
 }

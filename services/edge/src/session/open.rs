@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::{End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, WebSocket, Wire};
 use crate::Edge;
+use crate::catalogs::Known;
 use crate::catchup;
 use crate::downlink::Downlink;
 use crate::snapshot::{Ledger, Snapshot, SnapshotError};
@@ -67,28 +68,24 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         tracing::warn!("the outbound stream is encoded by another schema than that of this edge");
         return Err(End::retry(Code::Unavailable, "the server is about to change its tables; try again"));
     };
-    let (mut snapshot, ledger) = snapshot_with_ledger(edge, &hello).await.map_err(unavailable)?;
+    // Before the snapshot too: what has been published by now, it sees or it is looked back for.
+    let Some(head) = *edge.hub.head().borrow() else {
+        return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
+    };
+    let open = edge.hub.at(head.seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
+    let (mut snapshot, ledger) = snapshot_with_ledger(edge, &known, &hello, head).await.map_err(unavailable)?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
     }
     let scopes = snapshot.scopes(&known.catalog, &user_id).await.map_err(unavailable)?;
     let fence = Arc::new(snapshot.fence.clone());
 
-    let Some(head) = *edge.hub.head().borrow() else {
-        return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
-    };
     if !known.agrees(&edge.hub) {
         // They changed while we read: rows behind this head would meet the old schema.
         return Err(End::schema_changed());
     }
-    let kept = match hello.position {
-        Some(position)
-            if hello.schema.as_deref().is_some_and(|schema| layout(schema) == layout(&known.catalog.version))
-                && position.epoch == head.epoch
-                && vouched(edge, position).await =>
-        {
-            Some(position)
-        }
+    let kept = match position(&hello, &known) {
+        Some(position) if position.epoch == head.epoch && vouched(edge, position).await => Some(position),
         _ => None,
     };
     let (membership, results) = edge.hub.enter(hello.client_id);
@@ -117,7 +114,11 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         None => (Vec::new(), Vec::new()),
     };
     let grants = known.grants.clone();
-    let mut downlink = Downlink::new(hello.client_id, &user_id, grants, kept.unwrap_or(head), held, fence.clone());
+    let open = open.filter(|_| kept.is_none_or(|position| position == head));
+    let mut downlink =
+        Downlink::new(hello.client_id, &user_id, grants, kept.unwrap_or(head), open, held, fence.clone());
+    // Not more than a server knows that was restored to an earlier state.
+    downlink.knows(hello.confirmed_seq.min(ledger.last_seq));
     let mut out = Vec::new();
     for scope in lost {
         downlink.removed(scope, &mut out);
@@ -141,15 +142,15 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         heard: Instant::now(),
         out,
     };
-    let before = session.downlink.cursor();
-    session.catch_up(wire).await?;
-    if session.downlink.cursor() == before {
+    if session.is_behind() {
+        // That takes its time, in which it holds no connection; and what the old snapshot does not see may leave the ring.
+        drop(snapshot);
+        session.catch_up(wire).await?;
+        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
+        session.read_ledger(&mut snapshot).await?;
+        let scopes = session.scopes_in(&mut snapshot).await?;
         session.join(wire, snapshot, scopes).await?;
     } else {
-        // That took its time: what the old snapshot does not see may have left the ring.
-        drop(snapshot);
-        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-        let scopes = session.scopes_in(&mut snapshot).await?;
         session.join(wire, snapshot, scopes).await?;
     }
     Ok(session)
@@ -157,10 +158,21 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
 
 /// A snapshot whose ledger has what the client knows to be confirmed: that was published, perhaps a moment before it becomes
 /// visible. A server that was restored never gets there.
-async fn snapshot_with_ledger(edge: &Edge, hello: &Hello) -> Result<(Snapshot, Ledger), SnapshotError> {
+async fn snapshot_with_ledger(
+    edge: &Edge,
+    known: &Arc<Known>,
+    hello: &Hello,
+    head: Position,
+) -> Result<(Snapshot, Ledger), SnapshotError> {
     let start = Instant::now();
+    let stays = position(hello, known).is_some_and(|position| head.epoch == position.epoch);
+    // With others only where it is for rows.
+    let mut share = !stays;
     loop {
-        let mut snapshot = Snapshot::begin(&edge.pool).await?;
+        let mut snapshot = match std::mem::take(&mut share) {
+            true => edge.shared.begin(known).await?,
+            false => Snapshot::begin(&edge.pool).await?,
+        };
         let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await?;
         if ledger.last_seq >= hello.confirmed_seq || start.elapsed() > LEDGER_WAIT {
             return Ok((snapshot, ledger));
@@ -168,6 +180,12 @@ async fn snapshot_with_ledger(edge: &Edge, hello: &Hello) -> Result<(Snapshot, L
         drop(snapshot);
         tokio::time::sleep(VISIBLE_PAUSE).await;
     }
+}
+
+/// The client's position, if its rows are of our layout.
+fn position(hello: &Hello, known: &Known) -> Option<Position> {
+    let schema = hello.schema.as_deref()?;
+    hello.position.filter(|_| layout(schema) == layout(&known.catalog.version))
 }
 
 /// Whether the stream holds this position: its history, and at its sequence its LSN.
@@ -180,8 +198,8 @@ async fn vouched(edge: &Edge, position: Position) -> bool {
         // Ahead of the stream: the stream lost something that the client has seen.
         Ok(Err(_)) | Err(_) => return false,
     }
-    if let Some(found) = edge.hub.position_at(position.seq) {
-        return found == position;
+    if let Some(found) = edge.hub.at(position.seq) {
+        return found.position == position;
     }
     match catchup::at(&edge.nats, position.seq).await {
         Ok(Some(message)) => message.position == position,

@@ -1,0 +1,232 @@
+//! Snapshots of clients that start together: one moment, whose rows are read and encoded once a scope.
+//!
+//! Whoever starts within [`WINDOW`] of the first adopts its moment by an exported snapshot (PostgreSQL documentation,
+//! "Snapshot Synchronization Functions"), so all of a client's scopes are as of one fence. Rows are kept in memory until
+//! the last of these clients has them; no client waits for a slower one, and none keeps a transaction open.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use millstream_schemas::Scope;
+use sqlx::PgPool;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+
+use crate::catalogs::Known;
+use crate::fence::Fence;
+use crate::snapshot::{Exporter, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
+use crate::tail::Chain;
+
+/// For so long others join a moment.
+const WINDOW: Duration = Duration::from_secs(1);
+/// Most bytes of rows that are kept.
+const MAX_BYTES: usize = 64 << 20;
+/// Most rows of a scope that are shared, and most scopes of a client: each is read by statements of its own.
+const MAX_ROWS: u64 = 250_000;
+const MAX_SCOPES: usize = 16;
+/// For so long a scope that turned out to be too large is not shared.
+const APART: Duration = Duration::from_secs(300);
+
+/// The rows cannot be shared (any more): they have to be read apart.
+#[derive(Debug)]
+pub struct Apart;
+
+/// What sessions share.
+pub struct Shared {
+    pool: PgPool,
+    newest: tokio::sync::Mutex<Option<Adopted>>,
+    /// Scopes that are too large, each with when that was found.
+    apart: Mutex<HashMap<Scope, Instant>>,
+    /// Snapshots that are read at once.
+    reads: Arc<Semaphore>,
+    /// Room for rows, in bytes.
+    room: Arc<Semaphore>,
+}
+
+/// A moment, as a session holds it: as long as it does, more scopes can be read as of it.
+#[derive(Clone)]
+pub struct Adopted {
+    pub moment: Arc<Moment>,
+    exporter: Arc<Exporter>,
+}
+
+/// A snapshot of Postgres, and what was read in it.
+pub struct Moment {
+    /// What it sees.
+    pub fence: Fence,
+    known: Arc<Known>,
+    begun: Instant,
+    parts: Mutex<HashMap<Scope, Arc<Part>>>,
+}
+
+/// The rows of a scope as frames, while they are read and after.
+pub struct Part {
+    progress: watch::Sender<Progress>,
+    frames: Mutex<Vec<(Utf8Bytes, OwnedSemaphorePermit)>>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Progress {
+    /// How many rows there are, once they have been counted.
+    rows: Option<u64>,
+    /// How many frames can be had.
+    frames: usize,
+    /// No more will come; and whether that is all.
+    end: Option<bool>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// Shares what is read through `pool`, by at most as many readers at once as `reads` admits.
+    pub fn new(pool: PgPool, reads: Arc<Semaphore>) -> Arc<Shared> {
+        let room = Arc::new(Semaphore::new(MAX_BYTES));
+        Arc::new(Shared { pool, newest: tokio::sync::Mutex::default(), apart: Mutex::default(), reads, room })
+    }
+
+    /// A snapshot of the moment at which others start, or of a new one.
+    ///
+    /// # Errors
+    /// Postgres cannot be reached.
+    pub async fn begin(self: &Arc<Self>, known: &Arc<Known>) -> Result<Snapshot, SnapshotError> {
+        let adopted = self.moment(known).await?;
+        Snapshot::adopt(&self.pool, adopted).await
+    }
+
+    async fn moment(self: &Arc<Self>, known: &Arc<Known>) -> Result<Adopted, SnapshotError> {
+        // Held while one begins: whoever comes meanwhile joins it.
+        let mut newest = self.newest.lock().await;
+        let joined = newest
+            .as_ref()
+            .filter(|adopted| adopted.moment.begun.elapsed() < WINDOW && Arc::ptr_eq(&adopted.moment.known, known));
+        if let Some(adopted) = joined {
+            return Ok(adopted.clone());
+        }
+        let begun = Instant::now();
+        let (exporter, fence) = Exporter::begin(&self.pool).await?;
+        let moment = Arc::new(Moment { fence, known: known.clone(), begun, parts: Mutex::default() });
+        let (shared, old) = (self.clone(), Arc::downgrade(&moment));
+        tokio::spawn(async move {
+            tokio::time::sleep(WINDOW).await;
+            let mut newest = shared.newest.lock().await;
+            if newest.as_ref().is_some_and(|newest| std::ptr::eq(Arc::as_ptr(&newest.moment), old.as_ptr())) {
+                *newest = None;
+            }
+        });
+        Ok(newest.insert(Adopted { moment, exporter: Arc::new(exporter) }).clone())
+    }
+
+    /// The rows of these scopes as of a moment; what nobody has asked for is read from now on.
+    ///
+    /// # Errors
+    /// They are too many, or some are known to be too large.
+    pub fn parts(self: &Arc<Self>, adopted: &Adopted, scopes: &[Scope]) -> Result<Vec<Arc<Part>>, Apart> {
+        let mut apart = locked(&self.apart);
+        apart.retain(|_, found| found.elapsed() < APART);
+        if scopes.len() > MAX_SCOPES || scopes.iter().any(|scope| apart.contains_key(scope)) {
+            return Err(Apart);
+        }
+        drop(apart);
+        let mut parts = locked(&adopted.moment.parts);
+        let part = |scope: &Scope| {
+            let part = parts.entry(scope.clone()).or_insert_with(|| {
+                let part = Arc::new(Part { progress: watch::Sender::default(), frames: Mutex::default() });
+                tokio::spawn(self.clone().read(adopted.clone(), scope.clone(), part.clone()));
+                part
+            });
+            part.clone()
+        };
+        Ok(scopes.iter().map(part).collect())
+    }
+
+    /// Reads a scope's rows, with no regard to how fast they are taken.
+    async fn read(self: Arc<Self>, adopted: Adopted, scope: Scope, part: Arc<Part>) {
+        let whole = match self.fill(adopted, &scope, &part).await {
+            Ok(whole) => whole,
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), "a shared snapshot cannot be read");
+                false
+            }
+        };
+        part.progress.send_modify(|progress| progress.end = Some(whole));
+    }
+
+    /// Gives whether all rows are there; not so if they are too large.
+    async fn fill(&self, adopted: Adopted, scope: &Scope, part: &Part) -> Result<bool, SnapshotError> {
+        let (known, scopes) = (adopted.moment.known.clone(), [scope.clone()]);
+        let mut rows = 0;
+        if known.catalog.tables.iter().any(|table| table.row_scope_columns().any(|of| of.kind == scope.kind)) {
+            let Ok(_permit) = self.reads.acquire().await else { return Ok(false) };
+            let mut snapshot = Snapshot::adopt(&self.pool, adopted).await?;
+            rows = snapshot.count(&known.catalog, &scopes).await?;
+            part.progress.send_modify(|progress| progress.rows = Some(rows));
+            if rows > MAX_ROWS {
+                locked(&self.apart).insert(scope.clone(), Instant::now());
+                return Ok(false);
+            }
+            let (sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
+            let keep = async move {
+                while let Some(frame) = frames.recv().await {
+                    let room =
+                        u32::try_from(frame.len()).ok().map(|bytes| self.room.clone().try_acquire_many_owned(bytes));
+                    let Some(Ok(room)) = room else { return false };
+                    locked(&part.frames).push((frame.into(), room));
+                    part.progress.send_modify(|progress| progress.frames += 1);
+                }
+                true
+            };
+            let reading = async move {
+                match snapshot.rows(&known.catalog, &scopes, &sender).await {
+                    // Nobody keeps the rows: there is no room.
+                    Err(SnapshotError::Gone) => Ok(()),
+                    read => read,
+                }
+            };
+            let (read, kept) = tokio::join!(reading, keep);
+            read?;
+            if !kept {
+                locked(&self.apart).insert(scope.clone(), Instant::now());
+                return Ok(false);
+            }
+        }
+        part.progress.send_modify(|progress| progress.rows = Some(rows));
+        Ok(true)
+    }
+}
+
+impl Adopted {
+    /// The exported snapshot.
+    pub fn exporter(&self) -> &Exporter {
+        &self.exporter
+    }
+}
+
+impl Part {
+    /// How many rows it has.
+    ///
+    /// # Errors
+    /// They cannot be had.
+    pub async fn rows(&self) -> Result<u64, Apart> {
+        let mut progress = self.progress.subscribe();
+        let known = progress.wait_for(|progress| progress.rows.is_some() || progress.end.is_some()).await;
+        let known = *known.map_err(|_| Apart)?;
+        known.rows.filter(|_| known.end != Some(false)).ok_or(Apart)
+    }
+
+    /// The frame with this index; none behind the last.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub async fn frame(&self, index: usize) -> Result<Option<Utf8Bytes>, Apart> {
+        let mut progress = self.progress.subscribe();
+        let known = progress.wait_for(|progress| progress.frames > index || progress.end.is_some()).await;
+        let known = *known.map_err(|_| Apart)?;
+        if index < known.frames {
+            return Ok(locked(&self.frames).get(index).map(|(frame, _)| frame.clone()));
+        }
+        if known.end == Some(true) { Ok(None) } else { Err(Apart) }
+    }
+}

@@ -227,6 +227,17 @@ pub async fn database(
         .fetch_one(&mut *transaction)
         .await
         .map_err(failed("look for the publication"))?;
+    if exists {
+        let fresh = unpublished(&mut transaction, &catalog).await.map_err(failed("list published tables"))?;
+        if !fresh.is_empty() {
+            // What has been written to them is published in no part, and whoever snapshots meanwhile does not see it: there must
+            // be none that is still open. Nobody waits long, since new writers queue behind the lock.
+            let lock = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", fresh.join(", "));
+            transaction.execute(AssertSqlSafe(lock)).await.map_err(failed(
+                "wait for transactions that write to newly synced tables; run it again when they have ended",
+            ))?;
+        }
+    }
     let schemas = schemas(&mut transaction, &catalog).await.map_err(failed("list schemas"))?;
     let statements = grants(&catalog.tables, &schemas, &sequences, &functions)
         .into_iter()
@@ -383,6 +394,18 @@ async fn schemas(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec
     .bind(oids)
     .fetch_all(connection)
     .await
+}
+
+/// Synced tables that are not published yet, as in SQL.
+async fn unpublished(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
+    let published: Vec<i64> = sqlx::query_scalar(
+        "SELECT r.prrelid::int8 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = $1",
+    )
+    .bind(PUBLICATION)
+    .fetch_all(connection)
+    .await?;
+    let fresh = catalog.tables.iter().filter(|table| !published.contains(&i64::from(table.oid)));
+    Ok(fresh.map(|table| table.sql_name.clone()).collect())
 }
 
 /// The variants of `pg_logical_emit_message` (17 added an argument), with argument types.

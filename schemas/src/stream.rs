@@ -10,6 +10,8 @@ use crate::position::Lsn;
 
 /// Largest message that a service publishes, in bytes; larger transactions are cut into several.
 pub const MAX_MESSAGE_BYTES: usize = 512 * 1024;
+/// Largest row that clients get, in bytes of its JSON text. It has to go into one message.
+pub const MAX_ROW_BYTES: usize = 4 * 1024 * 1024;
 
 /// Payload on `ms.changes.{partition}`: what waited in an edge's lane when it published.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use millstream_client::{Client, SqlValue};
 use millstream_tests::board::{Board, PATIENCE};
+use millstream_tests::raw::{Raw, hello};
 use sqlx::AssertSqlSafe;
 
 const SCHEMA: &str = "
@@ -130,4 +131,31 @@ async fn agrees(board: &Board, client: &Client, user: &str) -> Result<Vec<String
         ensure!(start.elapsed() < PATIENCE, "{user} holds {held:?}, and may see {allowed:?}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// A token that spells a user's id in another way than the database would hold another scope than the one that the stream
+/// tells of; so it is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_users_id_is_spelled_as_the_database_spells_it() -> Result<()> {
+    const USER: &str = "0e37df36-f698-11e6-8dd4-cb9ced3df976";
+    let folder = tempfile::tempdir()?;
+    let config = folder.path().join("millstream.toml");
+    let schema =
+        "CREATE TABLE notes (id int PRIMARY KEY, owner uuid NOT NULL); ALTER TABLE notes REPLICA IDENTITY FULL";
+    std::fs::write(&config, "[tables.notes]\nscope = { kind = \"user\", column = \"owner\" }\n")?;
+    let seed = format!("INSERT INTO notes VALUES (1, '{USER}')");
+    let board = Board::with(|builder| builder.app_schema(schema).seed(seed).config(&config)).await?;
+    let result = async {
+        let client = board.client("a", USER).await?;
+        ensure!(client.query("SELECT id FROM notes", ()).await?.rows.len() == 1);
+        for (user, expected) in [(USER.to_uppercase(), true), ("somebody".to_owned(), true), (USER.to_owned(), false)] {
+            let mut raw = Raw::connect(&board.stack.edge_url()).await?;
+            raw.frame(hello(uuid::Uuid::now_v7(), &board.stack.token(&user))).await?;
+            let text = raw.next_text().await?.context("the edge closed")?;
+            ensure!(text.contains("bad_token") == expected, "{user}: {text}");
+        }
+        Ok(())
+    };
+    let result = result.await;
+    board.explain(result)
 }

@@ -129,7 +129,11 @@ fn version(catalog: &Catalog) -> String {
     let (mut layout, mut rest) = (Sha256::new(), Sha256::new());
     for table in &catalog.tables {
         let schema = table.schema();
-        layout.update(format!("{}\n{:?}\n{:?}\n{:?}\n", schema.name, schema.key, schema.scopes, schema.clocks));
+        // Its oid too: rows do not say it when another table takes the name of one.
+        layout.update(format!(
+            "{}\n{}\n{:?}\n{:?}\n{:?}\n",
+            schema.name, table.oid, schema.key, schema.scopes, schema.clocks
+        ));
         for column in &schema.columns {
             layout.update(format!("{}\t{}\n", column.name, column.r#type));
             rest.update(format!("{}\t{}\n", column.nullable, column.writable));

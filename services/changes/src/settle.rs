@@ -16,6 +16,8 @@ use crate::plan::{Action, Planned};
 
 /// Newest losses that the ledger keeps a client.
 pub(crate) const MAX_LOST: usize = 100;
+/// Largest origin record of several transactions: it travels in a header, and the broker takes 64 KiB of those.
+const MAX_ORIGIN_BYTES: usize = 40 * 1024;
 /// Newest instances kept a client.
 const MAX_INSTANCES: i64 = 1_000;
 
@@ -157,6 +159,10 @@ pub(crate) async fn settle(
             .map_err(Failed::Server)?;
     }
     let origin = OriginRecord { clients: origin(plan, ledger), traceparent };
+    let encoded = encode(&origin)?;
+    if encoded.len() > MAX_ORIGIN_BYTES && plan.len() > 1 {
+        return Err(Failed::isolate_at(plan.len() / 2, "it has too much to tell its clients"));
+    }
     let mut lost: Vec<Option<String>> = Vec::with_capacity(changed.len());
     for entry in &origin.clients {
         lost.push(match entry.lost.as_slice() {
@@ -173,7 +179,7 @@ pub(crate) async fn settle(
         .bind(lost)
         .bind(encode(&records)?)
         .bind(ORIGIN_PREFIX)
-        .bind(encode(&origin)?)
+        .bind(encoded)
         .bind(MAX_LOST as i64)
         .fetch_one(connection)
         .await

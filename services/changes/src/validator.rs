@@ -7,7 +7,7 @@
 use crate::error::Refusal;
 use millstream_catalog::Table;
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
-use millstream_schemas::stream::Submission;
+use millstream_schemas::stream::{MAX_ROW_BYTES, Submission};
 use millstream_schemas::{Change, Code, Operation, Value};
 
 /// Why a transaction is refused.
@@ -150,12 +150,26 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
     {
         return Err((Code::InvalidValue, "a value contains the character U+0000".to_owned()));
     }
+    for (column, value) in &set {
+        let expanded = value.map_or(0, |value| expanded(&table.columns[*column].sql_type, value));
+        if expanded > MAX_ROW_BYTES {
+            let name = &table.columns[*column].name;
+            let message = format!(
+                "the numbers in {}.{name} have {expanded} digits when written out; the limit is {MAX_ROW_BYTES}",
+                table.name
+            );
+            return Err((Code::InvalidValue, message));
+        }
+    }
     if rule(table, change.op).is_none() {
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
     Ok(Some(Step { table, op: change.op, columns, values, key: &change.key, stamp: change.stamp }))
 }
+
+/// Largest exponent that Postgres' `numeric` takes (PostgreSQL documentation, "Numeric Types").
+const MAX_EXPONENT: usize = 131_072;
 
 /// The predicate that guards an operation.
 pub(crate) fn rule(table: &Table, op: Operation) -> Option<&str> {
@@ -164,6 +178,35 @@ pub(crate) fn rule(table: &Table, op: Operation) -> Option<&str> {
         Operation::Update => table.write.update.as_deref(),
         Operation::Delete => table.write.delete.as_deref(),
     }
+}
+
+/// How many digits Postgres may write for the numbers of a value that are given with an exponent: `1e131071` in `jsonb` or
+/// `numeric[]` becomes 131,072 of them, and a thousand such a row that nobody can be told of.
+fn expanded(sql_type: &str, value: &str) -> usize {
+    let has_strings = sql_type == "jsonb";
+    let many_numbers = ["numeric", "jsonb"].iter().any(|name| sql_type.starts_with(name)) && sql_type.ends_with("[]");
+    if !has_strings && !many_numbers && sql_type != "nummultirange" {
+        return 0;
+    }
+    let bytes = value.as_bytes();
+    let (mut digits, mut in_string, mut at) = (0_usize, false, 0);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'"' if has_strings => in_string = !in_string,
+            b'\\' if in_string => at += 1,
+            b'e' | b'E' if !in_string && at > 0 && (bytes[at - 1].is_ascii_digit() || bytes[at - 1] == b'.') => {
+                let signed = usize::from(matches!(bytes.get(at + 1), Some(b'+' | b'-')));
+                let exponent = bytes[at + 1 + signed..].iter().take_while(|byte| byte.is_ascii_digit());
+                let exponent = exponent.fold(0_usize, |number, byte| {
+                    number.saturating_mul(10).saturating_add(usize::from(byte - b'0')).min(MAX_EXPONENT)
+                });
+                digits = digits.saturating_add(exponent);
+            }
+            _ => {}
+        }
+        at += 1;
+    }
+    digits
 }
 
 /// A client's word in a message, kept short.
@@ -253,6 +296,30 @@ pub(crate) mod tests {
         let text = format!("{change:?}");
         let submission = submission(vec![change]);
         assert_eq!(validate(only(&table), &submission).err().map(|rejection| rejection.code), expected, "{text}");
+    }
+
+    #[test]
+    fn numbers_that_expand_are_counted() {
+        for (sql_type, value, digits) in [
+            ("jsonb", "", 0),
+            ("jsonb", "e9", 0),
+            ("jsonb", r#"[1E+20, 2.e-3, "9e9", "\"9e9", 1e1]"#, 24),
+            ("jsonb", "1e9999999", MAX_EXPONENT),
+            ("jsonb", "1e99999999999999999999999", MAX_EXPONENT),
+            ("jsonb", "\"é1e2é\\", 0),
+            ("numeric(1000,2)[]", r#"{1e5,"1e5"}"#, 10),
+            ("numeric", "1e5", 0),
+            ("text", "1e5", 0),
+        ] {
+            assert_eq!(expanded(sql_type, value), digits, "{value}");
+        }
+        let mut table = tasks();
+        table.columns[1].sql_type = "jsonb".into();
+        for (numbers, code) in [(40, Some(Code::InvalidValue)), (30, None)] {
+            let value = format!("[{}]", vec!["1e131071"; numbers].join(","));
+            let submission = submission(vec![change(Operation::Update, "a", &[("title", Some(&value))])]);
+            assert_eq!(validate(only(&table), &submission).err().map(|rejection| rejection.code), code);
+        }
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::fmt::Write;
 use futures_util::TryStreamExt;
 use millstream_catalog::{Catalog, Members, ScopeColumn, Table};
 use millstream_schemas::frame::{Confirmed, ServerFrame};
-use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
-use millstream_schemas::subject::MAX_SCOPE_ID_BYTES;
+use millstream_schemas::stream::{Failure, InstanceSpan, Loss, MAX_ROW_BYTES};
+use millstream_schemas::subject::{MAX_SCOPE_ID_BYTES, USER_KIND};
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, Executor as _, PgPool, Postgres, Row, Transaction};
 use tokio::sync::mpsc;
@@ -143,7 +143,7 @@ impl Snapshot {
         Ok(Snapshot { transaction, fence: adopted.moment.fence.clone(), adopted: Some(adopted) })
     }
 
-    /// The scopes that a user may read. The only place that decides it.
+    /// The scopes that a user may read. The only place that decides it. Ids are compared as texts: so does the stream.
     ///
     /// # Errors
     /// Postgres failed.
@@ -164,7 +164,8 @@ impl Snapshot {
             }
             // Identifiers come quoted from the catalog.
             let mut sql = format!(
-                "SELECT DISTINCT {scope}::text FROM {table} WHERE {members} = ANY ($1::text[]::{members_type}[]) AND {scope} IS NOT NULL",
+                "SELECT DISTINCT {scope}::text FROM {table} WHERE {members} = ANY ($1::text[]::{members_type}[]) \
+                 AND {members}::text = ANY ($1) AND {scope} IS NOT NULL",
                 scope = column(membership.scope).sql_name,
                 table = table.sql_name,
                 members = column(members).sql_name,
@@ -184,6 +185,32 @@ impl Snapshot {
             scopes.extend(ids.into_iter().filter(fits).map(|id| Scope::new(membership.kind.clone(), id)));
         }
         Ok(scopes)
+    }
+
+    /// Whether Postgres spells a user's id so, in every column that holds users'. Else rows for the user would be told of in
+    /// another scope than the one that the session holds.
+    ///
+    /// # Errors
+    /// Postgres failed.
+    pub async fn spells(&mut self, catalog: &Catalog, user_id: &str) -> Result<bool, SnapshotError> {
+        let columns = catalog.tables.iter().flat_map(|table| {
+            let users = table.row_scope_columns().filter(|scope| scope.kind == USER_KIND);
+            users.filter_map(|scope| scope.column).map(|column| table.columns[column].sql_type.as_str())
+        });
+        let types: BTreeSet<&str> =
+            columns.filter(|name| *name != "text" && !name.starts_with("character varying")).collect();
+        if types.is_empty() {
+            return Ok(true);
+        }
+        // Types come from the catalog.
+        let same: Vec<String> = types.iter().map(|name| format!("$1::text::{name}::text = $1")).collect();
+        let sql = format!("SELECT {}", same.join(" AND "));
+        match sqlx::query_scalar(AssertSqlSafe(sql)).bind(user_id).fetch_one(&mut *self.transaction).await {
+            Ok(same) => Ok(same),
+            // Class 22: it is no value of the type.
+            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| code.starts_with("22")) => Ok(false),
+            Err(error) => Err(query("compare the user's id")(error)),
+        }
     }
 
     /// The client's ledger row, with the failures behind `confirmed_seq`.
@@ -385,8 +412,10 @@ impl RowsFrame {
         RowsFrame { text: head.clone(), head, rows: 0, value: Vec::new() }
     }
 
-    /// Appends a row in COPY's text format (PostgreSQL documentation, "COPY", "Text Format").
+    /// Appends a row in COPY's text format (PostgreSQL documentation, "COPY", "Text Format"). Not one that is too large for
+    /// the stream.
     fn row(&mut self, line: &[u8]) {
+        let start = self.text.len();
         if self.rows > 0 {
             self.text.push(',');
         }
@@ -425,6 +454,10 @@ impl RowsFrame {
             }
         }
         self.text.push(']');
+        if self.text.len() - start > MAX_ROW_BYTES {
+            self.text.truncate(start);
+            self.rows -= 1;
+        }
     }
 
     fn take(&mut self) -> String {

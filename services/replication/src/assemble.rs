@@ -3,13 +3,13 @@
 //! Pure. Protocol version 1 sends only committed transactions, one after the other, so a transaction's chunks may be
 //! published while it still arrives. Memory is bounded by [`MAX_TRANSACTION_BUFFER_BYTES`] whatever its size.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use millstream_catalog::Table;
-use millstream_schemas::stream::{ORIGIN_PREFIX, OriginEntry, OriginRecord};
+use millstream_schemas::stream::{MAX_ROW_BYTES, ORIGIN_PREFIX, OriginEntry, OriginRecord};
 use millstream_schemas::subject::{MAX_SCOPE_ID_BYTES, WAL_ORIGIN};
 use millstream_schemas::{Lsn, Scope, TableOp};
 
@@ -95,9 +95,10 @@ pub enum AssembleError {
 pub struct Lookup {
     /// Index of the table among the synced ones.
     pub table: usize,
-    /// Values of the row's key, in key order.
-    pub key: Vec<String>,
-    /// Indexes of the columns.
+    /// Columns by which the row is found, with their values: its key, and what names its scopes. If it has gone on to other
+    /// scopes by now, its values are not for those that it was in.
+    pub fixed: Vec<(usize, Option<String>)>,
+    /// Indexes of the columns to be read.
     pub columns: Vec<usize>,
 }
 
@@ -184,13 +185,16 @@ impl Assembler {
         if columns.is_empty() {
             return Ok(None);
         }
-        let key_moved = key(table, &before)? != key(table, &after)?;
-        let was_in = scopes(table, &before);
-        if !key_moved && scopes(table, &after).iter().all(|scope| was_in.contains(scope)) {
+        // Whoever may see it in two scopes and in one no more has been told to delete it: so the other has to give it whole.
+        if key(table, &before)? == key(table, &after)? && scopes(table, &before) == scopes(table, &after) {
             return Ok(None);
         }
-        let key = key(table, &after)?.into_iter().map(str::to_owned).collect();
-        Ok(Some(Lookup { table: mapping.table, key, columns }))
+        let text = |&column: &usize| after[column].text().map(str::to_owned);
+        let named =
+            table.row_scope_columns().filter_map(|scope| scope.column).filter(|column| !table.key.contains(column));
+        let named: BTreeSet<usize> = named.filter(|column| after[*column].is_known()).collect();
+        let fixed = table.key.iter().copied().chain(named).map(|column| (column, text(&column))).collect();
+        Ok(Some(Lookup { table: mapping.table, fixed, columns }))
     }
 
     /// Handles one message; what can be published goes to `out`.
@@ -412,6 +416,15 @@ impl Change<'_> {
             known.map(|(_, column)| column.name.as_str()).collect()
         });
         write_row(self.row, image.iter().filter(|cell| cell.is_known()).map(|cell| cell.text()));
+        if self.row.len() > MAX_ROW_BYTES {
+            // Waiting for somebody to make it smaller would stop everybody's stream.
+            tracing::error!(
+                table = table.name,
+                bytes = self.row.len(),
+                "a row over {MAX_ROW_BYTES} bytes is withdrawn from clients"
+            );
+            return self.delete(scopes, &key);
+        }
         let group = Group { table: &table.name, op, columns: columns.as_deref() };
         let hash = hash(table, &key);
         for scope in scopes {

@@ -179,25 +179,27 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads large values that the change stream did not repeat. A row that is gone by now, or has another key, is
+    /// Reads large values that the change stream did not repeat. A row that is gone by now, or has another key or scope, is
     /// settled by a later message of the change stream.
     async fn fill(&mut self, lookup: &Lookup) -> Result<Filled, Error> {
         let table = &self.tables[lookup.table];
         let columns: Vec<String> =
             lookup.columns.iter().map(|&column| format!("{}::text", table.columns[column].sql_name)).collect();
-        let keys: Vec<String> = table
-            .key
+        let fixed: Vec<String> = lookup
+            .fixed
             .iter()
             .enumerate()
-            .map(|(index, &column)| {
-                let column = &table.columns[column];
-                format!("{} = ${}::text::{}", column.sql_name, index + 1, column.sql_type)
+            .map(|(index, (place, _))| {
+                let column = &table.columns[*place];
+                // An index serves equality only.
+                let is = if table.key.contains(place) { "=" } else { "IS NOT DISTINCT FROM" };
+                format!("{} {is} ${}::text::{}", column.sql_name, index + 1, column.sql_type)
             })
             .collect();
-        let sql = format!("SELECT {} FROM {} WHERE {}", columns.join(", "), table.sql_name, keys.join(" AND "));
+        let sql = format!("SELECT {} FROM {} WHERE {}", columns.join(", "), table.sql_name, fixed.join(" AND "));
         // Every name in the statement comes from the catalog; values are bound.
         let mut query = sqlx::query(sqlx::AssertSqlSafe(sql));
-        for value in &lookup.key {
+        for (_, value) in &lookup.fixed {
             query = query.bind(value);
         }
         let row = query.fetch_optional(&self.pool).await.map_err(Error::postgres("read an unchanged large value"))?;

@@ -411,6 +411,29 @@ async fn what_depends_on_each_other_keeps_its_order_in_every_batch() {
     database.stack.stop().await;
 }
 
+/// Refuses everything, at length.
+const LENGTHY: &str = "\
+CREATE FUNCTION lengthy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION '%', repeat('no ', 160); END $$;
+CREATE TRIGGER lengthy BEFORE INSERT ON people FOR EACH ROW EXECUTE FUNCTION lengthy()";
+
+#[tokio::test]
+async fn what_a_batch_tells_its_clients_fits_into_a_header() {
+    let mut database = Database::start().await;
+    database.sql.execute(LENGTHY).await.unwrap();
+    let slot = "SELECT pg_create_logical_replication_slot('told', 'pgoutput')::text";
+    database.json(slot).await;
+    let insert = || change("people", Insert, &[("id", "1")], &[], micros());
+    let batch: Vec<_> = (1..=100).map(|id| Client::new(id, "ann").submit(vec![insert()])).collect();
+    let results = database.batch(batch).await;
+    assert_eq!(results.iter().filter(|(_, result)| result.failure.is_some()).count(), 100);
+    let told = "SELECT concat_ws(' ', count(*) FILTER (WHERE octet_length(data) > 1000) > 1, max(octet_length(data)) < 45000, \
+                sum(octet_length(data)) > 50000) FROM pg_logical_slot_get_binary_changes('told', NULL, NULL, \
+                'proto_version', '1', 'publication_names', 'millstream', 'messages', 'true')";
+    assert_eq!(database.json(told).await, "t t t");
+    database.json("SELECT pg_drop_replication_slot('told')::text").await;
+    database.stack.stop().await;
+}
+
 /// Fails in ways that nobody understands: the backend crashes at once or at COMMIT, and Postgres with it, or an error is none that a change can be
 /// blamed for. In the schema `millstream`, so that the executor takes the trigger for one of its own and the table for a
 /// plain one.

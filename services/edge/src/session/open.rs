@@ -73,9 +73,21 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
     };
     let open = edge.hub.at(head.seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
-    let (mut snapshot, ledger) = snapshot_with_ledger(edge, &known, &hello, head).await.map_err(unavailable)?;
+    let (mut snapshot, ledger) = snapshot_with_ledger(edge, &hello).await.map_err(unavailable)?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
+    }
+    let settled = snapshot.fence.lsn;
+    if position(&hello, &known).is_none_or(|position| position.epoch != head.epoch) {
+        // It needs rows: those that others need too.
+        drop(snapshot);
+        snapshot = edge.shared.begin(&known).await.map_err(unavailable)?;
+    }
+    if !snapshot.spells(&known.catalog, &user_id).await.map_err(unavailable)? {
+        return Err(End::fatal(
+            Code::BadToken,
+            "the token's `sub` is not spelled as the database writes it in columns that name users, such as a UUID in lower case",
+        ));
     }
     let scopes = snapshot.scopes(&known.catalog, &user_id).await.map_err(unavailable)?;
     let fence = Arc::new(snapshot.fence.clone());
@@ -125,7 +137,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     }
     let expected = ledger.last_seq + 1;
     let cut = ledger.is_cut();
-    downlink.ledger(fence.lsn, ledger.confirmed(), cut);
+    downlink.ledger(settled, ledger.confirmed(), cut);
     let mut session = Session {
         edge: edge.clone(),
         id,
@@ -158,21 +170,10 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
 
 /// A snapshot whose ledger has what the client knows to be confirmed: that was published, perhaps a moment before it becomes
 /// visible. A server that was restored never gets there.
-async fn snapshot_with_ledger(
-    edge: &Edge,
-    known: &Arc<Known>,
-    hello: &Hello,
-    head: Position,
-) -> Result<(Snapshot, Ledger), SnapshotError> {
+async fn snapshot_with_ledger(edge: &Edge, hello: &Hello) -> Result<(Snapshot, Ledger), SnapshotError> {
     let start = Instant::now();
-    let stays = position(hello, known).is_some_and(|position| head.epoch == position.epoch);
-    // With others only where it is for rows.
-    let mut share = !stays;
     loop {
-        let mut snapshot = match std::mem::take(&mut share) {
-            true => edge.shared.begin(known).await?,
-            false => Snapshot::begin(&edge.pool).await?,
-        };
+        let mut snapshot = Snapshot::begin(&edge.pool).await?;
         let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await?;
         if ledger.last_seq >= hello.confirmed_seq || start.elapsed() > LEDGER_WAIT {
             return Ok((snapshot, ledger));

@@ -221,11 +221,12 @@ fn unchanged_large_values_are_read_for_new_readers() {
     assert_eq!(assembler.lookup(&stays).unwrap(), None);
     let complete = update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p2"]);
     assert_eq!(assembler.lookup(&complete).unwrap(), None);
-    for (moves, key) in [
-        (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]), "t1"),
-        (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t2", "p1"]), "t2"),
+    for (moves, key, project) in [
+        (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]), "t1", "p2"),
+        (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t2", "p1"]), "t2", "p1"),
     ] {
-        let expected = Lookup { table: 0, key: vec![key.into()], columns: vec![2] };
+        let fixed = vec![(0, Some(key.to_owned())), (1, Some(project.to_owned()))];
+        let expected = Lookup { table: 0, fixed, columns: vec![2] };
         assert_eq!(assembler.lookup(&moves).unwrap(), Some(expected));
     }
     let moves = update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]);
@@ -233,6 +234,38 @@ fn unchanged_large_values_are_read_for_new_readers() {
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
     assert_eq!(texts(&out), ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,large]"]);
+}
+
+/// A row that leaves one of two scopes: whoever may see it in both is told to delete it, and then needs it whole.
+#[test]
+fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
+    let project = |column| TableScope { kind: "project".into(), column: Some(column) };
+    let tasks = table(TASKS, "tasks", &["id", "project_id", "other_id", "title"], &[0], vec![project(1), project(2)]);
+    let mut assembler = Assembler::new(Arc::new([tasks]), Lsn::ZERO, HashSet::new());
+    let (mut out, nothing) = (Vec::new(), Filled::new());
+    let columns = [("id", true), ("project_id", true), ("other_id", true), ("title", false)];
+    let begin = Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 };
+    for message in [begin, relation(TASKS, "tasks", &columns)] {
+        assembler.handle(&message, &nothing, &mut out).unwrap();
+    }
+    let leaves = update(TASKS, old_key(&["t1", "p1", "p2", "∅"]), &["t1", "p1", "∅", "…"]);
+    let fixed = [Some("t1"), Some("p1"), None];
+    let fixed = fixed.into_iter().enumerate().map(|(column, value)| (column, value.map(str::to_owned))).collect();
+    assert_eq!(assembler.lookup(&leaves).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![3] }));
+    assembler.handle(&leaves, &vec![(3, Some("large".into()))], &mut out).unwrap();
+    let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
+    assembler.handle(&commit, &nothing, &mut out).unwrap();
+    assert_eq!(texts(&out), ["ms.wal.project.p2 delete tasks[t1]", "ms.wal.project.p1 upsert tasks[t1,p1,∅,large]"]);
+}
+
+/// A row that goes into no message does not stop the others.
+#[test]
+fn rows_that_are_too_large_are_withdrawn() {
+    let large: &'static str = Box::leak("x".repeat(MAX_ROW_BYTES).into_boxed_str());
+    check(
+        vec![insert(TASKS, &[large, "t1", "p1"]), insert(TASKS, &["small", "t2", "p1"])],
+        &["ms.wal.project.p1 delete tasks[t1] upsert tasks[t2,p1,small]"],
+    );
 }
 
 #[test]

@@ -65,6 +65,19 @@ pub struct Hello {
     pub scopes: Vec<Scope>,
     /// Highest `client_seq` that the client knows to be confirmed.
     pub confirmed_seq: u64,
+    /// Where a snapshot was cut whose rows the client still has staged: the server may go on behind them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotMark>,
+}
+
+/// How far a snapshot has come. Both texts are the server's own; clients keep them with the staged rows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotMark {
+    /// As `snapshot_begin` gave it.
+    pub token: String,
+    /// As the last `snapshot_rows` gave it.
+    pub mark: String,
 }
 
 /// One local transaction on its way to Postgres.
@@ -112,13 +125,22 @@ pub enum ServerFrame {
     SnapshotBegin {
         /// The scopes, each to be replaced whole.
         scopes: Vec<Scope>,
-        /// How many rows follow, for the client to show how far it is; those in several scopes count for each.
+        /// How many rows it has, for the client to show how far it is; those in several scopes count for each.
         rows: u64,
+        /// With the marks of its rows: by what it can go on after a cut.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        token: Option<String>,
+        /// It goes on behind the mark that the client named: what is staged stays. Else that is forgotten.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        resumed: bool,
     },
     /// Rows of a snapshot.
     SnapshotRows {
         /// Upserts only.
         changes: Vec<TableChanges>,
+        /// How far the snapshot has come with these.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mark: Option<String>,
     },
     /// Here, among what is staged, the scopes' rows are replaced by the snapshot's.
     SnapshotApply {},

@@ -141,7 +141,7 @@ async fn snapshot(url: &str, token: &str) -> Result<()> {
         ensure!(start.elapsed() < PATIENCE, "only {heard:?} were heard of");
         let text = raw.next_text().await?.context("the edge closed")?;
         match serde_json::from_str(&text)? {
-            ServerFrame::SnapshotRows { changes } => staged.extend(tasks(&changes)?),
+            ServerFrame::SnapshotRows { changes, .. } => staged.extend(tasks(&changes)?),
             ServerFrame::SnapshotApply {} => {
                 applied = true;
                 rows = std::mem::take(&mut staged);
@@ -212,7 +212,7 @@ async fn rows_of(url: String, token: String) -> Result<usize> {
     loop {
         match serde_json::from_str(&raw.next_text().await?.context("the edge closed")?)? {
             ServerFrame::SnapshotBegin { rows, .. } => told = rows,
-            ServerFrame::SnapshotRows { changes } => {
+            ServerFrame::SnapshotRows { changes, .. } => {
                 rows += changes.iter().map(|change| change.rows.len()).sum::<usize>()
             }
             ServerFrame::SnapshotEnd { .. } => break,
@@ -258,6 +258,129 @@ async fn clients_that_start_together_share_what_is_read() -> Result<()> {
         let rows = start("bob", 4).join_all().await.into_iter().collect::<Result<Vec<_>>>()?;
         ensure!(rows == [20 * 501 + 21 + 20; 4], "{rows:?}");
         println!("{shared} reads for {CLIENTS} clients");
+        Ok(())
+    };
+    let result = result.await;
+    board.explain(result)
+}
+
+/// What a client keeps of a snapshot that is cut: its rows of tasks by id, and how far it is.
+#[derive(Default)]
+struct Kept {
+    rows: BTreeMap<String, String>,
+    token: Option<String>,
+    mark: Option<String>,
+}
+
+impl Kept {
+    fn take(&mut self, changes: &[TableChanges]) -> Result<()> {
+        for change in changes.iter().filter(|change| change.table == "tasks") {
+            for row in &change.rows {
+                let id = row[0].clone().context("an id")?;
+                match (change.op, row.get(2)) {
+                    (TableOp::Delete, _) => drop(self.rows.remove(&id)),
+                    (_, Some(Some(title))) => drop(self.rows.insert(id, title.clone())),
+                    _ => bail!("{row:?}"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects, and takes the next `frames` frames of rows. True: the snapshot is complete. Gives how many rows came.
+    async fn go_on(&mut self, board: &Board, client_id: Uuid, user: &str, frames: usize) -> Result<(bool, usize)> {
+        let mut raw = Raw::connect(&board.stack.edge_url()).await?;
+        let mut frame = hello(client_id, &board.stack.token(user));
+        if let (Some(token), Some(mark)) = (&self.token, &self.mark) {
+            frame["snapshot"] = serde_json::json!({"token": token, "mark": mark});
+        }
+        raw.frame(frame).await?;
+        let (mut found, mut rows, mut after) = (0, 0, Vec::new());
+        loop {
+            match serde_json::from_str(&raw.next_text().await?.context("the edge closed")?)? {
+                ServerFrame::SnapshotBegin { token, resumed, .. } => {
+                    ensure!(resumed == self.mark.is_some(), "resumed: {resumed}");
+                    self.token = token;
+                }
+                ServerFrame::SnapshotRows { changes, mark } => {
+                    rows += changes.iter().map(|change| change.rows.len()).sum::<usize>();
+                    self.take(&changes)?;
+                    self.mark = mark;
+                    found += 1;
+                    if found == frames {
+                        return Ok((false, rows));
+                    }
+                }
+                ServerFrame::Rows(message) => after.extend(message.changes),
+                ServerFrame::SnapshotEnd { .. } => {
+                    self.take(&after)?;
+                    return Ok((true, rows));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A snapshot that is cut goes on behind the last row that came, whatever has been written meanwhile, and ends with what Postgres
+/// then has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_snapshot_goes_on_where_it_was() -> Result<()> {
+    const TASKS: usize = 20_000;
+    let board = Board::start().await?;
+    let result = async {
+        let mut postgres = board.postgres().await?;
+        for sql in [
+            "INSERT INTO projects (id, name) SELECT gen_random_uuid(), 'p' || n FROM generate_series(1, 20) AS n",
+            "INSERT INTO members SELECT id, user_id, 'member' FROM projects, (VALUES ('alice'), ('bob')) AS u (user_id) \
+             WHERE user_id = 'bob' OR name IN ('p1', 'p2')",
+            "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), id, repeat('t', 50) \
+             FROM projects, generate_series(1, 10000) WHERE name IN ('p1', 'p2')",
+        ] {
+            sqlx::query(sql).execute(&mut postgres).await?;
+        }
+        // Alice's is shared, a scope after the other; Bob's is his own.
+        for user in ["alice", "bob"] {
+            let (client_id, mut kept, mut came, mut cuts) = (Uuid::now_v7(), Kept::default(), 0, 0);
+            loop {
+                let (whole, rows) = kept.go_on(&board, client_id, user, 7).await?;
+                came += rows;
+                if whole {
+                    break;
+                }
+                cuts += 1;
+                // On both sides of the mark: changed, gone, new, moved to the other project, changed twice.
+                for sql in [
+                    "UPDATE tasks SET title = 'x' || title WHERE random() < 0.02",
+                    "DELETE FROM tasks WHERE random() < 0.01",
+                    "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), id, 'new' FROM projects, \
+                     generate_series(1, 100) WHERE name IN ('p1', 'p2')",
+                    "UPDATE tasks SET project_id = (SELECT id FROM projects p WHERE name IN ('p1', 'p2') AND p.id <> tasks.project_id) \
+                     WHERE random() < 0.01",
+                    "UPDATE tasks SET id = gen_random_uuid() WHERE random() < 0.005",
+                    "UPDATE tasks SET title = 'y' || title WHERE random() < 0.02",
+                ] {
+                    sqlx::query(sql).execute(&mut postgres).await?;
+                }
+            }
+            let sql = "SELECT id::text, title FROM tasks";
+            let there: BTreeMap<String, String> =
+                sqlx::query_as::<_, (String, String)>(sql).fetch_all(&mut postgres).await?.into_iter().collect();
+            let differ = there.iter().filter(|(id, title)| kept.rows.get(*id) != Some(title)).count();
+            ensure!(differ == 0 && kept.rows.len() == there.len(), "{user}: {differ} of {} differ", there.len());
+            ensure!(cuts >= 3 && came < TASKS * 5 / 4, "{user}: {came} rows came in {cuts} cuts");
+            println!("{user}: {came} rows in {} sessions, for {} tasks", cuts + 1, there.len());
+        }
+        // What no snapshot is of (any more) begins anew.
+        let mut kept = Kept::default();
+        ensure!(!kept.go_on(&board, Uuid::now_v7(), "alice", 2).await?.0);
+        sqlx::query(
+            "DELETE FROM members WHERE user_id = 'alice' AND project_id = (SELECT id FROM projects WHERE name = 'p1')",
+        )
+        .execute(&mut postgres)
+        .await?;
+        let resumed = kept.go_on(&board, Uuid::now_v7(), "alice", 2).await;
+        ensure!(resumed.as_ref().is_err_and(|error| error.to_string().contains("resumed: false")), "{resumed:?}");
         Ok(())
     };
     let result = result.await;

@@ -36,6 +36,7 @@ impl Socket {
             position: None,
             scopes: Vec::new(),
             confirmed_seq: 0,
+            snapshot: None,
         });
         socket.send(serde_json::to_string(&hello).unwrap_or_default()).await?;
         Ok(socket)

@@ -5,7 +5,7 @@
 //! one [`Batch`], for one local transaction: that is what makes catching up fast. Of a transaction that is too large to be kept
 //! in memory until its end, the store keeps the rows aside.
 
-use millstream_schemas::frame::{Confirmed, Resume, Rows, ServerFrame};
+use millstream_schemas::frame::{Confirmed, Resume, Rows, ServerFrame, SnapshotMark};
 use millstream_schemas::{Lsn, Position, Scope, TableChanges};
 
 use crate::status::Download;
@@ -17,6 +17,8 @@ pub enum Work {
     ClearStage,
     /// Put rows of a snapshot into the staging area.
     Stage(Vec<TableChanges>),
+    /// After a cut the snapshot may go on behind what is staged by now.
+    Mark(SnapshotMark),
     /// Forget what was kept aside by earlier sessions.
     ClearSpill,
     /// Keep rows aside, behind what there is under this number.
@@ -115,6 +117,10 @@ pub struct Replica {
     spills: u64,
     /// Scopes of the snapshot under way.
     snapshot: Option<Vec<Scope>>,
+    /// By what it can go on after a cut.
+    token: Option<String>,
+    /// Rows of a cut snapshot in the staging area.
+    cut: u64,
     /// How far it is.
     download: Download,
     /// Its place among what is staged has come.
@@ -135,12 +141,20 @@ impl Replica {
             open: None,
             spills: 0,
             snapshot: None,
+            token: None,
+            cut: 0,
             download: Download::default(),
             applied: false,
             full: resume == Resume::Snapshot,
             work: Vec::new(),
             work_bytes: 0,
         }
+    }
+
+    /// The staging area holds so many rows of a snapshot that was cut.
+    #[must_use]
+    pub fn behind_cut(self, rows: u64) -> Self {
+        Replica { cut: rows, ..self }
     }
 
     /// Keeps less than [`SPILL_BYTES`] in memory, for tests.
@@ -192,24 +206,30 @@ impl Replica {
                     self.commit(position);
                 }
             }
-            ServerFrame::SnapshotBegin { scopes, rows } => {
-                self.download = Download { rows: 0, total: rows };
+            ServerFrame::SnapshotBegin { scopes, rows, token, resumed } => {
+                self.download = Download { rows: if resumed { self.cut } else { 0 }, total: rows };
+                self.token = token;
                 if self.snapshot.replace(scopes).is_some() {
                     return Err(ProtocolError("snapshot_begin within a snapshot"));
                 }
                 self.applied = false;
-                self.work.push(Work::ClearStage);
+                if !resumed {
+                    self.work.push(Work::ClearStage);
+                }
             }
-            ServerFrame::SnapshotRows { changes } => {
+            ServerFrame::SnapshotRows { changes, mark } => {
                 if self.snapshot.is_none() {
                     return Err(ProtocolError("snapshot_rows outside a snapshot"));
                 }
                 self.work_bytes += bytes;
                 self.download.rows += changes.iter().map(|change| change.rows.len() as u64).sum::<u64>();
+                self.work.pop_if(|work| matches!(work, Work::Mark(_)));
                 match self.work.last_mut() {
                     Some(Work::Stage(earlier)) => earlier.extend(changes),
                     _ => self.work.push(Work::Stage(changes)),
                 }
+                let mark = self.token.clone().zip(mark).map(|(token, mark)| SnapshotMark { token, mark });
+                self.work.extend(mark.map(Work::Mark));
             }
             ServerFrame::SnapshotApply {} => {
                 let scopes = self.snapshot.clone().ok_or(ProtocolError("snapshot_apply outside a snapshot"))?;

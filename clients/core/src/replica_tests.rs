@@ -54,6 +54,7 @@ fn check_with(mut replica: Replica, frames: Vec<ServerFrame>, expected: &[&str])
         .map(|work| match work {
             Work::ClearStage => "clear".into(),
             Work::Stage(changes) => format!("stage {}", names(changes)),
+            Work::Mark(mark) => format!("mark {} {}", mark.token, mark.mark),
             Work::ClearSpill => "clear spill".into(),
             Work::Spill(part, changes) => format!("spill {part} {}", names(changes)),
             Work::Unspill(part) => format!("unspill {part}"),
@@ -126,7 +127,7 @@ fn a_large_transaction_is_kept_aside() {
     // On both sides of a snapshot.
     let mut frames = parts(&all[..3], false);
     frames.extend([
-        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
+        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3, token: None, resumed: false },
         ServerFrame::SnapshotApply {},
         rows(5, 3, false, "d"),
         rows(5, 4, false, "e"),
@@ -155,10 +156,10 @@ fn ready_transactions_merge() {
 #[test]
 fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
     let frames = vec![
-        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
-        ServerFrame::SnapshotRows { changes: changes(&["s"]) },
+        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3, token: None, resumed: false },
+        ServerFrame::SnapshotRows { changes: changes(&["s"]), mark: None },
         rows(5, 0, true, "a"),
-        ServerFrame::SnapshotRows { changes: changes(&["t"]) },
+        ServerFrame::SnapshotRows { changes: changes(&["t"]), mark: None },
         confirmed(2),
         ServerFrame::SnapshotApply {},
         rows(6, 0, true, "b"),
@@ -173,8 +174,8 @@ fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
 fn a_second_snapshot_waits_for_the_first() {
     let snapshot = |name: &str, seq| {
         vec![
-            ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
-            ServerFrame::SnapshotRows { changes: changes(&[name]) },
+            ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3, token: None, resumed: false },
+            ServerFrame::SnapshotRows { changes: changes(&[name]), mark: None },
             ServerFrame::SnapshotApply {},
             ServerFrame::SnapshotEnd { position: position(seq) },
         ]
@@ -188,7 +189,7 @@ fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
     let mut replica = Replica::new(Resume::CatchUp);
     let accepted = ServerFrame::Accepted { seq: 1 };
     assert_eq!(replica.handle(accepted.clone(), 1).unwrap(), Some(accepted));
-    assert!(replica.handle(ServerFrame::SnapshotRows { changes: vec![] }, 1).is_err());
+    assert!(replica.handle(ServerFrame::SnapshotRows { changes: vec![], mark: None }, 1).is_err());
     assert!(replica.handle(ServerFrame::SnapshotEnd { position: position(1) }, 1).is_err());
 }
 
@@ -196,7 +197,7 @@ fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
 fn a_transaction_that_ends_in_another_scope_is_whole_at_the_end_of_the_bracket() {
     let end = ServerFrame::SnapshotEnd { position: position(9) };
     let frames = vec![
-        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 },
+        ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3, token: None, resumed: false },
         ServerFrame::SnapshotApply {},
         rows(5, 0, false, "a"),
         end,
@@ -208,9 +209,11 @@ fn a_transaction_that_ends_in_another_scope_is_whole_at_the_end_of_the_bracket()
 fn a_snapshot_says_how_far_it_is() {
     let mut replica = Replica::new(Resume::Snapshot);
     assert_eq!(replica.download(), None);
-    replica.handle(ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3 }, 10).unwrap();
+    replica
+        .handle(ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3, token: None, resumed: false }, 10)
+        .unwrap();
     let part = TableChanges { rows: vec![vec![], vec![]], ..changes(&["s"]).remove(0) };
-    replica.handle(ServerFrame::SnapshotRows { changes: vec![part] }, 10).unwrap();
+    replica.handle(ServerFrame::SnapshotRows { changes: vec![part], mark: None }, 10).unwrap();
     assert_eq!(replica.download(), Some(Download { rows: 2, total: 3 }));
     replica.handle(ServerFrame::SnapshotApply {}, 10).unwrap();
     replica.handle(ServerFrame::SnapshotEnd { position: position(1) }, 10).unwrap();

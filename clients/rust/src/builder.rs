@@ -240,6 +240,7 @@ impl Builder {
             link: Link::default(),
             gap: false,
             welcomed: None,
+            cut: 0,
         };
         let tasks: Vec<JoinHandle<()>> = vec![
             tokio::spawn(supervise("changes", changes_worker)),

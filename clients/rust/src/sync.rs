@@ -63,6 +63,8 @@ pub(crate) struct SyncWorker {
     pub gap: bool,
     /// When the edge welcomed us, in this session.
     pub welcomed: Option<Instant>,
+    /// Rows that a cut snapshot has staged.
+    pub cut: u64,
 }
 
 /// Why a session ended.
@@ -257,6 +259,7 @@ impl SyncWorker {
     /// `hello` and `welcome`.
     async fn welcome(&mut self, socket: &mut Socket, token: String) -> Result<Welcome, End> {
         let info = self.ask(WriterCommand::Info).await?;
+        self.cut = info.snapshot.as_ref().map_or(0, |(_, staged)| *staged);
         let hello = ClientFrame::Hello(Hello {
             protocol: PROTOCOL_VERSION,
             client_id: info.client_id,
@@ -265,6 +268,7 @@ impl SyncWorker {
             position: info.position.filter(|_| !info.resync),
             scopes: if info.position.is_some() && !info.resync { info.scopes } else { Vec::new() },
             confirmed_seq: info.confirmed_seq,
+            snapshot: info.snapshot.as_ref().map(|(mark, _)| mark.clone()),
         });
         let text = serde_json::to_string(&hello).map_err(End::socket)?;
         let exchange = async {
@@ -318,7 +322,7 @@ impl SyncWorker {
         }
         let mut links = interval(LINK_INTERVAL);
         links.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut replica = Replica::new(welcome.resume);
+        let mut replica = Replica::new(welcome.resume).behind_cut(self.cut);
         let mut performing: Option<Performing> = None;
         // The edge may want to hear from us sooner than we would ping.
         let every =

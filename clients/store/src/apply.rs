@@ -64,6 +64,7 @@ impl Store {
             match work {
                 Work::ClearStage => self.clear_stage()?,
                 Work::Stage(changes) => self.stage(changes)?,
+                Work::Mark(mark) => self.set_meta_json("snapshot", mark)?,
                 Work::ClearSpill => self.clear_spill(None)?,
                 Work::Spill(part, changes) => self.spill(*part, changes)?,
                 Work::Unspill(part) => self.clear_spill(Some(*part))?,

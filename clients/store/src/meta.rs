@@ -1,5 +1,6 @@
 //! What the store knows of itself: identity, position, scopes.
 
+use millstream_schemas::frame::SnapshotMark;
 use millstream_schemas::{Position, Scope};
 use rusqlite::types::Value;
 use rusqlite::{OptionalExtension, ToSql, params};
@@ -20,6 +21,8 @@ pub struct Info {
     pub position: Option<Position>,
     /// The position is of no use to the server any more: a snapshot is needed. The rows stay until it comes.
     pub resync: bool,
+    /// How far a snapshot is that was cut, and how many rows of it are staged.
+    pub snapshot: Option<(SnapshotMark, u64)>,
     /// Scopes whose rows the store holds.
     pub scopes: Vec<Scope>,
     /// Highest settled `client_seq`.
@@ -91,6 +94,7 @@ impl Store {
             schema: self.schema.as_ref().map(|schema| schema.version.clone()),
             position: self.meta_json("position")?,
             resync: self.meta("resync")?.is_some_and(|flag| flag != Value::Null),
+            snapshot: self.cut_snapshot()?,
             scopes: self.scopes()?,
             confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?,
             last_seq: self.last_seq().during("reading the last number")?,
@@ -98,6 +102,13 @@ impl Store {
             held: held as u64,
             oldest_pending: oldest.map(|at| at as u64),
         })
+    }
+
+    fn cut_snapshot(&self) -> Result<Option<(SnapshotMark, u64)>, StoreError> {
+        let Some(mark) = self.meta_json("snapshot")? else { return Ok(None) };
+        let staged =
+            self.connection.query_row("SELECT count(*) FROM millstream_snapshot", [], |row| row.get::<_, i64>(0));
+        Ok(Some((mark, staged.during("counting staged rows")? as u64)))
     }
 
     /// Gives the position up: the next session brings a snapshot of everything. Rows and queue stay.

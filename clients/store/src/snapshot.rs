@@ -20,8 +20,12 @@ const STAGE_PAGE: usize = 1_000;
 
 impl Store {
     pub(crate) fn clear_stage(&mut self) -> Result<(), StoreError> {
-        self.connection.execute("DELETE FROM millstream_snapshot", []).during("clearing the staging area")?;
-        Ok(())
+        self.transact(|store| store.forget_staged())
+    }
+
+    fn forget_staged(&self) -> Result<(), StoreError> {
+        self.run("DELETE FROM millstream_snapshot", "clearing the staging area")?;
+        self.run("DELETE FROM millstream_meta WHERE key = 'snapshot'", "forgetting how far a snapshot was")
     }
 
     pub(crate) fn stage(&mut self, changes: &[TableChanges]) -> Result<(), StoreError> {
@@ -97,7 +101,7 @@ impl Applier<'_> {
             self.store.set_meta("resync", None::<i64>)?;
         }
         self.store.run("UPDATE millstream_scopes SET replaced = 0 WHERE replaced = 1", "keeping scopes")?;
-        self.store.run("DELETE FROM millstream_snapshot", "clearing the staging area")
+        self.store.forget_staged()
     }
 
     /// The rows of the scope leave, unless another held scope has them.

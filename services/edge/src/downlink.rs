@@ -44,6 +44,8 @@ pub enum Next {
 #[derive(Debug)]
 struct Bracket {
     fence: Arc<Fence>,
+    /// Everything before it has to be fed before the bracket ends.
+    until: Lsn,
     /// Frames of transactions that the snapshot does not see though they committed before its fence: they come after it.
     after: Vec<Utf8Bytes>,
 }
@@ -175,7 +177,7 @@ impl Downlink {
         if message.epoch() != self.position.epoch {
             return Next::EpochChanged;
         }
-        if self.open.is_none() && self.bracket.as_ref().is_some_and(|bracket| message.lsn() >= bracket.fence.lsn) {
+        if self.open.is_none() && self.bracket.as_ref().is_some_and(|bracket| message.lsn() >= bracket.until) {
             // Commit order: everything before the fence has been fed.
             self.close_bracket(out);
         }
@@ -353,8 +355,21 @@ impl Downlink {
                 && !fence.sees(message.xid, message.lsn())
         };
         let after = look_back.iter().filter(unseen).map(|message| message.frame()).collect();
-        self.bracket = Some(Bracket { fence: fence.clone(), after });
+        self.bracket = Some(Bracket { fence: fence.clone(), until: fence.lsn, after });
         self.staged = true;
+    }
+
+    /// A snapshot that was cut has been sent to its last row, which begins where the session stands: before the cut as of
+    /// `fence`, the rest as of `until`.
+    pub fn resumed(&mut self, scopes: impl IntoIterator<Item = Scope>, fence: &Arc<Fence>, until: Lsn) {
+        self.scopes.extend(scopes.into_iter().map(|scope| (scope, Some(fence.clone()))));
+        self.bracket = Some(Bracket { fence: fence.clone(), until, after: Vec::new() });
+        self.staged = true;
+    }
+
+    /// Position of the last message fed.
+    pub fn position(&self) -> Position {
+        self.position
     }
 
     /// Whether a snapshot has been sent that does not apply yet.
@@ -383,7 +398,7 @@ impl Downlink {
             self.confirm_ledger(out);
         }
         match &self.bracket {
-            Some(bracket) if self.passed(bracket.fence.lsn) => self.close_bracket(out),
+            Some(bracket) if self.passed(bracket.until) => self.close_bracket(out),
             None if self.staged => {
                 self.staged = false;
                 out.push(Out::Own(ServerFrame::Commit { position: self.position }));

@@ -49,6 +49,12 @@ impl Fence {
         Ok(Fence { xmin, xmax, in_progress, lsn })
     }
 
+    /// As [`Fence::parse`] takes it.
+    pub fn visible(&self) -> String {
+        let in_progress: Vec<String> = self.in_progress.iter().map(u64::to_string).collect();
+        format!("{}:{}:{}", self.xmin, self.xmax, in_progress.join(","))
+    }
+
     /// Whether the snapshot sees the transaction of a message: 32 bits of its id, and its commit LSN.
     pub fn sees(&self, xid: u32, commit: Lsn) -> bool {
         if commit >= self.lsn {

@@ -6,7 +6,7 @@
 //! - `catalogs`: the synced tables, read anew when they have changed
 //! - `catchup`: older messages of single scopes
 //! - `snapshot`, `fence`: what is read from Postgres, and how it joins the stream exactly
-//! - `shared`: snapshots of clients that start together
+//! - `shared`: snapshots of clients that start together; `resume`: those that were cut
 //! - `watermark`: how far replication has published, on a quiet database
 //! - `lane`: submissions to the broker, in order
 //! - `token`: who the user is
@@ -21,6 +21,7 @@ mod grants;
 mod hub;
 mod lane;
 mod message;
+mod resume;
 mod session;
 mod shared;
 mod snapshot;

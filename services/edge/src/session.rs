@@ -14,7 +14,7 @@ use millstream_schemas::frame::{
     ClientFrame, ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
 };
 use millstream_schemas::stream::{Submission, TransactionResult};
-use millstream_schemas::{Code, Lsn, Scope};
+use millstream_schemas::{Code, Lsn, Position, Scope};
 use tokio::sync::{SemaphorePermit, mpsc};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use uuid::Uuid;
@@ -26,6 +26,7 @@ use crate::downlink::{Downlink, Next, Out};
 use crate::fence::Fence;
 use crate::hub::{FellBehind, Membership};
 use crate::lane::Item;
+use crate::resume::{Mark, Token};
 use crate::shared::{Apart, Part};
 use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, begin_frame};
 use crate::tail::Chain;
@@ -85,6 +86,21 @@ impl End {
     }
 }
 
+/// Sends rows that are read for others too.
+async fn send_shared(wire: &mut Wire, parts: &[Arc<Part>]) -> Result<(), End> {
+    for part in parts {
+        let mut index = 0;
+        loop {
+            let frame = wire.alive(part.frame(index)).await?;
+            let frame = frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
+            let Some(frame) = frame else { break };
+            wire.send(&[Out::Shared(frame)]).await?;
+            index += 1;
+        }
+    }
+    Ok(())
+}
+
 /// How many rows parts have together.
 async fn count(parts: &[Arc<Part>]) -> Result<u64, Apart> {
     let mut rows = 0;
@@ -140,6 +156,14 @@ enum Source {
     Own(Snapshot),
     /// What is read for several sessions, and how many rows that is.
     Shared(Vec<Arc<Part>>, u64),
+}
+
+/// A snapshot that was cut, and can go on.
+struct Cut {
+    token: Token,
+    mark: Mark,
+    /// The moment at which it began.
+    fence: Arc<Fence>,
 }
 
 /// A session that has been welcomed.
@@ -270,12 +294,62 @@ impl Session {
         }
         if !new.is_empty() {
             self.flush(wire).await?;
+            let apart = matches!(source, Source::Shared(..));
+            // Only where it is all that the client has: what it held before is not as of this moment.
+            let from = self.behind_unseen(&fence, &back).filter(|_| held == 0);
+            let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
             match source {
-                Source::Own(snapshot) => self.send_own(wire, snapshot, &new).await?,
-                Source::Shared(parts, rows) => self.send_shared(wire, &parts, rows, &new).await?,
+                Source::Own(mut snapshot) => {
+                    let rows = wire.alive(snapshot.count(&self.known.catalog, &new)).await?;
+                    let rows = rows.map_err(|error| End::unavailable(&error))?;
+                    wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
+                    self.send_own(wire, snapshot, &new, false, None).await?;
+                }
+                Source::Shared(parts, rows) => {
+                    wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
+                    send_shared(wire, &parts).await?;
+                }
             }
             self.downlink.joined(new, &fence, &back);
         }
+        self.membership.set_scopes(self.downlink.scopes());
+        Ok(())
+    }
+
+    /// Where the stream has everything behind it that a moment does not see; none if that is not known any more.
+    fn behind_unseen(&self, fence: &Fence, back: &[Arc<crate::message::Message>]) -> Option<Position> {
+        let Some(first) = back.iter().find(|message| !fence.sees(message.xid, message.lsn())) else {
+            return Some(self.downlink.position());
+        };
+        let before = self.edge.hub.at(first.position.seq.checked_sub(1)?)?;
+        before.last.then_some(before.position)
+    }
+
+    /// Goes on with a snapshot that was cut: rows behind the mark as of now, and the stream from where it began.
+    async fn resume(&mut self, wire: &mut Wire, scopes: Vec<Scope>, cut: Cut, snapshot: Snapshot) -> Result<(), End> {
+        let edge = self.edge.clone();
+        let mut snapshot = snapshot;
+        let _turn = match edge.snapshots.try_acquire() {
+            Ok(turn) => turn,
+            Err(_) => {
+                drop(snapshot);
+                let turn = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
+                snapshot = Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error))?;
+                let now: Vec<Scope> = self.scopes_in(&mut snapshot).await?.into_iter().collect();
+                if now != scopes {
+                    return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
+                }
+                turn
+            }
+        };
+        let until = Arc::new(snapshot.fence.clone());
+        let rows = wire.alive(snapshot.count(&self.known.catalog, &scopes)).await?;
+        let rows = rows.map_err(|error| End::unavailable(&error))?;
+        self.downlink.authorized(&scopes.iter().cloned().collect(), until.clone(), &mut self.out);
+        self.flush(wire).await?;
+        wire.own(begin_frame(&scopes, rows, Some(&cut.token), true)).await?;
+        self.send_own(wire, snapshot, &scopes, cut.token.apart, Some(cut.mark)).await?;
+        self.downlink.resumed(scopes, &cut.fence, until.lsn);
         self.membership.set_scopes(self.downlink.scopes());
         Ok(())
     }
@@ -324,12 +398,17 @@ impl Session {
     }
 
     /// Sends rows as fast as the client takes them.
-    async fn send_own(&mut self, wire: &mut Wire, mut snapshot: Snapshot, scopes: &[Scope]) -> Result<(), End> {
-        let rows = wire.alive(snapshot.count(&self.known.catalog, scopes)).await?;
-        wire.own(begin_frame(scopes, rows.map_err(|error| End::unavailable(&error))?)).await?;
+    async fn send_own(
+        &self,
+        wire: &mut Wire,
+        snapshot: Snapshot,
+        scopes: &[Scope],
+        apart: bool,
+        behind: Option<Mark>,
+    ) -> Result<(), End> {
         let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
         let (known, wanted) = (self.known.clone(), scopes.to_vec());
-        let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, &sender).await });
+        let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, apart, behind, &sender).await });
         while let Some(frame) = wire.alive(frames.recv()).await? {
             wire.send(&[Out::Shared(frame.into())]).await?;
         }
@@ -338,29 +417,6 @@ impl Session {
             Ok(Err(error)) => Err(End::unavailable(&error)),
             Err(error) => Err(End::unavailable(&error)),
         }
-    }
-
-    /// Sends rows that are read for others too.
-    async fn send_shared(
-        &mut self,
-        wire: &mut Wire,
-        parts: &[Arc<Part>],
-        rows: u64,
-        scopes: &[Scope],
-    ) -> Result<(), End> {
-        wire.own(begin_frame(scopes, rows)).await?;
-        for part in parts {
-            let mut index = 0;
-            loop {
-                let frame = wire.alive(part.frame(index)).await?;
-                let frame =
-                    frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
-                let Some(frame) = frame else { break };
-                wire.send(&[Out::Shared(frame)]).await?;
-                index += 1;
-            }
-        }
-        Ok(())
     }
 
     async fn flush(&mut self, wire: &mut Wire) -> Result<(), End> {

@@ -179,7 +179,7 @@ impl Shared {
                 true
             };
             let reading = async move {
-                match snapshot.rows(&known.catalog, &scopes, &sender).await {
+                match snapshot.rows(&known.catalog, &scopes, true, None, &sender).await {
                     // Nobody keeps the rows: there is no room.
                     Err(SnapshotError::Gone) => Ok(()),
                     read => read,

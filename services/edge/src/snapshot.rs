@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::fence::{Fence, InvalidFence};
+use crate::resume::{Mark, Token};
 use crate::shared::Adopted;
 
 /// A frame of snapshot rows is sent when it has grown to this many bytes.
@@ -56,6 +57,8 @@ fn query(doing: &'static str) -> impl FnOnce(sqlx::Error) -> SnapshotError {
 /// A read-only transaction at one instant.
 pub struct Snapshot {
     transaction: Transaction<'static, Postgres>,
+    /// Where it came from.
+    pool: PgPool,
     /// What it sees.
     pub fence: Fence,
     /// The moment that it shares with others.
@@ -128,7 +131,7 @@ impl Snapshot {
             .await
             .map_err(query("read the snapshot's visibility"))?;
         let fence = Fence::parse(row.get(0), row.get(1))?;
-        Ok(Snapshot { transaction, fence, adopted: None })
+        Ok(Snapshot { transaction, pool: pool.clone(), fence, adopted: None })
     }
 
     /// Begins a transaction of a moment that others share.
@@ -140,7 +143,7 @@ impl Snapshot {
         // Postgres gave the name, and takes no parameter here.
         let sql = AssertSqlSafe(format!("SET TRANSACTION SNAPSHOT '{}'", adopted.exporter().id));
         transaction.execute(sqlx::raw_sql(sql)).await.map_err(query("adopt a snapshot"))?;
-        Ok(Snapshot { transaction, fence: adopted.moment.fence.clone(), adopted: Some(adopted) })
+        Ok(Snapshot { transaction, pool: pool.clone(), fence: adopted.moment.fence.clone(), adopted: Some(adopted) })
     }
 
     /// The scopes that a user may read. The only place that decides it. Ids are compared as texts: so does the stream.
@@ -304,7 +307,8 @@ impl Snapshot {
         Ok(rows.cast_unsigned())
     }
 
-    /// Sends the rows of these scopes as frames, and ends the transaction.
+    /// Sends the rows of these scopes as frames, in the order of their keys, and ends the transaction; `apart`: of one scope
+    /// after the other. Where `behind` names a row of them, only what comes after it.
     ///
     /// # Errors
     /// Postgres failed, or the receiver is gone.
@@ -312,13 +316,32 @@ impl Snapshot {
         mut self,
         catalog: &Catalog,
         scopes: &[Scope],
+        apart: bool,
+        behind: Option<Mark>,
         frames: &mpsc::Sender<String>,
     ) -> Result<(), SnapshotError> {
-        let ids = by_kind(scopes);
-        for table in &catalog.tables {
-            for ScopeColumn { kind, column } in table.row_scope_columns() {
+        let at_once = if apart { 1 } else { scopes.len().max(1) };
+        let mut behind = behind;
+        for some in scopes.chunks(at_once) {
+            let name = some.first().filter(|_| apart).map(Scope::to_string);
+            if behind.as_ref().is_some_and(|mark| mark.scope != name) {
+                continue;
+            }
+            let behind = behind.take();
+            let ids = by_kind(some);
+            let mut passes = Vec::new();
+            for table in &catalog.tables {
+                passes.extend(table.row_scope_columns().map(|of| (table, of)));
+            }
+            for (pass, (table, ScopeColumn { kind, column })) in passes.into_iter().enumerate() {
                 let Some(ids) = ids.get(kind) else { continue };
-                self.table(table, column, ids, frames).await?;
+                let key = match &behind {
+                    Some(mark) if mark.pass > pass => continue,
+                    Some(mark) if mark.pass == pass => Some(mark.key.as_slice()),
+                    _ => None,
+                };
+                let mark = Mark { scope: name.clone(), pass, key: Vec::new() };
+                self.table(table, column, ids, key, mark, frames).await?;
             }
         }
         self.transaction.commit().await.map_err(query("end a snapshot"))
@@ -329,32 +352,51 @@ impl Snapshot {
         table: &Table,
         column: Option<usize>,
         ids: &[&str],
+        behind: Option<&[String]>,
+        mark: Mark,
         frames: &mpsc::Sender<String>,
     ) -> Result<(), SnapshotError> {
-        // COPY takes no parameters: the ids are bound to a setting of this transaction, which the statement reads.
-        sqlx::query("SELECT set_config('millstream.scope_ids', $1::text[]::text, true)")
-            .bind(ids)
-            .execute(&mut *self.transaction)
-            .await
-            .map_err(query("set a snapshot's scopes"))?;
+        // COPY takes no parameters: values are bound to settings of this transaction, which the statement reads.
+        let backend: i32 = sqlx::query_scalar(
+            "SELECT pg_backend_pid() FROM (SELECT set_config('millstream.scope_ids', $1::text[]::text, true), \
+             set_config('millstream.behind', $2::text[]::text, true) OFFSET 0) AS settings",
+        )
+        .bind(ids)
+        .bind(behind.unwrap_or_default())
+        .fetch_one(&mut *self.transaction)
+        .await
+        .map_err(query("set a snapshot's scopes"))?;
         let columns: Vec<&str> = table.columns.iter().map(|column| column.sql_name.as_str()).collect();
-        let mut sql = format!("COPY (SELECT {} FROM {}", columns.join(", "), table.sql_name);
+        let key: Vec<&str> = table.key.iter().map(|index| columns[*index]).collect();
+        let key = key.join(", ");
+        let mut sql = format!("COPY (SELECT {} FROM {} WHERE true", columns.join(", "), table.sql_name);
         if let Some(column) = column.map(|index| &table.columns[index]) {
             let _ = write!(
                 sql,
-                " WHERE {} = ANY (current_setting('millstream.scope_ids')::text[]::{}[])",
+                " AND {} = ANY (current_setting('millstream.scope_ids')::text[]::{}[])",
                 column.sql_name, column.sql_type
             );
         }
-        sql.push_str(") TO STDOUT");
+        if behind.is_some_and(|values| values.len() == table.key.len()) {
+            let value = |(n, index): (usize, &usize)| {
+                format!("(current_setting('millstream.behind')::text[])[{}]::{}", n + 1, table.columns[*index].sql_type)
+            };
+            let values: Vec<String> = table.key.iter().enumerate().map(value).collect();
+            let _ = write!(sql, " AND ({key}) > ({})", values.join(", "));
+        }
+        let _ = write!(sql, " ORDER BY {key}) TO STDOUT");
         let mut lines = Lines::default();
-        let mut frame = RowsFrame::new(&table.name);
+        let mut frame = RowsFrame::new(&table.name, &table.key, mark);
         {
             let mut copy = self.transaction.copy_out_raw(&sql).await.map_err(query("copy a table's rows"))?;
             while let Some(chunk) = copy.try_next().await.map_err(query("copy a table's rows"))? {
                 lines.push(&chunk, |line| frame.row(line));
-                if frame.text.len() >= ROWS_FRAME_BYTES {
-                    frames.send(frame.take()).await.map_err(|_| SnapshotError::Gone)?;
+                if frame.text.len() >= ROWS_FRAME_BYTES && frames.send(frame.take()).await.is_err() {
+                    // The connection is of use again once the statement has ended.
+                    let cancel = sqlx::query("SELECT pg_cancel_backend($1)").bind(backend).execute(&self.pool);
+                    let drain = async { while let Ok(Some(_)) = copy.try_next().await {} };
+                    let (_cancelled, ()) = tokio::join!(cancel, drain);
+                    return Err(SnapshotError::Gone);
                 }
             }
         }
@@ -398,23 +440,30 @@ impl Lines {
 }
 
 /// A frame `snapshot_rows` of one table, written as its rows come.
-struct RowsFrame {
+struct RowsFrame<'a> {
+    /// Indexes of the key's columns.
+    key: &'a [usize],
+    mark: Mark,
     head: String,
     text: String,
     rows: usize,
-    value: Vec<u8>,
+    value: String,
+    /// The last row.
+    last: Vec<u8>,
 }
 
-impl RowsFrame {
-    fn new(table: &str) -> Self {
+impl<'a> RowsFrame<'a> {
+    fn new(table: &str, key: &'a [usize], mark: Mark) -> Self {
         let name = serde_json::Value::from(table);
         let head = format!(r#"{{"type":"snapshot_rows","changes":[{{"table":{name},"op":"upsert","rows":["#);
-        RowsFrame { text: head.clone(), head, rows: 0, value: Vec::new() }
+        RowsFrame { key, mark, text: head.clone(), head, rows: 0, value: String::new(), last: Vec::new() }
     }
 
     /// Appends a row in COPY's text format (PostgreSQL documentation, "COPY", "Text Format"). Not one that is too large for
     /// the stream.
     fn row(&mut self, line: &[u8]) {
+        self.last.clear();
+        self.last.extend_from_slice(line);
         let start = self.text.len();
         if self.rows > 0 {
             self.text.push(',');
@@ -429,26 +478,8 @@ impl RowsFrame {
                 self.text.push_str("null");
                 continue;
             }
-            self.value.clear();
-            let mut bytes = field.iter();
-            while let Some(&byte) = bytes.next() {
-                self.value.push(match byte {
-                    b'\\' => match bytes.next() {
-                        Some(b'b') => 8,
-                        Some(b'f') => 12,
-                        Some(b'n') => b'\n',
-                        Some(b'r') => b'\r',
-                        Some(b't') => b'\t',
-                        Some(b'v') => 11,
-                        Some(&other) => other,
-                        None => b'\\',
-                    },
-                    other => other,
-                });
-            }
-            // The connection's encoding is UTF-8.
-            let value = String::from_utf8_lossy(&self.value);
-            match serde_json::to_string(&value) {
+            unescape(field, &mut self.value);
+            match serde_json::to_string(&self.value) {
                 Ok(json) => self.text.push_str(&json),
                 Err(_) => self.text.push_str("null"),
             }
@@ -463,14 +494,48 @@ impl RowsFrame {
     fn take(&mut self) -> String {
         self.rows = 0;
         let mut text = std::mem::replace(&mut self.text, self.head.clone());
-        text.push_str("]}]}");
+        text.push_str("]}]");
+        let fields: Vec<&[u8]> = self.last.split(|&byte| byte == b'\t').collect();
+        self.mark.key.clear();
+        for index in self.key {
+            unescape(fields.get(*index).copied().unwrap_or_default(), &mut self.value);
+            self.mark.key.push(self.value.clone());
+        }
+        if let Ok(mark) = serde_json::to_string(&self.mark) {
+            let _ = write!(text, r#","mark":{}"#, serde_json::Value::from(mark));
+        }
+        text.push('}');
         text
     }
 }
 
-/// The frame that opens a snapshot.
-pub fn begin_frame(scopes: &[Scope], rows: u64) -> ServerFrame {
-    ServerFrame::SnapshotBegin { scopes: scopes.to_vec(), rows }
+/// A field of COPY's text format.
+fn unescape(field: &[u8], value: &mut String) {
+    let mut bytes = field.iter();
+    let mut plain = Vec::with_capacity(field.len());
+    while let Some(&byte) = bytes.next() {
+        plain.push(match byte {
+            b'\\' => match bytes.next() {
+                Some(b'b') => 8,
+                Some(b'f') => 12,
+                Some(b'n') => b'\n',
+                Some(b'r') => b'\r',
+                Some(b't') => b'\t',
+                Some(b'v') => 11,
+                Some(&other) => other,
+                None => b'\\',
+            },
+            other => other,
+        });
+    }
+    value.clear();
+    // The connection's encoding is UTF-8.
+    value.push_str(&String::from_utf8_lossy(&plain));
+}
+
+/// The frame that opens a snapshot, or one that was cut.
+pub fn begin_frame(scopes: &[Scope], rows: u64, token: Option<&Token>, resumed: bool) -> ServerFrame {
+    ServerFrame::SnapshotBegin { scopes: scopes.to_vec(), rows, token: token.and_then(Token::encode), resumed }
 }
 
 #[cfg(test)]
@@ -479,13 +544,16 @@ mod tests {
 
     #[test]
     fn copy_lines_become_rows() {
-        let mut frame = RowsFrame::new("ta\"sks");
+        let mark = Mark { scope: None, pass: 1, key: Vec::new() };
+        let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone());
         let mut lines = Lines::default();
         for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "3\t\"q\"\tt", "\n"] {
             lines.push(chunk.as_bytes(), |line| frame.row(line));
         }
         let text = frame.take();
-        let ServerFrame::SnapshotRows { changes } = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
+        let ServerFrame::SnapshotRows { changes, mark: last } = serde_json::from_str(&text).unwrap() else {
+            panic!("{text}")
+        };
         assert_eq!(changes[0].table, "ta\"sks");
         let rows: Vec<Vec<Option<&str>>> =
             changes[0].rows.iter().map(|row| row.iter().map(Option::as_deref).collect()).collect();
@@ -497,6 +565,8 @@ mod tests {
                 vec![Some("3"), Some("\"q\""), Some("t")],
             ]
         );
+        let last: Mark = serde_json::from_str(&last.unwrap()).unwrap();
+        assert_eq!(last, Mark { key: vec!["\"q\"".into(), "3".into()], ..mark });
         assert_eq!(frame.rows, 0);
     }
 }

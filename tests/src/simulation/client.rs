@@ -410,6 +410,7 @@ impl World {
             position: known,
             scopes: if known.is_some() { info.scopes } else { Vec::new() },
             confirmed_seq: info.confirmed_seq,
+            snapshot: None,
         };
         trace!(self, "client {index} connects at {:?}, confirmed {}", known.map(|p| p.seq), info.confirmed_seq);
         let session = self.connected(index, hello);

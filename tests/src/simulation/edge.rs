@@ -309,11 +309,11 @@ impl World {
         if new.is_empty() {
             return true;
         }
-        out.push(Out::Own(ServerFrame::SnapshotBegin { scopes: new.clone(), rows: 0 }));
+        out.push(Out::Own(ServerFrame::SnapshotBegin { scopes: new.clone(), rows: 0, token: None, resumed: false }));
         for (table, row) in state.read(&self.postgres.tables, &new) {
             let table = self.postgres.tables[table].name.clone();
             let changes = vec![TableChanges { table, op: TableOp::Upsert, columns: None, rows: vec![row] }];
-            out.push(Out::Own(ServerFrame::SnapshotRows { changes }));
+            out.push(Out::Own(ServerFrame::SnapshotRows { changes, mark: None }));
         }
         downlink.joined(new, &fence, &back);
         true

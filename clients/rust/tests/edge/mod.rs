@@ -245,8 +245,13 @@ impl Edge {
             None => {
                 let rows = state.tasks.values().cloned().collect();
                 let changes = vec![TableChanges { table: "tasks".into(), op: TableOp::Upsert, columns: None, rows }];
-                frames.push(ServerFrame::SnapshotBegin { scopes: vec![Scope::global()], rows: 0 });
-                frames.push(ServerFrame::SnapshotRows { changes });
+                frames.push(ServerFrame::SnapshotBegin {
+                    scopes: vec![Scope::global()],
+                    rows: 0,
+                    token: None,
+                    resumed: false,
+                });
+                frames.push(ServerFrame::SnapshotRows { changes, mark: None });
                 frames.push(ServerFrame::SnapshotApply {});
                 frames.push(ServerFrame::SnapshotEnd { position });
             }

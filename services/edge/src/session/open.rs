@@ -14,11 +14,12 @@ use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, WebSocket, Wire};
+use super::{Cut, End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, WebSocket, Wire};
 use crate::Edge;
 use crate::catalogs::Known;
 use crate::catchup;
 use crate::downlink::Downlink;
+use crate::resume;
 use crate::snapshot::{Ledger, Snapshot, SnapshotError};
 use crate::tail::Chain;
 
@@ -78,7 +79,8 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
     }
     let settled = snapshot.fence.lsn;
-    if position(&hello, &known).is_none_or(|position| position.epoch != head.epoch) {
+    let cut = hello.snapshot.as_ref().and_then(resume::decode).filter(|(token, _)| token.from.epoch == head.epoch);
+    if cut.is_none() && position(&hello, &known).is_none_or(|position| position.epoch != head.epoch) {
         // It needs rows: those that others need too.
         drop(snapshot);
         snapshot = edge.shared.begin(&known).await.map_err(unavailable)?;
@@ -98,6 +100,12 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     }
     let kept = match position(&hello, &known) {
         Some(position) if position.epoch == head.epoch && vouched(edge, position).await => Some(position),
+        _ => None,
+    };
+    let cut = match cut {
+        Some((token, mark)) if kept.is_none() && vouched(edge, token.from).await => {
+            token.fence(&known.catalog.version, &scopes).map(|fence| Cut { token, mark, fence: Arc::new(fence) })
+        }
         _ => None,
     };
     let (membership, results) = edge.hub.enter(hello.client_id);
@@ -126,9 +134,9 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         None => (Vec::new(), Vec::new()),
     };
     let grants = known.grants.clone();
-    let open = open.filter(|_| kept.is_none_or(|position| position == head));
-    let mut downlink =
-        Downlink::new(hello.client_id, &user_id, grants, kept.unwrap_or(head), open, held, fence.clone());
+    let stands = kept.or(cut.as_ref().map(|cut| cut.token.from)).unwrap_or(head);
+    let open = open.filter(|_| stands == head);
+    let mut downlink = Downlink::new(hello.client_id, &user_id, grants, stands, open, held, fence.clone());
     // Not more than a server knows that was restored to an earlier state.
     downlink.knows(hello.confirmed_seq.min(ledger.last_seq));
     let mut out = Vec::new();
@@ -136,8 +144,8 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         downlink.removed(scope, &mut out);
     }
     let expected = ledger.last_seq + 1;
-    let cut = ledger.is_cut();
-    downlink.ledger(settled, ledger.confirmed(), cut);
+    let too_many = ledger.is_cut();
+    downlink.ledger(settled, ledger.confirmed(), too_many);
     let mut session = Session {
         edge: edge.clone(),
         id,
@@ -154,7 +162,14 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         heard: Instant::now(),
         out,
     };
-    if session.is_behind() {
+    if let Some(cut) = cut {
+        session.resume(wire, scopes.into_iter().collect(), cut, snapshot).await?;
+        if session.is_behind() {
+            session.catch_up(wire).await?;
+            let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
+            session.read_ledger(&mut snapshot).await?;
+        }
+    } else if session.is_behind() {
         // That takes its time, in which it holds no connection; and what the old snapshot does not see may leave the ring.
         drop(snapshot);
         session.catch_up(wire).await?;

@@ -386,3 +386,64 @@ async fn a_cut_snapshot_goes_on_where_it_was() -> Result<()> {
     let result = result.await;
     board.explain(result)
 }
+
+/// Passes connections on to `to` and cuts each after so many bytes to the client; gives where it listens, and how many
+/// connections there were.
+async fn cutting(to: String, bytes: u64) -> Result<(String, Arc<AtomicUsize>)> {
+    use tokio::io::{AsyncReadExt as _, copy};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let (url, count) = (format!("ws://{}", listener.local_addr()?), Arc::new(AtomicUsize::new(0)));
+    let connections = count.clone();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            connections.fetch_add(1, Ordering::Relaxed);
+            let to = to.clone();
+            tokio::spawn(async move {
+                let Ok(mut edge) = tokio::net::TcpStream::connect(to).await else { return };
+                let ((from_edge, mut to_edge), (mut from_client, mut to_client)) = (edge.split(), client.split());
+                let mut some = from_edge.take(bytes);
+                // Whichever ends first ends both.
+                tokio::select! {
+                    _ = copy(&mut some, &mut to_client) => {}
+                    _ = copy(&mut from_client, &mut to_edge) => {}
+                }
+            });
+        }
+    });
+    Ok((url, count))
+}
+
+/// Through a network that breaks every connection long before a snapshot's end, it would never arrive if it began anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_arrives_through_connections_that_break() -> Result<()> {
+    const TASKS: u64 = 30_000;
+    let board = Board::start().await?;
+    let result = async {
+        let mut postgres = board.postgres().await?;
+        for sql in [
+            "INSERT INTO projects (id, name) VALUES ('00000000-0000-0000-0000-000000000001', 'p')".to_owned(),
+            "INSERT INTO members VALUES ('00000000-0000-0000-0000-000000000001', 'alice', 'owner')".to_owned(),
+            format!(
+                "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), '00000000-0000-0000-0000-000000000001', repeat('t', 100) FROM generate_series(1, {TASKS})"
+            ),
+        ] {
+            sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut postgres).await?;
+        }
+        let to = board.stack.edge_url().trim_start_matches("ws://").trim_end_matches('/').to_owned();
+        let (url, connections) = cutting(to, 2 << 20).await?;
+        let client = board.builder("a", "alice").edge(url).open().await?;
+        let mut status = client.status();
+        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.has_synced))
+            .await
+            .context("it never came")??;
+        let rows = client.query("SELECT count(*), count(DISTINCT id) FROM tasks WHERE title <> ''", ()).await?.rows;
+        ensure!(format!("{:?}", rows[0]).matches(&TASKS.to_string()).count() == 2, "{rows:?}");
+        let connections = connections.load(Ordering::Relaxed);
+        ensure!((4..=12).contains(&connections), "{connections} connections");
+        println!("{TASKS} rows in {connections} connections of 2 MiB");
+        client.close().await?;
+        Ok(())
+    };
+    let result = result.await;
+    board.explain(result)
+}

@@ -114,7 +114,8 @@ async fn count(parts: &[Arc<Part>]) -> Result<u64, Apart> {
 pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
     let (mut wire, mut stream) = Wire::new(socket);
     let end = match open::hello(&edge, &mut stream).await {
-        Ok((hello, user_id)) => match open::open(&edge, &mut wire, hello, user_id).await {
+        // What is rare is boxed: a session keeps room for the largest of its futures for as long as it lives.
+        Ok((hello, user_id)) => match Box::pin(open::open(&edge, &mut wire, hello, user_id)).await {
             Ok(mut session) => {
                 tracing::debug!(session = %session.id, client = %session.client_id, "session opened");
                 let end = session.run(&mut wire, &mut stream).await;
@@ -237,7 +238,7 @@ impl Session {
                     return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
                 }
                 Next::Reauthorize => {
-                    self.reauthorize(wire, message.xid, message.lsn()).await?;
+                    Box::pin(self.reauthorize(wire, message.xid, message.lsn())).await?;
                 }
             }
         }
@@ -434,7 +435,7 @@ impl Session {
         for _ in 0..PUMP_BATCHES {
             batch.clear();
             if self.membership.read(self.downlink.cursor(), PUMP, &mut batch) == Err(FellBehind) {
-                self.fell_behind(wire).await?;
+                Box::pin(self.fell_behind(wire)).await?;
                 continue;
             }
             for message in &batch {

@@ -493,7 +493,6 @@ mod tests {
             delete_missing_accepted: false,
             rules: Vec::new(),
             validate: None,
-            identity_full: false,
         }
     }
 

@@ -81,6 +81,11 @@ impl Scope {
         Scope { kind: kind.into(), id: id.into() }
     }
 
+    /// Whether a subject can carry an id; a row's that does not fit names no scope.
+    pub fn fits(id: &str) -> bool {
+        !id.is_empty() && id.len() <= MAX_SCOPE_ID_BYTES
+    }
+
     /// The scope of a user's own rows.
     pub fn user(user_id: impl Into<String>) -> Self {
         Scope::new(USER_KIND, user_id)

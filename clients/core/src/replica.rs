@@ -321,10 +321,8 @@ impl Replica {
         self.work_bytes += size;
     }
 
-    /// Everything staged is ready, but for the rows of a transaction that is not complete.
+    /// Everything staged is ready.
     fn commit(&mut self, position: Position) {
-        let open = self.open.map(|(lsn, _)| lsn);
-        let (mut rest, mut rest_bytes) = (Vec::new(), 0);
         let mut batch = match self.work.pop() {
             Some(Work::Apply(batch)) => batch,
             other => {
@@ -335,11 +333,6 @@ impl Replica {
         let mut transaction = None;
         for item in self.staged.drain(..) {
             match item {
-                Staged::Rows(ref rows, size) if Some(rows.lsn) == open => {
-                    rest_bytes += size;
-                    rest.push(item);
-                }
-                Staged::Spilled(ref rows, _) if Some(rows.lsn) == open => rest.push(item),
                 Staged::Rows(rows, _) => {
                     batch.begin(&rows, &mut transaction);
                     match batch.steps.last_mut() {
@@ -358,9 +351,7 @@ impl Replica {
         }
         batch.position = Some(position);
         self.work.push(Work::Apply(batch));
-        self.work_bytes += self.staged_bytes - rest_bytes;
-        self.staged_bytes = rest_bytes;
-        self.staged = rest;
+        self.work_bytes += std::mem::take(&mut self.staged_bytes);
     }
 }
 

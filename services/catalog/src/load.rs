@@ -69,8 +69,7 @@ impl Catalog {
         problems.extend(id_types(&tables));
         let kinds = config.kinds().unwrap_or_default().into_iter().map(str::to_owned).collect();
         let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
-        let by_oid = tables.iter().enumerate().map(|(index, table)| (table.oid, index)).collect();
-        let mut catalog = Catalog { version: String::new(), tables, kinds, by_name, by_oid };
+        let mut catalog = Catalog { version: String::new(), tables, kinds, by_name };
         catalog.version = version(&catalog);
         Ok((catalog, problems))
     }
@@ -161,7 +160,7 @@ async fn table(
 ) -> Result<Option<Table>, CatalogError> {
     let (schema, relation) = name.split_once('.').unwrap_or(("public", name));
     let found = sqlx::query(
-        "SELECT c.oid::int8 AS oid, c.relkind::text AS kind, c.relreplident::text AS identity,
+        "SELECT c.oid::int8 AS oid, c.relkind::text AS kind,
                 format('%I.%I', n.nspname, c.relname) AS sql_name
          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
@@ -252,7 +251,6 @@ async fn table(
             on: validate.on.clone(),
             deadline: Duration::from_millis(validate.deadline_ms),
         }),
-        identity_full: found.get::<&str, _>("identity") == "f",
     }))
 }
 

@@ -16,18 +16,12 @@ pub struct Catalog {
     /// The declared kinds of scopes, each behind those that it is reached through.
     pub(crate) kinds: Vec<String>,
     pub(crate) by_name: HashMap<String, usize>,
-    pub(crate) by_oid: HashMap<u32, usize>,
 }
 
 impl Catalog {
     /// The synced table of that name.
     pub fn table(&self, name: &str) -> Option<&Table> {
         self.by_name.get(name).map(|&index| &self.tables[index])
-    }
-
-    /// The synced table with that object id (for a partitioned table: of its root).
-    pub fn table_by_oid(&self, oid: u32) -> Option<&Table> {
-        self.by_oid.get(&oid).map(|&index| &self.tables[index])
     }
 
     /// What makes users members of scopes: each behind those of the kinds that it is reached through.
@@ -76,8 +70,6 @@ pub struct Table {
     pub rules: Vec<Rule>,
     /// Which changes external validators are asked about.
     pub validate: Option<Validate>,
-    /// Whether an update's old row is complete in the WAL (`REPLICA IDENTITY FULL`).
-    pub identity_full: bool,
 }
 
 impl Table {

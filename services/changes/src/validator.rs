@@ -256,7 +256,6 @@ pub(crate) mod tests {
             delete_missing_accepted: false,
             rules: Vec::new(),
             validate: None,
-            identity_full: false,
         }
     }
 

@@ -11,7 +11,7 @@ use futures_util::TryStreamExt;
 use millstream_catalog::{Catalog, Members, ScopeColumn, Table};
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss, MAX_ROW_BYTES};
-use millstream_schemas::subject::{MAX_SCOPE_ID_BYTES, USER_KIND};
+use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, Executor as _, PgPool, Postgres, Row, Transaction};
 use tokio::sync::mpsc;
@@ -184,8 +184,8 @@ impl Snapshot {
             let ids: Vec<String> =
                 query_ids.fetch_all(&mut *self.transaction).await.map_err(query("read memberships"))?;
             // Such an id is no scope to replication either; one bad row must not lock its user out.
-            let fits = |id: &String| !id.is_empty() && id.len() <= MAX_SCOPE_ID_BYTES;
-            scopes.extend(ids.into_iter().filter(fits).map(|id| Scope::new(membership.kind.clone(), id)));
+            scopes
+                .extend(ids.into_iter().filter(|id| Scope::fits(id)).map(|id| Scope::new(membership.kind.clone(), id)));
         }
         Ok(scopes)
     }

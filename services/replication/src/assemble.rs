@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use millstream_catalog::Table;
 use millstream_schemas::stream::{MAX_ROW_BYTES, ORIGIN_PREFIX, OriginEntry, OriginRecord};
-use millstream_schemas::subject::{MAX_SCOPE_ID_BYTES, WAL_ORIGIN};
+use millstream_schemas::subject::WAL_ORIGIN;
 use millstream_schemas::{Lsn, Scope, TableOp};
 
 use crate::chunks::{Chunk, Chunks, Group, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, write_row};
@@ -472,7 +472,7 @@ fn images<'a>(
 /// The scopes of a row. Ids that no subject can carry give no scope: nobody can ask for them either.
 fn scopes(table: &Table, image: &Image<'_>) -> Vec<Scope> {
     let mut scopes = table.row_scopes(|column| image[column].text());
-    scopes.retain(|scope| !scope.id.is_empty() && scope.id.len() <= MAX_SCOPE_ID_BYTES);
+    scopes.retain(|scope| Scope::fits(&scope.id));
     scopes
 }
 

@@ -54,7 +54,6 @@ pub fn tables() -> Vec<Table> {
             delete_missing_accepted: false,
             rules: vec![],
             validate: None,
-            identity_full: true,
         }
     };
     let by_column = ConflictPolicy::Column { clocks: 4, updated_at: None, client_id: None };

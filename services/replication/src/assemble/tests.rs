@@ -34,7 +34,6 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         delete_missing_accepted: false,
         rules: Vec::new(),
         validate: None,
-        identity_full: false,
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use millstream::keys::Role;
 use millstream::stack::Service;
-use millstream_client::Client;
+use millstream_client::{Client, State};
 use millstream_runtime::nats::{self, StreamArgs};
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
@@ -35,6 +35,7 @@ impl Scene {
         let (online, offline) = (board.client("a", "alice").await?, board.client("b", "alice").await?);
         converged(board, &offline, "alice").await?;
         offline.pause();
+        offline.status().wait_for(|status| status.state == State::Offline).await?;
         let scene = Scene { postgres, project, online, offline };
         scene.add(&scene.offline, "queued").await?;
         Ok(scene)

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millstream_client::Client;
+use millstream_client::{Client, State};
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use millstream_tests::workload::{Workload, audit_of, write};
@@ -115,6 +115,7 @@ async fn a_long_queue_drains_without_flicker() -> Result<()> {
         .confirmed()
         .await?;
         a.pause();
+        a.status().wait_for(|status| status.state == State::Offline).await?;
         let ids: Vec<Uuid> = (0..ROWS).map(|_| Uuid::now_v7()).collect();
         for n in 0..CHANGES {
             let id = ids[(n % ROWS) as usize];

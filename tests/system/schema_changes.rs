@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream_client::{Client, SqlValue};
+use millstream_client::{Client, SqlValue, State};
 use millstream_tests::board::{Board, PATIENCE};
 use sqlx::{AssertSqlSafe, PgConnection};
 
@@ -89,6 +89,7 @@ async fn run(board: &Board, file: &Path) -> Result<()> {
     // An old client: away from the beginning, with changes to columns that will have other names, or none, by then.
     let old = board.client("old", "bob").await?;
     old.pause();
+    old.status().wait_for(|status| status.state == State::Offline).await?;
     old.execute("UPDATE notes SET body = 'from afar', junk = 'gone' WHERE id = 7", ()).await?;
     old.execute("UPDATE notes SET junk = 'only junk' WHERE id = 8", ()).await?;
     old.execute("INSERT INTO notes (id, body, junk) VALUES (100, 'new from afar', 'x')", ()).await?;

@@ -201,7 +201,8 @@ impl Client {
         self.ask(WriterCommand::Schema).await
     }
 
-    /// Goes offline, until [`Client::resume`]. Writes are recorded meanwhile.
+    /// Goes offline, until [`Client::resume`]. Writes are recorded meanwhile. The status says when it is so: a write of the same
+    /// moment may still be sent.
     pub fn pause(&self) {
         self.inner.control.send_modify(|control| control.paused = true);
     }

@@ -113,7 +113,11 @@ impl Store {
 
     /// Gives the position up: the next session brings a snapshot of everything. Rows and queue stay.
     pub fn forget_position(&mut self) -> Result<(), StoreError> {
-        self.set_meta("resync", 1)
+        self.transact(|store| {
+            // Going on with a cut snapshot might end where this one did.
+            store.forget_staged()?;
+            store.set_meta("resync", 1)
+        })
     }
 
     /// The scopes whose rows the store holds.

@@ -23,7 +23,7 @@ impl Store {
         self.transact(|store| store.forget_staged())
     }
 
-    fn forget_staged(&self) -> Result<(), StoreError> {
+    pub(crate) fn forget_staged(&self) -> Result<(), StoreError> {
         self.run("DELETE FROM millstream_snapshot", "clearing the staging area")?;
         self.run("DELETE FROM millstream_meta WHERE key = 'snapshot'", "forgetting how far a snapshot was")
     }

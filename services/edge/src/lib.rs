@@ -65,6 +65,8 @@ pub mod pure {
 const POSTGRES_CONNECTIONS: u32 = 16;
 /// Snapshots at once; below the number of connections, so that sessions without one still open.
 const SNAPSHOTS: usize = 8;
+/// Scopes that are read at once for several sessions: not behind those, whose clients may be slow.
+const SHARED_READS: usize = 4;
 /// Requests of catch-ups at once: hundreds of direct gets at a time make the broker time out.
 const CATCH_UPS: usize = 16;
 /// How long sessions get to say goodbye.
@@ -127,7 +129,7 @@ pub(crate) struct Edge {
     watermarks: watermark::Watermarks,
     verifier: token::Verifier,
     /// Snapshots that are read at once.
-    snapshots: Arc<Semaphore>,
+    snapshots: Semaphore,
     shared: Arc<shared::Shared>,
     catch_ups: Semaphore,
     shutdown: Shutdown,
@@ -160,17 +162,16 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     tokio::spawn(results(nats.clone(), hub.clone(), shutdown.clone()));
     tokio::spawn(catalogs.clone().run(hub.clone(), shutdown.clone()));
 
-    let snapshots = Arc::new(Semaphore::new(SNAPSHOTS));
     let edge = Arc::new(Edge {
         catalogs,
-        shared: shared::Shared::new(pool.clone(), snapshots.clone()),
+        shared: shared::Shared::new(pool.clone(), SHARED_READS),
         pool,
         lanes: lane::Lanes::start(&nats, &shutdown),
         nats,
         hub: hub.clone(),
         watermarks,
         verifier: token::Verifier::new(&secret),
-        snapshots,
+        snapshots: Semaphore::new(SNAPSHOTS),
         catch_ups: Semaphore::new(CATCH_UPS),
         shutdown: shutdown.clone(),
     });

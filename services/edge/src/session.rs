@@ -364,14 +364,23 @@ impl Session {
         mut scopes: BTreeSet<Scope>,
     ) -> Result<Joining<'e>, End> {
         let begin = async || Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error));
-        let mut turn = None;
+        let (mut turn, start) = (None, Instant::now());
         loop {
             // Now, while what the snapshot may not see is still young enough to be in the ring.
             let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
             let fence = Arc::new(snapshot.fence.clone());
             if !edge.hub.reaches_back_to(fence.lsn) {
+                drop(snapshot);
+                if start.elapsed() > VISIBLE_WAIT {
+                    return Err(End::retry(
+                        Code::Unavailable,
+                        "the stream does not reach back to a snapshot; try again",
+                    ));
+                }
+                tokio::time::sleep(VISIBLE_PAUSE).await;
                 snapshot = begin().await?;
             } else if let Some(message) = self.downlink.outdates(&fence, &scopes, &back) {
+                drop(snapshot);
                 snapshot = self.snapshot_that_sees(message.xid, message.lsn()).await?;
             } else {
                 let new: Vec<Scope> = scopes.iter().filter(|scope| !self.downlink.holds(scope)).cloned().collect();

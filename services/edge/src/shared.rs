@@ -39,7 +39,7 @@ pub struct Shared {
     /// Scopes that are too large, each with when that was found.
     apart: Mutex<HashMap<Scope, Instant>>,
     /// Snapshots that are read at once.
-    reads: Arc<Semaphore>,
+    reads: Semaphore,
     /// Room for rows, in bytes.
     room: Arc<Semaphore>,
 }
@@ -81,8 +81,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// Shares what is read through `pool`, by at most as many readers at once as `reads` admits.
-    pub fn new(pool: PgPool, reads: Arc<Semaphore>) -> Arc<Shared> {
+    /// Shares what is read through `pool`, by at most `reads` readers at once.
+    pub fn new(pool: PgPool, reads: usize) -> Arc<Shared> {
+        let reads = Semaphore::new(reads);
         let room = Arc::new(Semaphore::new(MAX_BYTES));
         Arc::new(Shared { pool, newest: tokio::sync::Mutex::default(), apart: Mutex::default(), reads, room })
     }

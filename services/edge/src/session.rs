@@ -327,9 +327,14 @@ impl Session {
     }
 
     /// Goes on with a snapshot that was cut: rows behind the mark as of now, and the stream from where it began.
-    async fn resume(&mut self, wire: &mut Wire, scopes: Vec<Scope>, cut: Cut, snapshot: Snapshot) -> Result<(), End> {
+    async fn resume(
+        &mut self,
+        wire: &mut Wire,
+        scopes: Vec<Scope>,
+        cut: Cut,
+        mut snapshot: Snapshot,
+    ) -> Result<(), End> {
         let edge = self.edge.clone();
-        let mut snapshot = snapshot;
         let _turn = match edge.snapshots.try_acquire() {
             Ok(turn) => turn,
             Err(_) => {

@@ -163,11 +163,12 @@ impl Shared {
             let Ok(_permit) = self.reads.acquire().await else { return Ok(false) };
             let mut snapshot = Snapshot::adopt(&self.pool, adopted).await?;
             rows = snapshot.count(&known.catalog, &scopes).await?;
-            part.progress.send_modify(|progress| progress.rows = Some(rows));
             if rows > MAX_ROWS {
                 locked(&self.apart).insert(scope.clone(), Instant::now());
                 return Ok(false);
             }
+            // Not before: who has been told how many there are gets them.
+            part.progress.send_modify(|progress| progress.rows = Some(rows));
             let (sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
             let keep = async move {
                 while let Some(frame) = frames.recv().await {

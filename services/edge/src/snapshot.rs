@@ -317,11 +317,10 @@ impl Snapshot {
         catalog: &Catalog,
         scopes: &[Scope],
         apart: bool,
-        behind: Option<Mark>,
+        mut behind: Option<Mark>,
         frames: &mpsc::Sender<String>,
     ) -> Result<(), SnapshotError> {
         let at_once = if apart { 1 } else { scopes.len().max(1) };
-        let mut behind = behind;
         for some in scopes.chunks(at_once) {
             let name = some.first().filter(|_| apart).map(Scope::to_string);
             if behind.as_ref().is_some_and(|mark| mark.scope != name) {

@@ -192,6 +192,9 @@ pub struct Welcome {
     /// Their reasons come with `confirmed`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<u64>,
+    /// Those among them that lost to newer changes, in part or in whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<Loss>,
     /// The outbound stream's epoch.
     pub epoch: Uuid,
     /// Whether the client's rows are kept and brought up to date, or replaced by snapshots of every scope.

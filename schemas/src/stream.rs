@@ -146,6 +146,8 @@ pub struct OriginRecord {
 pub struct OriginEntry {
     /// The client.
     pub client_id: Uuid,
+    /// The first of its transactions that this settles: whoever was not told of the one before has missed something.
+    pub first_seq: u64,
     /// Its transactions up to and including this `client_seq` are settled.
     pub seq: u64,
     /// Instance that submitted the transaction `seq`.

@@ -14,7 +14,7 @@
 use millstream_schemas::TableSchema;
 
 /// Version of [`STORE_TABLES`], kept in `PRAGMA user_version`.
-pub const STORE_VERSION: i64 = 1;
+pub const STORE_VERSION: i64 = 2;
 
 /// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
 pub const UPGRADE_FROM_0: &str = "
@@ -30,16 +30,30 @@ UPDATE local_changes SET tx = (SELECT value FROM millstream_meta WHERE key = 'la
 INSERT OR REPLACE INTO millstream_meta (key, value) SELECT 'confirmed_instance', value FROM millstream_meta WHERE key = 'instance';
 ";
 
+/// Brings the tables of a store of version 1, where it was found out at each sending what a transaction has to come after, up
+/// to version 2.
+pub const UPGRADE_FROM_1: &str = "
+ALTER TABLE local_changes ADD COLUMN predecessors TEXT;
+CREATE INDEX IF NOT EXISTS local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
+UPDATE local_changes AS entry SET predecessors = (SELECT json_group_array(before) FROM (
+    SELECT DISTINCT (SELECT max(e.seq) FROM local_changes e WHERE e.tbl = mine.tbl AND e.key = mine.key
+        AND e.state <> 'confirmed' AND e.seq < mine.seq AND e.tx < mine.tx) AS before
+    FROM local_changes mine WHERE mine.tx = entry.tx) WHERE before IS NOT NULL)
+WHERE seq IS NOT NULL AND state <> 'confirmed';
+";
+
 /// Tables of the store itself.
 ///
 /// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
-/// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it.
+/// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
+/// are the numbers of those that it has to come after, as a JSON array; none where there are none.
 pub const STORE_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS local_changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     tx INTEGER NOT NULL,
     seq INTEGER,
     instance TEXT,
+    predecessors TEXT,
     change_id TEXT NOT NULL UNIQUE,
     tbl TEXT NOT NULL,
     key TEXT NOT NULL,

@@ -22,7 +22,7 @@ use millstream_client_core::outbox::Entry;
 use millstream_client_core::replica::Work;
 use millstream_client_store::{Applied, Edit, FailedWrite, Info, Meeting, Outcome, QueueEntry, Recorded, Store};
 use millstream_schemas::Schema;
-use millstream_schemas::stream::InstanceSpan;
+use millstream_schemas::stream::{InstanceSpan, Loss};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::sync::{mpsc, oneshot};
@@ -149,7 +149,7 @@ pub(crate) enum WriterCommand {
     /// Install the edge's schema; true: a snapshot is needed.
     Install(Box<Schema>, Reply<bool>),
     /// Compare the server's ledger with the store.
-    Meet { last_seq: u64, instances: Vec<InstanceSpan>, failed: Vec<u64>, reply: Reply<Meeting> },
+    Meet { last_seq: u64, instances: Vec<InstanceSpan>, failed: Vec<u64>, lost: Vec<Loss>, reply: Reply<Meeting> },
     /// The store's facts.
     Info(Reply<Info>),
     /// The position is of no use any more: ask for a snapshot next time.

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use millstream_client_core::replica::Work;
 use millstream_client_core::status::Status;
 use millstream_client_store::{Applied, Host, Meeting, Outcome, Recorded, Settled, Store, StoreError, Verdict};
-use millstream_schemas::stream::{Failure, InstanceSpan};
+use millstream_schemas::stream::Failure;
 use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
 
@@ -117,8 +117,9 @@ impl Writer {
                 self.refresh_or_report();
                 answer(reply, result);
             }
-            WriterCommand::Meet { last_seq, instances, failed, reply } => {
-                let result = self.meet(last_seq, &instances, &failed);
+            WriterCommand::Meet { last_seq, instances, failed, lost, reply } => {
+                let result =
+                    self.store.meet(last_seq, &instances, &failed, &lost).and_then(|met| self.met(met, last_seq));
                 answer(reply, result);
             }
             WriterCommand::ForgetPosition(reply) => answer(reply, self.store.forget_position()),
@@ -261,8 +262,7 @@ impl Writer {
         }
     }
 
-    fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan], failed: &[u64]) -> Result<Meeting, StoreError> {
-        let meeting = self.store.meet(last_seq, instances, failed)?;
+    fn met(&mut self, meeting: Meeting, last_seq: u64) -> Result<Meeting, StoreError> {
         match meeting {
             Meeting::Continue => return Ok(meeting),
             Meeting::WentBack => {

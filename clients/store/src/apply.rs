@@ -11,7 +11,6 @@ use millstream_client_core::rebase::{self, Image, Pending};
 use millstream_client_core::replica::{Batch, Step, Work};
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::stream::Failure;
-use millstream_schemas::stream::Verdict;
 use millstream_schemas::{Clock, Code, Operation, Position, TableChanges, TableOp, Value};
 use rusqlite::{OptionalExtension, params};
 
@@ -263,13 +262,7 @@ impl<'a> Applier<'a> {
             })
             .during("reading settled changes")?;
         let failed: BTreeMap<u64, &Failure> = confirmed.failed.iter().map(|failure| (failure.seq, failure)).collect();
-        let lost: BTreeMap<u64, Outcome> = confirmed
-            .lost
-            .iter()
-            .map(|loss| {
-                (loss.seq, if loss.verdict == Verdict::Superseded { Outcome::Superseded } else { Outcome::Merged })
-            })
-            .collect();
+        let lost: BTreeMap<u64, Outcome> = confirmed.lost.iter().map(|loss| (loss.seq, Outcome::of(loss))).collect();
         let mut last = 0;
         for (tx, seq, attempts, table, key) in open {
             self.dirty.insert((table, key));
@@ -287,14 +280,8 @@ impl<'a> Applier<'a> {
                 }
                 None => Ok(lost.get(&seq).copied().unwrap_or(Outcome::Applied)),
             };
-            if let Ok(outcome) = result
-                && let Some(word) = outcome.as_str()
-            {
-                store
-                    .connection
-                    .prepare_cached("UPDATE local_changes SET outcome = ?2 WHERE tx = ?1")
-                    .and_then(|mut statement| statement.execute(params![tx, word]))
-                    .during("recording an outcome")?;
+            if let Ok(outcome) = result {
+                store.record_outcome(tx as u64, outcome)?;
             }
             settled.push(Settled { tx: tx as u64, result });
         }

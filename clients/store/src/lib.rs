@@ -174,8 +174,10 @@ fn create_tables(connection: &Connection) -> Result<bool, StoreError> {
         let old: bool = connection
             .query_row("SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'local_changes')", [], |row| row.get(0))
             .during("looking for the store's tables")?;
-        if old && found == 0 {
-            connection.execute_batch(trigger::UPGRADE_FROM_0).during("upgrading the store's tables")?;
+        for (version, upgrade) in [(0, trigger::UPGRADE_FROM_0), (1, trigger::UPGRADE_FROM_1)] {
+            if old && found <= version {
+                connection.execute_batch(upgrade).during("upgrading the store's tables")?;
+            }
         }
         connection.execute_batch(trigger::STORE_TABLES).during("creating the store's tables")?;
         connection.pragma_update(None, "user_version", trigger::STORE_VERSION).during("storing the store's version")

@@ -4,13 +4,13 @@
 //! sent has one. A transaction that writes a row on which an earlier one is in trouble gets none until that one is out of
 //! it; so the changes of one row take effect in the order in which they were made, retries included.
 
-use millstream_schemas::stream::InstanceSpan;
+use millstream_schemas::stream::{InstanceSpan, Loss};
 use rusqlite::{OptionalExtension, params};
 use uuid::Uuid;
 
 use crate::apply::Applier;
-use crate::error::During;
-use crate::queue::{OPEN, TROUBLED};
+use crate::error::{During, encode};
+use crate::queue::{OPEN, Outcome, TROUBLED};
 use crate::{Store, StoreError};
 
 /// How the server's ledger compares with the store.
@@ -70,11 +70,15 @@ impl Store {
         }
         let seq = self.last_seq().during("reading the last number")? + 1;
         self.connection
-            .prepare_cached("UPDATE local_changes SET state = 'pending', seq = ?2, instance = ?3 WHERE tx = ?1")
+            .prepare_cached(
+                "UPDATE local_changes SET state = 'pending', outcome = NULL, seq = ?2, instance = ?3, predecessors = NULL \
+                 WHERE tx = ?1",
+            )
             .and_then(|mut statement| {
                 statement.execute(params![tx as i64, seq as i64, self.session.instance().to_string()])
             })
             .during("numbering a transaction")?;
+        self.put_behind(tx, seq)?;
         Ok(Some(seq))
     }
 
@@ -89,9 +93,10 @@ impl Store {
         Ok(released)
     }
 
-    /// Numbers of the nearest unsettled or failed transactions before `seq` that wrote the rows of `tx`. Only of those
-    /// recorded before it: one that is tried again has a higher number than a failed one that was made after it.
-    pub(crate) fn predecessors(&self, tx: u64, seq: u64) -> Result<Vec<u64>, StoreError> {
+    /// Records what a transaction with a new number has to come after: the numbers of the nearest unsettled or failed ones
+    /// before it that wrote its rows. Only of those recorded before it: one that is tried again has a higher number than a
+    /// failed one that was made after it. Those may get other numbers later; under these the server has refused them.
+    pub(crate) fn put_behind(&self, tx: u64, seq: u64) -> Result<(), StoreError> {
         let mut found: Vec<u64> = self
             .connection
             .prepare_cached(
@@ -104,19 +109,32 @@ impl Store {
             })
             .map(|found: Vec<Option<i64>>| found.into_iter().flatten().map(|seq| seq as u64).collect())
             .during("reading earlier transactions")?;
+        if found.is_empty() {
+            return Ok(());
+        }
         found.sort_unstable();
-        Ok(found)
+        self.connection
+            .prepare_cached("UPDATE local_changes SET predecessors = ?2 WHERE tx = ?1")
+            .and_then(|mut statement| statement.execute(params![tx as i64, encode(&found)]))
+            .during("recording earlier transactions")?;
+        Ok(())
     }
 
-    /// Compares the server's ledger with the store, and follows it where they differ. `last_seq`, `instances` and `failed` are
-    /// those of [`millstream_schemas::frame::Welcome`].
-    pub fn meet(&mut self, last_seq: u64, instances: &[InstanceSpan], failed: &[u64]) -> Result<Meeting, StoreError> {
+    /// Compares the server's ledger with the store, and follows it where they differ. The arguments are those of
+    /// [`millstream_schemas::frame::Welcome`].
+    pub fn meet(
+        &mut self,
+        last_seq: u64,
+        instances: &[InstanceSpan],
+        failed: &[u64],
+        lost: &[Loss],
+    ) -> Result<Meeting, StoreError> {
         let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
         let own = self.instance_of(last_seq)?;
         let theirs = submitted_by(instances, last_seq);
         let foreign = own.zip(theirs).is_some_and(|(own, theirs)| own != theirs);
         if foreign || last_seq > self.last_seq().during("reading the last number")? {
-            self.become_new(last_seq, instances, failed)?;
+            self.become_new(last_seq, instances, failed, lost)?;
             Ok(Meeting::NewIdentity)
         } else if last_seq < confirmed {
             self.rewind(last_seq, theirs)?;
@@ -172,25 +190,42 @@ impl Store {
 
     /// The numbers that this store would use are taken: it goes on as a new installation. What the ledger shows to have been
     /// submitted by this store's own instances (before it was copied), and not to have been rejected, is settled; the rest is
-    /// numbered anew.
-    fn become_new(&mut self, last_seq: u64, instances: &[InstanceSpan], failed: &[u64]) -> Result<(), StoreError> {
+    /// numbered anew. So is what was settled and is not there any more: the server was restored, and another copy came first.
+    fn become_new(
+        &mut self,
+        last_seq: u64,
+        instances: &[InstanceSpan],
+        failed: &[u64],
+        lost: &[Loss],
+    ) -> Result<(), StoreError> {
         self.transact(|store| {
-            let open: Vec<(i64, i64, Option<String>)> = store
+            let numbered: Vec<(i64, i64, Option<String>, bool)> = store
                 .connection
                 .prepare_cached(&format!(
-                    "SELECT DISTINCT tx, seq, instance FROM local_changes WHERE {OPEN} ORDER BY seq"
+                    "SELECT DISTINCT tx, seq, instance, state = 'confirmed' FROM local_changes \
+                     WHERE seq IS NOT NULL AND (state = 'confirmed' OR {OPEN}) ORDER BY seq"
                 ))
                 .and_then(|mut statement| {
-                    statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
+                    statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?.collect()
                 })
                 .during("reading the queue")?;
             let mut applier = Applier::new(store)?;
             let mut rest = Vec::new();
-            for (tx, seq, instance) in open {
+            for (tx, seq, instance, confirmed) in numbered {
                 let (tx, seq) = (tx as u64, seq as u64);
                 let own = instance.and_then(|text| text.parse::<Uuid>().ok());
-                let settled = seq <= last_seq && !failed.contains(&seq);
-                if !settled || own.is_none() || submitted_by(instances, seq) != own {
+                let known = submitted_by(instances, seq);
+                if confirmed {
+                    // Of what lies further back, the server does not say who submitted it.
+                    if seq > last_seq || (known.is_some() && known != own) {
+                        for (table, key) in store.keys(tx, "1")? {
+                            applier.keep_base(&table, &key)?;
+                        }
+                        rest.push(tx);
+                    }
+                    continue;
+                }
+                if seq > last_seq || failed.contains(&seq) || own.is_none() || known != own {
                     rest.push(tx);
                     continue;
                 }
@@ -200,6 +235,9 @@ impl Store {
                     .prepare_cached("UPDATE local_changes SET state = 'confirmed' WHERE tx = ?1")
                     .and_then(|mut statement| statement.execute([tx as i64]))
                     .during("settling what was submitted before the copy")?;
+                if let Some(loss) = lost.iter().find(|loss| loss.seq == seq) {
+                    store.record_outcome(tx, Outcome::of(loss))?;
+                }
             }
             store
                 .connection

@@ -2,6 +2,7 @@
 
 use millstream_client_core::outbox::Entry;
 use millstream_schemas::frame::Submit;
+use millstream_schemas::stream::{self, Loss};
 use millstream_schemas::{Change, Clocks, Code, Operation, Value};
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
@@ -66,6 +67,11 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Of a transaction that lost.
+    pub(crate) fn of(loss: &Loss) -> Self {
+        if loss.verdict == stream::Verdict::Superseded { Outcome::Superseded } else { Outcome::Merged }
+    }
+
     pub(crate) fn as_str(self) -> Option<&'static str> {
         match self {
             Outcome::Applied => None,
@@ -160,12 +166,15 @@ pub struct Edit {
 }
 
 const COLUMNS: &str = "tx, seq, instance, change_id, tbl, key, op, columns, vals, stamp, previous, state, outcome, attempts, \
-                       next_attempt, last_error_code, last_error_rule, last_error, recorded_at, traceparent";
+                       next_attempt, last_error_code, last_error_rule, last_error, recorded_at, traceparent, \
+                       predecessors";
 
 struct Raw {
     entry: QueueEntry,
     instance: Option<Uuid>,
     traceparent: Option<String>,
+    /// A JSON array.
+    predecessors: Option<String>,
 }
 
 /// A row of [`COLUMNS`]; the JSON texts of key, columns and values are read by [`decoded`].
@@ -197,7 +206,12 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
         waits_for: None,
         recorded_at: row.get::<_, i64>(18)? as u64,
     };
-    let raw = Raw { entry, instance: row.get::<_, Option<String>>(2)?.map(id), traceparent: row.get(19)? };
+    let raw = Raw {
+        entry,
+        instance: row.get::<_, Option<String>>(2)?.map(id),
+        traceparent: row.get(19)?,
+        predecessors: row.get(20)?,
+    };
     Ok((raw, [row.get(5)?, row.get(7)?, row.get(8)?]))
 }
 
@@ -229,7 +243,7 @@ impl Store {
         )?;
         let mut before = self.instance_of(after)?;
         let mut submits: Vec<Submit> = Vec::new();
-        for Raw { entry, instance, traceparent } in raws {
+        for Raw { entry, instance, traceparent, predecessors } in raws {
             let (seq, instance) = (entry.seq.unwrap_or_default(), instance.unwrap_or_default());
             match submits.last_mut() {
                 Some(submit) if submit.seq == seq => submit.changes.push(entry.change),
@@ -239,7 +253,7 @@ impl Store {
                         attempt: entry.attempts + 1,
                         instance,
                         previous: before.filter(|before| *before != instance),
-                        after: self.predecessors(entry.tx, seq)?,
+                        after: predecessors.map_or(Ok(Vec::new()), |text| parse(&text, "list of numbers"))?,
                         changes: vec![entry.change],
                         traceparent,
                     });
@@ -279,6 +293,16 @@ impl Store {
         Ok(failed(raws))
     }
 
+    pub(crate) fn record_outcome(&self, tx: u64, outcome: Outcome) -> Result<(), StoreError> {
+        if let Some(word) = outcome.as_str() {
+            self.connection
+                .prepare_cached("UPDATE local_changes SET outcome = ?2 WHERE tx = ?1")
+                .and_then(|mut statement| statement.execute(params![tx as i64, word]))
+                .during("recording an outcome")?;
+        }
+        Ok(())
+    }
+
     /// What became of a transaction. One that is not in the queue any more is taken for applied.
     pub fn verdict(&self, tx: u64) -> Result<Verdict, StoreError> {
         let raws = self.select("WHERE tx = ?1 ORDER BY id", [tx as i64])?;
@@ -308,8 +332,10 @@ impl Store {
             if !edits.is_empty() {
                 store.meet_stamps()?;
                 store.meet_clocks(&keys)?;
-                edits.iter().try_for_each(|edit| store.change_value(tx, edit))?;
-                store.restamp_after(tx)?;
+                for edit in edits {
+                    let edited = store.change_value(tx, edit)?;
+                    store.restamp_from(edited)?;
+                }
                 store.keep_stamp()?;
             }
             let seq = store.requeue(tx, true)?;
@@ -337,7 +363,8 @@ impl Store {
         Ok(())
     }
 
-    fn change_value(&self, tx: u64, edit: &Edit) -> Result<(), StoreError> {
+    /// Gives the entry's id.
+    fn change_value(&self, tx: u64, edit: &Edit) -> Result<i64, StoreError> {
         let refuse = |what: String| StoreError::Edit { tx, what };
         let raws = self.select(&format!("WHERE tx = ?1 AND {FAILED} ORDER BY id"), [tx as i64])?;
         let wanted = edit.change_id.or_else(|| failed_change(&raws));
@@ -361,25 +388,24 @@ impl Store {
             }
         }
         self.connection
-            .prepare_cached("UPDATE local_changes SET columns = ?2, vals = ?3, stamp = ?4 WHERE change_id = ?1")
+            .prepare_cached("UPDATE local_changes SET columns = ?2, vals = ?3 WHERE change_id = ?1 RETURNING id")
             .and_then(|mut statement| {
-                let stamp = self.session.next_stamp() as i64;
                 let id = change.change_id.to_string();
-                statement.execute(params![id, encode(&change.columns), encode(&change.values), stamp])
+                statement.query_row(params![id, encode(&change.columns), encode(&change.values)], |row| row.get(0))
             })
-            .during("editing a change")?;
-        Ok(())
+            .during("editing a change")
     }
 
-    /// An edit is made now; what was recorded later on the same rows stays later.
-    fn restamp_after(&self, tx: u64) -> Result<(), StoreError> {
+    /// An edit is made now; what was recorded later on the same row, in its transaction too, stays later.
+    fn restamp_from(&self, edited: i64) -> Result<(), StoreError> {
         let later: Vec<i64> = self
             .connection
             .prepare_cached(
-                "SELECT e.id FROM local_changes AS e INDEXED BY local_changes_live WHERE e.state <> 'confirmed' AND e.tx > ?1 \
-                 AND (e.tbl, e.key) IN (SELECT tbl, key FROM local_changes WHERE tx = ?1) ORDER BY e.tx, e.id",
+                "SELECT e.id FROM local_changes AS mine, local_changes AS e INDEXED BY local_changes_live \
+                 WHERE mine.id = ?1 AND e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' \
+                 AND (e.tx, e.id) >= (mine.tx, mine.id) ORDER BY e.tx, e.id",
             )
-            .and_then(|mut statement| statement.query_map([tx as i64], |row| row.get(0))?.collect())
+            .and_then(|mut statement| statement.query_map([edited], |row| row.get(0))?.collect())
             .during("reading later changes")?;
         for id in later {
             self.connection

@@ -137,6 +137,7 @@ impl Store {
         if found as usize > MAX_TRANSACTION_CHANGES {
             return Err(StoreError::TooManyChanges { found: found as usize });
         }
+        self.put_behind(tx, seq)?;
         // Also of one that is to be held back: its size must not be found out when its time comes.
         let entry = self.entries_after(seq - 1, 1)?.pop();
         if let Some(Entry { text, .. }) = &entry

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use millstream_schemas::frame::{Confirmed, ServerFrame};
-use millstream_schemas::stream::Watermark;
+use millstream_schemas::stream::{OriginEntry, Watermark};
 use millstream_schemas::{Lsn, Position, Scope};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
@@ -36,6 +36,9 @@ pub enum Next {
     Continue,
     /// The user's memberships moved: read them, call [`Downlink::authorized`], then feed the same message again.
     Reauthorize,
+    /// Something of the client's was settled that the session has not told, nor will: read the ledger as the message's
+    /// transaction left it, call [`Downlink::ledger`], then feed the same message again.
+    ReadLedger,
     /// The stream began a new history: the session ends.
     EpochChanged,
 }
@@ -188,6 +191,9 @@ impl Downlink {
             // Before the transaction takes effect: a revoked scope ends with it, a granted one begins with it.
             return Next::Reauthorize;
         }
+        if message.last && self.misses(message) {
+            return Next::ReadLedger;
+        }
         if message.last {
             self.release(message.lsn(), message.xid, out);
             self.confirm(message, out);
@@ -262,9 +268,15 @@ impl Downlink {
             }
     }
 
+    /// Whether a message settles changes of the client, but not those that come next.
+    fn misses(&self, message: &Message) -> bool {
+        let told = self.ledger.as_ref().map_or(self.confirmed, |(_, known)| known.seq.max(self.confirmed));
+        let missing = |entry: &OriginEntry| entry.first_seq > told + 1;
+        !self.cut && !self.mute && message.settles(self.client_id).any(missing)
+    }
+
     fn confirm(&mut self, message: &Message, out: &mut Vec<Out>) {
-        let client_id = self.client_id;
-        for entry in message.origin.iter().filter(|entry| entry.client_id == client_id) {
+        for entry in message.settles(self.client_id) {
             if let Some((_, known)) = &self.ledger {
                 if entry.seq <= known.seq {
                     // A catch-up sees only some of the messages that told of failures: the ledger tells of all.

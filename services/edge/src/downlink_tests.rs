@@ -62,8 +62,14 @@ fn feed(downlink: &mut Downlink, message: Message) -> String {
 }
 
 fn origin(mut message: Message, client: Uuid, seq: u64) -> Message {
-    message.origin =
-        vec![OriginEntry { client_id: client, seq, instance: Uuid::nil(), failed: Vec::new(), lost: Vec::new() }];
+    message.origin = vec![OriginEntry {
+        client_id: client,
+        first_seq: seq,
+        seq,
+        instance: Uuid::nil(),
+        failed: Vec::new(),
+        lost: Vec::new(),
+    }];
     message
 }
 
@@ -285,4 +291,19 @@ fn a_session_may_begin_inside_a_transaction() {
     link.settle(&mut out);
     assert_eq!(words(out), "");
     assert_eq!(feed(&mut link, msg(11, 8, 1, true, Some(project("a")))), "apply rows10 rows11! end11");
+}
+
+/// A change whose fate the session has not been told, because it was settled before the session began and the ledger did not
+/// show it yet, must not seem to have been applied.
+#[test]
+fn what_nobody_told_of_is_read_from_the_ledger() {
+    let mut link = downlink(&[project("a")]);
+    link.ledger(Lsn(0x10_0001), ledger(4), false);
+    let next = origin(msg(12, 2, 0, true, Some(project("a"))), CLIENT, 6);
+    let mut out = Vec::new();
+    assert_eq!(link.message(&next, &mut out), Next::ReadLedger);
+    assert!(out.is_empty());
+    link.ledger(Lsn(0x10_0003), ledger(6), false);
+    assert_eq!(feed(&mut link, next), "rows12!");
+    assert_eq!(feed(&mut link, origin(msg(13, 3, 0, true, None), CLIENT, 7)), "confirmed6 confirmed7 commit13");
 }

@@ -12,13 +12,14 @@ use millstream_schemas::{Lsn, Position, Scope};
 use tokio::sync::{Notify, mpsc, watch};
 use uuid::Uuid;
 
+use crate::fence::Fence;
 use crate::message::Message;
 
 /// Most bytes that the ring keeps.
 const RING_BYTES: usize = 48 << 20;
 /// Most messages that the ring keeps.
 pub(crate) const RING_MESSAGES: usize = 50_000;
-/// How far back a joining snapshot looks for transactions that were published before they became visible.
+/// How far back a snapshot looks for transactions that were published before they became visible.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 /// Results waiting for one session; they are a hint, so more are dropped.
 pub(crate) const RESULTS_QUEUE: usize = 256;
@@ -197,6 +198,22 @@ impl Hub {
         state.ring.get(usize::try_from(seq.checked_sub(first)?).ok()?).map(|(_, message)| message.clone())
     }
 
+    /// The messages up to `cursor` that a snapshot taken now does not see.
+    pub fn unseen(&self, fence: &Fence, cursor: u64, now: Instant) -> Vec<Arc<Message>> {
+        let state = self.read();
+        let mut found: Vec<_> = state
+            .ring
+            .iter()
+            .rev()
+            .skip_while(|(_, message)| message.position.seq > cursor)
+            .take_while(|(arrived, _)| now.saturating_duration_since(*arrived) < LOOK_BACK)
+            .filter(|(_, message)| !fence.sees(message.xid, message.lsn()))
+            .map(|(_, message)| message.clone())
+            .collect();
+        found.reverse();
+        found
+    }
+
     /// Enters a session without scopes.
     pub fn enter(self: &Arc<Self>, client: Uuid) -> (Membership, mpsc::Receiver<TransactionResult>) {
         let (sender, results) = mpsc::channel(RESULTS_QUEUE);
@@ -265,21 +282,6 @@ impl Membership {
         into.extend(state.ring.iter().skip(skip).take(limit).map(|(_, message)| message.clone()));
         Ok(())
     }
-
-    /// The messages up to `cursor` that are young enough to be invisible to a snapshot taken now.
-    pub fn look_back(&self, cursor: u64, now: Instant) -> Vec<Arc<Message>> {
-        let state = self.hub.read();
-        let mut found: Vec<_> = state
-            .ring
-            .iter()
-            .rev()
-            .skip_while(|(_, message)| message.position.seq > cursor)
-            .take_while(|(arrived, _)| now.saturating_duration_since(*arrived) < LOOK_BACK)
-            .map(|(_, message)| message.clone())
-            .collect();
-        found.reverse();
-        found
-    }
 }
 
 #[cfg(test)]
@@ -335,10 +337,12 @@ mod tests {
             hub.push(message(seq, seq, 0, true, None).into(), now);
         }
         assert_eq!(hub.oldest().map(|position| position.seq), Some(11));
-        let (session, _results) = hub.enter(Uuid::nil());
-        assert_eq!(session.look_back(15, now).len(), 5);
-        assert!(session.look_back(15, now + LOOK_BACK).is_empty());
-        drop(session);
-        assert_eq!(hub.sessions(), 0);
+        let unseen = |xid: u32, now| {
+            let fence = Fence::parse(&format!("{xid}:{xid}:"), "0/100000").unwrap();
+            hub.unseen(&fence, 15, now).iter().map(|message| message.position.seq).collect::<Vec<_>>()
+        };
+        assert_eq!(unseen(0, now), [11, 12, 13, 14, 15]);
+        assert_eq!(unseen(14, now), [14, 15]);
+        assert!(unseen(0, now + LOOK_BACK).is_empty());
     }
 }

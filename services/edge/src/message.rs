@@ -107,6 +107,11 @@ impl Message {
         self.position.lsn
     }
 
+    /// What its transaction settles for a client.
+    pub fn settles(&self, client_id: Uuid) -> impl Iterator<Item = &OriginEntry> {
+        self.origin.iter().filter(move |entry| entry.client_id == client_id)
+    }
+
     /// Bytes that keeping it costs, roughly.
     pub fn weight(&self) -> usize {
         // The frame holds the payload a second time.

@@ -26,11 +26,13 @@ use crate::downlink::{Downlink, Next, Out};
 use crate::fence::Fence;
 use crate::hub::{FellBehind, Membership};
 use crate::lane::Item;
+use crate::message::Message;
 use crate::resume::{Mark, Token};
 use crate::shared::{Apart, Part};
 use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, begin_frame};
 use crate::tail::Chain;
 
+use open::settled;
 use wire::{Socket, SocketError, Wire};
 pub use wire::{WebSocket, upgrade};
 
@@ -146,7 +148,7 @@ struct Joining<'e> {
     scopes: BTreeSet<Scope>,
     fence: Arc<Fence>,
     /// Messages that the rows may lack.
-    back: Vec<Arc<crate::message::Message>>,
+    back: Vec<Arc<Message>>,
     source: Source,
     _turn: Option<SemaphorePermit<'e>>,
 }
@@ -194,8 +196,9 @@ impl Session {
         self.edge.hub.oldest().is_some_and(|oldest| self.downlink.cursor() + 1 < oldest.seq)
     }
 
-    /// Fetches what the ring no longer holds, scope by scope, and sends it in stream order. Then the ledger is to be read.
-    async fn catch_up(&mut self, wire: &mut Wire) -> Result<(), End> {
+    /// Fetches what the ring no longer holds, scope by scope, and sends it in stream order; then reads the ledger. Gives the
+    /// snapshot that it is of.
+    async fn catch_up(&mut self, wire: &mut Wire) -> Result<Snapshot, End> {
         self.membership.set_scopes(self.downlink.scopes());
         let edge = self.edge.clone();
         let failed = |error| match error {
@@ -226,19 +229,26 @@ impl Session {
             self.downlink.skip_to(oldest.seq - 1);
             self.flush(wire).await?;
         }
-        Ok(())
+        self.read_ledger(self.downlink.cursor()).await
     }
 
     /// Gives one message to the downlink, reading memberships when it asks for them.
-    async fn feed(&mut self, wire: &mut Wire, message: &crate::message::Message) -> Result<(), End> {
+    async fn feed(&mut self, wire: &mut Wire, message: &Message) -> Result<(), End> {
+        let mut read = false;
         loop {
             match self.downlink.message(message, &mut self.out) {
                 Next::Continue => return Ok(()),
                 Next::EpochChanged => {
                     return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
                 }
-                Next::Reauthorize => {
-                    Box::pin(self.reauthorize(wire, message.xid, message.lsn())).await?;
+                Next::Reauthorize => Box::pin(self.reauthorize(wire, message.xid, message.lsn())).await?,
+                Next::ReadLedger if read => {
+                    let what = "changes were settled of which nothing is known; connect again";
+                    return Err(End::retry(Code::Unavailable, what));
+                }
+                Next::ReadLedger => {
+                    read = true;
+                    Box::pin(self.read_ledger(message.position.seq)).await?;
                 }
             }
         }
@@ -297,7 +307,7 @@ impl Session {
             self.flush(wire).await?;
             let apart = matches!(source, Source::Shared(..));
             // Only where it is all that the client has: what it held before is not as of this moment.
-            let from = self.behind_unseen(&fence, &back).filter(|_| held == 0);
+            let from = self.behind_unseen(&back).filter(|_| held == 0);
             let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
             match source {
                 Source::Own(mut snapshot) => {
@@ -318,10 +328,8 @@ impl Session {
     }
 
     /// Where the stream has everything behind it that a moment does not see; none if that is not known any more.
-    fn behind_unseen(&self, fence: &Fence, back: &[Arc<crate::message::Message>]) -> Option<Position> {
-        let Some(first) = back.iter().find(|message| !fence.sees(message.xid, message.lsn())) else {
-            return Some(self.downlink.position());
-        };
+    fn behind_unseen(&self, unseen: &[Arc<Message>]) -> Option<Position> {
+        let Some(first) = unseen.first() else { return Some(self.downlink.position()) };
         let before = self.edge.hub.at(first.position.seq.checked_sub(1)?)?;
         before.last.then_some(before.position)
     }
@@ -372,8 +380,8 @@ impl Session {
         let (mut turn, start) = (None, Instant::now());
         loop {
             // Now, while what the snapshot may not see is still young enough to be in the ring.
-            let back = self.membership.look_back(self.downlink.cursor(), Instant::now());
             let fence = Arc::new(snapshot.fence.clone());
+            let back = edge.hub.unseen(&fence, self.downlink.cursor(), Instant::now());
             if !edge.hub.reaches_back_to(fence.lsn) {
                 drop(snapshot);
                 if start.elapsed() > VISIBLE_WAIT {
@@ -477,18 +485,15 @@ impl Session {
         if head.epoch != self.downlink.epoch() || head.seq < self.downlink.cursor() {
             return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
         }
-        self.catch_up(wire).await?;
-        let mut snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
-        self.read_ledger(&mut snapshot).await
+        self.catch_up(wire).await.map(drop)
     }
 
-    /// Reads what became of the client's changes while nobody was told.
-    async fn read_ledger(&mut self, snapshot: &mut Snapshot) -> Result<(), End> {
-        let ledger = snapshot.ledger(self.client_id, self.downlink.confirmed()).await;
-        let ledger = ledger.map_err(|error| End::unavailable(&error))?;
+    /// Reads what became of the client's changes up to a message while nobody was told. Gives the snapshot that says so.
+    async fn read_ledger(&mut self, upto: u64) -> Result<Snapshot, End> {
+        let (snapshot, ledger) = settled(&self.edge, self.client_id, self.downlink.confirmed(), upto).await?;
         let cut = ledger.is_cut();
         self.downlink.ledger(snapshot.fence.lsn, ledger.confirmed(), cut);
-        Ok(())
+        Ok(snapshot)
     }
 
     async fn run(&mut self, wire: &mut Wire, stream: &mut SplitStream<WebSocket>) -> End {

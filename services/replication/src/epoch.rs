@@ -141,10 +141,37 @@ pub async fn renew(connection: &mut PgConnection) -> Result<Uuid, Error> {
     let epoch = Uuid::new_v4();
     sqlx::query("UPDATE millstream.epoch SET epoch = $1, at = now()")
         .bind(epoch)
-        .execute(connection)
+        .execute(&mut *connection)
         .await
         .map_err(Error::postgres("write millstream.epoch"))?;
+    all_visible(connection).await?;
     Ok(epoch)
+}
+
+/// Waits until whatever has committed by now can be seen: the new history does not tell of it, so the snapshots with which
+/// clients begin must show it. Between a transaction's commit record and that it is seen there is a moment, in which nothing
+/// tells it from one that is still at work; hence not for ever.
+async fn all_visible(connection: &mut PgConnection) -> Result<(), Error> {
+    /// How often it is checked.
+    const POLL: Duration = Duration::from_millis(10);
+    /// After this many checks, those that are not over are taken to be at work.
+    const POLLS: u32 = 200;
+    let begun: i64 = sqlx::query_scalar("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(Error::postgres("read what is visible"))?;
+    for _ in 0..POLLS {
+        let over: bool = sqlx::query_scalar("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint >= $1")
+            .bind(begun)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(Error::postgres("read what is visible"))?;
+        if over {
+            break;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
 }
 
 /// Writes the row of a new epoch and makes its slot. Returns the epoch and the LSN at which the slot begins: every
@@ -185,6 +212,7 @@ pub async fn begin(connection: &mut PgConnection, slot: &str, system_identifier:
         .fetch_one(&mut *connection)
         .await
         .map_err(Error::postgres("create the replication slot (it waits for open transactions)"))?;
+    all_visible(connection).await?;
     Ok((epoch, lsn(begins)))
 }
 

@@ -265,7 +265,12 @@ impl World {
     pub fn committed(&mut self, transaction: Transaction, origin: Vec<OriginEntry>) {
         let gap = self.rng.random_range(100..900);
         self.postgres.commit(transaction, origin, self.now, gap);
-        let late = if self.rng.random_bool(0.2) { 30 } else { 0 };
+        // Rarely for as long as a client takes to come back.
+        let late = match self.rng.random_range(0..20) {
+            0 => 400,
+            1..=3 => 30,
+            _ => 0,
+        };
         self.soon(late, Event::Show(self.postgres.last_xid()));
         self.soon(10, Event::Replicate);
     }
@@ -352,6 +357,8 @@ impl World {
     }
 
     pub fn new_epoch(&mut self) {
+        // What the new history does not tell of can be seen before it begins.
+        self.postgres.show(self.postgres.last_xid());
         let lsn = Lsn(self.postgres.insert);
         self.postgres.insert += 64;
         self.replication = Replication {

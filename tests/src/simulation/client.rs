@@ -179,8 +179,11 @@ impl World {
     pub fn copy_a_store(&mut self) {
         let index = self.rng.random_range(0..self.clients.len());
         let info = self.clients[index].store().info().expect("the store's facts");
-        // What failed is with both copies then, and both may try it again: known, and not an error here.
-        if self.clients.len() > 3 || info.failed + info.held > 0 {
+        // What failed is with both copies then, and both may try it again: known, and not an error here. Of three copies that
+        // have not met the server yet, two have to take what was not sent for their own.
+        let id = |client: &Client| client.store.as_ref().and_then(|store| store.info().ok()).map(|info| info.client_id);
+        let copies = self.clients.iter().filter(|client| id(client) == Some(info.client_id)).count();
+        if self.clients.len() > 3 || info.failed + info.held > 0 || copies > 1 {
             return;
         }
         let new = self.clients.len();
@@ -446,7 +449,7 @@ impl World {
         if let ServerFrame::Welcome(welcome) = frame {
             let meeting = self.clients[index]
                 .store()
-                .meet(welcome.last_seq, &welcome.instances, &welcome.failed)
+                .meet(welcome.last_seq, &welcome.instances, &welcome.failed, &welcome.lost)
                 .expect("a meeting");
             trace!(self, "client {index} is welcomed: ledger {}, {:?}, {meeting:?}", welcome.last_seq, welcome.resume);
             let client = &mut self.clients[index];

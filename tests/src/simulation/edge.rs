@@ -151,16 +151,19 @@ impl World {
     }
 
     /// The edge has read Postgres, and welcomes.
-    pub fn open(&mut self, session: usize, hello: &Hello, state: &Rc<State>, fence: Fence) {
+    pub fn open(&mut self, session: usize, hello: &Hello, state: Rc<State>, fence: Fence) {
         if self.sessions[session].ended || self.sessions[session].is_cut {
             return;
         }
         let edge = self.sessions[session].edge;
-        let (last_seq, instances, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
-        let scopes = state.scopes(&hello.token);
         let Some(head) = self.edges[edge].seen.checked_sub(1).map(|last| self.broker.outbound[last].position) else {
             return self.fatal(session, Code::Unavailable);
         };
+        let Some((state, fence)) = self.settled(session, head.seq, (state, fence)) else {
+            return self.fatal(session, Code::Unavailable);
+        };
+        let (last_seq, instances, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
+        let scopes = state.scopes(&hello.token);
         let vouched = |position: &Position| {
             position.epoch == head.epoch
                 && position.seq <= head.seq
@@ -181,6 +184,7 @@ impl World {
             last_seq,
             instances,
             failed: confirmed.iter().flat_map(|confirmed| &confirmed.failed).map(|failure| failure.seq).collect(),
+            lost: confirmed.iter().flat_map(|confirmed| &confirmed.lost).cloned().collect(),
             epoch: head.epoch,
             resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         };
@@ -205,20 +209,38 @@ impl World {
             return self.fatal(session, Code::EpochChanged);
         }
         let snapshot = if downlink.cursor() == before {
-            (state.clone(), fence)
+            (state, fence)
         } else {
-            let (state, fence) = self.postgres.snapshot();
+            let Some((state, fence)) = self.settled(session, downlink.cursor(), self.postgres.snapshot()) else {
+                return self.fatal(session, Code::Unavailable);
+            };
             let (_, _, confirmed) = state.ledger(hello.client_id, downlink.confirmed());
             downlink.ledger(fence.lsn, confirmed, false);
             (state, fence)
         };
-        let joined = self.join(&hello.token, &mut downlink, snapshot, &mut out);
+        let joined = self.join(session, &mut downlink, snapshot, &mut out);
         self.send(session, out);
         if !joined {
             return self.fatal(session, Code::Unavailable);
         }
         self.sessions[session].downlink = Some(downlink);
         self.pump(session);
+    }
+
+    /// A snapshot that sees what the stream tells of the client up to a message. None: the edge gives up after a while.
+    fn settled(&mut self, session: usize, upto: u64, (state, fence): (Rc<State>, Fence)) -> Option<(Rc<State>, Fence)> {
+        let (upto, client_id) = ((upto as usize).min(self.broker.outbound.len()), self.sessions[session].client_id);
+        let back = &self.broker.outbound[upto.saturating_sub(LOOK_BACK)..upto];
+        let epoch = back.last()?.epoch();
+        let unseen = |message: &&Arc<Message>| {
+            message.epoch() == epoch
+                && message.settles(client_id).next().is_some()
+                && !fence.sees(message.xid, message.lsn())
+        };
+        match back.iter().rev().find(unseen).cloned() {
+            Some(message) => self.snapshot_that_sees(message.xid, message.lsn()),
+            None => Some((state, fence)),
+        }
     }
 
     /// Fetches by scope what the ring no longer has.
@@ -238,13 +260,12 @@ impl World {
         let messages: Vec<Arc<Message>> =
             self.broker.outbound[cursor..oldest - 1].iter().filter(wanted).cloned().collect();
         let ring = self.broker.outbound[oldest - 1].lsn();
-        let user = self.sessions[session].user.clone();
         for message in &messages {
-            if !self.end_before(&user, downlink, message.lsn(), out) || !self.feed(&user, downlink, message, out) {
+            if !self.end_before(session, downlink, message.lsn(), out) || !self.feed(session, downlink, message, out) {
                 return false;
             }
         }
-        if !self.end_before(&user, downlink, ring, out) {
+        if !self.end_before(session, downlink, ring, out) {
             return false;
         }
         downlink.skip_to(oldest as u64 - 1);
@@ -252,10 +273,10 @@ impl World {
     }
 
     /// False: the session cannot go on.
-    fn end_before(&mut self, user: &str, downlink: &mut Downlink, next: Lsn, out: &mut Vec<Out>) -> bool {
+    fn end_before(&mut self, session: usize, downlink: &mut Downlink, next: Lsn, out: &mut Vec<Out>) -> bool {
         while let Some((commit, xid)) = downlink.ends_before(next, out) {
             let Some(snapshot) = self.snapshot_that_sees(xid, commit) else { return false };
-            if !self.join(user, downlink, snapshot, out) {
+            if !self.join(session, downlink, snapshot, out) {
                 return false;
             }
         }
@@ -263,14 +284,21 @@ impl World {
     }
 
     /// False: the session cannot go on.
-    fn feed(&mut self, user: &str, downlink: &mut Downlink, message: &Message, out: &mut Vec<Out>) -> bool {
+    fn feed(&mut self, session: usize, downlink: &mut Downlink, message: &Message, out: &mut Vec<Out>) -> bool {
         loop {
             match downlink.message(message, out) {
                 Next::Continue => return true,
                 Next::EpochChanged => return false,
+                Next::ReadLedger => {
+                    let Some((state, fence)) = self.snapshot_that_sees(message.xid, message.lsn()) else {
+                        return false;
+                    };
+                    let (_, _, confirmed) = state.ledger(self.sessions[session].client_id, downlink.confirmed());
+                    downlink.ledger(fence.lsn, confirmed, false);
+                }
                 Next::Reauthorize => {
                     let Some(snapshot) = self.snapshot_that_sees(message.xid, message.lsn()) else { return false };
-                    if !self.join(user, downlink, snapshot, out) {
+                    if !self.join(session, downlink, snapshot, out) {
                         return false;
                     }
                 }
@@ -287,18 +315,19 @@ impl World {
 
     fn join(
         &mut self,
-        user: &str,
+        session: usize,
         downlink: &mut Downlink,
         (mut state, mut fence): (Rc<State>, Fence),
         out: &mut Vec<Out>,
     ) -> bool {
         let cursor = (downlink.cursor() as usize).min(self.broker.outbound.len());
         let back = self.broker.outbound[cursor.saturating_sub(LOOK_BACK)..cursor].to_vec();
-        let mut scopes = state.scopes(user);
+        let user = self.sessions[session].user.clone();
+        let mut scopes = state.scopes(&user);
         while let Some(message) = downlink.outdates(&fence, &scopes, &back) {
             let Some(later) = self.snapshot_that_sees(message.xid, message.lsn()) else { return false };
             (state, fence) = later;
-            scopes = state.scopes(user);
+            scopes = state.scopes(&user);
         }
         let fence = Arc::new(fence);
         let (in_bracket, held) = (downlink.in_bracket(), downlink.scopes().count());
@@ -330,11 +359,11 @@ impl World {
 
     pub fn pump(&mut self, session: usize) {
         let Some(mut downlink) = self.sessions[session].downlink.take() else { return };
-        let (seen, user) = (self.edges[self.sessions[session].edge].seen, self.sessions[session].user.clone());
+        let seen = self.edges[self.sessions[session].edge].seen;
         let mut out = Vec::new();
         while (downlink.cursor() as usize) < seen {
             let message = self.broker.outbound[downlink.cursor() as usize].clone();
-            if !self.feed(&user, &mut downlink, &message, &mut out) {
+            if !self.feed(session, &mut downlink, &message, &mut out) {
                 self.send(session, out);
                 return self.fatal(session, Code::EpochChanged);
             }

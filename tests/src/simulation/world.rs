@@ -245,7 +245,7 @@ impl World {
             Event::ToClient(session, text) => self.reach_client(session, &text),
             Event::EdgeGone(session) => self.sessions[session].end(),
             Event::ClientGone(session) => self.client_gone(session),
-            Event::Open(session, hello, state, fence) => self.open(session, &hello, &state, fence),
+            Event::Open(session, hello, state, fence) => self.open(session, &hello, state, fence),
             Event::Lane(edge, run) => self.lane(edge, run),
             Event::Published(edge, run, stream, items) => self.published(edge, run, stream, items),
             Event::Tail(edge) => self.tail(edge),

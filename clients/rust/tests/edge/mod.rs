@@ -235,6 +235,7 @@ impl Edge {
             last_seq: if state.late_ledger { last_seq.saturating_sub(1) } else { last_seq },
             instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),
             failed: state.failures.get(&hello.client_id).into_iter().flatten().map(|failure| failure.seq).collect(),
+            lost: Vec::new(),
             epoch: state.epoch,
             resume: if known.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         })];

@@ -132,7 +132,7 @@ fn what_follows_a_rejected_change_waits_for_it() {
         vec![failure(1, Uuid::nil(), Code::BusinessRule), failure(2, Uuid::nil(), Code::PredecessorFailed)],
     )]);
     assert_eq!(states(&f), "1|1|retry_wait|1\n2|-|held|0\n3|3|pending|0\n4|4|pending|0");
-    assert_eq!(queue(&f)[1], entry(4, "a", &[1]), "the server is told what it comes after");
+    assert_eq!(queue(&f)[1], entry(4, "a", &[2]), "the server is told what it comes after, and refused");
     assert_eq!(f.tasks(), "b|new|-", "without its insert the row is not there");
     insert(&mut f, "c");
     let b = upsert(vec![task("b", "p", "new", false)]);
@@ -241,6 +241,21 @@ fn what_follows_an_edited_change_stays_the_newer() {
     assert!(stamps.len() == 4 && stamps.is_sorted_by(|a, b| a < b), "{stamps:?}");
 }
 
+/// What the transaction itself did later to the same row, too.
+#[test]
+fn the_rest_of_an_edited_transaction_stays_the_newer() {
+    let mut f = fixture();
+    f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
+    f.write(&["UPDATE tasks SET title = 'x', done = 0 WHERE id = 'a'", "UPDATE tasks SET done = 1 WHERE id = 'a'"])
+        .unwrap();
+    let first = submits(&f)[0].changes[0].change_id;
+    f.apply(vec![told(1, vec![failure(1, first, Code::BusinessRule)])]);
+    f.store.edit(1, &[Edit { change_id: Some(first), column: "title".into(), value: Some("edited".into()) }]).unwrap();
+    let changes = submits(&f).remove(0).changes;
+    assert!(changes[0].stamp < changes[1].stamp, "{changes:?}");
+    assert_eq!(f.tasks(), "a|edited|1");
+}
+
 /// Also where the clock has been set back, and the row's newest column came from a fast one.
 #[test]
 fn an_edit_is_newer_than_all_that_was_seen() {
@@ -280,7 +295,7 @@ fn a_restored_server_finds_the_old_numbers() {
     f.apply(vec![told(4, vec![failure(2, Uuid::nil(), Code::PermissionDenied)])]);
     let instance = before[0].instance;
     let mut f = f.reopen();
-    assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }], &[]).unwrap(), Meeting::WentBack);
+    assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }], &[], &[]).unwrap(), Meeting::WentBack);
     let again = submits(&f);
     assert_eq!(again.iter().map(|s| (s.seq, s.instance)).collect::<Vec<_>>(), [2, 3, 4].map(|seq| (seq, instance)));
     assert!(again.iter().zip(&before[1..]).all(|(now, then)| now.changes == then.changes));
@@ -354,7 +369,7 @@ fn a_restored_server_gets_again_what_it_lost() {
     f.apply(vec![failed(1, Code::InvalidValue), confirmed(3)]);
     f.store.discard(1).unwrap();
     // Its ledger says 0 again; transaction 1 is gone for good, so the rest moves up.
-    assert_eq!(f.store.meet(0, &[], &[]).unwrap(), Meeting::WentBack);
+    assert_eq!(f.store.meet(0, &[], &[], &[]).unwrap(), Meeting::WentBack);
     assert_eq!(queue(&f), [entry(1, "b", &[]), entry(2, "c", &[]), entry(3, "d", &[])]);
     assert_eq!(f.store.info().unwrap().confirmed_seq, 0);
     // The server's snapshot lacks them: they stay visible, since they are on their way again.
@@ -370,6 +385,8 @@ struct Server {
     instances: Vec<InstanceSpan>,
     /// Rejected ones.
     failed: Vec<u64>,
+    /// Those that lost.
+    lost: Vec<Loss>,
     taken: Vec<Uuid>,
 }
 
@@ -440,7 +457,7 @@ fn a_copied_store_takes_a_new_identity() {
         let id = original.store.info().unwrap().client_id;
         let (first, second) = if original_first { (&mut original, &mut clone) } else { (&mut clone, &mut original) };
         assert_eq!(
-            first.store.meet(server.last, &server.instances, &server.failed).unwrap(),
+            first.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
             Meeting::Continue,
             "{case}"
         );
@@ -451,7 +468,7 @@ fn a_copied_store_takes_a_new_identity() {
         assert_eq!(server.last, 4, "{case}");
         assert!(matches!(second.try_apply(vec![server.confirm()]), Err(StoreError::Copied)), "{case}");
         assert_eq!(
-            second.store.meet(server.last, &server.instances, &server.failed).unwrap(),
+            second.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
             Meeting::NewIdentity,
             "{case}"
         );
@@ -459,7 +476,11 @@ fn a_copied_store_takes_a_new_identity() {
 
         let mut anew = Server::default();
         assert_ne!(second.store.info().unwrap().client_id, id, "{case}");
-        assert_eq!(second.store.meet(anew.last, &anew.instances, &anew.failed).unwrap(), Meeting::Continue, "{case}");
+        assert_eq!(
+            second.store.meet(anew.last, &anew.instances, &anew.failed, &anew.lost).unwrap(),
+            Meeting::Continue,
+            "{case}"
+        );
         anew.submit(&submits(second));
         second.apply(vec![anew.confirm()]);
         let mut times: BTreeMap<Uuid, u32> = everything.keys().map(|id| (*id, 0)).collect();
@@ -473,26 +494,59 @@ fn a_copied_store_takes_a_new_identity() {
     }
 }
 
-/// A backup of the device was restored: its server has seen more of it than it knows itself.
-/// What the server rejected before the copy heard of it is not taken for applied: the copy submits it as its own.
+/// What the server rejected before the copy heard of it is not taken for applied: the copy submits it as its own. Nor is what
+/// lost to a newer change.
 #[test]
-fn a_copy_does_not_take_a_rejected_change_for_applied() {
+fn a_copy_does_not_take_a_rejected_or_lost_change_for_applied() {
     let mut original = fixture();
     insert(&mut original, "a");
     insert(&mut original, "b");
+    insert(&mut original, "c");
     let mut server = Server::default();
     server.submit(&submits(&original));
     server.failed = vec![2];
+    server.lost = vec![Loss { seq: 3, verdict: stream::Verdict::Superseded, change_id: Uuid::nil() }];
     let mut clone = copy(&original);
     insert(&mut original, "own");
     server.submit(&submits(&original));
     insert(&mut clone, "cloned");
-    assert_eq!(clone.store.meet(server.last, &server.instances, &server.failed).unwrap(), Meeting::NewIdentity);
+    assert_eq!(
+        clone.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+        Meeting::NewIdentity
+    );
     assert_eq!(clone.store.verdict(1).unwrap(), Verdict::Confirmed(Outcome::Applied));
     assert_eq!(clone.store.verdict(2).unwrap(), Verdict::Open);
+    assert_eq!(clone.store.verdict(3).unwrap(), Verdict::Confirmed(Outcome::Superseded));
     assert_eq!(queue(&clone), [entry(1, "b", &[]), entry(2, "cloned", &[])]);
 }
 
+/// The server was restored, and another copy of the store was there first: what was settled is submitted again as the copy's own.
+#[test]
+fn a_copy_submits_again_what_a_restored_server_lost() {
+    let mut original = fixture();
+    insert(&mut original, "a");
+    let mut server = Server::default();
+    server.submit(&submits(&original));
+    original.apply(vec![server.confirm()]);
+    let mut clone = copy(&original);
+    let backup = Server { last: server.last, instances: server.instances.clone(), ..Server::default() };
+    insert(&mut clone, "cloned");
+    server.submit(&submits(&clone));
+    clone.apply(vec![server.confirm()]);
+    assert_eq!(clone.store.info().unwrap().confirmed_seq, 2);
+
+    server = backup;
+    insert(&mut original, "own");
+    server.submit(&submits(&original));
+    assert_eq!(
+        clone.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+        Meeting::NewIdentity
+    );
+    assert_eq!(queue(&clone), [entry(1, "cloned", &[])], "the other one is there");
+    assert_eq!(clone.store.verdict(2).unwrap(), Verdict::Open);
+}
+
+/// A backup of the device was restored: its server has seen more of it than it knows itself.
 #[test]
 fn a_store_restored_from_a_backup_takes_a_new_identity() {
     let mut server = Server::default();
@@ -504,9 +558,12 @@ fn a_store_restored_from_a_backup_takes_a_new_identity() {
     server.submit(&submits(&f));
     insert(&mut restored, "d");
     insert(&mut restored, "e");
-    assert_eq!(restored.store.meet(server.last, &server.instances, &server.failed).unwrap(), Meeting::NewIdentity);
+    assert_eq!(
+        restored.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+        Meeting::NewIdentity
+    );
     assert_eq!(queue(&restored), [entry(1, "d", &[]), entry(2, "e", &[])], "a and b were taken before");
-    assert_eq!(restored.store.meet(0, &[], &[]).unwrap(), Meeting::Continue);
+    assert_eq!(restored.store.meet(0, &[], &[], &[]).unwrap(), Meeting::Continue);
 }
 
 /// Item 39: a store of the first version, with what it had not sent.
@@ -550,11 +607,12 @@ fn a_store_of_the_older_format_is_converted() {
         last: 1,
         instances: vec![InstanceSpan { instance: old, first_seq: 1 }],
         failed: vec![],
+        lost: vec![],
         taken: vec![],
     };
     let mut f = Fixture { store: Store::open(&f.path, f.host.clone()).unwrap(), ..f };
     insert(&mut f, "new");
-    assert_eq!(f.store.meet(server.last, &server.instances, &server.failed).unwrap(), Meeting::Continue);
+    assert_eq!(f.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(), Meeting::Continue);
     server.submit(&submits(&f));
     server.submit(&submits(&f));
     assert_eq!((server.last, server.taken.len()), (52, 51));

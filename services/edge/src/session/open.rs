@@ -14,13 +14,13 @@ use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{Cut, End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, WebSocket, Wire};
+use super::{Cut, End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, VISIBLE_WAIT, WebSocket, Wire};
 use crate::Edge;
 use crate::catalogs::Known;
 use crate::catchup;
 use crate::downlink::Downlink;
 use crate::resume;
-use crate::snapshot::{Ledger, Snapshot, SnapshotError};
+use crate::snapshot::{Ledger, Snapshot};
 use crate::tail::Chain;
 
 /// How long the tail may lag behind a client that came from a faster edge.
@@ -74,11 +74,11 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
     };
     let open = edge.hub.at(head.seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
-    let (mut snapshot, ledger) = snapshot_with_ledger(edge, &hello).await.map_err(unavailable)?;
+    let (mut snapshot, ledger) = settled(edge, hello.client_id, hello.confirmed_seq, head.seq).await?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
     }
-    let settled = snapshot.fence.lsn;
+    let ledger_fence = snapshot.fence.lsn;
     let cut = hello.snapshot.as_ref().and_then(resume::decode).filter(|(token, _)| token.from.epoch == head.epoch);
     if cut.is_none() && position(&hello, &known).is_none_or(|position| position.epoch != head.epoch) {
         // It needs rows: those that others need too.
@@ -124,6 +124,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         last_seq: ledger.last_seq,
         instances: ledger.instances.clone(),
         failed: ledger.failed.iter().map(|failure| failure.seq).collect(),
+        lost: ledger.lost.clone(),
         epoch: head.epoch,
         resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
     }))
@@ -145,7 +146,7 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     }
     let expected = ledger.last_seq + 1;
     let too_many = ledger.is_cut();
-    downlink.ledger(settled, ledger.confirmed(), too_many);
+    downlink.ledger(ledger_fence, ledger.confirmed(), too_many);
     let mut session = Session {
         edge: edge.clone(),
         id,
@@ -166,15 +167,11 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         session.resume(wire, scopes.into_iter().collect(), cut, snapshot).await?;
         if session.is_behind() {
             session.catch_up(wire).await?;
-            let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-            session.read_ledger(&mut snapshot).await?;
         }
     } else if session.is_behind() {
         // That takes its time, in which it holds no connection; and what the old snapshot does not see may leave the ring.
         drop(snapshot);
-        session.catch_up(wire).await?;
-        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-        session.read_ledger(&mut snapshot).await?;
+        let mut snapshot = session.catch_up(wire).await?;
         let scopes = session.scopes_in(&mut snapshot).await?;
         session.join(wire, snapshot, scopes).await?;
     } else {
@@ -183,17 +180,29 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     Ok(session)
 }
 
-/// A snapshot whose ledger has what the client knows to be confirmed: that was published, perhaps a moment before it becomes
-/// visible. A server that was restored never gets there.
-async fn snapshot_with_ledger(edge: &Edge, hello: &Hello) -> Result<(Snapshot, Ledger), SnapshotError> {
+/// What became of a client's changes, and the snapshot that says so: one that sees what the client knows to be confirmed and
+/// what the stream tells of the client up to a message. Both were published, perhaps a moment before they become visible. (A
+/// server that was restored never knows all that the client does.)
+pub(super) async fn settled(
+    edge: &Edge,
+    client_id: Uuid,
+    confirmed_seq: u64,
+    upto: u64,
+) -> Result<(Snapshot, Ledger), End> {
+    let unavailable = |error| End::unavailable(&error);
     let start = Instant::now();
     loop {
-        let mut snapshot = Snapshot::begin(&edge.pool).await?;
-        let ledger = snapshot.ledger(hello.client_id, hello.confirmed_seq).await?;
-        if ledger.last_seq >= hello.confirmed_seq || start.elapsed() > LEDGER_WAIT {
+        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
+        let ledger = snapshot.ledger(client_id, confirmed_seq).await.map_err(unavailable)?;
+        let unseen = edge.hub.unseen(&snapshot.fence, upto, start);
+        let tells_all = unseen.iter().all(|message| message.settles(client_id).next().is_none());
+        if tells_all && (ledger.last_seq >= confirmed_seq || start.elapsed() > LEDGER_WAIT) {
             return Ok((snapshot, ledger));
         }
         drop(snapshot);
+        if start.elapsed() > VISIBLE_WAIT {
+            return Err(End::retry(Code::Unavailable, "a published transaction does not become visible; try again"));
+        }
         tokio::time::sleep(VISIBLE_PAUSE).await;
     }
 }

@@ -50,7 +50,8 @@ struct Bracket {
     /// Everything before it has to be fed before the bracket ends.
     until: Lsn,
     /// Frames of transactions that the snapshot does not see though they committed before its fence: they come after it.
-    after: Vec<Utf8Bytes>,
+    /// None: `snapshot_apply` has been sent.
+    after: Option<Vec<Utf8Bytes>>,
 }
 
 /// The outbound half of a session.
@@ -234,15 +235,17 @@ impl Downlink {
     /// Sends a frame of a transaction, or keeps it for behind the snapshot that does not see it.
     fn send(&mut self, lsn: Lsn, xid: u32, frame: Utf8Bytes, out: &mut Vec<Out>) {
         match &mut self.bracket {
-            Some(bracket) if !bracket.fence.sees(xid, lsn) => bracket.after.push(frame),
+            Some(Bracket { fence, after: Some(after), .. }) if !fence.sees(xid, lsn) => after.push(frame),
             _ => out.push(Out::Shared(frame)),
         }
     }
 
     fn close_bracket(&mut self, out: &mut Vec<Out>) {
         if let Some(bracket) = self.bracket.take() {
-            out.push(Out::Own(ServerFrame::SnapshotApply {}));
-            out.extend(bracket.after.into_iter().map(Out::Shared));
+            if let Some(after) = bracket.after {
+                out.push(Out::Own(ServerFrame::SnapshotApply {}));
+                out.extend(after.into_iter().map(Out::Shared));
+            }
             out.push(Out::Own(ServerFrame::SnapshotEnd { position: self.position }));
             self.staged = false;
         }
@@ -367,15 +370,22 @@ impl Downlink {
                 && !fence.sees(message.xid, message.lsn())
         };
         let after = look_back.iter().filter(unseen).map(|message| message.frame()).collect();
-        self.bracket = Some(Bracket { fence: fence.clone(), until: fence.lsn, after });
+        self.bracket = Some(Bracket { fence: fence.clone(), until: fence.lsn, after: Some(after) });
         self.staged = true;
     }
 
     /// A snapshot that was cut has been sent to its last row, which begins where the session stands: before the cut as of
-    /// `fence`, the rest as of `until`.
-    pub fn resumed(&mut self, scopes: impl IntoIterator<Item = Scope>, fence: &Arc<Fence>, until: Lsn) {
+    /// `fence`, the rest as of `until`. Its scopes are all that the client has, so nothing comes before it.
+    pub fn resumed(
+        &mut self,
+        scopes: impl IntoIterator<Item = Scope>,
+        fence: &Arc<Fence>,
+        until: Lsn,
+        out: &mut Vec<Out>,
+    ) {
         self.scopes.extend(scopes.into_iter().map(|scope| (scope, Some(fence.clone()))));
-        self.bracket = Some(Bracket { fence: fence.clone(), until, after: Vec::new() });
+        out.push(Out::Own(ServerFrame::SnapshotApply {}));
+        self.bracket = Some(Bracket { fence: fence.clone(), until, after: None });
         self.staged = true;
     }
 

@@ -278,6 +278,20 @@ fn nothing_is_confirmed_in_a_catch_up() {
     assert_eq!(feed(&mut link, origin(msg(14, 4, 0, true, None), CLIENT, 9)), "confirmed9 commit14");
 }
 
+/// A snapshot that was cut goes on: what is behind its first moment is sent as it comes, however much that is.
+#[test]
+fn a_resumed_snapshot_keeps_nothing_back() {
+    let mut link = downlink(&[]);
+    let mut out = Vec::new();
+    link.resumed([project("a")], &fence(0x50, 0x60), Lsn(0x10_0080), &mut out);
+    assert_eq!(words(out), "apply");
+    assert_eq!(feed(&mut link, msg(11, 0x4F, 0, true, Some(project("a")))), "", "seen at first");
+    assert_eq!(feed(&mut link, msg(12, 0x50, 0, true, Some(project("a")))), "rows12!");
+    assert_eq!(feed(&mut link, msg(13, 0x70, 0, true, Some(project("a")))), "rows13!");
+    assert_eq!(feed(&mut link, msg(14, 0x80, 0, true, None)), "end13");
+    assert_eq!(feed(&mut link, msg(15, 0x81, 0, true, Some(project("a")))), "rows15!");
+}
+
 /// A session begins while a transaction is being published: its snapshot may not see it, and the half that is there already
 /// waits for the rest.
 #[test]

@@ -363,7 +363,7 @@ impl Session {
         self.flush(wire).await?;
         wire.own(begin_frame(&scopes, rows, Some(&cut.token), true)).await?;
         self.send_own(wire, snapshot, &scopes, cut.token.apart, Some(cut.mark)).await?;
-        self.downlink.resumed(scopes, &cut.fence, until.lsn);
+        self.downlink.resumed(scopes, &cut.fence, until.lsn, &mut self.out);
         self.membership.set_scopes(self.downlink.scopes());
         Ok(())
     }

@@ -146,7 +146,9 @@ pub struct OriginRecord {
 pub struct OriginEntry {
     /// The client.
     pub client_id: Uuid,
-    /// The first of its transactions that this settles: whoever was not told of the one before has missed something.
+    /// The first of its transactions that this settles: whoever was not told of the one before has missed something. 0 from
+    /// an executor that does not say.
+    #[serde(default)]
     pub first_seq: u64,
     /// Its transactions up to and including this `client_seq` are settled.
     pub seq: u64,

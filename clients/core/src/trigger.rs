@@ -34,19 +34,20 @@ INSERT OR REPLACE INTO millstream_meta (key, value) SELECT 'confirmed_instance',
 /// to version 2.
 pub const UPGRADE_FROM_1: &str = "
 ALTER TABLE local_changes ADD COLUMN predecessors TEXT;
-CREATE INDEX IF NOT EXISTS local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
-UPDATE local_changes AS entry SET predecessors = (SELECT json_group_array(before) FROM (
-    SELECT DISTINCT (SELECT max(e.seq) FROM local_changes e WHERE e.tbl = mine.tbl AND e.key = mine.key
+DROP INDEX IF EXISTS local_changes_live;
+CREATE INDEX local_changes_live ON local_changes (tbl, key, seq) WHERE state <> 'confirmed';
+UPDATE local_changes AS entry SET predecessors = (SELECT nullif(json_group_array(before), '[]') FROM (
+    SELECT DISTINCT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live WHERE e.tbl = mine.tbl AND e.key = mine.key
         AND e.state <> 'confirmed' AND e.seq < mine.seq AND e.tx < mine.tx) AS before
-    FROM local_changes mine WHERE mine.tx = entry.tx) WHERE before IS NOT NULL)
-WHERE seq IS NOT NULL AND state <> 'confirmed';
+    FROM local_changes AS mine WHERE mine.tx = entry.tx) WHERE before IS NOT NULL)
+WHERE id IN (SELECT min(id) FROM local_changes WHERE seq IS NOT NULL AND state <> 'confirmed' GROUP BY tx);
 ";
 
 /// Tables of the store itself.
 ///
 /// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
 /// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
-/// are the numbers of those that it has to come after, as a JSON array; none where there are none.
+/// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any.
 pub const STORE_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS local_changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -74,7 +75,7 @@ CREATE TABLE IF NOT EXISTS local_changes (
 );
 CREATE INDEX IF NOT EXISTS local_changes_by_tx ON local_changes (tx);
 CREATE INDEX IF NOT EXISTS local_changes_by_seq ON local_changes (seq) WHERE seq IS NOT NULL;
-CREATE INDEX IF NOT EXISTS local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
+CREATE INDEX IF NOT EXISTS local_changes_live ON local_changes (tbl, key, seq) WHERE state <> 'confirmed';
 CREATE INDEX IF NOT EXISTS local_changes_troubled ON local_changes (tx) WHERE state <> 'confirmed' AND (attempts > 0 OR state = 'held');
 CREATE TABLE IF NOT EXISTS millstream_base (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;

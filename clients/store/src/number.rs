@@ -114,7 +114,9 @@ impl Store {
         }
         found.sort_unstable();
         self.connection
-            .prepare_cached("UPDATE local_changes SET predecessors = ?2 WHERE tx = ?1")
+            .prepare_cached(
+                "UPDATE local_changes SET predecessors = ?2 WHERE id = (SELECT min(id) FROM local_changes WHERE tx = ?1)",
+            )
             .and_then(|mut statement| statement.execute(params![tx as i64, encode(&found)]))
             .during("recording earlier transactions")?;
         Ok(())
@@ -181,6 +183,10 @@ impl Store {
             if kept < again.len() {
                 store.session.renew_instance();
             }
+            // Those before them were settled when they got their numbers, and are not any more.
+            for (tx, seq) in &again[..kept] {
+                store.put_behind(*tx as u64, *seq as u64)?;
+            }
             for (tx, _) in &again[kept..] {
                 store.number(*tx as u64)?;
             }
@@ -221,6 +227,11 @@ impl Store {
                         for (table, key) in store.keys(tx, "1")? {
                             applier.keep_base(&table, &key)?;
                         }
+                        store
+                            .connection
+                            .prepare_cached("UPDATE local_changes SET attempts = 0 WHERE tx = ?1")
+                            .and_then(|mut statement| statement.execute([tx as i64]))
+                            .during("queueing again")?;
                         rest.push(tx);
                     }
                     continue;

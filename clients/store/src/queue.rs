@@ -236,7 +236,8 @@ impl Store {
     /// Numbered transactions after `after` that are not settled, by rising number; at most `limit`.
     pub fn pending(&self, after: u64, limit: usize) -> Result<Vec<Submit>, StoreError> {
         // Behind what is confirmed, numbers have no gaps and all are open.
-        let after = after.max(self.confirmed_seq().during("reading confirmed_seq")?);
+        let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
+        let after = after.max(confirmed);
         let raws = self.select(
             "INDEXED BY local_changes_by_seq WHERE seq > ?1 AND seq <= ?2 ORDER BY seq, id",
             params![after as i64, (after + limit as u64) as i64],
@@ -253,7 +254,7 @@ impl Store {
                         attempt: entry.attempts + 1,
                         instance,
                         previous: before.filter(|before| *before != instance),
-                        after: predecessors.map_or(Ok(Vec::new()), |text| parse(&text, "list of numbers"))?,
+                        after: predecessors.map_or(Ok(Vec::new()), |text| self.unsettled(&text, confirmed))?,
                         changes: vec![entry.change],
                         traceparent,
                     });
@@ -262,6 +263,25 @@ impl Store {
             }
         }
         Ok(submits)
+    }
+
+    /// Of recorded predecessors those that are not known to have been applied: the server need not look for the others.
+    fn unsettled(&self, predecessors: &str, confirmed: u64) -> Result<Vec<u64>, StoreError> {
+        let mut found: Vec<u64> = parse(predecessors, "list of numbers")?;
+        let mut applied = self
+            .connection
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM local_changes WHERE seq = ?1 AND state = 'confirmed')")
+            .during("reading earlier transactions")?;
+        let mut error = None;
+        found.retain(|seq| {
+            let known = *seq <= confirmed
+                && applied
+                    .query_row([*seq as i64], |row| row.get(0))
+                    .map_err(|failed| error = Some(failed))
+                    .unwrap_or(false);
+            !known
+        });
+        error.map_or(Ok(found), Err).during("reading earlier transactions")
     }
 
     /// The newest entries of the queue, settled ones included, newest last; at most `limit`.

@@ -281,6 +281,7 @@ impl World {
                 self.take_over();
             }
             5 if self.restores => {
+                let taken = self.postgres.current.taken.clone();
                 if self.postgres.restore() {
                     // As the operator has to: the edges stand meanwhile, and the inbound stream is made anew. Were its
                     // messages executed again, they would meet what clients submit again under other numbers.
@@ -290,7 +291,8 @@ impl World {
                     self.replication.is_lost = true;
                     self.renew_inbound();
                     self.soon(500, Event::ReplicationUp);
-                    self.checker.restored();
+                    let kept: BTreeSet<_> = self.postgres.current.taken.iter().map(|taken| taken.change_id).collect();
+                    self.checker.restored(taken.iter().map(|taken| taken.change_id).filter(|id| !kept.contains(id)));
                 } else {
                     trace!(self, "Postgres is backed up");
                     self.postgres.back_up();

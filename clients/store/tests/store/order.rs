@@ -284,6 +284,43 @@ fn an_edit_is_newer_than_all_that_was_seen() {
     assert!(again > 9_000, "{again}");
 }
 
+/// What was settled when a transaction got its number is not any more.
+#[test]
+fn a_restored_server_is_told_what_comes_after_what() {
+    let mut f = fixture();
+    insert(&mut f, "a");
+    f.apply(vec![upsert(vec![task("a", "p", "new", false)]), told(1, vec![])]);
+    update(&mut f, "a", "second");
+    assert_eq!(queue(&f), [entry(2, "a", &[])]);
+    f.apply(vec![told(2, vec![])]);
+    assert_eq!(f.store.meet(0, &[], &[], &[]).unwrap(), Meeting::WentBack);
+    assert_eq!(queue(&f), [entry(1, "a", &[]), entry(2, "a", &[1])]);
+}
+
+/// Item 39: what waits in a store of the second version still comes after what it came after.
+#[test]
+fn a_store_of_the_second_format_is_converted() {
+    let mut f = fixture();
+    insert(&mut f, "a");
+    update(&mut f, "a", "second");
+    update(&mut f, "a", "third");
+    insert(&mut f, "b");
+    let before = queue(&f);
+    assert_eq!(before[2], entry(3, "a", &[2]));
+    drop(f.store);
+    rusqlite::Connection::open(&f.path)
+        .unwrap()
+        .execute_batch(
+            "DROP INDEX local_changes_live;
+             CREATE INDEX local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
+             ALTER TABLE local_changes DROP COLUMN predecessors;
+             PRAGMA user_version = 1;",
+        )
+        .unwrap();
+    let f = Fixture { store: Store::open(&f.path, f.host.clone()).unwrap(), ..f };
+    assert_eq!(queue(&f), before);
+}
+
 /// What the broker still holds of the old submissions has to be what comes from here.
 #[test]
 fn a_restored_server_finds_the_old_numbers() {

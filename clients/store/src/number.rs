@@ -122,6 +122,21 @@ impl Store {
         Ok(())
     }
 
+    /// Of recorded predecessors those that are not known to have been applied: the server need not look for the others.
+    pub(crate) fn unsettled(&self, predecessors: &str, confirmed: u64) -> Result<Vec<u64>, StoreError> {
+        self.connection
+            .prepare_cached(
+                "SELECT value FROM json_each(?1) WHERE value > ?2 \
+                 OR NOT EXISTS (SELECT 1 FROM local_changes WHERE seq = value AND state = 'confirmed')",
+            )
+            .and_then(|mut statement| {
+                statement
+                    .query_map(params![predecessors, confirmed as i64], |row| Ok(row.get::<_, i64>(0)? as u64))?
+                    .collect()
+            })
+            .during("reading earlier transactions")
+    }
+
     /// Compares the server's ledger with the store, and follows it where they differ. The arguments are those of
     /// [`millstream_schemas::frame::Welcome`].
     pub fn meet(

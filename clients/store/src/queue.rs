@@ -265,25 +265,6 @@ impl Store {
         Ok(submits)
     }
 
-    /// Of recorded predecessors those that are not known to have been applied: the server need not look for the others.
-    fn unsettled(&self, predecessors: &str, confirmed: u64) -> Result<Vec<u64>, StoreError> {
-        let mut found: Vec<u64> = parse(predecessors, "list of numbers")?;
-        let mut applied = self
-            .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM local_changes WHERE seq = ?1 AND state = 'confirmed')")
-            .during("reading earlier transactions")?;
-        let mut error = None;
-        found.retain(|seq| {
-            let known = *seq <= confirmed
-                && applied
-                    .query_row([*seq as i64], |row| row.get(0))
-                    .map_err(|failed| error = Some(failed))
-                    .unwrap_or(false);
-            !known
-        });
-        error.map_or(Ok(found), Err).during("reading earlier transactions")
-    }
-
     /// The newest entries of the queue, settled ones included, newest last; at most `limit`.
     pub fn entries(&self, limit: usize) -> Result<Vec<QueueEntry>, StoreError> {
         let mut raws = self.select("ORDER BY id DESC LIMIT ?1", params![limit as i64])?;

@@ -1,5 +1,6 @@
 //! One WebSocket: the shell around [`Downlink`] and the lanes.
 
+mod join;
 mod open;
 mod wire;
 
@@ -14,8 +15,8 @@ use millstream_schemas::frame::{
     ClientFrame, ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
 };
 use millstream_schemas::stream::{Submission, TransactionResult};
-use millstream_schemas::{Code, Lsn, Position, Scope};
-use tokio::sync::{SemaphorePermit, mpsc};
+use millstream_schemas::{Code, Lsn, Scope};
+use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use uuid::Uuid;
 
@@ -23,13 +24,10 @@ use crate::Edge;
 use crate::catalogs::Known;
 use crate::catchup::{CatchUpError, Merge};
 use crate::downlink::{Downlink, Next, Out};
-use crate::fence::Fence;
 use crate::hub::{FellBehind, Membership};
 use crate::lane::Item;
 use crate::message::Message;
-use crate::resume::{Mark, Token};
-use crate::shared::{Apart, Part};
-use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, begin_frame};
+use crate::snapshot::Snapshot;
 use crate::tail::Chain;
 
 use open::settled;
@@ -88,30 +86,6 @@ impl End {
     }
 }
 
-/// Sends rows that are read for others too.
-async fn send_shared(wire: &mut Wire, parts: &[Arc<Part>]) -> Result<(), End> {
-    for part in parts {
-        let mut index = 0;
-        loop {
-            let frame = wire.alive(part.frame(index)).await?;
-            let frame = frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
-            let Some(frame) = frame else { break };
-            wire.send(&[Out::Shared(frame)]).await?;
-            index += 1;
-        }
-    }
-    Ok(())
-}
-
-/// How many rows parts have together.
-async fn count(parts: &[Arc<Part>]) -> Result<u64, Apart> {
-    let mut rows = 0;
-    for part in parts {
-        rows += part.rows().await?;
-    }
-    Ok(rows)
-}
-
 /// Serves a WebSocket until it ends.
 pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
     let (mut wire, mut stream) = Wire::new(socket);
@@ -141,32 +115,6 @@ pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
         let _ = wire.send(&[Out::Own(ServerFrame::Error(frame))]).await;
         let _ = wire.close(close, reason).await;
     }
-}
-
-/// Rows that are to be sent, and what they are as of.
-struct Joining<'e> {
-    scopes: BTreeSet<Scope>,
-    fence: Arc<Fence>,
-    /// Messages that the rows may lack.
-    back: Vec<Arc<Message>>,
-    source: Source,
-    _turn: Option<SemaphorePermit<'e>>,
-}
-
-/// Where rows come from.
-enum Source {
-    /// A snapshot of the session's own.
-    Own(Snapshot),
-    /// What is read for several sessions, and how many rows that is.
-    Shared(Vec<Arc<Part>>, u64),
-}
-
-/// A snapshot that was cut, and can go on.
-struct Cut {
-    token: Token,
-    mark: Mark,
-    /// The moment at which it began.
-    fence: Arc<Fence>,
 }
 
 /// A session that has been welcomed.
@@ -291,155 +239,6 @@ impl Session {
     async fn scopes_in(&self, snapshot: &mut Snapshot) -> Result<BTreeSet<Scope>, End> {
         let scopes = snapshot.scopes(&self.known.catalog, &self.user_id).await;
         scopes.map_err(|error| End::unavailable(&error))
-    }
-
-    /// Takes the user's scopes as read in `snapshot`, and sends the rows of those that are new.
-    async fn join(&mut self, wire: &mut Wire, snapshot: Snapshot, scopes: BTreeSet<Scope>) -> Result<(), End> {
-        let edge = self.edge.clone();
-        let Joining { scopes, fence, back, source, _turn } = self.joining(&edge, wire, snapshot, scopes).await?;
-        let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
-        let new = self.downlink.authorized(&scopes, fence.clone(), &mut self.out);
-        if in_bracket && (!new.is_empty() || self.downlink.scopes().count() != held) {
-            // Memberships moved in a transaction that was published before it became visible to the open snapshot.
-            return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
-        }
-        if !new.is_empty() {
-            self.flush(wire).await?;
-            let apart = matches!(source, Source::Shared(..));
-            // Only where it is all that the client has: what it held before is not as of this moment.
-            let from = self.behind_unseen(&back).filter(|_| held == 0);
-            let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
-            match source {
-                Source::Own(mut snapshot) => {
-                    let rows = wire.alive(snapshot.count(&self.known.catalog, &new)).await?;
-                    let rows = rows.map_err(|error| End::unavailable(&error))?;
-                    wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
-                    self.send_own(wire, snapshot, &new, false, None).await?;
-                }
-                Source::Shared(parts, rows) => {
-                    wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
-                    send_shared(wire, &parts).await?;
-                }
-            }
-            self.downlink.joined(new, &fence, &back);
-        }
-        self.membership.set_scopes(self.downlink.scopes());
-        Ok(())
-    }
-
-    /// Where the stream has everything behind it that a moment does not see; none if that is not known any more.
-    fn behind_unseen(&self, unseen: &[Arc<Message>]) -> Option<Position> {
-        let Some(first) = unseen.first() else { return Some(self.downlink.position()) };
-        let before = self.edge.hub.at(first.position.seq.checked_sub(1)?)?;
-        before.last.then_some(before.position)
-    }
-
-    /// Goes on with a snapshot that was cut: rows behind the mark as of now, and the stream from where it began.
-    async fn resume(
-        &mut self,
-        wire: &mut Wire,
-        scopes: Vec<Scope>,
-        cut: Cut,
-        mut snapshot: Snapshot,
-    ) -> Result<(), End> {
-        let edge = self.edge.clone();
-        let _turn = match edge.snapshots.try_acquire() {
-            Ok(turn) => turn,
-            Err(_) => {
-                drop(snapshot);
-                let turn = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
-                snapshot = Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error))?;
-                let now: Vec<Scope> = self.scopes_in(&mut snapshot).await?.into_iter().collect();
-                if now != scopes {
-                    return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
-                }
-                turn
-            }
-        };
-        let until = Arc::new(snapshot.fence.clone());
-        let rows = wire.alive(snapshot.count(&self.known.catalog, &scopes)).await?;
-        let rows = rows.map_err(|error| End::unavailable(&error))?;
-        self.downlink.authorized(&scopes.iter().cloned().collect(), until.clone(), &mut self.out);
-        self.flush(wire).await?;
-        wire.own(begin_frame(&scopes, rows, Some(&cut.token), true)).await?;
-        self.send_own(wire, snapshot, &scopes, cut.token.apart, Some(cut.mark)).await?;
-        self.downlink.resumed(scopes, &cut.fence, until.lsn, &mut self.out);
-        self.membership.set_scopes(self.downlink.scopes());
-        Ok(())
-    }
-
-    /// Finds where the rows come from, and a moment at which scopes and rows go with the stream behind the cursor.
-    async fn joining<'e>(
-        &self,
-        edge: &'e Arc<Edge>,
-        wire: &mut Wire,
-        mut snapshot: Snapshot,
-        mut scopes: BTreeSet<Scope>,
-    ) -> Result<Joining<'e>, End> {
-        let begin = async || Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error));
-        let (mut turn, start) = (None, Instant::now());
-        loop {
-            // Now, while what the snapshot may not see is still young enough to be in the ring.
-            let fence = Arc::new(snapshot.fence.clone());
-            let back = edge.hub.unseen(&fence, self.downlink.cursor(), Instant::now());
-            if !edge.hub.reaches_back_to(fence.lsn) {
-                drop(snapshot);
-                if start.elapsed() > VISIBLE_WAIT {
-                    return Err(End::retry(
-                        Code::Unavailable,
-                        "the stream does not reach back to a snapshot; try again",
-                    ));
-                }
-                tokio::time::sleep(VISIBLE_PAUSE).await;
-                snapshot = begin().await?;
-            } else if let Some(message) = self.downlink.outdates(&fence, &scopes, &back) {
-                drop(snapshot);
-                snapshot = self.snapshot_that_sees(message.xid, message.lsn()).await?;
-            } else {
-                let new: Vec<Scope> = scopes.iter().filter(|scope| !self.downlink.holds(scope)).cloned().collect();
-                let shared = snapshot.adopted.as_ref().and_then(|adopted| edge.shared.parts(adopted, &new).ok());
-                // Whoever waits holds no connection meanwhile, else sessions without rows could not open.
-                if let Some(parts) = shared {
-                    drop(snapshot);
-                    if let Ok(rows) = wire.alive(count(&parts)).await? {
-                        return Ok(Joining { scopes, fence, back, source: Source::Shared(parts, rows), _turn: None });
-                    }
-                } else {
-                    if turn.is_none() && !new.is_empty() {
-                        turn = edge.snapshots.try_acquire().ok();
-                    }
-                    if turn.is_some() || new.is_empty() {
-                        return Ok(Joining { scopes, fence, back, source: Source::Own(snapshot), _turn: turn });
-                    }
-                    drop(snapshot);
-                    turn = Some(wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?);
-                }
-                snapshot = begin().await?;
-            }
-            scopes = self.scopes_in(&mut snapshot).await?;
-        }
-    }
-
-    /// Sends rows as fast as the client takes them.
-    async fn send_own(
-        &self,
-        wire: &mut Wire,
-        snapshot: Snapshot,
-        scopes: &[Scope],
-        apart: bool,
-        behind: Option<Mark>,
-    ) -> Result<(), End> {
-        let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
-        let (known, wanted) = (self.known.clone(), scopes.to_vec());
-        let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, apart, behind, &sender).await });
-        while let Some(frame) = wire.alive(frames.recv()).await? {
-            wire.send(&[Out::Shared(frame.into())]).await?;
-        }
-        match reading.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(End::unavailable(&error)),
-            Err(error) => Err(End::unavailable(&error)),
-        }
     }
 
     async fn flush(&mut self, wire: &mut Wire) -> Result<(), End> {

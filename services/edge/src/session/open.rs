@@ -14,7 +14,8 @@ use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{Cut, End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, VISIBLE_WAIT, WebSocket, Wire};
+use super::join::Cut;
+use super::{End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, VISIBLE_WAIT, WebSocket, Wire};
 use crate::Edge;
 use crate::catalogs::Known;
 use crate::catchup;

@@ -159,3 +159,84 @@ async fn a_users_id_is_spelled_as_the_database_spells_it() -> Result<()> {
     let result = result.await;
     board.explain(result)
 }
+
+/// Types whose values can be equal and spelled in several ways, and a type that would cut an id: scopes go by the spelling, in a
+/// snapshot as in the stream.
+const SPELLED_SCHEMA: &str = "
+CREATE COLLATION loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+CREATE TABLE readers (id int PRIMARY KEY, who text COLLATE loose NOT NULL,
+                      number numeric, padded char(4), short text, word text COLLATE loose);
+ALTER TABLE readers REPLICA IDENTITY FULL;
+CREATE TABLE notes (id int PRIMARY KEY, number numeric, padded char(4), short varchar(3), word text COLLATE loose);
+ALTER TABLE notes REPLICA IDENTITY FULL;
+";
+const SPELLED_CONFIG: &str = r#"
+[scopes]
+number = { membership = { table = "readers", user = "who", scope = "number" } }
+padded = { membership = { table = "readers", user = "who", scope = "padded" } }
+short = { membership = { table = "readers", user = "who", scope = "short" } }
+word = { membership = { table = "readers", user = "who", scope = "word" } }
+
+[tables]
+readers = { scope = { kind = "user", column = "who" } }
+notes = { scope = [
+    { kind = "number", column = "number" }, { kind = "padded", column = "padded" },
+    { kind = "short", column = "short" }, { kind = "word", column = "word" },
+] }
+"#;
+/// Each twice: once there before, once written before everybody's eyes. Those with an odd id are spelled as ann's are.
+const SPELLED_NOTES: [(u32, &str, &str); 8] = [
+    (1, "number", "1.0"),
+    (2, "number", "1.00"),
+    (3, "padded", "ab"),
+    (4, "padded", "abc"),
+    (5, "short", "xyz"),
+    (6, "short", "abc"),
+    (7, "word", "Hello"),
+    (8, "word", "hello"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scopes_go_by_the_spelling_of_their_ids() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = folder.path().join("millstream.toml");
+    std::fs::write(&config, SPELLED_CONFIG)?;
+    let insert = |base: u32| -> String {
+        let note = |(id, column, value): &(u32, &str, &str)| {
+            format!("INSERT INTO notes (id, {column}) VALUES ({}, '{value}');", base + id)
+        };
+        SPELLED_NOTES.iter().map(note).collect()
+    };
+    let readers =
+        "INSERT INTO readers VALUES (1, 'ann', 1.0, 'ab', 'xyz', 'Hello'), (2, 'ann', NULL, NULL, 'abcdef', NULL),
+                   (3, 'ANN', 1.00, 'abc', 'abc', 'hello');";
+    let seed = format!("{readers}{}", insert(0));
+    let board = Board::with(|builder| builder.app_schema(SPELLED_SCHEMA).seed(seed).config(&config)).await?;
+    let outcome = async {
+        let early = board.client("early", "ann").await?;
+        sqlx::raw_sql(AssertSqlSafe(insert(100))).execute(&mut board.postgres().await?).await?;
+        let late = board.client("late", "ann").await?;
+        // The last thing that ann is told of.
+        sqlx::raw_sql("INSERT INTO notes (id, number) VALUES (1000, 1.0)")
+            .execute(&mut board.postgres().await?)
+            .await?;
+        for (name, client) in [("early", &early), ("late", &late)] {
+            let start = Instant::now();
+            let held = loop {
+                let rows =
+                    client.query("SELECT id FROM notes UNION ALL SELECT -id FROM readers ORDER BY 1", ()).await?.rows;
+                if rows.last() == Some(&vec![SqlValue::Integer(1000)]) {
+                    break rows;
+                }
+                ensure!(start.elapsed() < PATIENCE, "{name} lacks the last note: {rows:?}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            };
+            let ids = [-2, -1, 1, 3, 5, 7, 101, 103, 105, 107, 1000];
+            let expected: Vec<_> = ids.into_iter().map(|id| vec![SqlValue::Integer(id)]).collect();
+            ensure!(held == expected, "{name} holds {held:?}");
+        }
+        Ok(())
+    };
+    let outcome = outcome.await;
+    board.explain(outcome)
+}

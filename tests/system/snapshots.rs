@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use futures_util::StreamExt as _;
 use millstream::stack::Service;
+use millstream_client::{Client, SqlValue};
 use millstream_schemas::frame::ServerFrame;
 use millstream_schemas::{TableChanges, TableOp};
 use millstream_tests::board::{Board, PATIENCE};
@@ -387,24 +389,36 @@ async fn a_cut_snapshot_goes_on_where_it_was() -> Result<()> {
     board.explain(result)
 }
 
-/// Passes connections on to `to` and cuts each after so many bytes to the client; gives where it listens, and how many
-/// connections there were.
-async fn cutting(to: String, bytes: u64) -> Result<(String, Arc<AtomicUsize>)> {
-    use tokio::io::{AsyncReadExt as _, copy};
+/// Passes connections on to the edge, at most so many bytes a second to the client, and cuts each after so many; gives where
+/// it listens, and how many connections there were.
+async fn poor_network(board: &Board, per_second: usize, most: usize) -> Result<(String, Arc<AtomicUsize>)> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy};
+    let to = board.stack.edge_url().trim_start_matches("ws://").trim_end_matches('/').parse()?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let (url, count) = (format!("ws://{}", listener.local_addr()?), Arc::new(AtomicUsize::new(0)));
     let connections = count.clone();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = listener.accept().await {
             connections.fetch_add(1, Ordering::Relaxed);
-            let to = to.clone();
             tokio::spawn(async move {
-                let Ok(mut edge) = tokio::net::TcpStream::connect(to).await else { return };
-                let ((from_edge, mut to_edge), (mut from_client, mut to_client)) = (edge.split(), client.split());
-                let mut some = from_edge.take(bytes);
+                // Else several MB would be in the system's buffers.
+                let Ok(socket) = tokio::net::TcpSocket::new_v4() else { return };
+                let Ok(()) = socket.set_recv_buffer_size(32 << 10) else { return };
+                let Ok(mut edge) = socket.connect(to).await else { return };
+                let ((mut from_edge, mut to_edge), (mut from_client, mut to_client)) = (edge.split(), client.split());
+                let (start, mut passed, mut buffer) = (Instant::now(), 0, vec![0; 16 << 10]);
+                let down = async {
+                    while passed < most {
+                        let Ok(some @ 1..) = from_edge.read(&mut buffer).await else { return };
+                        let Ok(()) = to_client.write_all(&buffer[..some]).await else { return };
+                        passed += some;
+                        let due = start + Duration::from_secs_f64(passed as f64 / per_second as f64);
+                        tokio::time::sleep_until(due.into()).await;
+                    }
+                };
                 // Whichever ends first ends both.
                 tokio::select! {
-                    _ = copy(&mut some, &mut to_client) => {}
+                    () = down => {}
                     _ = copy(&mut from_client, &mut to_edge) => {}
                 }
             });
@@ -413,35 +427,79 @@ async fn cutting(to: String, bytes: u64) -> Result<(String, Arc<AtomicUsize>)> {
     Ok((url, count))
 }
 
+/// A client with many tasks to get; waits until it has them.
+async fn gets_many_tasks(board: &Board, url: String) -> Result<Client> {
+    let client = board.builder("a", "alice").edge(url).open().await?;
+    let mut status = client.status();
+    tokio::time::timeout(PATIENCE, status.wait_for(|status| status.has_synced)).await.context("it never came")??;
+    let rows = client.query("SELECT count(*), count(DISTINCT id) FROM tasks WHERE title <> ''", ()).await?.rows;
+    ensure!(format!("{:?}", rows[0]).matches(&MANY.to_string()).count() == 2, "{rows:?}");
+    Ok(client)
+}
+
+/// Tasks that have several MB together.
+const MANY: u64 = 30_000;
+
+async fn many_tasks(board: &Board) -> Result<()> {
+    let mut postgres = board.postgres().await?;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+        "INSERT INTO projects (id, name) VALUES ('00000000-0000-0000-0000-000000000001', 'p');
+         INSERT INTO members VALUES ('00000000-0000-0000-0000-000000000001', 'alice', 'owner');
+         INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), '00000000-0000-0000-0000-000000000001', repeat('t', 100) FROM generate_series(1, {MANY})"
+    )))
+    .execute(&mut postgres)
+    .await?;
+    Ok(())
+}
+
 /// Through a network that breaks every connection long before a snapshot's end, it would never arrive if it began anew.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_arrives_through_connections_that_break() -> Result<()> {
-    const TASKS: u64 = 30_000;
     let board = Board::start().await?;
     let result = async {
-        let mut postgres = board.postgres().await?;
-        for sql in [
-            "INSERT INTO projects (id, name) VALUES ('00000000-0000-0000-0000-000000000001', 'p')".to_owned(),
-            "INSERT INTO members VALUES ('00000000-0000-0000-0000-000000000001', 'alice', 'owner')".to_owned(),
-            format!(
-                "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), '00000000-0000-0000-0000-000000000001', repeat('t', 100) FROM generate_series(1, {TASKS})"
-            ),
-        ] {
-            sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut postgres).await?;
-        }
-        let to = board.stack.edge_url().trim_start_matches("ws://").trim_end_matches('/').to_owned();
-        let (url, connections) = cutting(to, 2 << 20).await?;
-        let client = board.builder("a", "alice").edge(url).open().await?;
-        let mut status = client.status();
-        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.has_synced))
-            .await
-            .context("it never came")??;
-        let rows = client.query("SELECT count(*), count(DISTINCT id) FROM tasks WHERE title <> ''", ()).await?.rows;
-        ensure!(format!("{:?}", rows[0]).matches(&TASKS.to_string()).count() == 2, "{rows:?}");
+        many_tasks(&board).await?;
+        let (url, connections) = poor_network(&board, usize::MAX, 2 << 20).await?;
+        gets_many_tasks(&board, url).await?.close().await?;
         let connections = connections.load(Ordering::Relaxed);
         ensure!((4..=12).contains(&connections), "{connections} connections");
-        println!("{TASKS} rows in {connections} connections of 2 MiB");
-        client.close().await?;
+        println!("{MANY} rows in {connections} connections of 2 MiB");
+        Ok(())
+    };
+    let result = result.await;
+    board.explain(result)
+}
+
+/// A slow client gives its turn, and what is kept for it, to others; it goes on with what it lacks. One that could not go on
+/// gets the time that it needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_client_takes_a_snapshot_a_stretch_at_a_time() -> Result<()> {
+    let board = Board::with(|builder| builder.env_of(Service::Edge, "MILLSTREAM_SNAPSHOT_SECONDS", "1")).await?;
+    let result = async {
+        many_tasks(&board).await?;
+        let (url, connections) = poor_network(&board, 5 << 18, usize::MAX).await?;
+        gets_many_tasks(&board, url.clone()).await?.close().await?;
+        let stretches = connections.swap(0, Ordering::Relaxed);
+        ensure!((3..=12).contains(&stretches), "{stretches} connections");
+        println!("{MANY} rows in {stretches} connections of a second");
+
+        let bob = board.builder("b", "bob").edge(url).open().await?;
+        let mut status = bob.status();
+        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.has_synced)).await??;
+        let grant = "INSERT INTO members VALUES ('00000000-0000-0000-0000-000000000001', 'bob', 'member')";
+        sqlx::query(grant).execute(&mut board.postgres().await?).await?;
+        let mut counts = bob.watch("SELECT count(*) FROM tasks", ());
+        let all = async {
+            while let Some(rows) = counts.next().await {
+                if rows?.rows == [[SqlValue::Integer(MANY.cast_signed())]] {
+                    return Ok(());
+                }
+            }
+            bail!("the client ended")
+        };
+        tokio::time::timeout(PATIENCE, all).await.context("the tasks never came")??;
+        let connections = connections.load(Ordering::Relaxed);
+        ensure!(connections == 1, "{connections} connections for one that had rows before");
+        bob.close().await?;
         Ok(())
     };
     let result = result.await;

@@ -62,8 +62,10 @@ struct Point {
     latency_ms: Percentiles,
     /// Of all services, Postgres and the broker together, for 10,000 deliveries.
     server_cpu_s_per_10k: f64,
-    /// Of the edge alone.
+    /// Of it, the edge.
     edge_cpu_s_per_10k: f64,
+    /// Of it, the backend of Postgres that makes the application's own writes, which the floor has not got.
+    write_cpu_s_per_10k: f64,
     /// Resident memory of the edge for each connection while nothing happens.
     rss_per_connection_kib: f64,
     floor: Floor,
@@ -86,22 +88,23 @@ pub async fn run(args: FanoutArgs) -> Result<(), Error> {
 
 fn print(report: &Report) {
     println!(
-        "{} writes/s to one scope          p50     p99    CPU of 10,000 deliveries    memory a connection",
+        "{} writes/s to one scope          p50     p99    CPU of 10,000 deliveries                memory a connection",
         report.writes_per_s
     );
     for point in &report.points {
         let Point { latency_ms, floor, .. } = point;
         println!(
-            "{:>6} subscribers           {:>7} {:>7} ms    {:>6} s (edge {} s)       {:>6} KiB",
+            "{:>6} subscribers           {:>7} {:>7} ms    {:>6} s (edge {} s, writes {} s)  {:>6} KiB",
             point.subscribers,
             latency_ms.p50,
             latency_ms.p99,
             point.server_cpu_s_per_10k,
             point.edge_cpu_s_per_10k,
+            point.write_cpu_s_per_10k,
             point.rss_per_connection_kib
         );
         println!(
-            "       floor                 {:>7} {:>7} ms    {:>6} s                     {:>6} KiB",
+            "       floor                 {:>7} {:>7} ms    {:>6} s                                 {:>6} KiB",
             floor.latency_ms.p50, floor.latency_ms.p99, floor.server_cpu_s_per_10k, floor.rss_per_connection_kib
         );
     }
@@ -154,6 +157,10 @@ async fn point(
     drop(open(0).await?);
     let (sockets, memory) = connect(subscribers, edge, open).await?;
     let mut sample = String::new();
+    let backend: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
+        .fetch_one(&mut *postgres)
+        .await
+        .map_err(Error::postgres("ask for the backend"))?;
     let before = Sample::take();
     let latency = {
         let write = async |number: u64| {
@@ -191,6 +198,7 @@ async fn point(
         latency_ms: percentiles(&latency),
         server_cpu_s_per_10k: cpu(&pids),
         edge_cpu_s_per_10k: cpu(&[edge]),
+        write_cpu_s_per_10k: cpu(&[backend.cast_unsigned()]),
         rss_per_connection_kib: round(memory),
         floor: Floor {
             latency_ms: percentiles(&floor),

@@ -21,7 +21,7 @@ const NATS_MAX_FILE: &str = "20GB";
 const NATS_MAX_MEMORY: &str = "256MB";
 
 /// Variables that configure a service; what the caller's environment says of them must not leak into a private stack.
-const SERVICE_ENV: [&str; 10] = [
+const SERVICE_ENV: [&str; 11] = [
     "NATS_URL",
     "MILLSTREAM_NATS_SEED",
     "MILLSTREAM_NATS_SEED_FILE",
@@ -31,6 +31,7 @@ const SERVICE_ENV: [&str; 10] = [
     "MILLSTREAM_TOKEN_SECRET_FILE",
     "MILLSTREAM_HEALTH_LISTEN",
     "MILLSTREAM_EDGE_LISTEN",
+    "MILLSTREAM_SNAPSHOT_SECONDS",
     "MILLSTREAM_LOG_FORMAT",
 ];
 

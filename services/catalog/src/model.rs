@@ -145,6 +145,43 @@ pub struct Column {
     pub writable: bool,
 }
 
+impl Column {
+    /// The type to cast text to: without the length, so that a value that is too long is refused by the assignment or missed by
+    /// the comparison that follows, instead of being cut by the cast.
+    pub fn cast_type(&self) -> String {
+        let sql_type = self.sql_type.as_str();
+        let (name, suffix) = match sql_type.split_once('(') {
+            Some((name, rest)) if !sql_type.starts_with('"') && !sql_type.contains('.') => {
+                (name, rest.split_once(')').map_or("", |(_, suffix)| suffix))
+            }
+            _ => (sql_type, ""),
+        };
+        let name = match name {
+            "character" => "bpchar",
+            "bit" => "bit varying",
+            other => other,
+        };
+        format!("{name}{suffix}")
+    }
+
+    /// SQL for its value as the WAL and COPY spell it, by the type's output function; null stays null. (A cast to text strips the
+    /// blanks of `char(n)`, and spells a boolean in another way.)
+    pub fn text(&self) -> String {
+        format!("CASE WHEN {name} IS NOT NULL THEN concat({name}) END", name = self.sql_name)
+    }
+
+    /// SQL that says whether it holds one of `ids` (SQL for an array of texts), by an index where there is one. Ids are spelled as
+    /// the stream spells them: `1.0` is another than `1`, whatever numeric has to say of it, and so with citext and collations.
+    pub fn is_one_of(&self, ids: &str) -> String {
+        let equal = format!("{} = ANY ({ids}::text[]::{}[])", self.sql_name, self.cast_type());
+        // Equal values of these have one spelling.
+        if matches!(self.sql_type.as_str(), "uuid" | "bigint" | "integer" | "smallint") {
+            return equal;
+        }
+        format!("{equal} AND ({}) COLLATE \"C\" = ANY ({ids}::text[])", self.text())
+    }
+}
+
 /// How a scope of a row is read off it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScopeColumn<'a> {
@@ -251,4 +288,34 @@ pub struct WriteRules {
     pub update: Option<String>,
     /// May this row be deleted?
     pub delete: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn casts_do_not_cut_values() {
+        for (declared, cast) in [
+            ("uuid", "uuid"),
+            ("character varying(20)", "character varying"),
+            ("character varying(20)[]", "character varying[]"),
+            ("character(5)", "bpchar"),
+            ("bit(3)", "bit varying"),
+            ("numeric(10,2)", "numeric"),
+            ("timestamp(3) with time zone", "timestamp with time zone"),
+            ("board.status", "board.status"),
+            ("\"Odd (name)\"", "\"Odd (name)\""),
+        ] {
+            let column = Column {
+                name: "c".into(),
+                sql_name: "c".into(),
+                sql_type: declared.into(),
+                type_oid: 0,
+                nullable: true,
+                writable: true,
+            };
+            assert_eq!(column.cast_type(), cast);
+        }
+    }
 }

@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
 use crate::apply::Outcome;
 use crate::error::{Fault, Refusal, bounded, classify, names_values};
-use crate::statement::{Statement, cast_type};
+use crate::statement::Statement;
 use crate::validator::Step;
 
 /// What the database says of a row that was not written.
@@ -77,7 +77,7 @@ pub(crate) async fn value_at_fault(
     for (index, value) in keys.chain(values) {
         let (column, Some(value)) = (&step.table.columns[index], value) else { continue };
         let sql_type = &column.sql_type;
-        let cast = format!("SELECT $1::text::{} IS NULL", cast_type(sql_type));
+        let cast = format!("SELECT $1::text::{} IS NULL", column.cast_type());
         // The type's own reading of a text looks at its length too; a JSON text would be taken as it is.
         let read = format!("SELECT v IS NULL FROM json_to_record(json_build_object('v', $1::text)) AS r(v {sql_type})");
         for sql in [cast, read] {

@@ -85,6 +85,10 @@ pub struct Args {
     /// MILLSTREAM_TOKEN_SECRET may hold the secret itself
     #[arg(long, env = "MILLSTREAM_TOKEN_SECRET_FILE")]
     pub token_secret_file: Option<PathBuf>,
+    /// Longest time in seconds for which the rows of a snapshot are sent to one client at a stretch: a slower one gets the
+    /// rest over a new connection
+    #[arg(long, env = "MILLSTREAM_SNAPSHOT_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub snapshot_seconds: u64,
     /// The broker
     #[command(flatten)]
     pub nats: nats::Args,
@@ -130,6 +134,8 @@ pub(crate) struct Edge {
     verifier: token::Verifier,
     /// Snapshots that are read at once.
     snapshots: Semaphore,
+    /// How long a client may take for rows.
+    snapshot_time: Duration,
     shared: Arc<shared::Shared>,
     catch_ups: Semaphore,
     shutdown: Shutdown,
@@ -172,6 +178,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         watermarks,
         verifier: token::Verifier::new(&secret),
         snapshots: Semaphore::new(SNAPSHOTS),
+        snapshot_time: Duration::from_secs(args.snapshot_seconds),
         catch_ups: Semaphore::new(CATCH_UPS),
         shutdown: shutdown.clone(),
     });

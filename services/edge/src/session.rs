@@ -252,7 +252,7 @@ impl Session {
 
     /// Sends what the ring holds behind the cursor.
     async fn pump(&mut self, wire: &mut Wire) -> Result<(), End> {
-        let mut batch = Vec::with_capacity(PUMP);
+        let mut batch = Vec::new();
         for _ in 0..PUMP_BATCHES {
             batch.clear();
             if self.membership.read(self.downlink.cursor(), PUMP, &mut batch) == Err(FellBehind) {
@@ -307,12 +307,20 @@ impl Session {
         let mut waiting = None;
         let mut ticks = tokio::time::interval(PING_INTERVAL);
         ticks.tick().await;
+        // A set of one: it looks at the socket only when that has called, not with each delivery.
+        let mut frames = futures_util::stream::select_all([stream]);
         let wake = self.membership.wake.clone();
-        let shutdown = self.edge.shutdown.clone();
-        let mut catalogs = self.edge.catalogs.subscribe();
+        let (shutdown, mut catalogs) = (self.edge.shutdown.clone(), self.edge.catalogs.subscribe());
         if !Arc::ptr_eq(&catalogs.borrow_and_update(), &self.known) {
             return Err(End::schema_changed());
         }
+        // Waits once for all: sessions by the hundred that line up for it anew after each frame get in each other's way.
+        let mut ended = std::pin::pin!(async {
+            tokio::select! {
+                Ok(()) = catalogs.changed() => End::schema_changed(),
+                () = shutdown.requested() => End::retry(Code::ShuttingDown, "this edge is shutting down; connect again"),
+            }
+        });
         loop {
             let start = Instant::now();
             self.pump(wire).await?;
@@ -327,7 +335,7 @@ impl Session {
             }
             tokio::select! {
                 () = wake.notified() => {}
-                frame = stream.next() => self.heard(wire, frame).await?,
+                frame = frames.next() => self.heard(wire, frame).await?,
                 Some(seq) = self.stored.1.recv() => {
                     let mut highest = seq;
                     while let Ok(seq) = self.stored.1.try_recv() {
@@ -353,10 +361,7 @@ impl Session {
                     }
                     wire.ping().await?;
                 }
-                Ok(()) = catalogs.changed() => return Err(End::schema_changed()),
-                () = shutdown.requested() => {
-                    return Err(End::retry(Code::ShuttingDown, "this edge is shutting down; connect again"));
-                }
+                end = &mut ended => return Err(end),
             }
         }
     }

@@ -167,15 +167,14 @@ impl Snapshot {
             }
             // Identifiers come quoted from the catalog.
             let mut sql = format!(
-                "SELECT DISTINCT {scope}::text FROM {table} WHERE {members} = ANY ($1::text[]::{members_type}[]) \
-                 AND {members}::text = ANY ($1) AND {scope} IS NOT NULL",
-                scope = column(membership.scope).sql_name,
-                table = table.sql_name,
-                members = column(members).sql_name,
-                members_type = column(members).sql_type,
+                "SELECT DISTINCT {} FROM {} WHERE {} AND {} IS NOT NULL",
+                column(membership.scope).text(),
+                table.sql_name,
+                column(members).is_one_of("$1"),
+                column(membership.scope).sql_name,
             );
             if let Some((role, _)) = roles {
-                let _ = write!(sql, " AND {}::text = ANY ($2)", column(*role).sql_name);
+                let _ = write!(sql, " AND ({}) COLLATE \"C\" = ANY ($2)", column(*role).text());
             }
             let mut query_ids = sqlx::query_scalar(AssertSqlSafe(sql)).bind(of);
             if let Some((_, allowed)) = roles {
@@ -206,7 +205,7 @@ impl Snapshot {
             return Ok(true);
         }
         // Types come from the catalog.
-        let same: Vec<String> = types.iter().map(|name| format!("$1::text::{name}::text = $1")).collect();
+        let same: Vec<String> = types.iter().map(|name| format!("concat($1::text::{name}) = $1")).collect();
         let sql = format!("SELECT {}", same.join(" AND "));
         match sqlx::query_scalar(AssertSqlSafe(sql)).bind(user_id).fetch_one(&mut *self.transaction).await {
             Ok(same) => Ok(same),
@@ -285,13 +284,7 @@ impl Snapshot {
                 let mut sql = format!("(SELECT count(*) FROM {}", table.sql_name);
                 if let Some(column) = column.map(|index| &table.columns[index]) {
                     bound.push(ids);
-                    let _ = write!(
-                        sql,
-                        " WHERE {} = ANY (${}::text[]::{}[])",
-                        column.sql_name,
-                        bound.len(),
-                        column.sql_type
-                    );
+                    let _ = write!(sql, " WHERE {}", column.is_one_of(&format!("${}", bound.len())));
                 }
                 sql.push(')');
                 counts.push(sql);
@@ -370,11 +363,7 @@ impl Snapshot {
         let key = key.join(", ");
         let mut sql = format!("COPY (SELECT {} FROM {} WHERE true", columns.join(", "), table.sql_name);
         if let Some(column) = column.map(|index| &table.columns[index]) {
-            let _ = write!(
-                sql,
-                " AND {} = ANY (current_setting('millstream.scope_ids')::text[]::{}[])",
-                column.sql_name, column.sql_type
-            );
+            let _ = write!(sql, " AND {}", column.is_one_of("current_setting('millstream.scope_ids')"));
         }
         if behind.is_some_and(|values| values.len() == table.key.len()) {
             let value = |(n, index): (usize, &usize)| {

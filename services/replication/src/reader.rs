@@ -183,8 +183,7 @@ impl Reader {
     /// settled by a later message of the change stream.
     async fn fill(&mut self, lookup: &Lookup) -> Result<Filled, Error> {
         let table = &self.tables[lookup.table];
-        let columns: Vec<String> =
-            lookup.columns.iter().map(|&column| format!("{}::text", table.columns[column].sql_name)).collect();
+        let columns: Vec<String> = lookup.columns.iter().map(|&column| table.columns[column].text()).collect();
         let fixed: Vec<String> = lookup
             .fixed
             .iter()

@@ -18,6 +18,9 @@ use crate::resume::{Mark, Token};
 use crate::shared::{Apart, Part};
 use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, begin_frame};
 
+/// A client that could not go on with a snapshot, but had to begin again, gets so many times as long for it.
+const WHOLE: u32 = 10;
+
 /// Rows that are to be sent, and what they are as of.
 struct Joining<'e> {
     scopes: BTreeSet<Scope>,
@@ -66,16 +69,17 @@ impl Session {
             // Only where it is all that the client has: what it held before is not as of this moment.
             let from = self.behind_unseen(&back).filter(|_| held == 0);
             let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
+            let until = self.until(token.is_some());
             match source {
                 Source::Own(mut snapshot) => {
                     let rows = wire.alive(snapshot.count(&self.known.catalog, &new)).await?;
                     let rows = rows.map_err(|error| End::unavailable(&error))?;
                     wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
-                    self.send_own(wire, snapshot, &new, false, None).await?;
+                    self.send_own(wire, snapshot, &new, false, None, until).await?;
                 }
                 Source::Shared(parts, rows) => {
                     wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
-                    send_shared(wire, &parts).await?;
+                    send_shared(wire, &parts, until).await?;
                 }
             }
             self.downlink.joined(new, &fence, &back);
@@ -119,7 +123,8 @@ impl Session {
         self.downlink.authorized(&scopes.iter().cloned().collect(), until.clone(), &mut self.out);
         self.flush(wire).await?;
         wire.own(begin_frame(&scopes, rows, Some(&cut.token), true)).await?;
-        self.send_own(wire, snapshot, &scopes, cut.token.apart, Some(cut.mark)).await?;
+        let time = self.until(true);
+        self.send_own(wire, snapshot, &scopes, cut.token.apart, Some(cut.mark), time).await?;
         self.downlink.resumed(scopes, &cut.fence, until.lsn, &mut self.out);
         self.membership.set_scopes(self.downlink.scopes());
         Ok(())
@@ -177,6 +182,11 @@ impl Session {
         }
     }
 
+    /// Until when a client may take rows. What holds them for it, a transaction and a turn, or memory, others wait for.
+    fn until(&self, can_go_on: bool) -> Instant {
+        Instant::now() + self.edge.snapshot_time * if can_go_on { 1 } else { WHOLE }
+    }
+
     /// Sends rows as fast as the client takes them.
     async fn send_own(
         &self,
@@ -185,11 +195,13 @@ impl Session {
         scopes: &[Scope],
         apart: bool,
         behind: Option<Mark>,
+        until: Instant,
     ) -> Result<(), End> {
         let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
         let (known, wanted) = (self.known.clone(), scopes.to_vec());
         let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, apart, behind, &sender).await });
         while let Some(frame) = wire.alive(frames.recv()).await? {
+            in_time(until)?;
             wire.send(&[Out::Shared(frame.into())]).await?;
         }
         match reading.await {
@@ -201,18 +213,27 @@ impl Session {
 }
 
 /// Sends rows that are read for others too.
-async fn send_shared(wire: &mut Wire, parts: &[Arc<Part>]) -> Result<(), End> {
+async fn send_shared(wire: &mut Wire, parts: &[Arc<Part>], until: Instant) -> Result<(), End> {
     for part in parts {
         let mut index = 0;
         loop {
             let frame = wire.alive(part.frame(index)).await?;
             let frame = frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
             let Some(frame) = frame else { break };
+            in_time(until)?;
             wire.send(&[Out::Shared(frame)]).await?;
             index += 1;
         }
     }
     Ok(())
+}
+
+/// Cuts a client that takes too long for rows: others wait for what holds them.
+fn in_time(until: Instant) -> Result<(), End> {
+    if Instant::now() < until {
+        return Ok(());
+    }
+    Err(End::retry(Code::SlowConsumer, "the snapshot takes too long at a stretch; connect again to go on with it"))
 }
 
 /// How many rows parts have together.

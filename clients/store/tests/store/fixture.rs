@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use millstream_client_core::replica::{Batch, Step, Work};
 use millstream_client_store::{Applied, Host, Reader, Store, StoreError};
-use millstream_schemas::frame::Confirmed;
+use millstream_schemas::frame::{Confirmed, Submit};
 use millstream_schemas::stream::Failure;
 use millstream_schemas::{
     Code, ColumnSchema, Lsn, Position, Row, Schema, TableChanges, TableOp, TableSchema, TableScope,
@@ -184,4 +184,37 @@ pub fn failed(seq: u64, code: Code) -> Step {
 
 pub fn stage(f: &mut Fixture, rows: Vec<Row>) {
     f.store.perform(&[Work::ClearStage, Work::Stage(vec![changes("tasks", TableOp::Upsert, rows)])]).unwrap();
+}
+
+pub fn failure(seq: u64, change_id: Uuid, code: Code) -> Failure {
+    Failure { seq, change_id, code, rule: Some("a_rule".into()), message: "not so".into() }
+}
+
+pub fn told(seq: u64, failed: Vec<Failure>) -> Step {
+    Step::Confirmed(Confirmed { seq, instance: Uuid::nil(), failed, lost: vec![] })
+}
+
+pub fn submits(f: &Fixture) -> Vec<Submit> {
+    f.store.pending(0, 100).unwrap()
+}
+
+/// Number, first key and what it comes after, of each numbered transaction.
+pub fn queue(f: &Fixture) -> Vec<(u64, String, Vec<u64>)> {
+    submits(f).into_iter().map(|s| (s.seq, s.changes[0].key[0].clone().unwrap(), s.after)).collect()
+}
+
+pub fn entry(seq: u64, key: &str, after: &[u64]) -> (u64, String, Vec<u64>) {
+    (seq, key.to_owned(), after.to_vec())
+}
+
+pub fn states(f: &Fixture) -> String {
+    f.read("SELECT DISTINCT tx, seq, state, attempts FROM local_changes ORDER BY tx")
+}
+
+pub fn insert(f: &mut Fixture, id: &str) {
+    f.write(&[&format!("INSERT INTO tasks (id, title) VALUES ('{id}', 'new')")]).unwrap();
+}
+
+pub fn update(f: &mut Fixture, id: &str, title: &str) {
+    f.write(&[&format!("UPDATE tasks SET title = '{title}' WHERE id = '{id}'")]).unwrap();
 }

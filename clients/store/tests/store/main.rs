@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
 
 mod fixture;
+mod identity;
 mod order;
 
 use std::sync::atomic::Ordering;

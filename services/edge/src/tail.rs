@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::stream::Stream;
 use futures_util::StreamExt;
@@ -112,7 +113,7 @@ async fn follow(nats: &Nats, hub: &Hub, health: &Health, last: &mut Option<u64>)
         .messages()
         .await
         .map_err(|error| TailError::Consumer("pull from the outbound stream", error.into()))?;
-    let mut expected = 1;
+    let (mut expected, none) = (1, HeaderMap::new());
     if last.is_some_and(|last| last >= end) {
         health.set_ready("stream", true);
     }
@@ -127,8 +128,8 @@ async fn follow(nats: &Nats, hub: &Hub, health: &Health, last: &mut Option<u64>)
         if last.is_some_and(|last| seq <= last) {
             continue;
         }
-        let headers = message.headers.clone().unwrap_or_default();
-        match Message::decode(seq, &message.subject, &headers, message.payload.clone()) {
+        let headers = message.headers.as_ref().unwrap_or(&none);
+        match Message::decode(seq, &message.subject, headers, message.payload.clone()) {
             Ok(decoded) => hub.push(Arc::new(decoded), Instant::now()),
             Err(error) => {
                 // Only replication may publish here. Sessions must not step over it: without it there is a gap.

@@ -153,8 +153,9 @@ async fn tables_of_every_shape_are_followed() -> Result<()> {
         CREATE TABLE parts (id int, region text, body text, length int GENERATED ALWAYS AS (length(body)) STORED, PRIMARY KEY (id, region)) PARTITION BY LIST (region);
         CREATE TABLE parts_a PARTITION OF parts FOR VALUES IN ('a');
         CREATE TABLE parts_b PARTITION OF parts FOR VALUES IN ('b', 'c');
-        CREATE TABLE large (id int PRIMARY KEY, n int NOT NULL, body text NOT NULL);
-        ALTER TABLE large ALTER COLUMN body SET STORAGE EXTERNAL;";
+        CREATE TYPE pair AS (mark text, body text);
+        CREATE TABLE large (id int PRIMARY KEY, n int NOT NULL, body text NOT NULL, of pair);
+        ALTER TABLE large ALTER COLUMN body SET STORAGE EXTERNAL, ALTER COLUMN of SET STORAGE EXTERNAL;";
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("millstream.toml");
     std::fs::write(
@@ -185,7 +186,7 @@ async fn shapes(board: &Board) -> Result<()> {
         "ALTER TABLE parts DETACH PARTITION parts_d",
         "DELETE FROM parts WHERE id = 6",
         // Values out of line, which updates of other columns do not carry.
-        "INSERT INTO large SELECT n, n, repeat(md5(n::text), 1000) FROM generate_series(1, 20) AS n",
+        "INSERT INTO large SELECT n, n, repeat(md5(n::text), 1000), ROW(NULL::text, repeat(md5(n::text), 500))::pair FROM generate_series(1, 20) AS n",
         "UPDATE large SET n = n + 1",
         "BEGIN; UPDATE large SET n = n + 1 WHERE id < 5; UPDATE large SET body = 'short' WHERE id = 3; UPDATE large SET n = 0 WHERE id = 3; COMMIT",
         "UPDATE large SET id = id + 1000 WHERE id > 15",
@@ -204,7 +205,7 @@ async fn shapes(board: &Board) -> Result<()> {
 }
 
 async fn shape(client: &Client, postgres: &mut PgConnection) -> Result<()> {
-    const SHOWN: &str = "SELECT id || region || body AS t FROM parts UNION ALL SELECT id || '|' || n || '|' || body FROM large ORDER BY 1";
+    const SHOWN: &str = "SELECT id || region || body AS t FROM parts UNION ALL SELECT id || '|' || n || '|' || body || of FROM large ORDER BY 1";
     let start = Instant::now();
     loop {
         let wanted: Vec<String> =

@@ -165,9 +165,9 @@ impl Column {
     }
 
     /// SQL for its value as the WAL and COPY spell it, by the type's output function; null stays null. (A cast to text strips the
-    /// blanks of `char(n)`, and spells a boolean in another way.)
+    /// blanks of `char(n)`, and spells a boolean in another way. `IS NOT NULL` is false of a row with a null in it.)
     pub fn text(&self) -> String {
-        format!("CASE WHEN {name} IS NOT NULL THEN concat({name}) END", name = self.sql_name)
+        format!("CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}) END", name = self.sql_name)
     }
 
     /// SQL that says whether it holds one of `ids` (SQL for an array of texts), by an index where there is one. Ids are spelled as

@@ -80,6 +80,8 @@ codes! {
     BadToken = "bad_token", Manual;
     /// The token has expired: connect with a new one.
     TokenExpired = "token_expired", Manual;
+    /// The session has outlived its right: its token ran out, or an operator ended the user's sessions. Connect with a new token.
+    NeedsAuth = "needs_auth", Manual;
     /// The client id belongs to another user.
     IdentityMismatch = "identity_mismatch", Never;
     /// The client speaks another protocol version; its queue is kept.

@@ -101,7 +101,7 @@ pub struct Submit {
     /// The changes, in the order in which they were made; 1 to [`MAX_TRANSACTION_CHANGES`].
     pub changes: Vec<Change>,
     /// W3C trace context of the local write.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
 }
 
@@ -242,7 +242,7 @@ pub struct Rows {
     /// Commit time: microseconds since 1970.
     pub at: u64,
     /// W3C trace context of the transaction.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
     /// The changes, in commit order.
     pub changes: Vec<TableChanges>,

@@ -7,6 +7,7 @@
 //! - [`schema`]: the synced tables as clients see them
 //! - [`subject`]: subject names, partitions and scopes
 //! - [`position`]: log sequence numbers and a client's place in the outbound stream
+//! - [`trace`]: what a `traceparent` is
 //! - [`code`]: the closed list of error codes, each with the policy that clients follow
 //!
 //! Every JSON document has a JSON Schema beside this crate (`schemas/json/`), generated from these types by
@@ -20,6 +21,7 @@ pub mod position;
 pub mod schema;
 pub mod stream;
 pub mod subject;
+pub mod trace;
 
 pub use change::{Change, Operation, Row, TableChanges, TableOp, Value};
 pub use clock::{Clock, Clocks};

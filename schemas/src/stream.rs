@@ -44,7 +44,7 @@ pub struct Submission {
     /// The changes, in the order in which they were made.
     pub changes: Vec<Change>,
     /// W3C trace context.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
 }
 
@@ -136,7 +136,7 @@ pub struct OriginRecord {
     /// One entry a client.
     pub clients: Vec<OriginEntry>,
     /// W3C trace context of the transaction.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
 }
 
@@ -177,7 +177,7 @@ pub struct ValidateRequest {
     /// The transaction's changes to the table, in their order.
     pub changes: Vec<Change>,
     /// W3C trace context.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
 }
 

@@ -205,6 +205,9 @@ pub const MAX_RULE_BYTES: usize = 128;
 /// Payload on `ms.wal.{scope}`: the JSON array of these. The rest of the message is in its headers, [`header`].
 pub type WalPayload = Vec<TableChanges>;
 
+/// In [`header::MOVES`]: memberships of any scope may have moved.
+pub const ANY_SCOPE: &str = "*";
+
 /// Header names of messages in `MS_WAL`.
 pub mod header {
     /// Epoch of the stream's history (UUID).
@@ -229,6 +232,9 @@ pub mod header {
     /// as commit LSN, transaction id and commit time, with blanks between. So the end of the stream can be held against
     /// the database.
     pub const LANDMARK: &str = "Ms-Landmark";
+    /// On a message with rows that grant memberships: the scopes that those who hold the message's scope came to hold, or hold no
+    /// more, with this transaction, as subjects with blanks between; [`super::ANY_SCOPE`] for all of them.
+    pub const MOVES: &str = "Ms-Moves";
     /// Schema version under which rows were encoded.
     pub const SCHEMA: &str = "Ms-Schema";
     /// W3C trace context.

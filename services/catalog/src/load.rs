@@ -122,10 +122,15 @@ impl Problems<'_> {
     }
 }
 
+/// What messages of the outbound stream say beside their rows. One that lacks something would be read as saying that there is none,
+/// so another format is another layout, and begins a new epoch. 2: which memberships move.
+const FORMAT: &str = "2\n";
+
 /// Of SHA-256, the first 8 hexadecimal digits for the [`layout`], then 8 for the rest of what clients see, so that every
 /// service computes the same.
 fn version(catalog: &Catalog) -> String {
     let (mut layout, mut rest) = (Sha256::new(), Sha256::new());
+    layout.update(FORMAT);
     for table in &catalog.tables {
         let schema = table.schema();
         // Its oid too: rows do not say it when another table takes the name of one.

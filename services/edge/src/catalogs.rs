@@ -11,8 +11,8 @@ use millstream_runtime::shutdown::Shutdown;
 use sqlx::PgPool;
 use tokio::sync::{Mutex, watch};
 
-use crate::grants::Grants;
 use crate::hub::Hub;
+use crate::reach::Reach;
 use crate::tail::Chain;
 
 /// Shortest time between two looks that sessions ask for.
@@ -35,8 +35,8 @@ pub enum LoadError {
 pub struct Known {
     /// The catalog.
     pub catalog: Catalog,
-    /// What moves memberships.
-    pub grants: Arc<Grants>,
+    /// Which scopes a moved membership concerns.
+    pub reach: Arc<Reach>,
 }
 
 impl Known {
@@ -152,6 +152,6 @@ async fn load(config: &Path, pool: &PgPool) -> Result<Known, LoadError> {
     let config = Config::read(config)?;
     let mut connection = pool.acquire().await.map_err(CatalogError::Query)?;
     let catalog = Catalog::load(&mut connection, &config).await?;
-    let grants = Arc::new(Grants::new(catalog.memberships()));
-    Ok(Known { catalog, grants })
+    let reach = Arc::new(Reach::new(catalog.memberships().map(|(_, membership)| membership)));
+    Ok(Known { catalog, reach })
 }

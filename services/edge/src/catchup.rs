@@ -20,9 +20,12 @@ use crate::message::{InvalidMessage, Message};
 /// Messages of one request.
 const BATCH: usize = 256;
 /// Bytes of one request: a share of what the scopes of a session fetch ahead, within bounds.
-const PAGES_BYTES: usize = 4 << 20;
+const PAGES_BYTES: usize = 2 << 20;
 const MIN_BATCH_BYTES: usize = 32 << 10;
 const MAX_BATCH_BYTES: usize = 1 << 20;
+/// Most bytes that a catch-up fetches ahead, and what all of an edge hold together. Others wait.
+const MAX_AHEAD_BYTES: usize = 16 << 20;
+pub const ALL_KIB: usize = 32 << 10;
 /// Scopes of one session that are asked for at the same time.
 const AT_ONCE: usize = 4;
 /// The broker answers within this time.
@@ -67,6 +70,13 @@ pub enum CatchUpError {
     /// A snapshot is cheaper.
     #[error("more than {MAX_MESSAGES} messages or {MAX_BYTES} bytes to catch up with")]
     TooMany,
+}
+
+/// What a catch-up of this number of scopes holds at most, in KiB.
+pub fn most_kib(scopes: usize) -> u32 {
+    // A message is kept with its frame.
+    let bytes = 2 * (scopes * MIN_BATCH_BYTES).clamp(PAGES_BYTES, MAX_AHEAD_BYTES);
+    (bytes / 1024) as u32
 }
 
 /// Messages of several scopes in the order of the stream, fetched page by page.
@@ -122,7 +132,7 @@ impl<'a> Merge<'a> {
         for some in scopes.chunks_mut(AT_ONCE) {
             let fetched = try_join_all(some.iter_mut().map(|pages| pages.fetch(broker, before))).await?;
             bytes += fetched.iter().sum::<usize>();
-            if bytes > MAX_BYTES {
+            if bytes > 2 * MAX_AHEAD_BYTES {
                 return Err(CatchUpError::TooMany);
             }
         }

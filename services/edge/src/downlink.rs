@@ -3,6 +3,10 @@
 //! The shell feeds the stream's messages in order. Whether a client may see one is decided here and nowhere else, for
 //! live messages, catch-up and the look-back of a snapshot alike: the message's scope must be held, and a transaction
 //! that the scope's snapshot already contains is skipped.
+//!
+//! A scope is held from a moment on. A message that moves its membership behind that moment ends it, also where the user has it
+//! again by the time that this is read: then it comes again as of that time, and what happened in it in between is not the
+//! user's to see.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,8 +18,8 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 use crate::fence::Fence;
-use crate::grants::{Grants, Moved};
 use crate::message::Message;
+use crate::reach::{Moves, Reach};
 
 /// Most messages of a transaction that are kept until its end; a larger transaction streams, so that memory is bounded.
 const MAX_HELD: usize = 64;
@@ -59,8 +63,8 @@ struct Bracket {
 pub struct Downlink {
     client_id: Uuid,
     user_scope: Scope,
-    /// What moves memberships.
-    grants: Arc<Grants>,
+    /// Which scopes a moved membership concerns.
+    reach: Arc<Reach>,
     /// Sequence of the last message fed.
     cursor: u64,
     /// Position of the last message fed, for commits.
@@ -71,7 +75,10 @@ pub struct Downlink {
     scopes: BTreeMap<Scope, Option<Arc<Fence>>>,
     /// The snapshot in which memberships were read last.
     authorization: Arc<Fence>,
+    /// The open transaction moves memberships that the authorization does not know.
     reauthorize: bool,
+    /// Scopes that it ends, though the user may have some of them again by now.
+    ended: BTreeSet<Scope>,
     /// The open snapshot bracket.
     bracket: Option<Bracket>,
     /// Frames of the open transaction, kept until its end shows whether it revokes their scope.
@@ -95,7 +102,7 @@ impl Downlink {
     pub fn new(
         client_id: Uuid,
         user_id: &str,
-        grants: Arc<Grants>,
+        reach: Arc<Reach>,
         position: Position,
         open: Option<(Lsn, u32)>,
         scopes: impl IntoIterator<Item = Scope>,
@@ -104,13 +111,14 @@ impl Downlink {
         Downlink {
             client_id,
             user_scope: Scope::user(user_id),
-            grants,
+            reach,
             cursor: position.seq,
             position,
             open,
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
             authorization,
             reauthorize: false,
+            ended: BTreeSet::new(),
             bracket: None,
             held: Vec::new(),
             staged: false,
@@ -152,6 +160,11 @@ impl Downlink {
         self.scopes.contains_key(scope)
     }
 
+    /// Those of these scopes that need a snapshot: they are not held, or have ended meanwhile.
+    pub fn lacks(&self, scopes: &BTreeSet<Scope>) -> Vec<Scope> {
+        scopes.iter().filter(|scope| !self.holds(scope) || self.ended.contains(scope)).cloned().collect()
+    }
+
     /// Whether something waits for the stream to pass an LSN, so that a watermark would help on a quiet database.
     pub fn waits(&self) -> bool {
         self.bracket.is_some() || self.ledger.is_some()
@@ -185,9 +198,7 @@ impl Downlink {
             // Commit order: everything before the fence has been fed.
             self.close_bracket(out);
         }
-        if self.moves_membership(message, &self.authorization, |scope| self.scopes.contains_key(scope)) {
-            self.reauthorize = true;
-        }
+        self.look_at_moves(message);
         if message.last && self.reauthorize {
             // Before the transaction takes effect: a revoked scope ends with it, a granted one begins with it.
             return Next::Reauthorize;
@@ -252,23 +263,43 @@ impl Downlink {
     }
 
     fn delivers(&self, message: &Message) -> bool {
-        match message.scope.as_ref().and_then(|scope| self.scopes.get(scope)) {
+        match message.scope.as_ref().and_then(|scope| self.scopes.get(scope).filter(|_| !self.ended.contains(scope))) {
             None => false,
             Some(None) => true,
             Some(Some(snapshot)) => !snapshot.sees(message.xid, message.lsn()),
         }
     }
 
-    /// Whether the user's memberships move in the message's transaction, and a snapshot does not see it.
-    fn moves_membership(&self, message: &Message, snapshot: &Fence, is_member: impl Fn(&Scope) -> bool) -> bool {
-        let concerns = message.truncates
-            || message.scope.as_ref().is_some_and(|scope| *scope == self.user_scope || is_member(scope));
-        concerns
-            && !snapshot.sees(message.xid, message.lsn())
-            && match message.moved(&self.grants) {
-                Moved::To(scopes) => !scopes.iter().all(is_member),
-                Moved::Anywhere => true,
-            }
+    /// Whether a message tells of memberships of the user, who holds `scopes`.
+    fn is_told<'m>(&self, message: &'m Message, holds: impl Fn(&Scope) -> bool) -> Option<&'m Moves> {
+        let (scope, moves) = (message.scope.as_ref()?, message.moves.as_ref()?);
+        (*scope == self.user_scope || *scope == Scope::global() || holds(scope)).then_some(moves)
+    }
+
+    /// Whether a message may mean that the user has lost a scope that is held, or one of those that are being sent.
+    pub fn may_lose(&self, message: &Message, sending: &[Scope]) -> bool {
+        let told = self.is_told(message, |scope| self.scopes.contains_key(scope) || sending.contains(scope));
+        let sees = |since: &Option<Arc<Fence>>| since.as_ref().is_some_and(|s| s.sees(message.xid, message.lsn()));
+        told.is_some_and(|moves| {
+            sending.iter().any(|scope| self.reach.concerns(moves, scope))
+                || self.scopes.iter().any(|(scope, since)| !sees(since) && self.reach.concerns(moves, scope))
+        })
+    }
+
+    /// Finds out which scopes a message ends, and whether memberships have to be read because of it.
+    fn look_at_moves(&mut self, message: &Message) {
+        let Some(moves) = self.is_told(message, |scope| self.scopes.contains_key(scope)) else { return };
+        let sees = |moment: &Fence| moment.sees(message.xid, message.lsn());
+        let since = |moment: &Option<Arc<Fence>>| moment.as_ref().is_some_and(|moment| sees(moment));
+        let ended = self.scopes.iter().filter(|(scope, moment)| !since(moment) && self.reach.concerns(moves, scope));
+        let ended: Vec<Scope> = ended.map(|(scope, _)| scope.clone()).collect();
+        let is_new = |scope: &Scope| !self.scopes.contains_key(scope);
+        let grants = match moves {
+            Moves::Any => true,
+            Moves::Scopes(moved) => moved.iter().any(is_new),
+        };
+        self.reauthorize |= !ended.is_empty() || (grants && !sees(&self.authorization));
+        self.ended.extend(ended);
     }
 
     /// Whether a message settles changes of the client, but not those that come next.
@@ -336,21 +367,33 @@ impl Downlink {
     ) -> Option<&'a Message> {
         let moves = |message: &&Message| {
             message.epoch() == self.position.epoch
-                && self.moves_membership(message, snapshot, |scope| scopes.contains(scope))
+                && !snapshot.sees(message.xid, message.lsn())
+                && self.is_told(message, |scope| scopes.contains(scope)).is_some()
         };
         look_back.iter().map(Arc::as_ref).find(moves)
     }
 
-    /// Memberships as read in a snapshot. Lost scopes end here; the returned ones are new and need a snapshot.
+    /// Memberships as read in a snapshot. Lost scopes end here; the returned ones are new, or come again, and need a snapshot.
     pub fn authorized(&mut self, scopes: &BTreeSet<Scope>, fence: Arc<Fence>, out: &mut Vec<Out>) -> Vec<Scope> {
         self.reauthorize = false;
         self.authorization = fence;
+        // What came for them in this transaction is in the snapshot, or not for this user.
+        let ended = std::mem::take(&mut self.ended);
+        self.held.retain(|(scope, _)| !ended.contains(scope));
+        for scope in ended.intersection(scopes) {
+            self.scopes.remove(scope);
+        }
         let lost: Vec<Scope> = self.scopes.keys().filter(|scope| !scopes.contains(scope)).cloned().collect();
         for scope in lost {
             self.scopes.remove(&scope);
             self.removed(scope, out);
         }
         scopes.iter().filter(|scope| !self.scopes.contains_key(scope)).cloned().collect()
+    }
+
+    /// A client's claim to hold a scope does not stand: if the user has it, it comes as a snapshot.
+    pub fn disclaim(&mut self, scope: &Scope) {
+        self.scopes.remove(scope);
     }
 
     /// Tells the client that it may not hold a scope.

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::frame::ServerFrame;
 use millstream_schemas::stream::{OriginEntry, Watermark};
@@ -12,8 +11,8 @@ use uuid::Uuid;
 
 use crate::downlink::{Downlink, Next, Out};
 use crate::fence::Fence;
-use crate::grants::tests::board;
 use crate::message::{Message, tests::message};
+use crate::reach::{Moves, tests::board};
 
 const CLIENT: Uuid = Uuid::from_u128(7);
 
@@ -30,6 +29,12 @@ fn fence(xmax: u64, lsn: u64) -> Arc<Fence> {
 fn msg(seq: u64, n: u64, index: u32, last: bool, scope: Option<Scope>) -> Message {
     let mut message = message(seq, 0x10_0000 + n, index, last, scope);
     message.xid = n as u32;
+    message
+}
+
+/// With which memberships move; none named: any.
+fn moving(mut message: Message, scopes: &[Scope]) -> Message {
+    message.moves = Some(if scopes.is_empty() { Moves::Any } else { Moves::Scopes(scopes.to_vec()) });
     message
 }
 
@@ -153,11 +158,8 @@ fn a_snapshot_joins_without_gap_or_repeat() {
 #[test]
 fn memberships_are_read_before_the_transaction_takes_effect() {
     let mut link = downlink(&[project("a"), Scope::user("alice")]);
-    let grant = |seq, n, last| {
-        let mut message = msg(seq, n, 0, last, Some(Scope::user("alice")));
-        message.payload = Bytes::from_static(br#"[{"table":"members","op":"upsert","rows":[["b","alice","owner"]]}]"#);
-        message
-    };
+    let grant =
+        |seq, n, last| moving(msg(seq, n, 0, last, Some(Scope::user("alice"))), &[project("a"), project("b")]);
     let mut out = Vec::new();
     assert_eq!(link.message(&msg(10, 0x200, 0, false, Some(project("a"))), &mut out), Next::Continue);
     assert_eq!(link.message(&grant(11, 0x200, false), &mut out), Next::Continue);
@@ -175,10 +177,73 @@ fn memberships_are_read_before_the_transaction_takes_effect() {
     assert_eq!(feed(&mut link, msg(14, 0x301, 0, true, Some(project("a")))), "", "revoked");
     // A membership that the authorisation already saw is not read again.
     assert_eq!(feed(&mut link, grant(15, 0x200 - 1, true)), "rows15!");
-    // Private rows of other tables in the user's scope are no membership.
-    let mut private = msg(16, 0x400, 0, true, Some(Scope::user("alice")));
-    private.payload = Bytes::from_static(br#"[{"table":"notes","op":"upsert","rows":[["1"]]}]"#);
-    assert_eq!(feed(&mut link, private), "rows16!");
+    // Other rows in the user's scope move nothing.
+    assert_eq!(feed(&mut link, msg(16, 0x400, 0, true, Some(Scope::user("alice")))), "rows16!");
+}
+
+/// A scope that was lost and won again, before anybody read the memberships: what happened in it in between is not the user's.
+#[test]
+fn a_scope_that_ended_comes_again_as_a_snapshot() {
+    let mut link = downlink(&[project("a"), project("b"), Scope::user("alice")]);
+    let user = || Some(Scope::user("alice"));
+    let lost = moving(msg(11, 0x101, 0, true, user()), &[project("a")]);
+    let mut out = Vec::new();
+    assert_eq!(link.message(&lost, &mut out), Next::Reauthorize);
+    // Read so late that it is there again.
+    let scopes: BTreeSet<Scope> = [Scope::user("alice"), project("a"), project("b")].into();
+    assert_eq!(link.lacks(&scopes), [project("a")]);
+    let later = fence(0x110, 0x110);
+    assert_eq!(link.authorized(&scopes, later.clone(), &mut out), [project("a")]);
+    link.joined([project("a")], &later, &[]);
+    assert_eq!(link.message(&lost, &mut out), Next::Continue);
+    link.settle(&mut out);
+    assert_eq!(words(std::mem::take(&mut out)), "rows11!");
+    assert_eq!(feed(&mut link, msg(12, 0x102, 0, true, Some(project("a")))), "", "while it was not the user's");
+    assert_eq!(feed(&mut link, msg(13, 0x103, 0, true, Some(project("b")))), "rows13!");
+    let won = moving(msg(14, 0x104, 0, true, user()), &[project("a")]);
+    assert_eq!(feed(&mut link, won), "rows14!", "known by the snapshot");
+    assert_eq!(feed(&mut link, msg(15, 0x110, 0, true, Some(project("a")))), "apply end14 rows15!");
+}
+
+/// Memberships were read when the user had the scope, but not for it: another transaction asked.
+#[test]
+fn a_moment_that_sees_a_loss_does_not_hide_it() {
+    let mut link = downlink(&[project("a"), Scope::user("alice")]);
+    let mut out = Vec::new();
+    // The authorisation sees the loss at 0x102, and that the scope is there again.
+    let scopes: BTreeSet<Scope> = [Scope::user("alice"), project("a")].into();
+    assert!(link.authorized(&scopes, fence(0x110, 0x110), &mut out).is_empty());
+    let lost = moving(msg(11, 0x102, 0, true, Some(Scope::user("alice"))), &[project("a")]);
+    assert_eq!(link.message(&lost, &mut out), Next::Reauthorize);
+    assert_eq!(link.lacks(&scopes), [project("a")]);
+}
+
+#[test]
+fn what_is_reached_through_a_scope_ends_with_it_and_rows_behind_that_are_not_sent() {
+    let (organisation, user) = (Scope::new("organisation", "o"), Scope::user("alice"));
+    let mut link = downlink(&[organisation.clone(), project("a"), user.clone()]);
+    let mut out = Vec::new();
+    let lost = moving(msg(11, 0x101, 0, false, Some(user)), &[organisation]);
+    assert_eq!(link.message(&lost, &mut out), Next::Continue);
+    assert_eq!(link.message(&msg(12, 0x101, 1, false, Some(project("a"))), &mut out), Next::Continue);
+    let last = msg(13, 0x101, 2, true, Some(project("c")));
+    assert_eq!(link.message(&last, &mut out), Next::Reauthorize);
+    assert!(link.authorized(&[Scope::user("alice")].into(), fence(0x102, 0x102), &mut out).is_empty());
+    assert_eq!(link.message(&last, &mut out), Next::Continue);
+    link.settle(&mut out);
+    assert_eq!(words(out), "-organisation:o -project:a rows11 commit13");
+}
+
+#[test]
+fn a_truncation_may_end_every_membership() {
+    let mut link = downlink(&[Scope::global(), project("a"), Scope::user("alice")]);
+    let emptied = moving(msg(11, 0x101, 0, true, Some(Scope::global())), &[]);
+    assert!(link.may_lose(&emptied, &[]));
+    let mut out = Vec::new();
+    assert_eq!(link.message(&emptied, &mut out), Next::Reauthorize);
+    let scopes: BTreeSet<Scope> = [Scope::user("alice"), Scope::global()].into();
+    assert!(link.authorized(&scopes, fence(0x102, 0x102), &mut out).is_empty());
+    assert_eq!(words(out), "-project:a");
 }
 
 #[test]
@@ -193,8 +258,7 @@ fn another_epoch_ends_the_session() {
 #[test]
 fn memberships_that_moved_before_the_cursor_are_noticed() {
     let downlink = downlink(&[]);
-    let mut moved = msg(10, 8, 0, true, Some(Scope::user("alice")));
-    moved.payload = Bytes::from_static(br#"[{"table":"members","op":"delete","rows":[["p"]]}]"#);
+    let moved = moving(msg(10, 8, 0, true, Some(Scope::user("alice"))), &[project("p")]);
     let other = msg(9, 7, 0, true, Some(project("p")));
     let back = [Arc::new(other), Arc::new(moved)];
     let outdates = |fence: &Fence, scopes: &[Scope], back| {
@@ -205,8 +269,7 @@ fn memberships_that_moved_before_the_cursor_are_noticed() {
     assert_eq!(outdates(&fence(0, 0), &[], &back[..1]), None);
     // Of a scope that the snapshot is about to grant, through which another one went meanwhile.
     let organisation = Scope::new("organisation", "o");
-    let mut gone = msg(10, 8, 0, true, Some(organisation.clone()));
-    gone.payload = Bytes::from_static(br#"[{"table":"projects","op":"delete","rows":[["p"]]}]"#);
+    let gone = moving(msg(10, 8, 0, true, Some(organisation.clone())), &[project("p")]);
     let back = [Arc::new(gone)];
     assert_eq!(outdates(&fence(8, 0x100), &[organisation], &back), Some(10));
     assert_eq!(outdates(&fence(8, 0x100), &[], &back), None, "of no concern to those outside");
@@ -215,19 +278,18 @@ fn memberships_that_moved_before_the_cursor_are_noticed() {
 #[test]
 fn memberships_through_another_scope_follow_its_rows() {
     let organisation = Scope::new("organisation", "o");
-    let projects = |seq, n, op: &str, ids: &str| {
-        let mut message = msg(seq, n, 0, true, Some(organisation.clone()));
-        message.payload = Bytes::from(format!(r#"[{{"table":"projects","op":"{op}","rows":[{ids}]}}]"#));
-        message
+    let projects = |seq, n, ids: &[&str]| {
+        let scopes: Vec<Scope> = ids.iter().map(|id| project(id)).collect();
+        moving(msg(seq, n, 0, true, Some(organisation.clone())), &scopes)
     };
     let mut link = downlink(&[organisation.clone(), project("a")]);
-    assert_eq!(feed(&mut link, projects(11, 0x201, "upsert", r#"["a","new name"]"#)), "rows11!", "a is held already");
+    assert_eq!(feed(&mut link, msg(11, 0x201, 0, true, Some(organisation.clone()))), "rows11!", "a new name, say");
     let mut out = Vec::new();
-    for message in [projects(12, 0x202, "upsert", r#"["a",""],["b",""]"#), projects(12, 0x202, "delete", r#"["a"]"#)] {
+    for message in [projects(12, 0x202, &["b"]), projects(12, 0x202, &["a"])] {
         assert_eq!(link.message(&message, &mut out), Next::Reauthorize);
     }
     let mut outside = downlink(&[project("a")]);
-    assert_eq!(feed(&mut outside, projects(12, 0x202, "delete", r#"["a"]"#)), "");
+    assert_eq!(feed(&mut outside, projects(12, 0x202, &["a"])), "");
 }
 
 /// A catch-up ends inside a transaction, the rest of which the ring has: perhaps not of a scope that is held.
@@ -252,8 +314,7 @@ fn an_open_transaction_ends_where_another_begins() {
 fn a_transaction_that_moved_memberships_ends_once_they_have_been_read() {
     let lsn = |n: u64| Lsn(0x10_0000 + n);
     let mut link = downlink(&[project("a"), Scope::user("alice")]);
-    let mut gone = msg(11, 0x101, 0, false, Some(Scope::user("alice")));
-    gone.payload = Bytes::from_static(br#"[{"table":"members","op":"delete","rows":[["a","alice"]]}]"#);
+    let gone = moving(msg(11, 0x101, 0, false, Some(Scope::user("alice"))), &[project("a")]);
     assert_eq!(feed(&mut link, gone), "");
     assert_eq!(feed(&mut link, msg(12, 0x101, 1, false, Some(project("a")))), "");
     link.skip_to(14);

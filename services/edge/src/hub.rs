@@ -19,6 +19,8 @@ use crate::message::Message;
 const RING_BYTES: usize = 48 << 20;
 /// Most messages that the ring keeps.
 pub(crate) const RING_MESSAGES: usize = 50_000;
+/// Most bytes of messages that a session takes from the ring at a time: they live as long as its client is slow.
+pub(crate) const READ_BYTES: usize = 512 << 10;
 /// How far back a snapshot looks for transactions that were published before they became visible.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 /// Results waiting for one session; they are a hint, so more are dropped.
@@ -53,6 +55,8 @@ impl Default for Newest {
 struct State {
     ring: VecDeque<(Instant, Arc<Message>)>,
     bytes: usize,
+    /// Those in the ring that move memberships.
+    moves: VecDeque<Arc<Message>>,
     /// Bytes and messages since everybody was woken last.
     passed: (usize, usize),
     /// Sessions that hold a scope.
@@ -63,6 +67,14 @@ struct State {
     next_session: u64,
     /// Sessions that saw a part of the transaction now passing and wait for its end.
     touched: HashSet<u64>,
+}
+
+impl State {
+    fn clear(&mut self) {
+        self.ring.clear();
+        self.moves.clear();
+        self.bytes = 0;
+    }
 }
 
 struct Member {
@@ -131,9 +143,11 @@ impl Hub {
         if let Some((_, previous)) = state.ring.back()
             && (previous.position.seq + 1 != message.position.seq || previous.epoch() != message.epoch())
         {
-            state.ring.clear();
-            state.bytes = 0;
+            state.clear();
             state.sessions.values().for_each(|member| member.wake.notify_one());
+        }
+        if message.moves.is_some() {
+            state.moves.push_back(message.clone());
         }
         if let Some(scope) = &message.scope
             && let Some(sessions) = state.scopes.get(scope)
@@ -166,6 +180,7 @@ impl Hub {
         while state.ring.len() > RING_MESSAGES || (state.bytes > RING_BYTES && state.ring.len() > 1) {
             if let Some((_, old)) = state.ring.pop_front() {
                 state.bytes -= old.weight();
+                state.moves.pop_front_if(|first| first.position.seq <= old.position.seq);
             }
         }
         self.head.0.send_replace(Some(head));
@@ -214,6 +229,15 @@ impl Hub {
         found
     }
 
+    /// The messages of the ring behind `seq` that move memberships, and where the ring begins.
+    pub fn moves_behind(&self, seq: u64) -> (Vec<Arc<Message>>, Option<Position>) {
+        let state = self.read();
+        let found = state.moves.iter().rev().take_while(|message| message.position.seq > seq).cloned();
+        let mut found: Vec<_> = found.collect();
+        found.reverse();
+        (found, state.ring.front().map(|(_, message)| message.position))
+    }
+
     /// Enters a session without scopes.
     pub fn enter(self: &Arc<Self>, client: Uuid) -> (Membership, mpsc::Receiver<TransactionResult>) {
         let (sender, results) = mpsc::channel(RESULTS_QUEUE);
@@ -247,8 +271,7 @@ impl Hub {
     /// Cuts every session: their cursors no longer lie in the ring.
     pub fn reset(&self) {
         let mut state = self.write();
-        state.ring.clear();
-        state.bytes = 0;
+        state.clear();
         state.sessions.values().for_each(|member| member.wake.notify_one());
         self.head.0.send_replace(None);
     }
@@ -270,7 +293,7 @@ impl Membership {
         member.scopes = wanted;
     }
 
-    /// Copies messages behind `cursor` to `into`, at most `limit`.
+    /// Copies messages behind `cursor` to `into`, at most `limit` and, but for the first, [`READ_BYTES`].
     ///
     /// # Errors
     /// [`FellBehind`] when the ring no longer holds the message after `cursor`.
@@ -279,7 +302,14 @@ impl Membership {
         let Some((_, first)) = state.ring.front() else { return Err(FellBehind) };
         let skip = (cursor + 1).checked_sub(first.position.seq).ok_or(FellBehind)?;
         let skip = usize::try_from(skip).map_err(|_| FellBehind)?;
-        into.extend(state.ring.iter().skip(skip).take(limit).map(|(_, message)| message.clone()));
+        let mut bytes = 0;
+        for (_, message) in state.ring.iter().skip(skip).take(limit) {
+            bytes += message.weight();
+            if bytes > READ_BYTES && !into.is_empty() {
+                break;
+            }
+            into.push(message.clone());
+        }
         Ok(())
     }
 }

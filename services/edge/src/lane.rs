@@ -4,12 +4,15 @@
 //! makes the repeat harmless. Packing what waits makes up for it, since a single server fsyncs each message.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use millstream_runtime::backoff::Backoff;
+use millstream_runtime::health::Health;
 use millstream_runtime::nats::Nats;
 use millstream_runtime::shutdown::Shutdown;
+use millstream_runtime::telemetry;
 use millstream_schemas::stream::MAX_MESSAGE_BYTES;
 use millstream_schemas::subject::{self, PARTITIONS};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -24,6 +27,42 @@ const PUBLISH_TIMEOUT: (Duration, Duration) = (Duration::from_secs(2), Duration:
 const LANES_BYTES: usize = 64 << 20;
 /// Bytes around the submissions of a message.
 const ENVELOPE_BYTES: usize = 64;
+
+/// Name of the lanes in the health report.
+const PART: &str = "lanes";
+
+/// Lanes whose last message the broker has not acknowledged in time.
+#[derive(Clone)]
+struct Stalled {
+    lanes: Arc<AtomicU64>,
+    health: Health,
+}
+
+impl Stalled {
+    /// Counts them in the health report and as a metric.
+    fn new(health: Health) -> Stalled {
+        health.set_ready(PART, true);
+        let lanes = Arc::new(AtomicU64::default());
+        let seen = lanes.clone();
+        let _gauge = telemetry::meter()
+            .u64_observable_gauge("millstream.edge.lanes_stalled")
+            .with_description("Lanes to the broker that wait for an acknowledgement for more than 2 s")
+            .with_callback(move |gauge| gauge.observe(seen.load(Ordering::Relaxed), &[]))
+            .build();
+        Stalled { lanes, health }
+    }
+
+    fn stalls(&self) {
+        self.lanes.fetch_add(1, Ordering::Relaxed);
+        self.health.set_ready(PART, false);
+    }
+
+    fn goes_on(&self) {
+        if self.lanes.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.health.set_ready(PART, true);
+        }
+    }
+}
 
 /// A submission, encoded, and where to say that it is stored.
 pub struct Item {
@@ -48,10 +87,11 @@ pub struct Lanes {
 
 impl Lanes {
     /// Starts the tasks.
-    pub fn start(nats: &Nats, shutdown: &Shutdown) -> Lanes {
+    pub fn start(nats: &Nats, health: &Health, shutdown: &Shutdown) -> Lanes {
+        let stalled = Stalled::new(health.clone());
         let lane = |partition| {
             let (sender, receiver) = mpsc::channel(LANE_QUEUE);
-            tokio::spawn(run(nats.clone(), subject::changes(partition), receiver, shutdown.clone()));
+            tokio::spawn(run(nats.clone(), subject::changes(partition), receiver, stalled.clone(), shutdown.clone()));
             sender
         };
         Lanes { lanes: (0..PARTITIONS).map(lane).collect(), room: Arc::new(Semaphore::new(LANES_BYTES)) }
@@ -68,7 +108,13 @@ impl Lanes {
     }
 }
 
-async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<(Item, OwnedSemaphorePermit)>, shutdown: Shutdown) {
+async fn run(
+    nats: Nats,
+    subject: String,
+    mut queue: mpsc::Receiver<(Item, OwnedSemaphorePermit)>,
+    stalled: Stalled,
+    shutdown: Shutdown,
+) {
     let mut carried = None;
     loop {
         let first = match carried.take() {
@@ -96,7 +142,7 @@ async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<(Item, Owned
             items.push(item);
         }
         body.extend_from_slice(b"]}");
-        if !publish(&nats, &subject, body.into(), &shutdown).await {
+        if !publish(&nats, &subject, body.into(), &stalled, &shutdown).await {
             return;
         }
         for (item, _room) in items {
@@ -107,7 +153,8 @@ async fn run(nats: Nats, subject: String, mut queue: mpsc::Receiver<(Item, Owned
 }
 
 /// Publishes until it is acknowledged; false on shutdown.
-async fn publish(nats: &Nats, subject: &str, body: Bytes, shutdown: &Shutdown) -> bool {
+async fn publish(nats: &Nats, subject: &str, body: Bytes, stalled: &Stalled, shutdown: &Shutdown) -> bool {
+    let mut is_stalled = false;
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     let mut patience = PUBLISH_TIMEOUT.0;
     let mut connections = nats.connections.clone();
@@ -116,9 +163,22 @@ async fn publish(nats: &Nats, subject: &str, body: Bytes, shutdown: &Shutdown) -
         let attempt = async { nats.jetstream.publish(subject.to_owned(), body.clone()).await?.await };
         tokio::select! {
             result = tokio::time::timeout(patience, attempt) => match result {
-                Ok(Ok(_)) => return true,
-                Ok(Err(error)) => tracing::warn!(subject, %error, "publishing again"),
+                Ok(Ok(_)) => {
+                    if is_stalled {
+                        stalled.goes_on();
+                    }
+                    return true;
+                }
+                Ok(Err(error)) => {
+                    if !std::mem::replace(&mut is_stalled, true) {
+                        stalled.stalls();
+                    }
+                    tracing::warn!(subject, %error, "publishing again");
+                }
                 Err(_) => {
+                    if !std::mem::replace(&mut is_stalled, true) {
+                        stalled.stalls();
+                    }
                     tracing::warn!(subject, "no acknowledgement in time; publishing again");
                     patience = (patience * 2).min(PUBLISH_TIMEOUT.1);
                 }

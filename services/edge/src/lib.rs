@@ -7,24 +7,30 @@
 //! - `catchup`: older messages of single scopes
 //! - `snapshot`, `fence`: what is read from Postgres, and how it joins the stream exactly
 //! - `shared`: snapshots of clients that start together; `resume`: those that were cut
+//! - `history`, `reach`: which claims of a client on the past hold
+//! - `shares`: what one user may take of the edge; `spool`: rows that slow clients have not taken yet
 //! - `watermark`: how far replication has published, on a quiet database
 //! - `lane`: submissions to the broker, in order
-//! - `token`: who the user is
+//! - `token`: who the user is; `evictions`: whose sessions were ended
 
 mod catalogs;
 mod catchup;
 mod downlink;
 #[cfg(test)]
 mod downlink_tests;
+mod evictions;
 mod fence;
-mod grants;
+mod history;
 mod hub;
 mod lane;
 mod message;
+mod reach;
 mod resume;
 mod session;
 mod shared;
+mod shares;
 mod snapshot;
+mod spool;
 mod tail;
 mod token;
 mod watermark;
@@ -57,14 +63,13 @@ pub use token::{AUDIENCE, MIN_SECRET_BYTES};
 pub mod pure {
     pub use crate::downlink::{Downlink, Next, Out};
     pub use crate::fence::Fence;
-    pub use crate::grants::Grants;
     pub use crate::message::Message;
+    pub use crate::reach::{Moves, Reach};
 }
 
 /// Connections to Postgres: sessions that open, and snapshots.
-const POSTGRES_CONNECTIONS: u32 = 16;
-/// Snapshots at once; below the number of connections, so that sessions without one still open.
-const SNAPSHOTS: usize = 8;
+/// More than snapshots and shared reads take together, so that sessions without one still open.
+const POSTGRES_CONNECTIONS: u32 = 20;
 /// Scopes that are read at once for several sessions: not behind those, whose clients may be slow.
 const SHARED_READS: usize = 4;
 /// Requests of catch-ups at once: hundreds of direct gets at a time make the broker time out.
@@ -89,6 +94,15 @@ pub struct Args {
     /// rest over a new connection
     #[arg(long, env = "MILLSTREAM_SNAPSHOT_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub snapshot_seconds: u64,
+    /// Folder for the rows that slow clients have not taken yet; by default the one for temporary files
+    #[arg(long, env = "MILLSTREAM_SPOOL_DIR")]
+    pub spool_dir: Option<PathBuf>,
+    /// Most sessions of one user on this edge
+    #[arg(long, env = "MILLSTREAM_SESSIONS_PER_USER", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub sessions_per_user: u32,
+    /// Most sockets of one address that have not shown a token yet; all clients behind a proxy share its address
+    #[arg(long, env = "MILLSTREAM_STRANGERS_PER_ADDRESS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub strangers_per_address: u32,
     /// The broker
     #[command(flatten)]
     pub nats: nats::Args,
@@ -132,12 +146,20 @@ pub(crate) struct Edge {
     lanes: lane::Lanes,
     watermarks: watermark::Watermarks,
     verifier: token::Verifier,
-    /// Snapshots that are read at once.
-    snapshots: Semaphore,
-    /// How long a client may take for rows.
+    evictions: Arc<evictions::Evictions>,
+    /// Knows what edges gave to clients to keep.
+    sealer: resume::Sealer,
+    shares: shares::Shares,
+    strangers: shares::Strangers,
+    /// How long a client may take for rows that are kept in memory for it.
     snapshot_time: Duration,
     shared: Arc<shared::Shared>,
+    spool: Arc<spool::Spool>,
+    /// Room for what waits for slow clients, in KiB.
+    unsent: Arc<Semaphore>,
+    /// Requests of catch-ups, and room for what they fetch ahead, in KiB.
     catch_ups: Semaphore,
+    catch_up_room: Semaphore,
     shutdown: Shutdown,
 }
 
@@ -167,19 +189,28 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     tokio::spawn(watermarks.clone().run(nats.clone(), shutdown.clone()));
     tokio::spawn(results(nats.clone(), hub.clone(), shutdown.clone()));
     tokio::spawn(catalogs.clone().run(hub.clone(), shutdown.clone()));
+    let evictions = Arc::new(evictions::Evictions::default());
+    tokio::spawn(evictions.clone().run(pool.clone(), shutdown.clone()));
+    let sealer = resume::Sealer::new(&secret);
 
     let edge = Arc::new(Edge {
         catalogs,
-        shared: shared::Shared::new(pool.clone(), SHARED_READS),
+        shared: shared::Shared::new(pool.clone(), sealer.clone(), SHARED_READS),
         pool,
-        lanes: lane::Lanes::start(&nats, &shutdown),
+        lanes: lane::Lanes::start(&nats, &health, &shutdown),
         nats,
         hub: hub.clone(),
         watermarks,
         verifier: token::Verifier::new(&secret),
-        snapshots: Semaphore::new(SNAPSHOTS),
+        evictions,
+        sealer,
+        shares: shares::Shares::new(args.sessions_per_user as usize),
+        strangers: shares::Strangers::new(args.strangers_per_address as usize),
         snapshot_time: Duration::from_secs(args.snapshot_seconds),
+        spool: spool::Spool::new(args.spool_dir.clone().unwrap_or_else(std::env::temp_dir)),
+        unsent: Arc::new(Semaphore::new(session::UNSENT_KIB)),
         catch_ups: Semaphore::new(CATCH_UPS),
+        catch_up_room: Semaphore::new(catchup::ALL_KIB),
         shutdown: shutdown.clone(),
     });
     let router = Router::new().route("/", get(upgrade)).with_state(edge).merge(health.router());
@@ -243,6 +274,13 @@ async fn results(nats: Nats, hub: Arc<hub::Hub>, shutdown: Shutdown) {
 }
 
 async fn upgrade(State(edge): State<Arc<Edge>>, request: Request) -> Response {
-    session::upgrade(request, move |socket| session::serve(edge, socket))
+    let peer = request.extensions().get::<health::Peer>().map(|peer| peer.0.ip());
+    let Some(admission) = edge.strangers.admit(peer).await else {
+        let retry = [(axum::http::header::RETRY_AFTER, "5")];
+        let text = "too many connections from this address have not said hello yet\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, retry, text).into_response();
+    };
+    let unsent = edge.unsent.clone();
+    session::upgrade(request, unsent, move |wire| session::serve(edge, wire, admission))
         .unwrap_or_else(|| (StatusCode::UPGRADE_REQUIRED, "a Millstream edge speaks WebSocket here\n").into_response())
 }

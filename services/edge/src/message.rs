@@ -6,11 +6,11 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 use millstream_runtime::telemetry;
 use millstream_schemas::stream::{OriginEntry, header};
-use millstream_schemas::{Lsn, Position, Scope};
+use millstream_schemas::{Lsn, Position, Scope, trace};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use crate::grants::{Grants, Moved};
+use crate::reach::Moves;
 
 /// A message of `MS_WAL`. The row changes stay as encoded by replication; sessions send slices of one shared frame.
 #[derive(Debug)]
@@ -33,12 +33,11 @@ pub struct Message {
     pub schema: Option<String>,
     /// Trace context of the delivery.
     pub traceparent: Option<String>,
-    /// Whether it empties a table, which may be one that grants memberships.
-    pub truncates: bool,
+    /// Which memberships of those who hold its scope move with it; on a truncation, those of everybody.
+    pub moves: Option<Moves>,
     /// JSON array of `TableChanges`.
     pub payload: Bytes,
     frame: OnceLock<Utf8Bytes>,
-    moved: OnceLock<Moved>,
 }
 
 /// The message lacks a header or has one that cannot be read.
@@ -75,11 +74,9 @@ impl Message {
         let upstream = headers.get(header::TRACEPARENT).map(|value| value.as_str());
         let span = tracing::info_span!("deliver", seq, subject);
         telemetry::set_parent(&span, upstream);
-        let traceparent = span.in_scope(telemetry::traceparent).or_else(|| {
-            let plain = |text: &&str| text.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
-            upstream.filter(plain).map(str::to_owned)
-        });
-        let scope = Scope::from_subject(subject);
+        let traceparent = span
+            .in_scope(telemetry::traceparent)
+            .or_else(|| upstream.filter(|text| trace::is_valid(text)).map(str::to_owned));
         Ok(Message {
             position: Position { epoch: required!(header::EPOCH), seq, lsn: required!(header::LSN) },
             xid: required!(header::XID),
@@ -87,13 +84,12 @@ impl Message {
             last: read::<u8>(headers, header::LAST).ok_or_else(|| invalid(header::LAST))? == 1,
             at: required!(header::AT),
             schema: headers.get(header::SCHEMA).map(|value| value.as_str().to_owned()),
-            truncates: scope.as_ref() == Some(&Scope::global()) && contains(&payload, br#""op":"truncate""#),
-            scope,
+            moves: headers.get(header::MOVES).map(|value| Moves::parse(value.as_str())),
+            scope: Scope::from_subject(subject),
             origin,
             traceparent,
             payload,
             frame: OnceLock::new(),
-            moved: OnceLock::new(),
         })
     }
 
@@ -116,14 +112,6 @@ impl Message {
     pub fn weight(&self) -> usize {
         // The frame holds the payload a second time.
         512 + 2 * self.payload.len()
-    }
-
-    /// What it may mean for the memberships of those who hold its scope: found at the first call, and shared from then on.
-    pub fn moved(&self, grants: &Grants) -> &Moved {
-        self.moved.get_or_init(|| match &self.scope {
-            None => Moved::To(Vec::new()),
-            Some(scope) => grants.moved(scope, self.truncates, &self.payload),
-        })
     }
 
     /// The frame `rows`, encoded at the first call and shared from then on.
@@ -150,10 +138,6 @@ impl Message {
         text.push('}');
         text
     }
-}
-
-fn contains(text: &[u8], part: &[u8]) -> bool {
-    text.windows(part.len()).any(|window| window == part)
 }
 
 #[cfg(test)]

@@ -2,19 +2,15 @@
 
 mod join;
 mod open;
+mod uplink;
 mod wire;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use futures_util::stream::SplitStream;
-use millstream_runtime::telemetry;
-use millstream_schemas::frame::{
-    ClientFrame, ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
-};
-use millstream_schemas::stream::{Submission, TransactionResult};
+use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame};
+use millstream_schemas::stream::{TransactionResult, Watermark};
 use millstream_schemas::{Code, Lsn, Scope};
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -22,17 +18,21 @@ use uuid::Uuid;
 
 use crate::Edge;
 use crate::catalogs::Known;
-use crate::catchup::{CatchUpError, Merge};
+use crate::catchup::{self, CatchUpError, Merge};
 use crate::downlink::{Downlink, Next, Out};
-use crate::hub::{FellBehind, Membership};
-use crate::lane::Item;
+use crate::fence::Fence;
+use crate::history;
+use crate::hub::{FellBehind, Membership, READ_BYTES};
 use crate::message::Message;
+use crate::shares::{Admission, Place};
 use crate::snapshot::Snapshot;
 use crate::tail::Chain;
 
+use join::Cut;
 use open::settled;
+use uplink::Unsettled;
 use wire::{Socket, SocketError, Wire};
-pub use wire::{WebSocket, upgrade};
+pub use wire::{UNSENT_KIB, upgrade};
 
 /// The client must be heard within this time.
 const HEARTBEAT: Duration = Duration::from_secs(45);
@@ -50,14 +50,17 @@ const PUMP_BATCHES: usize = 16;
 const STORED_QUEUE: usize = 4 * SUBMIT_WINDOW as usize;
 /// Refused frames after which a client is cut.
 const MAX_REFUSALS: u32 = 100;
-/// How long a published transaction may take to become visible, and how often to look.
+/// How long a published transaction may take to become visible, and how often to look: less often each time, up to the last.
 const VISIBLE_WAIT: Duration = Duration::from_secs(10);
 const VISIBLE_PAUSE: Duration = Duration::from_millis(2);
+const VISIBLE_LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// How long a client may take for the last words of a session.
+const GOODBYE: Duration = Duration::from_secs(5);
 /// When to try again after a fault of ours, in milliseconds.
 const RETRY_MS: u64 = 500;
 
 /// Why a session ended.
-enum End {
+pub enum End {
     /// The client went away.
     Gone,
     /// We refuse to go on; the client is told.
@@ -75,8 +78,28 @@ impl End {
         End::Fatal(frame)
     }
 
+    fn overloaded(wait: Duration, message: &str) -> End {
+        End::Fatal(ErrorFrame {
+            code: Code::Overloaded,
+            message: message.into(),
+            seq: None,
+            retry_after_ms: Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+            fatal: true,
+        })
+    }
+
     fn schema_changed() -> End {
         End::retry(Code::SchemaChanged, "the synced tables have changed; connect again for the new schema")
+    }
+
+    /// The client drops its position when it is told so, and gets a snapshot.
+    fn too_far(error: CatchUpError) -> End {
+        match error {
+            CatchUpError::TooMany | CatchUpError::Discarded => {
+                End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper")
+            }
+            error => End::unavailable(&error),
+        }
     }
 
     /// A part that we need failed: the log has the cause, the client the advice.
@@ -86,23 +109,32 @@ impl End {
     }
 }
 
-/// Serves a WebSocket until it ends.
-pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
-    let (mut wire, mut stream) = Wire::new(socket);
-    let end = match open::hello(&edge, &mut stream).await {
-        // What is rare is boxed: a session keeps room for the largest of its futures for as long as it lives.
-        Ok((hello, user_id)) => match Box::pin(open::open(&edge, &mut wire, hello, user_id)).await {
-            Ok(mut session) => {
-                tracing::debug!(session = %session.id, client = %session.client_id, "session opened");
-                let end = session.run(&mut wire, &mut stream).await;
-                tracing::debug!(session = %session.id, "session ended");
-                end
+/// Serves a WebSocket until it ends. `admission` is its place among sockets of strangers.
+pub async fn serve(edge: Arc<Edge>, mut wire: Wire, admission: Admission) {
+    let end = match open::hello(&edge, &mut wire).await {
+        Ok((hello, identity)) => {
+            wire.trust();
+            drop(admission);
+            let (user_id, issued) = (identity.user_id.clone(), identity.issued);
+            let right = async {
+                tokio::select! {
+                    () = tokio::time::sleep(identity.left) =>
+                        End::fatal(Code::NeedsAuth, "the token has run out; connect with a new one"),
+                    () = edge.evictions.wait(&user_id, issued) =>
+                        End::fatal(Code::NeedsAuth, "an operator ended this user's sessions; sign in again"),
+                }
+            };
+            // Whatever the session is at: its right ends it.
+            tokio::select! {
+                end = session(&edge, &mut wire, hello, identity.user_id) => end,
+                end = right => end,
             }
-            Err(end) => end,
-        },
+        }
         Err(end) => end,
     };
-    if let End::Fatal(frame) = end {
+    if let End::Fatal(frame) = end
+        && wire.is_whole()
+    {
         let close = match frame.code {
             Code::TooLarge => CloseCode::Size,
             Code::ShuttingDown => CloseCode::Restart,
@@ -112,8 +144,28 @@ pub async fn serve(edge: Arc<Edge>, socket: WebSocket) {
             _ => CloseCode::Policy,
         };
         let reason = frame.code.as_str();
-        let _ = wire.send(&[Out::Own(ServerFrame::Error(frame))]).await;
-        let _ = wire.close(close, reason).await;
+        let goodbye = async {
+            let _ = wire.send(&[Out::Own(ServerFrame::Error(frame))]).await;
+            let _ = wire.close(close, reason).await;
+        };
+        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+    }
+}
+
+async fn session(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> End {
+    let place = match edge.shares.enter(&user_id) {
+        Ok(place) => place,
+        Err(wait) => return End::overloaded(wait, "this user has too many sessions, or opens them too often"),
+    };
+    // What is rare is boxed: a session keeps room for the largest of its futures for as long as it lives.
+    match Box::pin(open::open(edge, wire, hello, user_id, place)).await {
+        Ok(mut session) => {
+            tracing::debug!(session = %session.id, client = %session.client_id, "session opened");
+            let end = session.run(wire).await;
+            tracing::debug!(session = %session.id, "session ended");
+            end
+        }
+        Err(end) => end,
     }
 }
 
@@ -123,19 +175,42 @@ struct Session {
     id: Uuid,
     client_id: Uuid,
     user_id: String,
+    /// Its share of the edge.
+    place: Place,
+    /// Whether the ledger says that the client is this user's; before its first transaction nobody knows.
+    is_bound: bool,
     /// The catalog whose schema the client has.
     known: Arc<Known>,
     membership: Membership,
     downlink: Downlink,
+    /// How its rows are brought up to date, until that has begun.
+    start: Option<Start>,
+    /// Up to which message moved memberships have been looked for ahead of the cursor.
+    looked: u64,
     results: mpsc::Receiver<TransactionResult>,
     stored: (mpsc::Sender<u64>, mpsc::Receiver<u64>),
     /// The next `client_seq` that may be forwarded: a lane must not get holes from us.
     expected: u64,
+    /// Up to which `client_seq` the broker has what was forwarded.
+    accepted: u64,
+    /// What was forwarded and is not known to be settled.
+    unsettled: Unsettled,
     /// The `client_seq` that the client was told to send again.
     gap_told: u64,
     refusals: u32,
-    heard: Instant,
+    /// The client is not read before.
+    deaf_until: Option<Instant>,
     out: Vec<Out>,
+}
+
+/// What a client claims to have, as of a position, is looked at once everything is in the stream that was visible when its
+/// memberships were read.
+struct Start {
+    /// The moment at which `scopes` was read.
+    fence: Arc<Fence>,
+    scopes: BTreeSet<Scope>,
+    /// A snapshot that may go on.
+    cut: Option<Cut>,
 }
 
 impl Session {
@@ -149,13 +224,10 @@ impl Session {
     async fn catch_up(&mut self, wire: &mut Wire) -> Result<Snapshot, End> {
         self.membership.set_scopes(self.downlink.scopes());
         let edge = self.edge.clone();
-        let failed = |error| match error {
-            // The client drops its position when it is told so, and gets a snapshot.
-            CatchUpError::TooMany | CatchUpError::Discarded => {
-                End::retry(Code::EpochChanged, "too far behind; a snapshot is cheaper")
-            }
-            error => End::unavailable(&error),
-        };
+        let _turn = wire.alive(self.place.catch_up()).await?;
+        let scopes = self.downlink.scopes().count();
+        let room = edge.catch_up_room.acquire_many(catchup::most_kib(scopes));
+        let _room = wire.alive(room).await?;
         self.downlink.mute();
         while let Some(oldest) = edge.hub.oldest()
             && self.downlink.cursor() + 1 < oldest.seq
@@ -163,15 +235,19 @@ impl Session {
             let from = self.downlink.cursor() + 1;
             let scopes: Vec<Scope> = self.downlink.scopes().cloned().collect();
             let merge = Merge::new(&edge.nats, &edge.catch_ups, scopes.iter(), from, oldest.seq);
-            let mut merge = wire.alive(merge).await?.map_err(failed)?;
-            while let Some(message) = wire.alive(merge.next()).await?.map_err(failed)? {
+            let mut merge = wire.alive(merge).await?.map_err(End::too_far)?;
+            let mut bytes = 0;
+            while let Some(message) = wire.alive(merge.next()).await?.map_err(End::too_far)? {
                 self.end_before(wire, message.lsn()).await?;
                 self.feed(wire, &message).await?;
-                if self.out.len() >= PUMP {
+                bytes += message.weight();
+                if self.out.len() >= PUMP || bytes > READ_BYTES {
+                    bytes = 0;
                     self.flush(wire).await?;
+                    self.still_holds(&[]).await?;
                 }
             }
-            wire.alive(merge.complete()).await?.map_err(failed)?;
+            wire.alive(merge.complete()).await?.map_err(End::too_far)?;
             // Where the ring began inside a transaction, its end will come from there.
             self.end_before(wire, oldest.lsn).await?;
             self.downlink.skip_to(oldest.seq - 1);
@@ -180,8 +256,28 @@ impl Session {
         self.read_ledger(self.downlink.cursor()).await
     }
 
+    /// Ends the session if the user has lost a scope that it holds, or one of those that it is being sent, though the stream has
+    /// not come so far: nothing more is sent of it, however slowly its client reads.
+    async fn still_holds(&mut self, sending: &[Scope]) -> Result<(), End> {
+        let (moves, _) = self.edge.hub.moves_behind(self.looked.max(self.downlink.cursor()));
+        let Some(last) = moves.last() else { return Ok(()) };
+        self.looked = last.position.seq;
+        if !moves.iter().any(|message| self.downlink.may_lose(message, sending)) {
+            return Ok(());
+        }
+        let mut snapshot = Box::pin(self.snapshot_that_sees(last.xid, last.lsn())).await?;
+        let scopes = self.scopes_in(&mut snapshot).await?;
+        if sending.iter().chain(self.downlink.scopes()).all(|scope| scopes.contains(scope)) {
+            return Ok(());
+        }
+        Err(End::retry(Code::Unavailable, "memberships moved meanwhile; connect again"))
+    }
+
     /// Gives one message to the downlink, reading memberships when it asks for them.
     async fn feed(&mut self, wire: &mut Wire, message: &Message) -> Result<(), End> {
+        if !self.is_bound && message.settles(self.client_id).next().is_some() {
+            Box::pin(self.bind(message)).await?;
+        }
         let mut read = false;
         loop {
             match self.downlink.message(message, &mut self.out) {
@@ -202,6 +298,14 @@ impl Session {
         }
     }
 
+    /// Somebody's first transaction under this client id was settled: whose was it?
+    async fn bind(&mut self, message: &Message) -> Result<(), End> {
+        let mut snapshot = self.snapshot_that_sees(message.xid, message.lsn()).await?;
+        let ledger = snapshot.ledger(self.client_id, u64::MAX).await.map_err(|error| End::unavailable(&error))?;
+        self.is_bound = ledger.user_id.as_ref() == Some(&self.user_id);
+        if self.is_bound || ledger.user_id.is_none() { Ok(()) } else { Err(open::another_user()) }
+    }
+
     /// Reads memberships again, as they are from a transaction on.
     async fn reauthorize(&mut self, wire: &mut Wire, xid: u32, commit: Lsn) -> Result<(), End> {
         let mut snapshot = self.snapshot_that_sees(xid, commit).await?;
@@ -220,19 +324,21 @@ impl Session {
     /// A snapshot in which a transaction is visible: it may be published a moment before it becomes so, and
     /// memberships read without it would miss what it grants or revokes.
     async fn snapshot_that_sees(&self, xid: u32, commit: Lsn) -> Result<Snapshot, End> {
-        let start = Instant::now();
+        let (start, mut pause) = (Instant::now(), VISIBLE_PAUSE);
         loop {
             let snapshot = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
             if snapshot.fence.sees(xid, commit) {
                 return Ok(snapshot);
             }
+            drop(snapshot);
             if start.elapsed() > VISIBLE_WAIT {
                 return Err(End::retry(
                     Code::Unavailable,
                     "a published transaction does not become visible; try again",
                 ));
             }
-            tokio::time::sleep(VISIBLE_PAUSE).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(VISIBLE_LONGEST_PAUSE);
         }
     }
 
@@ -252,6 +358,9 @@ impl Session {
 
     /// Sends what the ring holds behind the cursor.
     async fn pump(&mut self, wire: &mut Wire) -> Result<(), End> {
+        if self.start.is_some() && !Box::pin(self.begin(wire)).await? {
+            return Ok(());
+        }
         let mut batch = Vec::new();
         for _ in 0..PUMP_BATCHES {
             batch.clear();
@@ -271,10 +380,87 @@ impl Session {
             if batch.is_empty() {
                 return Ok(());
             }
+            if self.is_lagging() {
+                Box::pin(self.still_holds(&[])).await?;
+            }
         }
         // The socket gets its turn; then on.
         self.membership.wake.notify_one();
         Ok(())
+    }
+
+    /// Whether the stream is well ahead of what the client was sent.
+    fn is_lagging(&self) -> bool {
+        let head = self.edge.hub.head();
+        let head = head.borrow();
+        head.is_some_and(|head| head.seq > self.downlink.cursor() + PUMP as u64)
+    }
+
+    /// Begins to bring the client's rows up to date, once it can be known which of its claims hold. False: not yet.
+    async fn begin(&mut self, wire: &mut Wire) -> Result<bool, End> {
+        let Some(start) = self.start.take() else { return Ok(true) };
+        let edge = self.edge.clone();
+        if !self.has_reached(start.fence.lsn) {
+            self.start = Some(start);
+            return Ok(false);
+        }
+        let moves = history::moves(&edge, &self.known.reach, self.downlink.cursor(), &start.scopes);
+        let moves = wire.alive(moves).await?.map_err(End::too_far)?;
+        let moved = |scope: &Scope, since: Option<&Fence>| {
+            let later = moves.iter().filter(|message| since.is_none_or(|since| !since.sees(message.xid, message.lsn())));
+            later.filter_map(|message| message.moves.as_ref()).any(|moves| self.known.reach.concerns(moves, scope))
+        };
+        let claims: Vec<Scope> = self.downlink.scopes().filter(|scope| moved(scope, None)).cloned().collect();
+        let goes_on = match start.cut {
+            Some(cut) if start.scopes.iter().any(|scope| moved(scope, Some(&cut.fence))) => false,
+            Some(cut) => {
+                let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error))?;
+                let now = self.scopes_in(&mut snapshot).await?;
+                if now == start.scopes {
+                    self.resume(wire, now.into_iter().collect(), cut, snapshot).await?;
+                    if self.is_behind() {
+                        self.catch_up(wire).await?;
+                    }
+                    return Ok(true);
+                }
+                false
+            }
+            None => true,
+        };
+        if !goes_on {
+            // From the start, at the stream's end.
+            let confirmed = self.downlink.confirmed();
+            self.downlink = open::downlink_at_head(&edge, self.client_id, &self.user_id, &self.known, &start.fence)?;
+            self.downlink.knows(confirmed);
+            let mut snapshot = self.read_ledger(self.downlink.cursor()).await?;
+            let scopes = self.scopes_in(&mut snapshot).await?;
+            self.join(wire, snapshot, scopes).await?;
+            return Ok(true);
+        }
+        claims.iter().for_each(|scope| self.downlink.disclaim(scope));
+        if self.is_behind() {
+            let mut snapshot = self.catch_up(wire).await?;
+            let scopes = self.scopes_in(&mut snapshot).await?;
+            self.join(wire, snapshot, scopes).await?;
+        } else if start.scopes.iter().all(|scope| self.downlink.holds(scope)) {
+            self.downlink.authorized(&start.scopes, start.fence, &mut self.out);
+            self.membership.set_scopes(self.downlink.scopes());
+        } else {
+            let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error))?;
+            let scopes = self.scopes_in(&mut snapshot).await?;
+            self.join(wire, snapshot, scopes).await?;
+        }
+        Ok(true)
+    }
+
+    /// Whether everything that committed before an LSN is in the ring, or was.
+    fn has_reached(&self, lsn: Lsn) -> bool {
+        let Some(head) = *self.edge.hub.head().borrow() else { return false };
+        let watermark = *self.edge.watermarks.subscribe().borrow();
+        let passed = |watermark: Watermark| {
+            watermark.epoch == head.epoch && watermark.lsn >= lsn && head.seq >= watermark.seq
+        };
+        head.lsn >= lsn || watermark.is_some_and(passed)
     }
 
     /// The cursor is older than the ring: from live to catch-up.
@@ -295,20 +481,18 @@ impl Session {
         Ok(snapshot)
     }
 
-    async fn run(&mut self, wire: &mut Wire, stream: &mut SplitStream<WebSocket>) -> End {
-        match self.steps(wire, stream).await {
+    async fn run(&mut self, wire: &mut Wire) -> End {
+        match self.steps(wire).await {
             Ok(()) => End::Gone,
             Err(end) => end,
         }
     }
 
-    async fn steps(&mut self, wire: &mut Wire, stream: &mut SplitStream<WebSocket>) -> Result<(), End> {
+    async fn steps(&mut self, wire: &mut Wire) -> Result<(), End> {
         let mut watermarks = self.edge.watermarks.subscribe();
         let mut waiting = None;
         let mut ticks = tokio::time::interval(PING_INTERVAL);
         ticks.tick().await;
-        // A set of one: it looks at the socket only when that has called, not with each delivery.
-        let mut frames = futures_util::stream::select_all([stream]);
         let wake = self.membership.wake.clone();
         let (shutdown, mut catalogs) = (self.edge.shutdown.clone(), self.edge.catalogs.subscribe());
         if !Arc::ptr_eq(&catalogs.borrow_and_update(), &self.known) {
@@ -322,25 +506,25 @@ impl Session {
             }
         });
         loop {
-            let start = Instant::now();
             self.pump(wire).await?;
-            if start.elapsed() > PING_INTERVAL {
-                // Nobody listened to the client meanwhile.
-                self.heard = Instant::now();
-            }
-            if self.downlink.waits() {
+            if self.downlink.waits() || self.start.is_some() {
                 waiting.get_or_insert_with(|| self.edge.watermarks.wait());
             } else {
                 waiting = None;
             }
             tokio::select! {
                 () = wake.notified() => {}
-                frame = frames.next() => self.heard(wire, frame).await?,
+                frame = wire.next(), if self.deaf_until.is_none() => self.heard(wire, frame).await?,
+                () = deaf(self.deaf_until), if self.deaf_until.is_some() => {
+                    self.deaf_until = None;
+                    wire.heard = Instant::now();
+                }
                 Some(seq) = self.stored.1.recv() => {
                     let mut highest = seq;
                     while let Ok(seq) = self.stored.1.try_recv() {
                         highest = highest.max(seq);
                     }
+                    self.accepted = self.accepted.max(highest);
                     wire.own(ServerFrame::Accepted { seq: highest }).await?;
                 }
                 Some(result) = self.results.recv() => {
@@ -348,7 +532,9 @@ impl Session {
                     while let Ok(result) = self.results.try_recv() {
                         results.push(result);
                     }
-                    wire.own(ServerFrame::Results { results }).await?;
+                    if self.is_bound {
+                        wire.own(ServerFrame::Results { results }).await?;
+                    }
                 }
                 Ok(()) = watermarks.changed(), if waiting.is_some() => {
                     if let Some(watermark) = *watermarks.borrow_and_update() {
@@ -356,7 +542,7 @@ impl Session {
                     }
                 }
                 _ = ticks.tick() => {
-                    if self.heard.elapsed() > HEARTBEAT {
+                    if wire.heard.elapsed() > HEARTBEAT {
                         return Err(End::retry(Code::HeartbeatTimeout, "nothing was heard from the client for 45 s"));
                     }
                     wire.ping().await?;
@@ -367,7 +553,6 @@ impl Session {
     }
 
     async fn heard(&mut self, wire: &mut Wire, frame: Option<Result<Socket, SocketError>>) -> Result<(), End> {
-        self.heard = Instant::now();
         let text = match frame {
             Some(Ok(Socket::Text(text))) => text,
             Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => return Ok(()),
@@ -402,61 +587,11 @@ impl Session {
         }
         wire.own(ServerFrame::Error(ErrorFrame { code, message, seq, retry_after_ms: None, fatal: false })).await
     }
+}
 
-    async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
-        let seq = submit.seq;
-        if submit.changes.is_empty() || submit.changes.len() > MAX_TRANSACTION_CHANGES {
-            let message =
-                format!("a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {}", submit.changes.len());
-            return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
-        }
-        if submit.after.len() > MAX_TRANSACTION_CHANGES || submit.after.iter().any(|earlier| *earlier >= seq) {
-            let message = format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before seq {seq}");
-            return self.refuse(wire, Code::BadFrame, message, Some(seq)).await;
-        }
-        // What was confirmed meanwhile came by another session; the client goes on behind it.
-        self.expected = self.expected.max(self.downlink.confirmed() + 1);
-        if seq > self.expected {
-            // Said once for each gap: what was under way behind an overload is not the client's fault.
-            if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {
-                return Ok(());
-            }
-            let message = format!("seq {seq} leaves a gap: {} comes next", self.expected);
-            return self.refuse(wire, Code::OutOfOrder, message, Some(self.expected)).await;
-        }
-        let span = tracing::info_span!("submit", client = %self.client_id, seq);
-        telemetry::set_parent(&span, submit.traceparent.as_deref());
-        let submission = Submission {
-            client_id: self.client_id,
-            user_id: self.user_id.clone(),
-            seq,
-            attempt: submit.attempt,
-            instance: submit.instance,
-            previous: submit.previous,
-            after: submit.after,
-            changes: submit.changes,
-            traceparent: span.in_scope(telemetry::traceparent).or(submit.traceparent),
-        };
-        let encoded = serde_json::to_vec(&submission)
-            .map_err(|error| End::fatal(Code::Internal, format!("the submission cannot be encoded: {error}")))?;
-        if encoded.len() > millstream_schemas::stream::MAX_MESSAGE_BYTES {
-            let message =
-                format!("the transaction has {} bytes on the broker; the limit is {MAX_FRAME_BYTES}", encoded.len());
-            return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
-        }
-        let item = Item { submission: encoded, seq, stored: self.stored.0.clone() };
-        if self.edge.lanes.submit(self.client_id, item).is_err() {
-            let frame = ErrorFrame {
-                code: Code::Overloaded,
-                message: "too many changes wait for the broker; send again from this seq".to_owned(),
-                seq: Some(seq),
-                retry_after_ms: Some(RETRY_MS),
-                fatal: false,
-            };
-            self.gap_told = seq;
-            return wire.own(ServerFrame::Error(frame)).await;
-        }
-        self.expected = self.expected.max(seq + 1);
-        Ok(())
+async fn deaf(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until.into()).await,
+        None => std::future::pending().await,
     }
 }

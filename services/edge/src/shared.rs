@@ -15,13 +15,14 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::catalogs::Known;
 use crate::fence::Fence;
+use crate::resume::{Sealer, moment_of};
 use crate::snapshot::{Exporter, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
 use crate::tail::Chain;
 
 /// For so long others join a moment.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Most bytes of rows that are kept.
-const MAX_BYTES: usize = 64 << 20;
+const MAX_BYTES: usize = 32 << 20;
 /// Most rows of a scope that are shared, and most scopes of a client: each is read by statements of its own.
 const MAX_ROWS: u64 = 250_000;
 const MAX_SCOPES: usize = 16;
@@ -35,6 +36,7 @@ pub struct Apart;
 /// What sessions share.
 pub struct Shared {
     pool: PgPool,
+    sealer: Sealer,
     newest: tokio::sync::Mutex<Option<Adopted>>,
     /// Scopes that are too large, each with when that was found.
     apart: Mutex<HashMap<Scope, Instant>>,
@@ -82,10 +84,10 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     /// Shares what is read through `pool`, by at most `reads` readers at once.
-    pub fn new(pool: PgPool, reads: usize) -> Arc<Shared> {
+    pub fn new(pool: PgPool, sealer: Sealer, reads: usize) -> Arc<Shared> {
         let reads = Semaphore::new(reads);
         let room = Arc::new(Semaphore::new(MAX_BYTES));
-        Arc::new(Shared { pool, newest: tokio::sync::Mutex::default(), apart: Mutex::default(), reads, room })
+        Arc::new(Shared { pool, sealer, newest: tokio::sync::Mutex::default(), apart: Mutex::default(), reads, room })
     }
 
     /// A snapshot of the moment at which others start, or of a new one.
@@ -169,7 +171,8 @@ impl Shared {
             }
             // Not before: who has been told how many there are gets them.
             part.progress.send_modify(|progress| progress.rows = Some(rows));
-            let (sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
+            let seal = self.sealer.seal(&moment_of(&snapshot.fence, &known.catalog.version));
+            let (mut sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
             let keep = async move {
                 while let Some(frame) = frames.recv().await {
                     let room =
@@ -181,7 +184,7 @@ impl Shared {
                 true
             };
             let reading = async move {
-                match snapshot.rows(&known.catalog, &scopes, true, None, &sender).await {
+                match snapshot.rows(&known.catalog, &scopes, true, None, &seal, &mut sender).await {
                     // Nobody keeps the rows: there is no room.
                     Err(SnapshotError::Gone) => Ok(()),
                     read => read,

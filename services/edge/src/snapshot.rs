@@ -7,18 +7,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use futures_util::TryStreamExt;
 use millstream_catalog::{Catalog, Members, ScopeColumn, Table};
+use millstream_runtime::lease::Lease;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss, MAX_ROW_BYTES};
 use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{Code, Scope};
-use sqlx::{AssertSqlSafe, Executor as _, PgPool, Postgres, Row, Transaction};
+use sqlx::{AssertSqlSafe, PgPool, Row};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::fence::{Fence, InvalidFence};
-use crate::resume::{Mark, Token};
+use crate::resume::{Mark, Seal};
 use crate::shared::Adopted;
 
 /// A frame of snapshot rows is sent when it has grown to this many bytes.
@@ -48,6 +48,9 @@ pub enum SnapshotError {
     /// The session that wanted it is gone.
     #[error("the session ended during its snapshot")]
     Gone,
+    /// The answer is not one to the question that was asked.
+    #[error("Postgres answered another question than that for {0}; its connection is given up")]
+    Foreign(&'static str),
 }
 
 fn query(doing: &'static str) -> impl FnOnce(sqlx::Error) -> SnapshotError {
@@ -56,9 +59,7 @@ fn query(doing: &'static str) -> impl FnOnce(sqlx::Error) -> SnapshotError {
 
 /// A read-only transaction at one instant.
 pub struct Snapshot {
-    transaction: Transaction<'static, Postgres>,
-    /// Where it came from.
-    pool: PgPool,
+    lease: Lease,
     /// What it sees.
     pub fence: Fence,
     /// The moment that it shares with others.
@@ -67,7 +68,7 @@ pub struct Snapshot {
 
 /// A transaction whose snapshot others may adopt while it is open.
 pub struct Exporter {
-    _transaction: Transaction<'static, Postgres>,
+    _lease: Lease,
     /// Name of the snapshot.
     id: String,
 }
@@ -78,12 +79,10 @@ impl Exporter {
     /// # Errors
     /// Postgres cannot be reached.
     pub async fn begin(pool: &PgPool) -> Result<(Exporter, Fence), SnapshotError> {
-        let Snapshot { mut transaction, fence, .. } = Snapshot::begin(pool).await?;
-        let id: String = sqlx::query_scalar("SELECT pg_export_snapshot()")
-            .fetch_one(&mut *transaction)
-            .await
-            .map_err(query("export a snapshot"))?;
-        Ok((Exporter { _transaction: transaction, id }, fence))
+        let Snapshot { mut lease, fence, .. } = Snapshot::begin(pool).await?;
+        let row = lease.one(sqlx::query("SELECT pg_export_snapshot()")).await.map_err(query("export a snapshot"))?;
+        let id = row.try_get(0).map_err(query("export a snapshot"))?;
+        Ok((Exporter { _lease: lease, id }, fence))
     }
 }
 
@@ -125,13 +124,12 @@ impl Snapshot {
     /// # Errors
     /// Postgres cannot be reached.
     pub async fn begin(pool: &PgPool) -> Result<Snapshot, SnapshotError> {
-        let mut transaction = pool.begin_with(BEGIN).await.map_err(query("begin a snapshot"))?;
-        let row = sqlx::query("SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text")
-            .fetch_one(&mut *transaction)
-            .await
-            .map_err(query("read the snapshot's visibility"))?;
-        let fence = Fence::parse(row.get(0), row.get(1))?;
-        Ok(Snapshot { transaction, pool: pool.clone(), fence, adopted: None })
+        let mut lease = Lease::begin(pool, BEGIN).await.map_err(query("begin a snapshot"))?;
+        let visible = sqlx::query("SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text");
+        let row = lease.one(visible).await.map_err(query("read the snapshot's visibility"))?;
+        let text = |index| row.try_get::<&str, _>(index).map_err(query("read the snapshot's visibility"));
+        let fence = Fence::parse(text(0)?, text(1)?)?;
+        Ok(Snapshot { lease, fence, adopted: None })
     }
 
     /// Begins a transaction of a moment that others share.
@@ -139,11 +137,11 @@ impl Snapshot {
     /// # Errors
     /// Postgres cannot be reached, or has lost the moment.
     pub async fn adopt(pool: &PgPool, adopted: Adopted) -> Result<Snapshot, SnapshotError> {
-        let mut transaction = pool.begin_with(BEGIN).await.map_err(query("begin a snapshot"))?;
+        let mut lease = Lease::begin(pool, BEGIN).await.map_err(query("begin a snapshot"))?;
         // Postgres gave the name, and takes no parameter here.
-        let sql = AssertSqlSafe(format!("SET TRANSACTION SNAPSHOT '{}'", adopted.exporter().id));
-        transaction.execute(sqlx::raw_sql(sql)).await.map_err(query("adopt a snapshot"))?;
-        Ok(Snapshot { transaction, pool: pool.clone(), fence: adopted.moment.fence.clone(), adopted: Some(adopted) })
+        let sql = format!("SET TRANSACTION SNAPSHOT '{}'", adopted.exporter().id);
+        lease.raw(&sql).await.map_err(query("adopt a snapshot"))?;
+        Ok(Snapshot { lease, fence: adopted.moment.fence.clone(), adopted: Some(adopted) })
     }
 
     /// The scopes that a user may read. The only place that decides it. Ids are compared as texts: so does the stream.
@@ -165,7 +163,9 @@ impl Snapshot {
             if of.is_empty() {
                 continue;
             }
-            // Identifiers come quoted from the catalog.
+            // Identifiers come quoted from the catalog. The last row shows that this is the answer to this question: no other
+            // answer, above all an empty one, is ever taken for the user's memberships.
+            let proof = Uuid::new_v4().to_string();
             let mut sql = format!(
                 "SELECT DISTINCT {} FROM {} WHERE {} AND {} IS NOT NULL",
                 column(membership.scope).text(),
@@ -174,14 +174,22 @@ impl Snapshot {
                 column(membership.scope).sql_name,
             );
             if let Some((role, _)) = roles {
-                let _ = write!(sql, " AND ({}) COLLATE \"C\" = ANY ($2)", column(*role).text());
+                let _ = write!(sql, " AND ({}) COLLATE \"C\" = ANY ($3)", column(*role).text());
             }
-            let mut query_ids = sqlx::query_scalar(AssertSqlSafe(sql)).bind(of);
+            sql.push_str(" UNION ALL SELECT $2::text");
+            let mut memberships = sqlx::query(AssertSqlSafe(sql)).bind(of).bind(&proof);
             if let Some((_, allowed)) = roles {
-                query_ids = query_ids.bind(allowed);
+                memberships = memberships.bind(allowed);
             }
-            let ids: Vec<String> =
-                query_ids.fetch_all(&mut *self.transaction).await.map_err(query("read memberships"))?;
+            let rows = self.lease.all(memberships).await.map_err(query("read memberships"))?;
+            let mut ids = Vec::with_capacity(rows.len());
+            for row in &rows {
+                ids.push(row.try_get::<String, _>(0).map_err(query("read memberships"))?);
+            }
+            let proven = ids.iter().position(|id| *id == proof).map(|at| ids.swap_remove(at));
+            if proven.is_none() {
+                return Err(SnapshotError::Foreign("memberships"));
+            }
             // Such an id is no scope to replication either; one bad row must not lock its user out.
             scopes
                 .extend(ids.into_iter().filter(|id| Scope::fits(id)).map(|id| Scope::new(membership.kind.clone(), id)));
@@ -207,8 +215,8 @@ impl Snapshot {
         // Types come from the catalog.
         let same: Vec<String> = types.iter().map(|name| format!("concat($1::text::{name}) = $1")).collect();
         let sql = format!("SELECT {}", same.join(" AND "));
-        match sqlx::query_scalar(AssertSqlSafe(sql)).bind(user_id).fetch_one(&mut *self.transaction).await {
-            Ok(same) => Ok(same),
+        match self.lease.one(sqlx::query(AssertSqlSafe(sql)).bind(user_id)).await {
+            Ok(row) => row.try_get(0).map_err(query("compare the user's id")),
             // Class 22: it is no value of the type.
             Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| code.starts_with("22")) => Ok(false),
             Err(error) => Err(query("compare the user's id")(error)),
@@ -220,23 +228,26 @@ impl Snapshot {
     /// # Errors
     /// Postgres failed.
     pub async fn ledger(&mut self, client_id: Uuid, confirmed_seq: u64) -> Result<Ledger, SnapshotError> {
-        let row =
-            sqlx::query("SELECT user_id, last_seq, lost::text AS lost FROM millstream.clients WHERE client_id = $1")
-                .bind(client_id)
-                .fetch_optional(&mut *self.transaction)
-                .await
-                .map_err(query("read the ledger"))?;
-        let Some(row) = row else { return Ok(Ledger::default()) };
+        // One row, known client or not.
+        let known = sqlx::query(
+            "SELECT $1::uuid AS asked, user_id, last_seq, lost::text AS lost
+             FROM (SELECT) AS one LEFT JOIN millstream.clients ON client_id = $1",
+        );
+        let row = self.lease.one(known.bind(client_id)).await.map_err(query("read the ledger"))?;
+        if row.try_get::<Uuid, _>("asked").ok() != Some(client_id) {
+            return Err(SnapshotError::Foreign("the ledger"));
+        }
+        let Some(user_id) = row.try_get("user_id").map_err(query("read the ledger"))? else {
+            return Ok(Ledger::default());
+        };
         let failed = sqlx::query(
             "SELECT seq, change_id, code, rule, message FROM millstream.changes_history
              WHERE client_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
         )
         .bind(client_id)
         .bind(i64::try_from(confirmed_seq).unwrap_or(i64::MAX))
-        .bind(MAX_FAILURES)
-        .fetch_all(&mut *self.transaction)
-        .await
-        .map_err(query("read the client's failures"))?;
+        .bind(MAX_FAILURES);
+        let failed = self.lease.all(failed).await.map_err(query("read the client's failures"))?;
         let failure = |row: &sqlx::postgres::PgRow| Failure {
             seq: row.get::<i64, _>("seq").cast_unsigned(),
             change_id: row.get("change_id"),
@@ -258,17 +269,15 @@ impl Snapshot {
              WHERE next IS NULL OR next > $2 + 1 ORDER BY first_seq DESC LIMIT $3",
         )
         .bind(client_id)
-        .bind(i64::try_from(confirmed_seq).unwrap_or(i64::MAX - 1))
-        .bind(MAX_INSTANCES)
-        .fetch_all(&mut *self.transaction)
-        .await
-        .map_err(query("read the client's instances"))?;
+        .bind(i64::try_from(confirmed_seq).unwrap_or(i64::MAX).min(i64::MAX - 1))
+        .bind(MAX_INSTANCES);
+        let instances = self.lease.all(instances).await.map_err(query("read the client's instances"))?;
         let span = |row: &sqlx::postgres::PgRow| InstanceSpan {
             instance: row.get("instance"),
             first_seq: row.get::<i64, _>("first_seq").cast_unsigned(),
         };
         let instances = instances.iter().rev().map(span).collect();
-        Ok(Ledger { user_id: Some(row.get("user_id")), last_seq, failed, told_seq, lost, instances })
+        Ok(Ledger { user_id: Some(user_id), last_seq, failed, told_seq, lost, instances })
     }
 
     /// How many rows these scopes have; those in several count for each.
@@ -295,9 +304,9 @@ impl Snapshot {
         }
         let sql = format!("SELECT ({})::int8", counts.join(" + "));
         // Identifiers come quoted from the catalog.
-        let counted = bound.into_iter().fold(sqlx::query_scalar(AssertSqlSafe(sql)), |query, ids| query.bind(ids));
-        let rows: i64 = counted.fetch_one(&mut *self.transaction).await.map_err(query("count a snapshot's rows"))?;
-        Ok(rows.cast_unsigned())
+        let counted = bound.into_iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, ids| query.bind(ids));
+        let row = self.lease.one(counted).await.map_err(query("count a snapshot's rows"))?;
+        Ok(row.try_get::<i64, _>(0).map_err(query("count a snapshot's rows"))?.cast_unsigned())
     }
 
     /// Sends the rows of these scopes as frames, in the order of their keys, and ends the transaction; `apart`: of one scope
@@ -311,7 +320,8 @@ impl Snapshot {
         scopes: &[Scope],
         apart: bool,
         mut behind: Option<Mark>,
-        frames: &mpsc::Sender<String>,
+        seal: &Seal,
+        frames: &mut impl Frames,
     ) -> Result<(), SnapshotError> {
         let at_once = if apart { 1 } else { scopes.len().max(1) };
         for some in scopes.chunks(at_once) {
@@ -333,10 +343,10 @@ impl Snapshot {
                     _ => None,
                 };
                 let mark = Mark { scope: name.clone(), pass, key: Vec::new() };
-                self.table(table, column, ids, key, mark, frames).await?;
+                self.table(table, column, ids, key, (mark, seal), frames).await?;
             }
         }
-        self.transaction.commit().await.map_err(query("end a snapshot"))
+        self.lease.commit().await.map_err(query("end a snapshot"))
     }
 
     async fn table(
@@ -345,19 +355,17 @@ impl Snapshot {
         column: Option<usize>,
         ids: &[&str],
         behind: Option<&[String]>,
-        mark: Mark,
-        frames: &mpsc::Sender<String>,
+        (mark, seal): (Mark, &Seal),
+        frames: &mut impl Frames,
     ) -> Result<(), SnapshotError> {
         // COPY takes no parameters: values are bound to settings of this transaction, which the statement reads.
-        let backend: i32 = sqlx::query_scalar(
-            "SELECT pg_backend_pid() FROM (SELECT set_config('millstream.scope_ids', $1::text[]::text, true), \
-             set_config('millstream.behind', $2::text[]::text, true) OFFSET 0) AS settings",
+        let settings = sqlx::query(
+            "SELECT set_config('millstream.scope_ids', $1::text[]::text, true), \
+             set_config('millstream.behind', $2::text[]::text, true)",
         )
         .bind(ids)
-        .bind(behind.unwrap_or_default())
-        .fetch_one(&mut *self.transaction)
-        .await
-        .map_err(query("set a snapshot's scopes"))?;
+        .bind(behind.unwrap_or_default());
+        self.lease.one(settings).await.map_err(query("set a snapshot's scopes"))?;
         let columns: Vec<&str> = table.columns.iter().map(|column| column.sql_name.as_str()).collect();
         let key: Vec<&str> = table.key.iter().map(|index| columns[*index]).collect();
         let key = key.join(", ");
@@ -374,24 +382,31 @@ impl Snapshot {
         }
         let _ = write!(sql, " ORDER BY {key}) TO STDOUT");
         let mut lines = Lines::default();
-        let mut frame = RowsFrame::new(&table.name, &table.key, mark);
-        {
-            let mut copy = self.transaction.copy_out_raw(&sql).await.map_err(query("copy a table's rows"))?;
-            while let Some(chunk) = copy.try_next().await.map_err(query("copy a table's rows"))? {
-                lines.push(&chunk, |line| frame.row(line));
-                if frame.text.len() >= ROWS_FRAME_BYTES && frames.send(frame.take()).await.is_err() {
-                    // The connection is of use again once the statement has ended.
-                    let cancel = sqlx::query("SELECT pg_cancel_backend($1)").bind(backend).execute(&self.pool);
-                    let drain = async { while let Ok(Some(_)) = copy.try_next().await {} };
-                    let (_cancelled, ()) = tokio::join!(cancel, drain);
-                    return Err(SnapshotError::Gone);
-                }
+        let mut frame = RowsFrame::new(&table.name, &table.key, mark, seal);
+        let mut copy = self.lease.copy_out(&sql).await.map_err(query("copy a table's rows"))?;
+        while let Some(chunk) = copy.next().await.map_err(query("copy a table's rows"))? {
+            lines.push(&chunk, |line| frame.row(line));
+            if frame.text.len() >= ROWS_FRAME_BYTES && !frames.put(frame.take()).await {
+                return Err(SnapshotError::Gone);
             }
         }
-        if frame.rows > 0 {
-            frames.send(frame.take()).await.map_err(|_| SnapshotError::Gone)?;
+        drop(copy);
+        if frame.rows > 0 && !frames.put(frame.take()).await {
+            return Err(SnapshotError::Gone);
         }
         Ok(())
+    }
+}
+
+/// Takes the frames of a snapshot as they are read.
+pub trait Frames: Send {
+    /// Takes the next one, when there is room. False: nobody wants them any more.
+    fn put(&mut self, frame: String) -> impl Future<Output = bool> + Send;
+}
+
+impl Frames for mpsc::Sender<String> {
+    async fn put(&mut self, frame: String) -> bool {
+        self.send(frame).await.is_ok()
     }
 }
 
@@ -432,6 +447,7 @@ struct RowsFrame<'a> {
     /// Indexes of the key's columns.
     key: &'a [usize],
     mark: Mark,
+    seal: &'a Seal,
     head: String,
     text: String,
     rows: usize,
@@ -441,10 +457,10 @@ struct RowsFrame<'a> {
 }
 
 impl<'a> RowsFrame<'a> {
-    fn new(table: &str, key: &'a [usize], mark: Mark) -> Self {
+    fn new(table: &str, key: &'a [usize], mark: Mark, seal: &'a Seal) -> Self {
         let name = serde_json::Value::from(table);
         let head = format!(r#"{{"type":"snapshot_rows","changes":[{{"table":{name},"op":"upsert","rows":["#);
-        RowsFrame { key, mark, text: head.clone(), head, rows: 0, value: String::new(), last: Vec::new() }
+        RowsFrame { key, mark, seal, text: head.clone(), head, rows: 0, value: String::new(), last: Vec::new() }
     }
 
     /// Appends a row in COPY's text format (PostgreSQL documentation, "COPY", "Text Format"). Not one that is too large for
@@ -489,7 +505,7 @@ impl<'a> RowsFrame<'a> {
             unescape(fields.get(*index).copied().unwrap_or_default(), &mut self.value);
             self.mark.key.push(self.value.clone());
         }
-        if let Ok(mark) = serde_json::to_string(&self.mark) {
+        if let Some(mark) = self.seal.mark(&self.mark) {
             let _ = write!(text, r#","mark":{}"#, serde_json::Value::from(mark));
         }
         text.push('}');
@@ -522,18 +538,21 @@ fn unescape(field: &[u8], value: &mut String) {
 }
 
 /// The frame that opens a snapshot, or one that was cut.
-pub fn begin_frame(scopes: &[Scope], rows: u64, token: Option<&Token>, resumed: bool) -> ServerFrame {
-    ServerFrame::SnapshotBegin { scopes: scopes.to_vec(), rows, token: token.and_then(Token::encode), resumed }
+pub fn begin_frame(scopes: &[Scope], rows: u64, token: Option<String>, resumed: bool) -> ServerFrame {
+    ServerFrame::SnapshotBegin { scopes: scopes.to_vec(), rows, token, resumed }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::resume::Sealer;
 
     #[test]
     fn copy_lines_become_rows() {
         let mark = Mark { scope: None, pass: 1, key: Vec::new() };
-        let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone());
+        let sealer = Sealer::new(b"secret");
+        let seal = sealer.seal("moment");
+        let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone(), &seal);
         let mut lines = Lines::default();
         for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "3\t\"q\"\tt", "\n"] {
             lines.push(chunk.as_bytes(), |line| frame.row(line));
@@ -553,7 +572,7 @@ mod tests {
                 vec![Some("3"), Some("\"q\""), Some("t")],
             ]
         );
-        let last: Mark = serde_json::from_str(&last.unwrap()).unwrap();
+        let last = seal.open(&last.unwrap()).unwrap();
         assert_eq!(last, Mark { key: vec!["\"q\"".into(), "3".into()], ..mark });
         assert_eq!(frame.rows, 0);
     }

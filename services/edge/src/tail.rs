@@ -67,18 +67,24 @@ pub async fn run(nats: Nats, hub: Arc<Hub>, health: Health, shutdown: Shutdown) 
     }
 }
 
+/// Longest error in the log, in characters.
+const MAX_SHOWN: usize = 500;
+
 /// Displays an error with its causes.
 pub(crate) struct Chain<'a>(pub &'a dyn std::error::Error);
 
 impl std::fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
+        let mut text = self.0.to_string();
         let mut source = self.0.source();
         while let Some(cause) = source {
-            write!(f, ": {cause}")?;
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
             source = cause.source();
         }
-        Ok(())
+        // It may quote what a client sent.
+        let end = text.char_indices().nth(MAX_SHOWN).map_or(text.len(), |(end, _)| end);
+        f.write_str(&text[..end])
     }
 }
 

@@ -276,6 +276,9 @@ impl Appender {
         if let Some(origin) = &message.origin {
             headers.insert(header::ORIGIN, origin.as_str());
         }
+        if let Some(moves) = &message.moves {
+            headers.insert(header::MOVES, moves.as_str());
+        }
         if let Some(traceparent) = &message.traceparent {
             headers.insert(header::TRACEPARENT, traceparent.as_str());
         }
@@ -284,7 +287,7 @@ impl Appender {
 }
 
 /// What headers other than the origin take at most; the broker counts them too.
-const HEADER_BYTES: usize = 1024;
+const HEADER_BYTES: usize = 10 * 1024;
 
 #[cfg(test)]
 mod tests {

@@ -13,7 +13,8 @@ use millstream_schemas::stream::{MAX_ROW_BYTES, ORIGIN_PREFIX, OriginEntry, Orig
 use millstream_schemas::subject::WAL_ORIGIN;
 use millstream_schemas::{Lsn, Scope, TableOp};
 
-use crate::chunks::{Chunk, Chunks, Group, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, write_row};
+use crate::chunks::{Chunk, Chunks, Group, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, Moved, write_row};
+use crate::moves::{Moves, moves};
 use crate::pgoutput::{DecodeError, Message, Old, Relation, Tuple};
 use crate::relation::{BadTuple, Cell, Image, Mapping};
 
@@ -40,6 +41,8 @@ pub struct Outgoing {
     pub origin: Option<String>,
     /// Trace context, as far as it is known yet.
     pub traceparent: Option<String>,
+    /// Scopes of which memberships moved for those who read it, as the header tells them.
+    pub moves: Option<String>,
 }
 
 /// What a message meant for the transaction.
@@ -239,6 +242,7 @@ impl Assembler {
             }
             Message::Insert { relation, new } => self.with(*relation, out, |change| {
                 let (_, after) = images(change.table, change.mapping, None, new, filled)?;
+                change.moves = moves(change.table, None, Some(&after), false);
                 change.write(&after, &scopes(change.table, &after), key(change.table, &after)?);
                 Ok(())
             })?,
@@ -248,6 +252,7 @@ impl Assembler {
             })?,
             Message::Delete { relation, old } => self.with(*relation, out, |change| {
                 let before = change.mapping.old_image(old).map_err(|source| bad_row(change.table, source))?;
+                change.moves = moves(change.table, Some(&before), None, false);
                 change.delete(&scopes(change.table, &before), &key(change.table, &before)?);
                 Ok(())
             })?,
@@ -255,7 +260,8 @@ impl Assembler {
                 for relation in relations {
                     // There is no single scope: every session listens to this one.
                     self.with(*relation, out, |change| {
-                        change.chunks.add_truncate(&Scope::global(), &change.table.name, change.pieces);
+                        let grants = !change.table.memberships.is_empty();
+                        change.chunks.add_truncate(&Scope::global(), &change.table.name, grants, change.pieces);
                         Ok(())
                     })?;
                 }
@@ -325,6 +331,7 @@ impl Assembler {
             chunks: &mut transaction.chunks,
             pieces: &mut self.pieces,
             row: &mut self.row,
+            moves: Moves::new(),
         })?;
         for chunk in self.pieces.drain(..) {
             out.push(transaction.message(chunk, None));
@@ -335,7 +342,7 @@ impl Assembler {
     fn finish(&mut self, mut transaction: Transaction, end_lsn: Lsn, out: &mut Vec<Outgoing>) {
         transaction.chunks.flush(&mut self.pieces);
         if self.pieces.is_empty() && (!transaction.origin.is_empty() || transaction.index > 0) {
-            self.pieces.push(Chunk { subject: WAL_ORIGIN.to_owned(), payload: Bytes::from_static(b"[]") });
+            self.pieces.push(Chunk { subject: WAL_ORIGIN.to_owned(), payload: Bytes::from_static(b"[]"), moves: Moved::None });
         }
         for chunk in self.pieces.drain(..) {
             out.push(transaction.message(chunk, Some(end_lsn)));
@@ -366,6 +373,7 @@ impl Transaction {
             at: self.at,
             origin: None,
             traceparent: self.traceparent.clone(),
+            moves: chunk.moves.header(),
         }
     }
 }
@@ -377,10 +385,13 @@ struct Change<'a> {
     chunks: &'a mut Chunks,
     pieces: &'a mut Vec<Chunk>,
     row: &'a mut Vec<u8>,
+    /// Told with the rows, in the scopes of those whom they concern.
+    moves: Moves,
 }
 
 impl Change<'_> {
     fn update(&mut self, before: Option<&Image<'_>>, after: &Image<'_>) -> Result<(), AssembleError> {
+        self.moves = moves(self.table, before, Some(after), true);
         let now_in = scopes(self.table, after);
         let new_key = key(self.table, after)?;
         let Some(before) = before else {
@@ -428,7 +439,8 @@ impl Change<'_> {
         let group = Group { table: &table.name, op, columns: columns.as_deref() };
         let hash = hash(table, &key);
         for scope in scopes {
-            self.chunks.add(scope, group, hash, self.row, self.pieces);
+            let moved = self.moves.get(scope).map_or(&[][..], Vec::as_slice);
+            self.chunks.add_moving(scope, group, hash, self.row, moved, self.pieces);
         }
     }
 
@@ -440,7 +452,8 @@ impl Change<'_> {
         let group = Group { table: &self.table.name, op: TableOp::Delete, columns: None };
         let hash = hash(self.table, key);
         for scope in scopes {
-            self.chunks.add(scope, group, hash, self.row, self.pieces);
+            let moved = self.moves.get(scope).map_or(&[][..], Vec::as_slice);
+            self.chunks.add_moving(scope, group, hash, self.row, moved, self.pieces);
         }
     }
 }

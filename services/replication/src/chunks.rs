@@ -9,7 +9,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use bytes::Bytes;
-use millstream_schemas::stream::MAX_MESSAGE_BYTES;
+use millstream_schemas::stream::{ANY_SCOPE, MAX_MESSAGE_BYTES};
 use millstream_schemas::{Scope, TableOp};
 
 /// Most bytes of one transaction that wait for its end, over all scopes.
@@ -28,6 +28,48 @@ pub struct Chunk {
     pub subject: String,
     /// A JSON array of `TableChanges`.
     pub payload: Bytes,
+    /// Scopes that its rows' readers came to hold, or hold no more.
+    pub moves: Moved,
+}
+
+/// Scopes of which memberships moved.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Moved {
+    /// None did.
+    #[default]
+    None,
+    /// These, as the header tells them.
+    Scopes(String),
+    /// Too many to name.
+    Any,
+}
+
+/// Longest list of scopes that have moved, in bytes: it travels in a header.
+const MAX_MOVES_BYTES: usize = 8 * 1024;
+
+impl Moved {
+    /// The header's text, if there is anything to tell.
+    pub fn header(self) -> Option<String> {
+        match self {
+            Moved::None => None,
+            Moved::Scopes(scopes) => Some(scopes),
+            Moved::Any => Some(ANY_SCOPE.to_owned()),
+        }
+    }
+
+    fn add(&mut self, scopes: &[Scope]) {
+        for scope in scopes {
+            let name = scope.subject();
+            *self = match std::mem::take(self) {
+                Moved::None => Moved::Scopes(name),
+                Moved::Scopes(names) if names.split(' ').any(|known| known == name) => Moved::Scopes(names),
+                Moved::Scopes(names) if names.len() + name.len() < MAX_MOVES_BYTES => {
+                    Moved::Scopes(names + " " + &name)
+                }
+                Moved::Scopes(_) | Moved::Any => Moved::Any,
+            };
+        }
+    }
 }
 
 /// Rows that share a `TableChanges`.
@@ -49,6 +91,7 @@ struct Buffer {
     bytes: Vec<u8>,
     /// The head of the open group, as it stands in `bytes`.
     head: Vec<u8>,
+    moves: Moved,
 }
 
 impl Buffer {
@@ -78,7 +121,7 @@ impl Buffer {
         let mut bytes = std::mem::take(&mut self.bytes);
         self.head.clear();
         bytes.extend_from_slice(b"]}]");
-        Chunk { subject: self.scope.subject(), payload: Bytes::from(bytes) }
+        Chunk { subject: self.scope.subject(), payload: Bytes::from(bytes), moves: std::mem::take(&mut self.moves) }
     }
 }
 
@@ -115,6 +158,19 @@ impl Chunks {
     /// Adds an encoded row to a scope; whatever has to be emitted before goes to `out`. What was added last always stays,
     /// so that the end of the transaction has a message to be marked on.
     pub fn add(&mut self, scope: &Scope, group: Group<'_>, key: KeyHash, row: &[u8], out: &mut Vec<Chunk>) {
+        self.add_moving(scope, group, key, row, &[], out);
+    }
+
+    /// The same for a row by which those who read `scope` come to hold other scopes, or hold them no more.
+    pub fn add_moving(
+        &mut self,
+        scope: &Scope,
+        group: Group<'_>,
+        key: KeyHash,
+        row: &[u8],
+        moved: &[Scope],
+        out: &mut Vec<Chunk>,
+    ) {
         let mut head = std::mem::take(&mut self.head);
         write_head(&mut head, group);
         let cost = head.len() + row.len() + CLOSING_BYTES;
@@ -149,7 +205,12 @@ impl Chunks {
         }
         let id = id.unwrap_or_else(|| {
             let id = self.base + self.buffers.len() as u64;
-            self.buffers.push_back(Buffer { scope: scope.clone(), bytes: Vec::new(), head: Vec::new() });
+            self.buffers.push_back(Buffer {
+                scope: scope.clone(),
+                bytes: Vec::new(),
+                head: Vec::new(),
+                moves: Moved::None,
+            });
             self.ids.insert(scope.clone(), id);
             self.bytes += BUFFER_OVERHEAD_BYTES;
             id
@@ -157,6 +218,7 @@ impl Chunks {
         let buffer = &mut self.buffers[(id - self.base) as usize];
         let before = buffer.bytes.len();
         buffer.add(&head, row);
+        buffer.moves.add(moved);
         self.bytes += buffer.bytes.len() - before;
         if group.op == TableOp::Delete {
             let last = self.deletes.entry(key).or_insert(id);
@@ -165,11 +227,14 @@ impl Chunks {
         self.head = head;
     }
 
-    /// Adds a truncation, which keeps its place among the rows of every scope.
-    pub fn add_truncate(&mut self, scope: &Scope, table: &str, out: &mut Vec<Chunk>) {
+    /// Adds a truncation (`grants`: of a table that grants memberships), which keeps its place among the rows of every scope.
+    pub fn add_truncate(&mut self, scope: &Scope, table: &str, grants: bool, out: &mut Vec<Chunk>) {
         self.flush(out);
         self.ordered = true;
         self.add(scope, Group { table, op: TableOp::Truncate, columns: None }, 0, &[], out);
+        if let Some(buffer) = self.buffers.back_mut().filter(|_| grants) {
+            buffer.moves = Moved::Any;
+        }
     }
 
     /// Emits everything.

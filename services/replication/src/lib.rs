@@ -7,6 +7,7 @@
 //!
 //! - [`pgoutput`]: decoder of the change stream; [`relation`]: its tables mapped to the catalog
 //! - [`assemble`]: messages from transactions; [`chunks`]: their buffers, order across scopes, bounded memory
+//! - [`moves`]: which memberships a row change moves
 //! - [`append`]: the end of the stream and how to append there
 //! - `epoch`: whether the history goes on; `leader`, `identity`, `wal`: lock, checks, connection
 //! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches;
@@ -20,6 +21,7 @@ mod error;
 mod identity;
 mod lag;
 mod leader;
+pub mod moves;
 pub mod pgoutput;
 mod publisher;
 mod reader;

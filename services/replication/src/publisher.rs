@@ -150,5 +150,6 @@ pub fn mark(lsn: Lsn) -> Outgoing {
         at: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),
         origin: None,
         traceparent: None,
+        moves: None,
     }
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use axum::http::StatusCode;
 use axum::routing::get;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -26,6 +26,10 @@ pub struct Args {
     #[arg(long = "health-listen", env = "MILLSTREAM_HEALTH_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
 }
+
+/// Where a request comes from: an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub SocketAddr);
 
 /// What the process needs, and which of it is there. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -106,10 +110,10 @@ pub async fn serve(listen: SocketAddr, router: Router, shutdown: Shutdown) -> st
 /// An accept loop of our own, since `axum::serve` has no header timeout: silent and dribbling connections would stay for ever.
 async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown) {
     loop {
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = shutdown.requested() => return,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 Err(error) => {
                     // Out of file descriptors, most likely: others may close meanwhile.
                     tracing::warn!(%error, "cannot accept a connection");
@@ -120,7 +124,7 @@ async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown) {
         };
         // A frame is one small write: waiting to fill a packet only adds latency.
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(router.clone());
+        let service = TowerToHyperService::new(router.clone().layer(Extension(Peer(peer))));
         let mut server = hyper::server::conn::http1::Builder::new();
         server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
         let connection = server.serve_connection(TokioIo::new(stream), service).with_upgrades();

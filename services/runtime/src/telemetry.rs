@@ -8,10 +8,12 @@ use std::io::IsTerminal;
 
 use opentelemetry::metrics::Meter;
 use opentelemetry::trace::{TraceContextExt, TracerProvider};
-use opentelemetry::{Context, SpanId, TraceFlags, TraceId, trace::SpanContext, trace::TraceState};
+use opentelemetry::trace::{Link, SpanContext, SpanKind, TraceState};
+use opentelemetry::{Context, KeyValue, SpanId, TraceFlags, TraceId};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry_sdk::trace::{SamplingResult, SdkTracerProvider, ShouldSample};
+use millstream_schemas::trace::is_valid;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -125,7 +127,8 @@ fn tracer_provider(service: &'static str) -> Option<SdkTracerProvider> {
         return None;
     }
     let exporter = exporter("traces", || opentelemetry_otlp::SpanExporter::builder().with_http().build())?;
-    Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource(service)).build())
+    let sampler = Impartial(opentelemetry_sdk::trace::Config::default().sampler);
+    Some(SdkTracerProvider::builder().with_sampler(sampler).with_batch_exporter(exporter).with_resource(resource(service)).build())
 }
 
 /// The W3C `traceparent` of the current span; none where traces are off or the span is not sampled.
@@ -145,12 +148,46 @@ pub fn set_parent(span: &tracing::Span, traceparent: Option<&str>) {
     }
 }
 
-fn parse(traceparent: &str) -> Option<SpanContext> {
-    let mut parts = traceparent.split('-');
-    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    if version.len() != 2 || version == "ff" || trace.len() != 32 || span.len() != 16 || flags.len() != 2 {
-        return None;
+/// The same for a `traceparent` that a client sent: the span goes on with its trace, but whether it is sampled is decided here, as
+/// for a trace that begins here.
+pub fn set_client_parent(span: &tracing::Span, traceparent: Option<&str>) {
+    if let Some(remote) = traceparent.and_then(parse) {
+        let _ = span.set_parent(Context::new().with_remote_span_context(remote).with_value(FromClient));
     }
+}
+
+/// A client's `traceparent` without its wish to be sampled, for where no span of ours takes its place.
+pub fn unsampled(mut traceparent: String) -> String {
+    traceparent.replace_range(traceparent.len().saturating_sub(2).., "00");
+    traceparent
+}
+
+/// Marks a parent that a client named.
+#[derive(Debug)]
+struct FromClient;
+
+/// The sampler that the environment asks for (`OTEL_TRACES_SAMPLER`), which is not shown what a client wishes.
+#[derive(Clone, Debug)]
+struct Impartial(Box<dyn ShouldSample>);
+
+impl ShouldSample for Impartial {
+    fn should_sample(
+        &self,
+        parent: Option<&Context>,
+        trace_id: TraceId,
+        name: &str,
+        kind: &SpanKind,
+        attributes: &[KeyValue],
+        links: &[Link],
+    ) -> SamplingResult {
+        let parent = parent.filter(|parent| parent.get::<FromClient>().is_none());
+        self.0.should_sample(parent, trace_id, name, kind, attributes, links)
+    }
+}
+
+fn parse(traceparent: &str) -> Option<SpanContext> {
+    let mut parts = traceparent.split('-').skip(1).filter(|_| is_valid(traceparent));
+    let (trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?);
     let context = SpanContext::new(
         TraceId::from_hex(trace).ok()?,
         SpanId::from_hex(span).ok()?,
@@ -179,5 +216,28 @@ mod tests {
         ] {
             assert!(parse(bad).is_none(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_client_does_not_decide_what_is_sampled() {
+        use opentelemetry_sdk::trace::Sampler;
+        let sampled = |sampler: Sampler, flags: u8, from_client: bool| {
+            let id = TraceId::from_hex("4bf92f3577b34da6a3ce929d0e0e4736").unwrap();
+            let span = SpanId::from_hex("00f067aa0ba902b7").unwrap();
+            let remote = SpanContext::new(id, span, TraceFlags::new(flags), true, TraceState::NONE);
+            let mut parent = Context::new().with_remote_span_context(remote);
+            if from_client {
+                parent = parent.with_value(FromClient);
+            }
+            let sampler = Impartial(Box::new(Sampler::ParentBased(Box::new(sampler))));
+            let result = sampler.should_sample(Some(&parent), id, "submit", &SpanKind::Internal, &[], &[]);
+            result.decision == opentelemetry_sdk::trace::SamplingDecision::RecordAndSample
+        };
+        assert!(!sampled(Sampler::AlwaysOff, 1, true) && sampled(Sampler::AlwaysOff, 1, false));
+        assert!(sampled(Sampler::AlwaysOn, 0, true) && !sampled(Sampler::AlwaysOn, 0, false));
+        assert_eq!(
+            unsampled("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"
+        );
     }
 }

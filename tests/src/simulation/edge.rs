@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use millstream_edge::pure::{Downlink, Fence, Grants, Message, Next, Out};
+use millstream_edge::pure::{Downlink, Fence, Message, Next, Out, Reach};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
 use millstream_schemas::stream::{Submission, Watermark};
 use millstream_schemas::{Code, Lsn, Position, Scope, TableChanges, TableOp};
@@ -189,16 +189,20 @@ impl World {
             resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         };
         self.tell(session, &ServerFrame::Welcome(welcome));
-        let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
+        let (mut held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
             Some(_) => hello.scopes.iter().cloned().partition(|scope| scopes.contains(scope)),
             None => Default::default(),
         };
         let authorization = Arc::new(fence.clone());
         let tables = &self.postgres.tables;
-        let memberships = tables.iter().flat_map(|table| table.memberships.iter().map(move |found| (table, found)));
-        let grants = Arc::new(Grants::new(memberships));
+        let reach = Arc::new(Reach::new(tables.iter().flat_map(|table| &table.memberships)));
         let position = kept.unwrap_or(head);
-        let mut downlink = Downlink::new(hello.client_id, &hello.token, grants, position, None, held, authorization);
+        // As `Session::begin`: what moved since is no claim. Everything that the snapshot sees has been read by then.
+        let behind = self.broker.outbound[position.seq as usize..].iter();
+        let told = behind.filter(|message| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope)));
+        let moves: Vec<_> = told.filter_map(|message| message.moves.as_ref()).collect();
+        held.retain(|scope| !moves.iter().any(|moves| reach.concerns(moves, scope)));
+        let mut downlink = Downlink::new(hello.client_id, &hello.token, reach.clone(), position, None, held, authorization);
         downlink.knows(hello.confirmed_seq.min(last_seq));
         let mut out = Vec::new();
         lost.into_iter().for_each(|scope| downlink.removed(scope, &mut out));

@@ -6,35 +6,36 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use millstream_schemas::{Code, Position, Scope};
-use tokio::sync::{SemaphorePermit, mpsc};
 
 use super::wire::Wire;
-use super::{End, Session, VISIBLE_PAUSE, VISIBLE_WAIT};
+use super::{End, Session, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE, VISIBLE_WAIT};
 use crate::Edge;
 use crate::downlink::Out;
 use crate::fence::Fence;
 use crate::message::Message;
-use crate::resume::{Mark, Token};
+use crate::resume::{Mark, Seal, Token, moment_of};
 use crate::shared::{Apart, Part};
-use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, begin_frame};
+use crate::shares::Turn;
+use crate::snapshot::{Snapshot, begin_frame};
 
-/// A client that could not go on with a snapshot, but had to begin again, gets so many times as long for it.
+/// A client that could not go on with a snapshot, but had to begin again, gets this many times as long for it.
 const WHOLE: u32 = 10;
 
 /// Rows that are to be sent, and what they are as of.
-struct Joining<'e> {
+struct Joining {
     scopes: BTreeSet<Scope>,
     fence: Arc<Fence>,
     /// Messages that the rows may lack.
     back: Vec<Arc<Message>>,
     source: Source,
-    _turn: Option<SemaphorePermit<'e>>,
 }
 
 /// Where rows come from.
 enum Source {
-    /// A snapshot of the session's own.
-    Own(Snapshot),
+    /// None are needed.
+    Nothing,
+    /// A snapshot of the session's own, with its number of rows, and the turn to read it.
+    Own(Snapshot, u64, Turn),
     /// What is read for several sessions, and how many rows that is.
     Shared(Vec<Arc<Part>>, u64),
 }
@@ -56,7 +57,7 @@ impl Session {
         scopes: BTreeSet<Scope>,
     ) -> Result<(), End> {
         let edge = self.edge.clone();
-        let Joining { scopes, fence, back, source, _turn } = self.joining(&edge, wire, snapshot, scopes).await?;
+        let Joining { scopes, fence, back, source } = self.joining(&edge, wire, snapshot, scopes).await?;
         let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
         let new = self.downlink.authorized(&scopes, fence.clone(), &mut self.out);
         if in_bracket && (!new.is_empty() || self.downlink.scopes().count() != held) {
@@ -69,17 +70,20 @@ impl Session {
             // Only where it is all that the client has: what it held before is not as of this moment.
             let from = self.behind_unseen(&back).filter(|_| held == 0);
             let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
+            let token = token.and_then(|token| token.encode(&edge.sealer, &self.user_id, self.client_id));
             let until = self.until(token.is_some());
             match source {
-                Source::Own(mut snapshot) => {
-                    let rows = wire.alive(snapshot.count(&self.known.catalog, &new)).await?;
-                    let rows = rows.map_err(|error| End::unavailable(&error))?;
-                    wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
-                    self.send_own(wire, snapshot, &new, false, None, until).await?;
+                Source::Own(snapshot, rows, turn) => {
+                    wire.own(begin_frame(&new, rows, token, false)).await?;
+                    let seal = edge.sealer.seal(&moment_of(&fence, &self.known.catalog.version));
+                    self.send_own(wire, (snapshot, turn), &new, false, None, seal).await?;
                 }
                 Source::Shared(parts, rows) => {
-                    wire.own(begin_frame(&new, rows, token.as_ref(), false)).await?;
-                    send_shared(wire, &parts, until).await?;
+                    wire.own(begin_frame(&new, rows, token, false)).await?;
+                    self.send_shared(wire, &parts, &new, until).await?;
+                }
+                Source::Nothing => {
+                    return Err(End::retry(Code::Unavailable, "memberships moved meanwhile; connect again"));
                 }
             }
             self.downlink.joined(new, &fence, &back);
@@ -104,42 +108,47 @@ impl Session {
         mut snapshot: Snapshot,
     ) -> Result<(), End> {
         let edge = self.edge.clone();
-        let _turn = match edge.snapshots.try_acquire() {
-            Ok(turn) => turn,
-            Err(_) => {
+        let mut rows = self.count(wire, &mut snapshot, &scopes).await?;
+        let turn = match edge.shares.try_turn(&self.place, rows) {
+            Some(turn) => turn,
+            None => {
                 drop(snapshot);
-                let turn = wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?;
+                let turn = wire.alive(edge.shares.turn(&self.place, rows)).await?.ok_or(End::Gone)?;
                 snapshot = Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error))?;
                 let now: Vec<Scope> = self.scopes_in(&mut snapshot).await?.into_iter().collect();
                 if now != scopes {
                     return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
                 }
+                rows = self.count(wire, &mut snapshot, &scopes).await?;
                 turn
             }
         };
         let until = Arc::new(snapshot.fence.clone());
-        let rows = wire.alive(snapshot.count(&self.known.catalog, &scopes)).await?;
-        let rows = rows.map_err(|error| End::unavailable(&error))?;
         self.downlink.authorized(&scopes.iter().cloned().collect(), until.clone(), &mut self.out);
         self.flush(wire).await?;
-        wire.own(begin_frame(&scopes, rows, Some(&cut.token), true)).await?;
-        let time = self.until(true);
-        self.send_own(wire, snapshot, &scopes, cut.token.apart, Some(cut.mark), time).await?;
+        let token = cut.token.encode(&edge.sealer, &self.user_id, self.client_id);
+        wire.own(begin_frame(&scopes, rows, token, true)).await?;
+        let seal = edge.sealer.seal(&cut.token.moment());
+        self.send_own(wire, (snapshot, turn), &scopes, cut.token.apart, Some(cut.mark), seal).await?;
         self.downlink.resumed(scopes, &cut.fence, until.lsn, &mut self.out);
         self.membership.set_scopes(self.downlink.scopes());
         Ok(())
     }
 
+    async fn count(&self, wire: &mut Wire, snapshot: &mut Snapshot, scopes: &[Scope]) -> Result<u64, End> {
+        wire.alive(snapshot.count(&self.known.catalog, scopes)).await?.map_err(|error| End::unavailable(&error))
+    }
+
     /// Finds where the rows come from, and a moment at which scopes and rows go with the stream behind the cursor.
-    async fn joining<'e>(
+    async fn joining(
         &self,
-        edge: &'e Arc<Edge>,
+        edge: &Arc<Edge>,
         wire: &mut Wire,
         mut snapshot: Snapshot,
         mut scopes: BTreeSet<Scope>,
-    ) -> Result<Joining<'e>, End> {
+    ) -> Result<Joining, End> {
         let begin = async || Snapshot::begin(&edge.pool).await.map_err(|error| End::unavailable(&error));
-        let (mut turn, start) = (None, Instant::now());
+        let (mut turn, start, mut pause) = (None, Instant::now(), VISIBLE_PAUSE);
         loop {
             // Now, while what the snapshot may not see is still young enough to be in the ring.
             let fence = Arc::new(snapshot.fence.clone());
@@ -152,29 +161,36 @@ impl Session {
                         "the stream does not reach back to a snapshot; try again",
                     ));
                 }
-                tokio::time::sleep(VISIBLE_PAUSE).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(VISIBLE_LONGEST_PAUSE);
                 snapshot = begin().await?;
             } else if let Some(message) = self.downlink.outdates(&fence, &scopes, &back) {
                 drop(snapshot);
                 snapshot = self.snapshot_that_sees(message.xid, message.lsn()).await?;
             } else {
-                let new: Vec<Scope> = scopes.iter().filter(|scope| !self.downlink.holds(scope)).cloned().collect();
+                let new = self.downlink.lacks(&scopes);
+                if new.is_empty() {
+                    return Ok(Joining { scopes, fence, back, source: Source::Nothing });
+                }
                 let shared = snapshot.adopted.as_ref().and_then(|adopted| edge.shared.parts(adopted, &new).ok());
-                // Whoever waits holds no connection meanwhile, else sessions without rows could not open.
+                // Nobody holds a connection while waiting, else sessions without rows could not open.
                 if let Some(parts) = shared {
                     drop(snapshot);
                     if let Ok(rows) = wire.alive(count(&parts)).await? {
-                        return Ok(Joining { scopes, fence, back, source: Source::Shared(parts, rows), _turn: None });
+                        return Ok(Joining { scopes, fence, back, source: Source::Shared(parts, rows) });
                     }
                 } else {
-                    if turn.is_none() && !new.is_empty() {
-                        turn = edge.snapshots.try_acquire().ok();
+                    let rows = self.count(wire, &mut snapshot, &new).await?;
+                    match turn.take().or_else(|| edge.shares.try_turn(&self.place, rows)) {
+                        Some(turn) => {
+                            let source = Source::Own(snapshot, rows, turn);
+                            return Ok(Joining { scopes, fence, back, source });
+                        }
+                        None => {
+                            drop(snapshot);
+                            turn = wire.alive(edge.shares.turn(&self.place, rows)).await?;
+                        }
                     }
-                    if turn.is_some() || new.is_empty() {
-                        return Ok(Joining { scopes, fence, back, source: Source::Own(snapshot), _turn: turn });
-                    }
-                    drop(snapshot);
-                    turn = Some(wire.alive(edge.snapshots.acquire()).await?.map_err(|_| End::Gone)?);
                 }
                 snapshot = begin().await?;
             }
@@ -182,26 +198,32 @@ impl Session {
         }
     }
 
-    /// Until when a client may take rows. What holds them for it, a transaction and a turn, or memory, others wait for.
+    /// Until when a client may take rows that are kept in memory for it.
     fn until(&self, can_go_on: bool) -> Instant {
         Instant::now() + self.edge.snapshot_time * if can_go_on { 1 } else { WHOLE }
     }
 
-    /// Sends rows as fast as the client takes them.
+    /// Sends rows as fast as the client takes them; they are read as fast as Postgres gives them.
     async fn send_own(
-        &self,
+        &mut self,
         wire: &mut Wire,
-        snapshot: Snapshot,
+        (snapshot, turn): (Snapshot, Turn),
         scopes: &[Scope],
         apart: bool,
         behind: Option<Mark>,
-        until: Instant,
+        seal: Seal,
     ) -> Result<(), End> {
-        let (sender, mut frames) = mpsc::channel(SNAPSHOT_FRAMES);
+        let (mut writer, mut reader) = self.edge.spool.open(self.place.spool.clone());
         let (known, wanted) = (self.known.clone(), scopes.to_vec());
-        let reading = tokio::spawn(async move { snapshot.rows(&known.catalog, &wanted, apart, behind, &sender).await });
-        while let Some(frame) = wire.alive(frames.recv()).await? {
-            in_time(until)?;
+        let reading = tokio::spawn(async move {
+            let read = snapshot.rows(&known.catalog, &wanted, apart, behind, &seal, &mut writer).await;
+            drop(turn);
+            read
+        });
+        loop {
+            let frame = wire.alive(reader.next()).await?;
+            let Some(frame) = frame.map_err(|error| End::unavailable(&error))? else { break };
+            self.still_holds(scopes).await?;
             wire.send(&[Out::Shared(frame.into())]).await?;
         }
         match reading.await {
@@ -210,22 +232,29 @@ impl Session {
             Err(error) => Err(End::unavailable(&error)),
         }
     }
-}
 
-/// Sends rows that are read for others too.
-async fn send_shared(wire: &mut Wire, parts: &[Arc<Part>], until: Instant) -> Result<(), End> {
-    for part in parts {
-        let mut index = 0;
-        loop {
-            let frame = wire.alive(part.frame(index)).await?;
-            let frame = frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
-            let Some(frame) = frame else { break };
-            in_time(until)?;
-            wire.send(&[Out::Shared(frame)]).await?;
-            index += 1;
+    /// Sends rows that are read for others too.
+    async fn send_shared(
+        &mut self,
+        wire: &mut Wire,
+        parts: &[Arc<Part>],
+        scopes: &[Scope],
+        until: Instant,
+    ) -> Result<(), End> {
+        for part in parts {
+            let mut index = 0;
+            loop {
+                let frame = wire.alive(part.frame(index)).await?;
+                let frame = frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
+                let Some(frame) = frame else { break };
+                in_time(until)?;
+                self.still_holds(scopes).await?;
+                wire.send(&[Out::Shared(frame)]).await?;
+                index += 1;
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Cuts a client that takes too long for rows: others wait for what holds them.

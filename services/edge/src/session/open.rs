@@ -1,28 +1,33 @@
 //! How a session begins: who the client is, what Postgres knows of it, and from where it is brought up to date.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use futures_util::stream::SplitStream;
 use millstream_catalog::layout;
 use millstream_schemas::frame::{
     ClientFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW,
     ServerFrame, Welcome,
 };
-use millstream_schemas::{Code, PROTOCOL_VERSION, Position, Scope};
+use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::join::Cut;
-use super::{End, HEARTBEAT, STORED_QUEUE, Session, Socket, VISIBLE_PAUSE, VISIBLE_WAIT, WebSocket, Wire};
+use super::uplink::Unsettled;
+use super::{
+    End, HEARTBEAT, STORED_QUEUE, Session, Socket, SocketError, Start, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE, VISIBLE_WAIT, Wire,
+};
 use crate::Edge;
 use crate::catalogs::Known;
 use crate::catchup;
 use crate::downlink::Downlink;
+use crate::fence::Fence;
 use crate::resume;
+use crate::shares::Place;
 use crate::snapshot::{Ledger, Snapshot};
 use crate::tail::Chain;
+use crate::token::Identity;
 
 /// How long the tail may lag behind a client that came from a faster edge.
 const HEAD_WAIT: Duration = Duration::from_secs(2);
@@ -32,13 +37,16 @@ const LEDGER_WAIT: Duration = Duration::from_millis(500);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads and checks the first frame: the only work done for a client that nobody vouches for.
-pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> Result<(Hello, String), End> {
+pub(super) async fn hello(edge: &Edge, wire: &mut Wire) -> Result<(Hello, Identity), End> {
     let first = async {
         loop {
-            match stream.next().await {
+            match wire.next().await {
                 Some(Ok(Socket::Text(text))) => return Ok(text),
                 Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => {}
                 Some(Ok(Socket::Binary(_))) => return Err(End::fatal(Code::BadFrame, "frames are JSON texts")),
+                Some(Err(SocketError::Io(error))) if error.kind() == ErrorKind::Other => {
+                    return Err(End::fatal(Code::TooLarge, format!("hello is over {MAX_HELLO_BYTES} bytes")));
+                }
                 Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
             }
         }
@@ -58,12 +66,46 @@ pub(super) async fn hello(edge: &Edge, stream: &mut SplitStream<WebSocket>) -> R
         let message = format!("this server speaks protocol {PROTOCOL_VERSION}, the client {}", hello.protocol);
         return Err(End::fatal(Code::UpgradeRequired, message));
     }
-    let user_id = edge.verifier.user(&hello.token).map_err(|(code, message)| End::fatal(code, message))?;
-    Ok((hello, user_id))
+    let identity = edge.verifier.user(&hello.token).map_err(|(code, message)| End::fatal(code, message))?;
+    if edge.evictions.hold(&identity.user_id, identity.issued) {
+        return Err(End::fatal(Code::NeedsAuth, "an operator ended this user's sessions; sign in again"));
+    }
+    Ok((hello, identity))
+}
+
+pub(super) fn another_user() -> End {
+    End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store")
+}
+
+/// A session's outbound half at the end of the stream, with nothing held.
+pub(super) fn downlink_at_head(
+    edge: &Edge,
+    client_id: Uuid,
+    user_id: &str,
+    known: &Known,
+    authorization: &Arc<Fence>,
+) -> Result<Downlink, End> {
+    let (head, open) = head(edge)?;
+    Ok(Downlink::new(client_id, user_id, known.reach.clone(), head, open, [], authorization.clone()))
+}
+
+/// Where the stream ends, and the transaction of which only a part has been published by then.
+fn head(edge: &Edge) -> Result<(Position, Option<(Lsn, u32)>), End> {
+    let Some(head) = *edge.hub.head().borrow() else {
+        return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
+    };
+    let open = edge.hub.at(head.seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
+    Ok((head, open))
 }
 
 /// Reads what Postgres knows of the client, welcomes it and brings it up to date.
-pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> Result<Session, End> {
+pub(super) async fn open(
+    edge: &Arc<Edge>,
+    wire: &mut Wire,
+    hello: Hello,
+    user_id: String,
+    place: Place,
+) -> Result<Session, End> {
     let unavailable = |error| End::unavailable(&error);
     // Before the snapshot, which then sees whatever has changed the tables before.
     let Some(known) = edge.catalogs.agreeing(&edge.hub).await.map_err(|error| End::unavailable(&error))? else {
@@ -71,16 +113,14 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
         return Err(End::retry(Code::Unavailable, "the server is about to change its tables; try again"));
     };
     // Before the snapshot too: what has been published by now, it sees or it is looked back for.
-    let Some(head) = *edge.hub.head().borrow() else {
-        return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
-    };
-    let open = edge.hub.at(head.seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
+    let (head, open) = head(edge)?;
     let (mut snapshot, ledger) = settled(edge, hello.client_id, hello.confirmed_seq, head.seq).await?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
-        return Err(End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store"));
+        return Err(another_user());
     }
     let ledger_fence = snapshot.fence.lsn;
-    let cut = hello.snapshot.as_ref().and_then(resume::decode).filter(|(token, _)| token.from.epoch == head.epoch);
+    let cut = hello.snapshot.as_ref().and_then(|cut| resume::decode(&edge.sealer, cut, &user_id, hello.client_id));
+    let cut = cut.filter(|(token, _)| token.from.epoch == head.epoch);
     if cut.is_none() && position(&hello, &known).is_none_or(|position| position.epoch != head.epoch) {
         // It needs rows: those that others need too.
         drop(snapshot);
@@ -131,50 +171,49 @@ pub(super) async fn open(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_i
     }))
     .await?;
 
+    // What is held is a claim yet: see `Session::begin`.
     let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
         Some(_) => hello.scopes.into_iter().partition(|scope| scopes.contains(scope)),
         None => (Vec::new(), Vec::new()),
     };
-    let grants = known.grants.clone();
     let stands = kept.or(cut.as_ref().map(|cut| cut.token.from)).unwrap_or(head);
     let open = open.filter(|_| stands == head);
-    let mut downlink = Downlink::new(hello.client_id, &user_id, grants, stands, open, held, fence.clone());
+    let mut downlink =
+        Downlink::new(hello.client_id, &user_id, known.reach.clone(), stands, open, held, fence.clone());
     // Not more than a server knows that was restored to an earlier state.
     downlink.knows(hello.confirmed_seq.min(ledger.last_seq));
     let mut out = Vec::new();
     for scope in lost {
         downlink.removed(scope, &mut out);
     }
-    let expected = ledger.last_seq + 1;
-    let too_many = ledger.is_cut();
+    let (last_seq, is_bound, too_many) = (ledger.last_seq, ledger.user_id.is_some(), ledger.is_cut());
     downlink.ledger(ledger_fence, ledger.confirmed(), too_many);
     let mut session = Session {
         edge: edge.clone(),
         id,
         client_id: hello.client_id,
         user_id,
+        place,
+        is_bound,
         known,
         membership,
         downlink,
+        start: None,
+        looked: 0,
         results,
         stored: mpsc::channel(STORED_QUEUE),
-        expected,
+        expected: last_seq + 1,
+        accepted: last_seq,
+        unsettled: Unsettled::default(),
         gap_told: 0,
         refusals: 0,
-        heard: Instant::now(),
+        deaf_until: None,
         out,
     };
-    if let Some(cut) = cut {
-        session.resume(wire, scopes.into_iter().collect(), cut, snapshot).await?;
-        if session.is_behind() {
-            session.catch_up(wire).await?;
-        }
-    } else if session.is_behind() {
-        // That takes its time, in which it holds no connection; and what the old snapshot does not see may leave the ring.
+    if kept.is_some() || cut.is_some() {
+        // That takes its time, in which it holds no connection.
         drop(snapshot);
-        let mut snapshot = session.catch_up(wire).await?;
-        let scopes = session.scopes_in(&mut snapshot).await?;
-        session.join(wire, snapshot, scopes).await?;
+        session.start = Some(Start { fence, scopes, cut });
     } else {
         session.join(wire, snapshot, scopes).await?;
     }
@@ -191,20 +230,27 @@ pub(super) async fn settled(
     upto: u64,
 ) -> Result<(Snapshot, Ledger), End> {
     let unavailable = |error| End::unavailable(&error);
-    let start = Instant::now();
+    let (start, mut pause, mut looked_again) = (Instant::now(), VISIBLE_PAUSE, false);
     loop {
         let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
         let ledger = snapshot.ledger(client_id, confirmed_seq).await.map_err(unavailable)?;
         let unseen = edge.hub.unseen(&snapshot.fence, upto, start);
         let tells_all = unseen.iter().all(|message| message.settles(client_id).next().is_none());
-        if tells_all && (ledger.last_seq >= confirmed_seq || start.elapsed() > LEDGER_WAIT) {
+        if tells_all && (ledger.last_seq >= confirmed_seq || looked_again) {
             return Ok((snapshot, ledger));
         }
         drop(snapshot);
         if start.elapsed() > VISIBLE_WAIT {
             return Err(End::retry(Code::Unavailable, "a published transaction does not become visible; try again"));
         }
-        tokio::time::sleep(VISIBLE_PAUSE).await;
+        if tells_all {
+            // That is the client's word alone: it is worth one more look.
+            looked_again = true;
+            tokio::time::sleep(LEDGER_WAIT).await;
+        } else {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(VISIBLE_LONGEST_PAUSE);
+        }
     }
 }
 

@@ -1,17 +1,27 @@
 //! The socket of a session. Long texts go out in fragments (RFC 6455, 5.4), so that the buffer that a socket keeps for its
-//! life stays small whatever has passed through it.
+//! life stays small whatever has passed through it. While the client does not take what is sent, the socket is still read:
+//! pings are answered, and what the client says waits in a bounded inbox.
 
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
 use bytes::Bytes;
-use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::stream::{SelectAll, SplitSink, SplitStream, select_all};
 use futures_util::{SinkExt, StreamExt};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use millstream_schemas::frame::{MAX_FRAME_BYTES, ServerFrame};
+use millstream_schemas::Code;
+use millstream_schemas::frame::{MAX_FRAME_BYTES, MAX_HELLO_BYTES, ServerFrame};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
@@ -24,16 +34,58 @@ use crate::downlink::Out;
 
 /// Largest message that is read off a socket before the session can refuse it politely.
 const HARD_FRAME_BYTES: usize = 2 * MAX_FRAME_BYTES;
+/// Most bytes that are read off a socket before its client has shown who it is: a hello and some control frames.
+const STRANGER_BYTES: usize = MAX_HELLO_BYTES + 16 * 1024;
 /// An idle socket keeps this much for reading; the library's default is 128 KiB.
 const READ_BUFFER: usize = 4096;
 /// Longest fragment, and how much may wait to be written with the next: an idle socket keeps the sum of both.
 const FRAGMENT: usize = 8 * 1024;
+/// Most bytes and frames of the client that wait while it is sent something. The socket is not read beyond.
+const INBOX_BYTES: usize = HARD_FRAME_BYTES;
+const INBOX_FRAMES: usize = 256;
+/// What waits for slow clients, of all sessions of an edge together, in KiB. A client that would add to it is cut.
+pub const UNSENT_KIB: usize = 32 * 1024;
 
 /// A WebSocket.
-pub type WebSocket = WebSocketStream<TokioIo<Upgraded>>;
+pub type WebSocket = WebSocketStream<Guarded>;
+
+/// A connection of which only so much is read until its client is known.
+pub struct Guarded {
+    io: TokioIo<Upgraded>,
+    left: Arc<AtomicUsize>,
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
+        let left = self.left.load(Ordering::Relaxed);
+        if left != usize::MAX {
+            let Some(left) = left.checked_sub(buffer.filled().len() - before) else {
+                return Poll::Ready(Err(std::io::Error::other("too much before hello")));
+            };
+            self.left.store(left, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
 
 /// Answers a request for a WebSocket; none if it is none. `serve` gets the socket once the answer is on its way.
-pub fn upgrade<F>(request: Request, serve: impl FnOnce(WebSocket) -> F + Send + 'static) -> Option<Response>
+pub fn upgrade<F>(request: Request, unsent: Arc<Semaphore>, serve: impl FnOnce(Wire) -> F + Send + 'static) -> Option<Response>
 where
     F: Future<Output = ()> + Send,
 {
@@ -49,56 +101,163 @@ where
     tokio::spawn(async move {
         // An error: the client went away before it got the answer.
         if let Ok(upgraded) = upgrade.await {
-            serve(WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await).await;
+            let left = Arc::new(AtomicUsize::new(STRANGER_BYTES));
+            let io = Guarded { io: TokioIo::new(upgraded), left: left.clone() };
+            let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
+            serve(Wire::new(socket, left, unsent)).await;
         }
     });
     Some(response)
 }
 
-/// The sending half, which cuts clients that take nothing.
+/// A socket, which cuts clients that take nothing.
 pub struct Wire {
     sink: SplitSink<WebSocket, Socket>,
+    /// A set of one: it looks at the socket only when that has called, not with each delivery.
+    stream: SelectAll<SplitStream<WebSocket>>,
+    /// What the client said while it was sent something.
+    inbox: VecDeque<Socket>,
+    inbox_bytes: usize,
+    /// When the client was heard last.
+    pub heard: Instant,
+    /// How much of a stranger is read.
+    left: Arc<AtomicUsize>,
+    /// Room for what waits for slow clients.
+    unsent: Arc<Semaphore>,
+    /// The last fragment of a text has not been sent.
+    is_within_text: bool,
 }
 
 impl Wire {
-    /// Both halves of a socket.
-    pub fn new(socket: WebSocket) -> (Wire, SplitStream<WebSocket>) {
+    fn new(socket: WebSocket, left: Arc<AtomicUsize>, unsent: Arc<Semaphore>) -> Wire {
         let (sink, stream) = socket.split();
-        (Wire { sink }, stream)
+        Wire {
+            sink,
+            stream: select_all([stream]),
+            inbox: VecDeque::new(),
+            inbox_bytes: 0,
+            heard: Instant::now(),
+            left,
+            unsent,
+            is_within_text: false,
+        }
+    }
+
+    /// Its client has shown who it is.
+    pub fn trust(&self) {
+        self.left.store(usize::MAX, Ordering::Relaxed);
+    }
+
+    /// Whether another frame can be sent: not so if sending one was given up half-way.
+    pub fn is_whole(&self) -> bool {
+        !self.is_within_text
+    }
+
+    /// The next that the client says. May be dropped and called again without losing anything.
+    pub async fn next(&mut self) -> Option<Result<Socket, SocketError>> {
+        if let Some(message) = self.inbox.pop_front() {
+            self.inbox_bytes -= message.len();
+            return Some(Ok(message));
+        }
+        let message = self.stream.next().await;
+        self.heard = Instant::now();
+        message
+    }
+
+    /// Reads what the client says into the inbox, as long as there is room.
+    fn listen(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        while self.inbox.len() < INBOX_FRAMES && self.inbox_bytes < INBOX_BYTES {
+            match self.stream.poll_next_unpin(cx) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(Some(Ok(Socket::Ping(_) | Socket::Pong(_)))) => self.heard = Instant::now(),
+                Poll::Ready(Some(Ok(message @ (Socket::Text(_) | Socket::Binary(_))))) => {
+                    self.heard = Instant::now();
+                    self.inbox_bytes += message.len();
+                    self.inbox.push_back(message);
+                }
+                Poll::Ready(Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None) => return Err(End::Gone),
+            }
+        }
+        Ok(())
     }
 
     /// Sends frames in order.
     pub async fn send(&mut self, out: &[Out]) -> Result<(), End> {
-        for frame in out {
-            match frame {
-                Out::Shared(text) => self.text(text.clone().into()).await?,
+        let mut room = None;
+        for (index, frame) in out.iter().enumerate() {
+            let text = match frame {
+                Out::Shared(text) => text.clone().into(),
                 // Our own types always encode.
-                Out::Own(frame) => self.text(serde_json::to_vec(frame).unwrap_or_default().into()).await?,
-            }
+                Out::Own(frame) => serde_json::to_vec(frame).unwrap_or_default().into(),
+            };
+            self.text(text, &out[index..], &mut room).await?;
         }
-        within(self.sink.flush()).await
+        self.wait(|sink, cx| sink.poll_flush_unpin(cx)).await
     }
 
-    async fn text(&mut self, text: Bytes) -> Result<(), End> {
-        let mut rest = text;
+    async fn text(&mut self, text: Bytes, rest: &[Out], room: &mut Option<OwnedSemaphorePermit>) -> Result<(), End> {
+        let mut left = text;
         let mut data = Data::Text;
         loop {
-            let part = rest.split_to(rest.len().min(FRAGMENT));
-            let fragment = Frame::message(part, OpCode::Data(data), rest.is_empty());
-            within(self.sink.feed(Socket::Frame(fragment))).await?;
-            if rest.is_empty() {
+            let part = left.split_to(left.len().min(FRAGMENT));
+            let fragment = Frame::message(part, OpCode::Data(data), left.is_empty());
+            match poll_fn(|cx| Poll::Ready(self.sink.poll_ready_unpin(cx))).await {
+                Poll::Ready(ready) => ready.map_err(|_| End::Gone)?,
+                Poll::Pending => {
+                    if room.is_none() {
+                        *room = Some(self.room(rest)?);
+                    }
+                    self.wait(|sink, cx| sink.poll_ready_unpin(cx)).await?;
+                }
+            }
+            self.sink.start_send_unpin(Socket::Frame(fragment)).map_err(|_| End::Gone)?;
+            self.is_within_text = !left.is_empty();
+            if left.is_empty() {
                 return Ok(());
             }
             data = Data::Continue;
         }
     }
 
-    /// Waits for something that may take long, with a sign of life for the client now and then.
+    /// Room for frames that the client does not take yet.
+    fn room(&self, frames: &[Out]) -> Result<OwnedSemaphorePermit, End> {
+        let weight = |frame: &Out| match frame {
+            Out::Shared(text) => text.len(),
+            Out::Own(_) => 0,
+        };
+        let kib = frames.iter().map(weight).sum::<usize>().div_ceil(1024).min(UNSENT_KIB);
+        let room = self.unsent.clone().try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
+        room.map_err(|_| End::retry(Code::SlowConsumer, "too much waits for slow clients; connect again to go on"))
+    }
+
+    /// Waits for the socket to take something, and listens meanwhile.
+    async fn wait(
+        &mut self,
+        mut poll: impl FnMut(&mut SplitSink<WebSocket, Socket>, &mut Context<'_>) -> Poll<Result<(), SocketError>>,
+    ) -> Result<(), End> {
+        let sending = poll_fn(|cx| match poll(&mut self.sink, cx) {
+            Poll::Ready(sent) => Poll::Ready(sent.map_err(|_| End::Gone)),
+            Poll::Pending => match self.listen(cx) {
+                Ok(()) => Poll::Pending,
+                Err(end) => Poll::Ready(Err(end)),
+            },
+        });
+        tokio::time::timeout(SEND_TIMEOUT, sending).await.map_err(|_| End::Gone)?
+    }
+
+    /// Waits for something that may take long, with a sign of life for the client now and then; listens meanwhile.
     pub async fn alive<T>(&mut self, waited: impl Future<Output = T>) -> Result<T, End> {
         let mut waited = std::pin::pin!(waited);
         loop {
-            match tokio::time::timeout(SIGN_OF_LIFE, &mut waited).await {
-                Ok(done) => return Ok(done),
+            let either = poll_fn(|cx| match waited.as_mut().poll(cx) {
+                Poll::Ready(done) => Poll::Ready(Ok(done)),
+                Poll::Pending => match self.listen(cx) {
+                    Ok(()) => Poll::Pending,
+                    Err(end) => Poll::Ready(Err(end)),
+                },
+            });
+            match tokio::time::timeout(SIGN_OF_LIFE, either).await {
+                Ok(done) => return done,
                 Err(_) => self.ping().await?,
             }
         }
@@ -106,7 +265,13 @@ impl Wire {
 
     /// Asks for a sign of life.
     pub async fn ping(&mut self) -> Result<(), End> {
-        within(self.sink.send(Socket::Ping(Bytes::new()))).await
+        self.control(Socket::Ping(Bytes::new())).await
+    }
+
+    async fn control(&mut self, message: Socket) -> Result<(), End> {
+        self.wait(|sink, cx| sink.poll_ready_unpin(cx)).await?;
+        self.sink.start_send_unpin(message).map_err(|_| End::Gone)?;
+        self.wait(|sink, cx| sink.poll_flush_unpin(cx)).await
     }
 
     /// Sends a frame.
@@ -116,11 +281,6 @@ impl Wire {
 
     /// Says goodbye.
     pub async fn close(&mut self, code: CloseCode, reason: &str) -> Result<(), End> {
-        within(self.sink.send(Socket::Close(Some(CloseFrame { code, reason: reason.into() })))).await
+        self.control(Socket::Close(Some(CloseFrame { code, reason: reason.into() }))).await
     }
-}
-
-async fn within(sending: impl Future<Output = Result<(), SocketError>>) -> Result<(), End> {
-    const LIMIT: Duration = SEND_TIMEOUT;
-    tokio::time::timeout(LIMIT, sending).await.map_err(|_| End::Gone)?.map_err(|_| End::Gone)
 }

@@ -423,7 +423,9 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
     let (edge, changes, replication) = (role_name(Role::Edge), role_name(Role::Changes), role_name(Role::Replication));
     let mut statements = vec![
         format!("GRANT USAGE ON SCHEMA millstream TO {edge}, {changes}, {replication}"),
-        format!("GRANT SELECT ON millstream.clients, millstream.instances, millstream.changes_history, millstream.ended_sessions TO {edge}"),
+        format!(
+            "GRANT SELECT ON millstream.clients, millstream.instances, millstream.changes_history, millstream.ended_sessions TO {edge}"
+        ),
         format!(
             "GRANT SELECT, INSERT, UPDATE, DELETE ON millstream.partitions, millstream.members, millstream.clients, \
              millstream.instances, millstream.changes_history TO {changes}"

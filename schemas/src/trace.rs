@@ -19,7 +19,8 @@ pub fn is_valid(text: &str) -> bool {
     let digits = |part: Option<&str>, length| {
         part.is_some_and(|part| part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
     };
-    let id = |part: Option<&str>, length| digits(part, length) && part.is_some_and(|part| part.bytes().any(|b| b != b'0'));
+    let id =
+        |part: Option<&str>, length| digits(part, length) && part.is_some_and(|part| part.bytes().any(|b| b != b'0'));
     let mut parts = text.splitn(4, '-');
     text.len() == LENGTH
         && parts.next() == Some("00")

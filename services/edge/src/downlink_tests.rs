@@ -158,8 +158,7 @@ fn a_snapshot_joins_without_gap_or_repeat() {
 #[test]
 fn memberships_are_read_before_the_transaction_takes_effect() {
     let mut link = downlink(&[project("a"), Scope::user("alice")]);
-    let grant =
-        |seq, n, last| moving(msg(seq, n, 0, last, Some(Scope::user("alice"))), &[project("a"), project("b")]);
+    let grant = |seq, n, last| moving(msg(seq, n, 0, last, Some(Scope::user("alice"))), &[project("a"), project("b")]);
     let mut out = Vec::new();
     assert_eq!(link.message(&msg(10, 0x200, 0, false, Some(project("a"))), &mut out), Next::Continue);
     assert_eq!(link.message(&grant(11, 0x200, false), &mut out), Next::Continue);

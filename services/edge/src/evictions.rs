@@ -74,9 +74,10 @@ fn is_ended(ended: &Ended, user_id: &str, issued: Option<f64>) -> bool {
 }
 
 async fn read(pool: &PgPool) -> Result<Ended, sqlx::Error> {
-    let rows = sqlx::query("SELECT user_id, extract(epoch FROM ended_at)::float8 AS until FROM millstream.ended_sessions")
-        .fetch_all(pool)
-        .await?;
+    let rows =
+        sqlx::query("SELECT user_id, extract(epoch FROM ended_at)::float8 AS until FROM millstream.ended_sessions")
+            .fetch_all(pool)
+            .await?;
     rows.iter().map(|row| Ok((row.try_get("user_id")?, row.try_get("until")?))).collect()
 }
 

@@ -40,8 +40,11 @@ impl Reach {
         for membership in memberships {
             through.entry(membership.kind.clone()).or_default();
             if let Members::Through { kind, .. } = &membership.of {
-                let above: Vec<String> =
-                    through.iter().filter(|(k, below)| *k == kind || below.contains(kind)).map(|(k, _)| k.clone()).collect();
+                let above: Vec<String> = through
+                    .iter()
+                    .filter(|(k, below)| *k == kind || below.contains(kind))
+                    .map(|(k, _)| k.clone())
+                    .collect();
                 for kind in above {
                     through.entry(kind).or_default().insert(membership.kind.clone());
                 }
@@ -75,9 +78,17 @@ pub(crate) mod tests {
         let of = |kind: &str, through: Option<&str>| Membership {
             kind: kind.into(),
             scope: 0,
-            of: through.map_or(Members::User { column: 1, roles: None }, |kind| Members::Through { kind: kind.into(), column: 1 }),
+            of: through.map_or(Members::User { column: 1, roles: None }, |kind| Members::Through {
+                kind: kind.into(),
+                column: 1,
+            }),
         };
-        let all = [of("organisation", None), of("project", None), of("project", Some("organisation")), of("task", Some("project"))];
+        let all = [
+            of("organisation", None),
+            of("project", None),
+            of("project", Some("organisation")),
+            of("task", Some("project")),
+        ];
         Reach::new(all.iter())
     }
 
@@ -98,7 +109,8 @@ pub(crate) mod tests {
         for any in ["*", "", "x", "ms.wal.project.p ms"] {
             check(&Moves::parse(any), [true, true, true, false, false]);
         }
-        let told = [&organisation, &project, &task, &Scope::user("u"), &Scope::global()].map(|scope| reach.tells(scope));
+        let told =
+            [&organisation, &project, &task, &Scope::user("u"), &Scope::global()].map(|scope| reach.tells(scope));
         assert_eq!(told, [true, true, false, true, false]);
     }
 }

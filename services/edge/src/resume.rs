@@ -200,7 +200,9 @@ mod tests {
         let other = sealer.seal(&moment_of(&later, "0123456789abcdef")).mark(&mark).unwrap();
         assert_eq!(decode(&sealer, &kept(&text, &other), "u", Uuid::nil()), None, "another moment's mark");
         let plain = serde_json::to_string(&token).unwrap();
-        for forged in ["", ".", "x", &plain, &format!("{plain}.{}", "0".repeat(32)), &text[1..], &text[..text.len() - 1]] {
+        for forged in
+            ["", ".", "x", &plain, &format!("{plain}.{}", "0".repeat(32)), &text[1..], &text[..text.len() - 1]]
+        {
             assert_eq!(decode(&sealer, &kept(forged, &sealed_mark), "u", Uuid::nil()), None, "{forged}");
             assert_eq!(decode(&sealer, &kept(&text, forged), "u", Uuid::nil()), None, "{forged}");
         }

@@ -407,7 +407,8 @@ impl Session {
         let moves = history::moves(&edge, &self.known.reach, self.downlink.cursor(), &start.scopes);
         let moves = wire.alive(moves).await?.map_err(End::too_far)?;
         let moved = |scope: &Scope, since: Option<&Fence>| {
-            let later = moves.iter().filter(|message| since.is_none_or(|since| !since.sees(message.xid, message.lsn())));
+            let later =
+                moves.iter().filter(|message| since.is_none_or(|since| !since.sees(message.xid, message.lsn())));
             later.filter_map(|message| message.moves.as_ref()).any(|moves| self.known.reach.concerns(moves, scope))
         };
         let claims: Vec<Scope> = self.downlink.scopes().filter(|scope| moved(scope, None)).cloned().collect();
@@ -457,9 +458,8 @@ impl Session {
     fn has_reached(&self, lsn: Lsn) -> bool {
         let Some(head) = *self.edge.hub.head().borrow() else { return false };
         let watermark = *self.edge.watermarks.subscribe().borrow();
-        let passed = |watermark: Watermark| {
-            watermark.epoch == head.epoch && watermark.lsn >= lsn && head.seq >= watermark.seq
-        };
+        let passed =
+            |watermark: Watermark| watermark.epoch == head.epoch && watermark.lsn >= lsn && head.seq >= watermark.seq;
         head.lsn >= lsn || watermark.is_some_and(passed)
     }
 

@@ -90,7 +90,11 @@ mod tests {
             columns: vec![column("user"), column("organisation"), column("role")],
             key: vec![0],
             scopes: vec![TableScope { kind: "organisation".into(), column: Some(1) }],
-            memberships: vec![Membership { kind: "organisation".into(), scope: 1, of: Members::User { column: 0, roles } }],
+            memberships: vec![Membership {
+                kind: "organisation".into(),
+                scope: 1,
+                of: Members::User { column: 0, roles },
+            }],
             write: WriteRules::default(),
             conflict: ConflictPolicy::Arrival,
             renamed: Default::default(),
@@ -105,7 +109,13 @@ mod tests {
         cells.into_iter().map(|cell| cell.map_or(Cell::Absent, Cell::Text)).collect()
     }
 
-    fn check(table: &Table, before: Option<[Option<&str>; 3]>, after: Option<[Option<&str>; 3]>, update: bool, told: &str) {
+    fn check(
+        table: &Table,
+        before: Option<[Option<&str>; 3]>,
+        after: Option<[Option<&str>; 3]>,
+        update: bool,
+        told: &str,
+    ) {
         let (before, after) = (before.map(image), after.map(image));
         let found = moves(table, before.as_ref(), after.as_ref(), update);
         let text = |(member, scopes): (&Scope, &Vec<Scope>)| {

@@ -6,14 +6,14 @@
 
 use std::io::IsTerminal;
 
+use millstream_schemas::trace::is_valid;
 use opentelemetry::metrics::Meter;
-use opentelemetry::trace::{TraceContextExt, TracerProvider};
 use opentelemetry::trace::{Link, SpanContext, SpanKind, TraceState};
+use opentelemetry::trace::{TraceContextExt, TracerProvider};
 use opentelemetry::{Context, KeyValue, SpanId, TraceFlags, TraceId};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::trace::{SamplingResult, SdkTracerProvider, ShouldSample};
-use millstream_schemas::trace::is_valid;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -128,7 +128,13 @@ fn tracer_provider(service: &'static str) -> Option<SdkTracerProvider> {
     }
     let exporter = exporter("traces", || opentelemetry_otlp::SpanExporter::builder().with_http().build())?;
     let sampler = Impartial(opentelemetry_sdk::trace::Config::default().sampler);
-    Some(SdkTracerProvider::builder().with_sampler(sampler).with_batch_exporter(exporter).with_resource(resource(service)).build())
+    Some(
+        SdkTracerProvider::builder()
+            .with_sampler(sampler)
+            .with_batch_exporter(exporter)
+            .with_resource(resource(service))
+            .build(),
+    )
 }
 
 /// The W3C `traceparent` of the current span; none where traces are off or the span is not sampled.

@@ -1,14 +1,14 @@
 //! Between the edges: the inbound stream with its lanes, executors, replication, and the outbound stream.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use millstream_changes::pure;
 use millstream_edge::pure::Message;
-use millstream_schemas::stream::{OriginEntry, Submission, header};
-use millstream_schemas::{Lsn, Scope};
+use millstream_schemas::stream::{ANY_SCOPE, OriginEntry, Submission, header};
+use millstream_schemas::{Lsn, Row, Scope, TableChanges, TableOp};
 use rand::RngExt;
 use uuid::Uuid;
 
@@ -291,7 +291,8 @@ impl World {
             let last = index + 1 == count;
             let origin = if last { commit.origin.as_slice() } else { &[] };
             let payload = serde_json::to_vec(changes).expect("rows encode");
-            self.publish(scope.as_ref(), commit.lsn, commit.xid, commit.at, (index, last), origin, payload);
+            let moves = scope.as_ref().and_then(|scope| self.moves(scope, changes));
+            self.publish(scope.as_ref(), commit.lsn, commit.xid, commit.at, (index, last), origin, payload, moves);
         }
         if self.crashes_at(47) {
             return self.crash_replication();
@@ -306,6 +307,24 @@ impl World {
         self.soon(1_000, Event::ReplicationUp);
     }
 
+    /// Which memberships of those who hold `scope` may move with rows: what is new is named, what goes may be any.
+    fn moves(&self, scope: &Scope, changes: &[TableChanges]) -> Option<String> {
+        let mut names = BTreeSet::new();
+        for change in changes {
+            let table = self.postgres.tables.iter().find(|table| table.name == change.table)?;
+            for membership in table.memberships.iter().filter(|membership| membership.members().kind == scope.kind) {
+                let name = |row: &Row| {
+                    Some(Scope::new(membership.kind.clone(), row.get(membership.scope)?.clone()?).subject())
+                };
+                let is_whole = change.op == TableOp::Upsert && change.columns.is_none();
+                let any = || ANY_SCOPE.to_owned();
+                names.extend(change.rows.iter().map(|row| name(row).filter(|_| is_whole).unwrap_or_else(any)));
+            }
+        }
+        let any = names.contains(ANY_SCOPE);
+        (!names.is_empty()).then(|| if any { ANY_SCOPE.to_owned() } else { Vec::from_iter(names).join(" ") })
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn publish(
         &mut self,
@@ -316,6 +335,7 @@ impl World {
         (index, last): (usize, bool),
         origin: &[OriginEntry],
         payload: Vec<u8>,
+        moves: Option<String>,
     ) {
         let mut headers = HeaderMap::new();
         headers.insert(header::EPOCH, self.replication.epoch.to_string());
@@ -326,6 +346,9 @@ impl World {
         headers.insert(header::AT, at.to_string());
         if !origin.is_empty() {
             headers.insert(header::ORIGIN, serde_json::to_string(origin).expect("origins encode"));
+        }
+        if let Some(moves) = moves {
+            headers.insert(header::MOVES, moves);
         }
         let subject = scope.map_or_else(|| "ms.wal.origin".to_owned(), Scope::subject);
         let seq = self.broker.outbound.len() as u64 + 1;
@@ -369,7 +392,7 @@ impl World {
             confirmed: lsn,
         };
         trace!(self, "a new epoch at {lsn}");
-        self.publish(None, lsn, 0, self.now, (0, true), &[], b"[]".to_vec());
+        self.publish(None, lsn, 0, self.now, (0, true), &[], b"[]".to_vec(), None);
     }
 
     /// What replication answers: everything before this LSN is in the stream.

@@ -202,7 +202,8 @@ impl World {
         let told = behind.filter(|message| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope)));
         let moves: Vec<_> = told.filter_map(|message| message.moves.as_ref()).collect();
         held.retain(|scope| !moves.iter().any(|moves| reach.concerns(moves, scope)));
-        let mut downlink = Downlink::new(hello.client_id, &hello.token, reach.clone(), position, None, held, authorization);
+        let mut downlink =
+            Downlink::new(hello.client_id, &hello.token, reach.clone(), position, None, held, authorization);
         downlink.knows(hello.confirmed_seq.min(last_seq));
         let mut out = Vec::new();
         lost.into_iter().for_each(|scope| downlink.removed(scope, &mut out));

@@ -245,7 +245,8 @@ impl Session {
             let mut index = 0;
             loop {
                 let frame = wire.alive(part.frame(index)).await?;
-                let frame = frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
+                let frame =
+                    frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
                 let Some(frame) = frame else { break };
                 in_time(until)?;
                 self.still_holds(scopes).await?;

@@ -16,7 +16,8 @@ use uuid::Uuid;
 use super::join::Cut;
 use super::uplink::Unsettled;
 use super::{
-    End, HEARTBEAT, STORED_QUEUE, Session, Socket, SocketError, Start, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE, VISIBLE_WAIT, Wire,
+    End, HEARTBEAT, STORED_QUEUE, Session, Socket, SocketError, Start, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE,
+    VISIBLE_WAIT, Wire,
 };
 use crate::Edge;
 use crate::catalogs::Known;
@@ -178,8 +179,7 @@ pub(super) async fn open(
     };
     let stands = kept.or(cut.as_ref().map(|cut| cut.token.from)).unwrap_or(head);
     let open = open.filter(|_| stands == head);
-    let mut downlink =
-        Downlink::new(hello.client_id, &user_id, known.reach.clone(), stands, open, held, fence.clone());
+    let mut downlink = Downlink::new(hello.client_id, &user_id, known.reach.clone(), stands, open, held, fence.clone());
     // Not more than a server knows that was restored to an earlier state.
     downlink.knows(hello.confirmed_seq.min(ledger.last_seq));
     let mut out = Vec::new();

@@ -56,7 +56,11 @@ pub struct Guarded {
 }
 
 impl AsyncRead for Guarded {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
         let left = self.left.load(Ordering::Relaxed);
@@ -85,7 +89,11 @@ impl AsyncWrite for Guarded {
 }
 
 /// Answers a request for a WebSocket; none if it is none. `serve` gets the socket once the answer is on its way.
-pub fn upgrade<F>(request: Request, unsent: Arc<Semaphore>, serve: impl FnOnce(Wire) -> F + Send + 'static) -> Option<Response>
+pub fn upgrade<F>(
+    request: Request,
+    unsent: Arc<Semaphore>,
+    serve: impl FnOnce(Wire) -> F + Send + 'static,
+) -> Option<Response>
 where
     F: Future<Output = ()> + Send,
 {

@@ -264,12 +264,19 @@ impl Stack {
     }
 
     fn url(&self, user: &str, password: &str, database: &str) -> String {
-        format!("postgres://{user}:{password}@127.0.0.1:{}/{database}", self.port(Service::Postgres))
+        let parameters = &self.settings.postgres_parameters;
+        let parameters = if parameters.is_empty() { String::new() } else { format!("?{parameters}") };
+        format!("postgres://{user}:{password}@127.0.0.1:{}/{database}{parameters}", self.port(Service::Postgres))
     }
 
     /// URL of the broker.
     pub fn nats_url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port(Service::Nats))
+    }
+
+    /// URL of the health report of a part that is not the edge.
+    pub fn health_url(&self, service: Service) -> String {
+        format!("http://127.0.0.1:{}/readyz", self.ports.health((service, 0)).unwrap_or_default())
     }
 
     /// URL of the broker's monitoring pages.

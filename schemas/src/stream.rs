@@ -13,6 +13,30 @@ pub const MAX_MESSAGE_BYTES: usize = 512 * 1024;
 /// Largest row that clients get, in bytes of its JSON text. It has to go into one message.
 pub const MAX_ROW_BYTES: usize = 4 * 1024 * 1024;
 
+/// Most bytes of a message's headers; a limit of the broker, which counts them to the message's size.
+pub const MAX_HEADER_BYTES: usize = 64 * 1024;
+/// Room in a row's message for what is around the row: the names of its table and columns.
+const ROW_FRAME_BYTES: usize = 128 * 1024;
+/// Smallest `max_payload` of the broker that Millstream works with, in bytes.
+pub const MIN_PAYLOAD_BYTES: usize = 256 * 1024;
+
+/// Largest row that clients get from a broker with this `max_payload`, in bytes of its JSON text. What is larger is left
+/// out of snapshots, and withdrawn by the stream.
+///
+/// ```
+/// use millstream_schemas::stream::{MAX_ROW_BYTES, row_limit};
+/// assert_eq!(row_limit(8 * 1024 * 1024), MAX_ROW_BYTES);
+/// assert_eq!(row_limit(1024 * 1024), 832 * 1024);
+/// ```
+pub fn row_limit(max_payload: usize) -> usize {
+    MAX_ROW_BYTES.min(max_payload.saturating_sub(MAX_HEADER_BYTES + ROW_FRAME_BYTES))
+}
+
+/// Most bytes of rows in one message of a broker with this `max_payload`, unless it is a single row.
+pub fn message_limit(max_payload: usize) -> usize {
+    MAX_MESSAGE_BYTES.min(max_payload.saturating_sub(MAX_HEADER_BYTES))
+}
+
 /// Payload on `ms.changes.{partition}`: what waited in an edge's lane when it published.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -35,6 +35,8 @@ pub(super) struct Settings {
     pub config: Option<PathBuf>,
     /// Settings for Postgres beyond our own.
     pub postgres: Vec<(String, String)>,
+    /// What connection URLs of Postgres have behind the question mark.
+    pub postgres_parameters: String,
     /// Environment of Millstream's own services, of all or of one.
     pub env: Vec<(Option<Service>, String, String)>,
 }
@@ -96,6 +98,12 @@ impl Builder {
     /// A setting of Postgres, over our own.
     pub fn postgres_setting(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.settings.postgres.push((name.into(), value.into()));
+        self
+    }
+
+    /// Parameters of every connection URL of Postgres, such as `sslmode=require`.
+    pub fn postgres_parameters(mut self, parameters: impl Into<String>) -> Self {
+        self.settings.postgres_parameters = parameters.into();
         self
     }
 

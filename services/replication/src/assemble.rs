@@ -3,20 +3,25 @@
 //! Pure. Protocol version 1 sends only committed transactions, one after the other, so a transaction's chunks may be
 //! published while it still arrives. Memory is bounded by [`MAX_TRANSACTION_BUFFER_BYTES`] whatever its size.
 
+mod change;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use millstream_catalog::Table;
-use millstream_schemas::stream::{MAX_ROW_BYTES, ORIGIN_PREFIX, OriginEntry, OriginRecord};
+use millstream_schemas::stream::{ORIGIN_PREFIX, OriginRecord, message_limit, row_limit};
 use millstream_schemas::subject::WAL_ORIGIN;
-use millstream_schemas::{Lsn, Scope, TableOp};
+use millstream_schemas::{Lsn, Scope};
 
-use crate::chunks::{Chunk, Chunks, Group, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, Moved, write_row};
+use self::change::{Change, bad_row, hash, images, key, scopes};
+use crate::chunks::{Chunk, Chunks, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, Moved};
+use crate::error::Place;
+use crate::left_out::LeftOut;
 use crate::moves::{Moves, moves};
-use crate::pgoutput::{DecodeError, Message, Old, Relation, Tuple};
-use crate::relation::{BadTuple, Cell, Image, Mapping};
+use crate::origin::Origins;
+use crate::pgoutput::{DecodeError, Message, Old, Relation, Value};
+use crate::relation::{BadTuple, Cell, Mapping};
 
 /// A message of the outbound stream. What is not known before it is appended (epoch, previous transaction) is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,12 +90,22 @@ pub enum AssembleError {
         /// The shape, to be accepted if the catalog stays as it is.
         shape: u64,
     },
-    /// A row without its key.
-    #[error("a row of table {table} came without its key")]
-    NoKey {
-        /// The table.
-        table: String,
-    },
+}
+
+/// What the broker takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest row, in bytes of its JSON text.
+    pub row: usize,
+    /// Most bytes of rows in one message, unless it is a single row.
+    pub message: usize,
+}
+
+impl Limits {
+    /// With this `max_payload`.
+    pub fn of(max_payload: usize) -> Limits {
+        Limits { row: row_limit(max_payload), message: message_limit(max_payload) }
+    }
 }
 
 /// Columns to be read from the table, since the change stream does not carry them and a new reader needs them.
@@ -105,8 +120,19 @@ pub struct Lookup {
     pub columns: Vec<usize>,
 }
 
-/// The answer to a [`Lookup`]: column and value.
-pub type Filled = Vec<(usize, Option<String>)>;
+/// The answer to a [`Lookup`]: columns and what was found there.
+pub type Filled = Vec<(usize, Found)>;
+
+/// A value that was read from the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Null.
+    Null,
+    /// Its text.
+    Text(String),
+    /// It is too large to be read.
+    TooLarge,
+}
 
 struct Transaction {
     lsn: Lsn,
@@ -116,7 +142,7 @@ struct Transaction {
     skip: bool,
     index: u32,
     chunks: Chunks,
-    origin: Vec<OriginEntry>,
+    origins: Origins,
     traceparent: Option<String>,
 }
 
@@ -129,6 +155,13 @@ pub struct Assembler {
     /// Shapes of tables that differ from the catalog even after it was read anew.
     accepted: HashSet<u64>,
     transaction: Option<Transaction>,
+    limits: Limits,
+    /// Rows that were withdrawn: clients lack them, so that a part of one is not enough for them.
+    withdrawn: HashSet<KeyHash>,
+    /// What was passed over and nobody has asked for yet.
+    left_out: Vec<LeftOut>,
+    /// The table that the change stream spoke of last.
+    last_table: Option<usize>,
     pieces: Vec<Chunk>,
     row: Vec<u8>,
 }
@@ -136,16 +169,37 @@ pub struct Assembler {
 impl Assembler {
     /// Starts behind the transaction with commit LSN `through`; `tables` are the catalog's. `accepted` are the shapes of
     /// tables that differ from the catalog even after it was read anew.
-    pub fn new(tables: Arc<[Table]>, through: Lsn, accepted: HashSet<u64>) -> Self {
+    pub fn new(tables: Arc<[Table]>, through: Lsn, accepted: HashSet<u64>, limits: Limits) -> Self {
         Assembler {
             tables,
             relations: HashMap::new(),
             through,
             accepted,
             transaction: None,
+            limits,
+            withdrawn: HashSet::new(),
+            left_out: Vec::new(),
+            last_table: None,
             pieces: Vec::new(),
             row: Vec::new(),
         }
+    }
+
+    /// Commit LSN and id of the open transaction.
+    pub fn open(&self) -> Option<(Lsn, u32)> {
+        self.transaction.as_ref().map(|transaction| (transaction.lsn, transaction.xid))
+    }
+
+    /// The open transaction, or else the place behind the last one.
+    pub fn place(&self) -> Place {
+        let open = self.open();
+        let table = open.and(self.last_table).map(|table| self.tables[table].name.clone());
+        Place { lsn: open.map_or(self.through, |(lsn, _)| lsn), xid: open.map(|(_, xid)| xid), table }
+    }
+
+    /// Takes what was passed over since this was asked last.
+    pub fn take_left_out(&mut self) -> Vec<LeftOut> {
+        std::mem::take(&mut self.left_out)
     }
 
     /// Whether a transaction is open.
@@ -170,26 +224,31 @@ impl Assembler {
     }
 
     /// What has to be read from the database before this message can be handled completely: a row enters a scope (or
-    /// changes its key) while a large value of it did not change and is not in the change stream. The value may be newer
-    /// than the row; then the change that made it so follows in the stream.
+    /// changes its key) while a large value of it did not change and is not in the change stream; or the row was too large,
+    /// so that clients lack it. The value may be newer than the row; then the change that made it so follows in the stream.
     pub fn lookup(&self, message: &Message<'_>) -> Result<Option<Lookup>, AssembleError> {
-        let Message::Update { relation, old: Some(old), new } = message else { return Ok(None) };
+        let Message::Update { relation, old, new } = message else { return Ok(None) };
         let (Some(Some(mapping)), Some(transaction)) = (self.relations.get(relation), &self.transaction) else {
             return Ok(None);
         };
-        if transaction.skip || !new.contains(&crate::pgoutput::Value::Unchanged) {
+        if transaction.skip || !new.contains(&Value::Unchanged) {
             return Ok(None);
         }
         let table = &self.tables[mapping.table];
         let nothing = Filled::new();
-        let (before, after) = images(table, mapping, Some(old), new, &nothing)?;
-        let Some(before) = before else { return Ok(None) };
+        let (before, after) = images(table, mapping, old.as_ref(), new, &nothing)?;
         let columns: Vec<usize> = (0..after.len()).filter(|&c| after[c] == Cell::Unchanged).collect();
-        if columns.is_empty() {
+        let Some(new_key) = key(table, &after) else { return Ok(None) };
+        if columns.is_empty() || after.contains(&Cell::Unsendable) {
             return Ok(None);
         }
         // Whoever may see it in two scopes and in one no more has been told to delete it: so the other has to give it whole.
-        if key(table, &before)? == key(table, &after)? && scopes(table, &before) == scopes(table, &after) {
+        let moved = before.as_ref().is_some_and(|before| {
+            key(table, before).as_ref() != Some(&new_key) || scopes(table, before) != scopes(table, &after)
+        });
+        // Of a whole old image something is missing only if the row was too large.
+        let was_too_large = matches!(old, Some(Old::Full(_))) || self.withdrawn.contains(&hash(table, &new_key));
+        if !moved && !was_too_large {
             return Ok(None);
         }
         let text = |&column: &usize| after[column].text().map(str::to_owned);
@@ -212,14 +271,15 @@ impl Assembler {
                 if self.transaction.is_some() {
                     return Err(AssembleError::Order { what: "begin" });
                 }
+                self.last_table = None;
                 self.transaction = Some(Transaction {
                     lsn: *final_lsn,
                     xid: *xid,
                     at: *at,
                     skip: *final_lsn <= self.through,
                     index: 0,
-                    chunks: Chunks::new(MAX_TRANSACTION_BUFFER_BYTES),
-                    origin: Vec::new(),
+                    chunks: Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, self.limits.message),
+                    origins: Origins::default(),
                     traceparent: None,
                 });
             }
@@ -242,18 +302,24 @@ impl Assembler {
             }
             Message::Insert { relation, new } => self.with(*relation, out, |change| {
                 let (_, after) = images(change.table, change.mapping, None, new, filled)?;
+                let key = change.key(&after);
                 change.moves = moves(change.table, None, Some(&after), false);
-                change.write(&after, &scopes(change.table, &after), key(change.table, &after)?);
+                change.write(&after, &scopes(change.table, &after), key);
                 Ok(())
             })?,
             Message::Update { relation, old, new } => self.with(*relation, out, |change| {
                 let (before, after) = images(change.table, change.mapping, old.as_ref(), new, filled)?;
-                change.update(before.as_ref(), &after)
+                change.update(before.as_ref(), &after);
+                Ok(())
             })?,
             Message::Delete { relation, old } => self.with(*relation, out, |change| {
                 let before = change.mapping.old_image(old).map_err(|source| bad_row(change.table, source))?;
+                let key = change.key(&before);
                 change.moves = moves(change.table, Some(&before), None, false);
-                change.delete(&scopes(change.table, &before), &key(change.table, &before)?);
+                change.delete(&scopes(change.table, &before), key.as_deref());
+                if let Some(key) = key.filter(|_| !change.withdrawn.is_empty()) {
+                    change.withdrawn.remove(&hash(change.table, &key));
+                }
                 Ok(())
             })?,
             Message::Truncate { relations } => {
@@ -272,6 +338,7 @@ impl Assembler {
 
     fn relation(&mut self, relation: &Relation<'_>) -> Result<(), AssembleError> {
         let mapping = Mapping::new(&self.tables, relation);
+        self.last_table = mapping.as_ref().map(|mapping| mapping.table);
         if let Some(mapping) = &mapping {
             let table = &self.tables[mapping.table];
             if mapping.differs && !self.accepted.contains(&mapping.shape) {
@@ -296,14 +363,15 @@ impl Assembler {
         };
         match serde_json::from_slice::<OriginRecord>(content) {
             Ok(record) => {
-                transaction.origin.extend(record.clients);
-                // It becomes a header, so it must be one line; a well-formed one is plain ASCII.
-                let traceparent = record.traceparent.filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic()));
-                transaction.traceparent = traceparent.or(transaction.traceparent.take());
+                record.clients.into_iter().for_each(|entry| transaction.origins.add(entry));
+                transaction.traceparent = record.traceparent.or(transaction.traceparent.take());
             }
             // Only the executor's role may write it; whoever else does must not stop everyone.
             Err(error) => {
-                tracing::warn!(%error, wal.lsn = %transaction.lsn, "ignoring an origin record that does not parse")
+                tracing::warn!(%error, wal.lsn = %transaction.lsn, "ignoring an origin record that does not parse");
+                if !transaction.skip {
+                    self.left_out.push(LeftOut::Origins { entries: 1 });
+                }
             }
         }
         Ok(())
@@ -321,6 +389,7 @@ impl Assembler {
         let Some(mapping) = self.relations.get(&relation) else {
             return Err(AssembleError::Order { what: "row before its relation" });
         };
+        self.last_table = mapping.as_ref().map(|mapping| mapping.table);
         let Some(mapping) = mapping else { return Ok(()) };
         if transaction.skip {
             return Ok(());
@@ -328,7 +397,10 @@ impl Assembler {
         act(&mut Change {
             table: &self.tables[mapping.table],
             mapping,
+            limits: self.limits,
             chunks: &mut transaction.chunks,
+            withdrawn: &mut self.withdrawn,
+            left_out: &mut self.left_out,
             pieces: &mut self.pieces,
             row: &mut self.row,
             moves: Moves::new(),
@@ -341,12 +413,8 @@ impl Assembler {
 
     fn finish(&mut self, mut transaction: Transaction, end_lsn: Lsn, out: &mut Vec<Outgoing>) {
         transaction.chunks.flush(&mut self.pieces);
-        if self.pieces.is_empty() && (!transaction.origin.is_empty() || transaction.index > 0) {
-            self.pieces.push(Chunk {
-                subject: WAL_ORIGIN.to_owned(),
-                payload: Bytes::from_static(b"[]"),
-                moves: Moved::None,
-            });
+        if self.pieces.is_empty() && (!transaction.origins.is_empty() || transaction.index > 0) {
+            self.pieces.push(Chunk { subject: WAL_ORIGIN.to_owned(), payload: Bytes::from_static(b"[]"), moves: Moved::None });
         }
         for chunk in self.pieces.drain(..) {
             out.push(transaction.message(chunk, Some(end_lsn)));
@@ -355,9 +423,11 @@ impl Assembler {
             && let Some(last) = out.last_mut()
         {
             last.last = true;
-            // An error is impossible: the entries came out of JSON.
-            last.origin =
-                (!transaction.origin.is_empty()).then(|| serde_json::to_string(&transaction.origin).ok()).flatten();
+            let (origin, left_out) = std::mem::take(&mut transaction.origins).into_header();
+            last.origin = origin;
+            if left_out > 0 {
+                self.left_out.push(LeftOut::Origins { entries: left_out });
+            }
         }
     }
 }
@@ -380,132 +450,6 @@ impl Transaction {
             moves: chunk.moves.header(),
         }
     }
-}
-
-/// One row change on its way into the chunks.
-struct Change<'a> {
-    table: &'a Table,
-    mapping: &'a Mapping,
-    chunks: &'a mut Chunks,
-    pieces: &'a mut Vec<Chunk>,
-    row: &'a mut Vec<u8>,
-    /// Told with the rows, in the scopes of those whom they concern.
-    moves: Moves,
-}
-
-impl Change<'_> {
-    fn update(&mut self, before: Option<&Image<'_>>, after: &Image<'_>) -> Result<(), AssembleError> {
-        self.moves = moves(self.table, before, Some(after), true);
-        let now_in = scopes(self.table, after);
-        let new_key = key(self.table, after)?;
-        let Some(before) = before else {
-            // No old image: neither key nor scope changed, since the identity covers both.
-            self.write(after, &now_in, new_key);
-            return Ok(());
-        };
-        let was_in = scopes(self.table, before);
-        let old_key = key(self.table, before)?;
-        let moved = old_key != new_key;
-        let lost: Vec<Scope> = was_in.iter().filter(|scope| moved || !now_in.contains(scope)).cloned().collect();
-        self.delete(&lost, &old_key);
-        if after.contains(&Cell::Unchanged) {
-            // The value was to be read and the row was gone by then: nobody who did not have it needs it any more.
-            let kept: Vec<Scope> = now_in.into_iter().filter(|scope| !moved && was_in.contains(scope)).collect();
-            self.write(after, &kept, new_key);
-        } else {
-            self.write(after, &now_in, new_key);
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, image: &Image<'_>, scopes: &[Scope], key: Vec<&str>) {
-        if scopes.is_empty() {
-            return;
-        }
-        let table = self.table;
-        let whole = image.iter().all(|cell| cell.is_known());
-        // Unchanged values keep what the reader has; columns that the relation lacks are simply not there.
-        let op = if image.contains(&Cell::Unchanged) { TableOp::Update } else { TableOp::Upsert };
-        let columns: Option<Vec<&str>> = (!whole).then(|| {
-            let known = image.iter().zip(&table.columns).filter(|(cell, _)| cell.is_known());
-            known.map(|(_, column)| column.name.as_str()).collect()
-        });
-        write_row(self.row, image.iter().filter(|cell| cell.is_known()).map(|cell| cell.text()));
-        if self.row.len() > MAX_ROW_BYTES {
-            // Waiting for somebody to make it smaller would stop everybody's stream.
-            tracing::error!(
-                table = table.name,
-                bytes = self.row.len(),
-                "a row over {MAX_ROW_BYTES} bytes is withdrawn from clients"
-            );
-            return self.delete(scopes, &key);
-        }
-        let group = Group { table: &table.name, op, columns: columns.as_deref() };
-        let hash = hash(table, &key);
-        for scope in scopes {
-            let moved = self.moves.get(scope).map_or(&[][..], Vec::as_slice);
-            self.chunks.add_moving(scope, group, hash, self.row, moved, self.pieces);
-        }
-    }
-
-    fn delete(&mut self, scopes: &[Scope], key: &[&str]) {
-        if scopes.is_empty() {
-            return;
-        }
-        write_row(self.row, key.iter().map(|value| Some(*value)));
-        let group = Group { table: &self.table.name, op: TableOp::Delete, columns: None };
-        let hash = hash(self.table, key);
-        for scope in scopes {
-            let moved = self.moves.get(scope).map_or(&[][..], Vec::as_slice);
-            self.chunks.add_moving(scope, group, hash, self.row, moved, self.pieces);
-        }
-    }
-}
-
-/// The old and new image of a row. Values that did not change and were not sent are taken from the old image where it
-/// has them, and from what was read for them.
-fn images<'a>(
-    table: &Table,
-    mapping: &Mapping,
-    old: Option<&Old<'a>>,
-    new: &Tuple<'a>,
-    filled: &'a Filled,
-) -> Result<(Option<Image<'a>>, Image<'a>), AssembleError> {
-    let before = old.map(|old| mapping.old_image(old)).transpose().map_err(|source| bad_row(table, source))?;
-    let mut after = mapping.image(new).map_err(|source| bad_row(table, source))?;
-    for (column, cell) in after.iter_mut().enumerate() {
-        if *cell != Cell::Unchanged {
-            continue;
-        }
-        if let Some(old) = before.as_ref().map(|before| before[column]).filter(|old| old.is_known()) {
-            *cell = old;
-        } else if let Some((_, value)) = filled.iter().find(|(index, _)| *index == column) {
-            *cell = value.as_deref().map_or(Cell::Null, Cell::Text);
-        }
-    }
-    Ok((before, after))
-}
-
-/// The scopes of a row. Ids that no subject can carry give no scope: nobody can ask for them either.
-fn scopes(table: &Table, image: &Image<'_>) -> Vec<Scope> {
-    let mut scopes = table.row_scopes(|column| image[column].text());
-    scopes.retain(|scope| Scope::fits(&scope.id));
-    scopes
-}
-
-fn key<'a>(table: &Table, image: &Image<'a>) -> Result<Vec<&'a str>, AssembleError> {
-    let values = table.key.iter().map(|&column| image[column].text());
-    values.collect::<Option<_>>().ok_or_else(|| AssembleError::NoKey { table: table.name.clone() })
-}
-
-fn hash(table: &Table, key: &[&str]) -> KeyHash {
-    let mut hasher = DefaultHasher::new();
-    (table.oid, key).hash(&mut hasher);
-    hasher.finish()
-}
-
-fn bad_row(table: &Table, source: BadTuple) -> AssembleError {
-    AssembleError::Row { table: table.name.clone(), source }
 }
 
 #[cfg(test)]

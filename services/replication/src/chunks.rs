@@ -9,7 +9,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use bytes::Bytes;
-use millstream_schemas::stream::{ANY_SCOPE, MAX_MESSAGE_BYTES};
+use millstream_schemas::stream::ANY_SCOPE;
 use millstream_schemas::{Scope, TableOp};
 
 /// Most bytes of one transaction that wait for its end, over all scopes.
@@ -137,12 +137,14 @@ pub struct Chunks {
     /// The last buffer that holds a delete of that key.
     deletes: HashMap<KeyHash, u64>,
     limit: usize,
+    /// Most bytes of a message, unless it is one row.
+    message_limit: usize,
     head: Vec<u8>,
 }
 
 impl Chunks {
-    /// No rows yet; at most `limit` bytes are kept.
-    pub fn new(limit: usize) -> Self {
+    /// No rows yet; at most `limit` bytes are kept, and messages are cut at `message_limit`.
+    pub fn new(limit: usize, message_limit: usize) -> Self {
         Chunks {
             buffers: VecDeque::new(),
             base: 0,
@@ -151,6 +153,7 @@ impl Chunks {
             ordered: false,
             deletes: HashMap::new(),
             limit,
+            message_limit,
             head: Vec::new(),
         }
     }
@@ -191,7 +194,7 @@ impl Chunks {
             }
         }
         if let Some(found) = id
-            && self.buffers[(found - self.base) as usize].bytes.len() + cost > MAX_MESSAGE_BYTES
+            && self.buffers[(found - self.base) as usize].bytes.len() + cost > self.message_limit
             && !self.buffers[(found - self.base) as usize].is_empty()
         {
             if self.ordered {
@@ -332,6 +335,7 @@ fn write_string(out: &mut Vec<u8>, text: &str) {
 mod tests {
     use super::*;
     use millstream_schemas::TableChanges;
+    use millstream_schemas::stream::MAX_MESSAGE_BYTES;
 
     const UPSERT: Group<'static> = Group { table: "t", op: TableOp::Upsert, columns: None };
     const DELETE: Group<'static> = Group { table: "t", op: TableOp::Delete, columns: None };
@@ -355,7 +359,7 @@ mod tests {
 
     #[test]
     fn runs_share_a_group() {
-        let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES);
+        let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, MAX_MESSAGE_BYTES);
         let mut out = Vec::new();
         let narrow = Group { columns: Some(&["id", "x"]), op: TableOp::Update, ..UPSERT };
         for (group, row) in [(UPSERT, "[\"1\"]"), (UPSERT, "[\"2\"]"), (narrow, "[\"1\",null]"), (DELETE, "[\"2\"]")] {
@@ -376,7 +380,7 @@ mod tests {
 
     #[test]
     fn chunks_stay_under_the_limit_and_the_last_row_stays() {
-        let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES);
+        let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, MAX_MESSAGE_BYTES);
         let mut out = Vec::new();
         let row = format!("[\"{}\"]", "x".repeat(1000));
         for _ in 0..2000 {
@@ -395,7 +399,7 @@ mod tests {
 
     #[test]
     fn memory_is_bounded_over_all_scopes() {
-        let mut chunks = Chunks::new(100_000);
+        let mut chunks = Chunks::new(100_000, MAX_MESSAGE_BYTES);
         let mut out = Vec::new();
         let mut emitted = 0;
         for n in 0..20_000 {
@@ -435,7 +439,7 @@ mod tests {
             (state >> 33) % n
         };
         for _ in 0..2000 {
-            let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES);
+            let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, MAX_MESSAGE_BYTES);
             let mut out = Vec::new();
             let mut homes: HashMap<u64, u64> = HashMap::new();
             for _ in 0..random(30) {
@@ -460,7 +464,7 @@ mod tests {
 
     #[test]
     fn bulk_moves_in_one_direction_take_few_messages() {
-        let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES);
+        let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, MAX_MESSAGE_BYTES);
         let mut out = Vec::new();
         chunks.add(&scope("to"), UPSERT, u64::MAX, b"[\"x\"]", &mut out);
         for key in 0..1000 {

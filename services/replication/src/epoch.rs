@@ -9,7 +9,8 @@
 //!
 //! A new epoch: first the row, then the slot, then the first message of the epoch. A crash in between leaves a row that
 //! differs from the stream's last message, which simply begins another new epoch. When only the layout of rows has changed,
-//! nothing is lost and the slot goes on; clients still start over, since rows on hand may have changed with it.
+//! nothing is lost and the slot goes on; clients still start over, since rows on hand may have changed with it. And where a
+//! transaction cannot be carried, try after try ([`crate::fault`]), a new slot begins behind it.
 
 use std::time::Duration;
 
@@ -59,6 +60,8 @@ pub enum Reason {
     StreamBehind,
     /// The stream knows of WAL that does not exist.
     PostgresBehind,
+    /// A transaction cannot be carried, try after try.
+    Uncarriable,
 }
 
 impl Reason {
@@ -71,6 +74,7 @@ impl Reason {
             Reason::SlotLost => "the replication slot is gone or was invalidated",
             Reason::StreamBehind => "the replication slot is ahead of the stream",
             Reason::PostgresBehind => "the stream is ahead of Postgres",
+            Reason::Uncarriable => "a transaction of the write-ahead log cannot be carried",
         }
     }
 }

@@ -1,6 +1,8 @@
 //! What can go wrong, by operation.
 
 use millstream_schemas::Lsn;
+use millstream_schemas::stream::MIN_PAYLOAD_BYTES;
+use pgwire_replication::protocol::ErrorFields;
 
 use crate::assemble::AssembleError;
 use crate::witness::Differs;
@@ -57,6 +59,40 @@ pub enum Error {
         #[source]
         source: pgwire_replication::PgWireError,
     },
+    /// The server refuses, or cannot go on with its change stream.
+    #[error("Postgres cannot {operation}")]
+    Server {
+        /// What was to be done.
+        operation: &'static str,
+        /// What it says.
+        #[source]
+        source: ServerError,
+    },
+    /// TLS is required and the server has none.
+    #[error("the server has no TLS, and sslmode requires it: switch TLS on in Postgres, or choose another sslmode")]
+    NoTls,
+    /// TLS fails on the replication connection.
+    #[error("cannot use TLS on the replication connection: {0}")]
+    Tls(String),
+    /// A value that the change stream did not repeat cannot be read.
+    #[error("cannot read an unchanged large value")]
+    Lookup {
+        /// Why not.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// The broker takes so little that next to no row would fit.
+    #[error("the broker's max_payload of {0} bytes is too small: set at least {MIN_PAYLOAD_BYTES} in nats.conf")]
+    Payload(usize),
+    /// A session failed while it was at a transaction.
+    #[error("{place}")]
+    At {
+        /// Which.
+        place: Place,
+        /// Why.
+        #[source]
+        source: Box<Error>,
+    },
     /// The replication connection ended without an error.
     #[error("the server ended the replication stream")]
     WalEnded,
@@ -112,7 +148,72 @@ pub enum Error {
     PartEnded,
 }
 
+/// A transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its commit LSN, or that of the last one before it.
+    pub lsn: Lsn,
+    /// Its id, if it is known.
+    pub xid: Option<u32>,
+    /// The table that the change stream spoke of last.
+    pub table: Option<String>,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.xid {
+            Some(xid) => write!(f, "at transaction {xid} ({})", self.lsn),
+            None => write!(f, "behind {}", self.lsn),
+        }
+    }
+}
+
+/// An error that Postgres reports on the replication connection.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct ServerError {
+    /// SQLSTATE.
+    pub code: String,
+    /// Postgres' text.
+    pub message: String,
+}
+
+impl ServerError {
+    pub(crate) fn parse(payload: &[u8]) -> ServerError {
+        let fields = ErrorFields::parse(payload);
+        ServerError { code: fields.code.unwrap_or_default(), message: fields.message.unwrap_or_default() }
+    }
+}
+
+impl std::fmt::Display for ServerError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // No values in our logs.
+        let message = if self.may_quote() { "see Postgres' own log" } else { &self.message };
+        write!(f, "{message} (SQLSTATE {})", self.code)
+    }
+}
+
 impl Error {
+    /// Says where it happened.
+    pub(crate) fn at(self, place: Place) -> Error {
+        Error::At { place, source: Box::new(self) }
+    }
+
+    /// Where it happened, if that is known.
+    pub(crate) fn place(&self) -> Option<&Place> {
+        match self {
+            Error::At { place, .. } => Some(place),
+            _ => None,
+        }
+    }
+
+    /// What happened, wherever it did.
+    pub(crate) fn cause(&self) -> &Error {
+        match self {
+            Error::At { source, .. } => source.cause(),
+            error => error,
+        }
+    }
+
     /// Wraps an error of the ordinary connection.
     pub(crate) fn postgres(operation: &'static str) -> impl FnOnce(sqlx::Error) -> Error {
         move |source| Error::Postgres { operation, source }

@@ -5,23 +5,30 @@
 //! what the stream holds and says it holds. On any failure the session ends and starts over from the last message of
 //! the stream, so that every transaction is there once, in order.
 //!
+//! - [`abridge`]: messages of the change stream that are too long to be held
 //! - [`pgoutput`]: decoder of the change stream; [`relation`]: its tables mapped to the catalog
-//! - [`assemble`]: messages from transactions; [`chunks`]: their buffers, order across scopes, bounded memory
+//! - [`assemble`]: messages from transactions; [`chunks`]: their buffers, order across scopes, bounded memory; `origin`: what
+//!   they settle
 //! - [`moves`]: which memberships a row change moves
 //! - [`append`]: the end of the stream and how to append there
+//! - [`left_out`]: what no message can carry; `fault`: transactions that no session gets past
 //! - `epoch`: whether the history goes on; `leader`, `identity`, `wal`: lock, checks, connection
 //! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches;
 //!   `lag`: how far it is behind
 
+pub mod abridge;
 pub mod append;
 pub mod assemble;
 pub mod chunks;
 mod epoch;
 mod error;
+mod fault;
 mod identity;
 mod lag;
 mod leader;
+pub mod left_out;
 pub mod moves;
+mod origin;
 pub mod pgoutput;
 mod publisher;
 mod reader;
@@ -33,6 +40,7 @@ mod witness;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millstream_catalog::Config;
@@ -43,8 +51,10 @@ use millstream_runtime::{nats, postgres};
 
 use crate::assemble::AssembleError;
 pub use crate::error::Error;
+use crate::fault::{Faults, TRIES};
 pub use crate::identity::{identity_problems, publication_problems};
 use crate::lag::Gauges;
+use crate::left_out::Report;
 use crate::session::{Shared, part};
 use crate::wal::Source;
 
@@ -103,24 +113,26 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         nats = nats::connect(&args.nats, SERVICE) => nats?,
     };
     let (slot, publication, gauges) = (args.slot, args.publication, Gauges::register());
-    let shared = Shared { config, nats, pool, options, source, slot, publication, health, gauges };
+    let (report, pass_over) = (Report::register(health.clone()), AtomicBool::new(false));
+    let shared = Shared { config, nats, pool, options, source, slot, publication, health, gauges, report, pass_over };
     let mut backoff = Backoff::dependency();
+    let mut faults = Faults::default();
     let mut accepted = HashSet::new();
     loop {
         let started = Instant::now();
         let error = tokio::select! {
             () = shutdown.requested() => return Ok(()),
-            ended = session::run(&shared, &accepted) => match ended {
+            ended = session::run(&shared, &accepted, &faults) => match ended {
                 Err(error) => error,
                 Ok(never) => match never {},
             },
         };
-        unready(&shared.health, &error);
-        if matches!(error, Error::SchemaChanged) {
+        unready(&shared.health, error.cause());
+        if matches!(error.cause(), Error::SchemaChanged) {
             tracing::info!("the synced tables have changed; starting over with a new catalog");
             continue;
         }
-        if let Error::Assemble(AssembleError::SchemaChanged { table, shape }) = &error {
+        if let Error::Assemble(AssembleError::SchemaChanged { table, shape }) = error.cause() {
             // The next session reads the catalog again. If the table still differs from it, it does so on purpose, or
             // the change stream has not come to the change yet.
             tracing::info!(table.name = table, "a synced table has changed; starting over with a new catalog");
@@ -132,6 +144,15 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         }
         if started.elapsed() >= HEALTHY {
             backoff.reset();
+        }
+        if faults.failed(&error)
+            && let Some(place) = error.place()
+        {
+            tracing::error!(
+                wal.lsn = %place.lsn, wal.xid = place.xid, table.name = place.table, error = error.chain(), tries = TRIES,
+                "a transaction cannot be carried: a new epoch begins behind it, and clients start over"
+            );
+            shared.pass_over.store(true, Ordering::Relaxed);
         }
         let delay = backoff.next();
         tracing::warn!(
@@ -150,12 +171,16 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
 fn unready(health: &Health, error: &Error) {
     health.set_ready(part::LEADER, false);
     match error {
-        Error::Postgres { .. } | Error::Wal { .. } | Error::WalEnded | Error::WalSilent(_) | Error::LeaderLost => {
-            health.set_ready(part::POSTGRES, false);
-        }
-        Error::Nats(_) | Error::Tail(_) | Error::Append(_) | Error::Refused { .. } | Error::Subscribe { .. } => {
-            health.set_ready(part::NATS, false);
-        }
+        error if fault::is_of_broker(error) => health.set_ready(part::NATS, false),
+        Error::Postgres { .. }
+        | Error::Lookup { .. }
+        | Error::Wal { .. }
+        | Error::Server { .. }
+        | Error::NoTls
+        | Error::Tls(_)
+        | Error::WalEnded
+        | Error::WalSilent(_)
+        | Error::LeaderLost => health.set_ready(part::POSTGRES, false),
         _ => {}
     }
 }

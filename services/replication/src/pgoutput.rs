@@ -5,6 +5,8 @@
 
 use millstream_schemas::Lsn;
 
+use crate::abridge::TOO_LARGE;
+
 /// Microseconds from 1970 to 2000, the origin of Postgres' times.
 const POSTGRES_EPOCH_MICROS: i64 = 946_684_800_000_000;
 
@@ -117,6 +119,8 @@ pub enum Value<'a> {
     Null,
     /// Stored out of line and not changed, so not sent.
     Unchanged,
+    /// Left out by [`crate::abridge`].
+    TooLarge,
     /// Postgres' text output.
     Text(&'a [u8]),
     /// Postgres' binary output; only with the option `binary`, which is not asked for.
@@ -238,6 +242,7 @@ fn tuple<'a>(input: &mut Input<'a>) -> Result<Tuple<'a>, DecodeError> {
         values.push(match input.byte()? {
             b'n' => Value::Null,
             b'u' => Value::Unchanged,
+            TOO_LARGE => Value::TooLarge,
             b't' => {
                 let length = input.length()?;
                 Value::Text(input.take(length)?)

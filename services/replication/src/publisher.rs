@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::append::{Appender, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES};
 use crate::assemble::Outgoing;
-use crate::error::Error;
+use crate::error::{Error, Place};
 use crate::reader::{Queued, Reached};
 
 /// With nothing to publish, the slot is confirmed this long after the WAL moved …
@@ -108,7 +108,13 @@ impl Publisher {
             messages.push(queued.message);
             spans.push((queued.span, queued.room));
         }
-        self.appender.append(&messages).await?;
+        if let Err(error) = self.appender.append(&messages).await {
+            let first = messages.first().map(|first| Place { lsn: first.lsn, xid: Some(first.xid), table: None });
+            return Err(match first {
+                Some(place) => error.at(place),
+                None => error,
+            });
+        }
         self.appended += messages.len() as u64;
         if let Some(last) = messages.iter().rfind(|message| message.last) {
             self.hold(last.end_lsn);

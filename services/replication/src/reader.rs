@@ -8,15 +8,16 @@ use std::sync::Arc;
 use millstream_catalog::Table;
 use millstream_runtime::telemetry;
 use millstream_schemas::Lsn;
-use pgwire_replication::ReplicationEvent;
 use sqlx::{PgPool, Row};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::Span;
 
-use crate::assemble::{AssembleError, Assembler, Filled, Lookup, Outgoing, Step};
+use crate::assemble::{AssembleError, Assembler, Filled, Found, Limits, Lookup, Outgoing, Step};
 use crate::error::Error;
-use crate::pgoutput::Message;
-use crate::wal::{self, Wal};
+use crate::fault;
+use crate::left_out::Report;
+use crate::pgoutput::{self, Message};
+use crate::wal::{Event, Wal};
 use crate::witness::{Landmark, Witness};
 
 /// Most messages between reader and publisher.
@@ -52,6 +53,8 @@ pub struct Reader {
     assembler: Assembler,
     witness: Witness,
     pool: PgPool,
+    limits: Limits,
+    report: Report,
     queue: mpsc::Sender<Queued>,
     room: Arc<Semaphore>,
     confirmed: watch::Receiver<Lsn>,
@@ -70,6 +73,8 @@ impl Reader {
         through: Lsn,
         witness: Witness,
         accepted: HashSet<u64>,
+        limits: Limits,
+        report: Report,
         pool: PgPool,
         queue: mpsc::Sender<Queued>,
         confirmed: watch::Receiver<Lsn>,
@@ -77,10 +82,12 @@ impl Reader {
     ) -> Self {
         Reader {
             wal,
-            assembler: Assembler::new(tables.clone(), through, accepted),
+            assembler: Assembler::new(tables.clone(), through, accepted, limits),
             witness,
             tables,
             pool,
+            limits,
+            report,
             queue,
             room: Arc::new(Semaphore::new(QUEUE_BYTES)),
             confirmed,
@@ -90,25 +97,35 @@ impl Reader {
         }
     }
 
-    /// Runs until something fails.
+    /// Runs until something fails; says at which transaction.
     pub async fn run(mut self) -> Result<Infallible, Error> {
+        match self.read().await {
+            Ok(never) => match never {},
+            Err(error) => Err(error.at(self.assembler.place())),
+        }
+    }
+
+    async fn read(&mut self) -> Result<Infallible, Error> {
         loop {
-            let event = tokio::select! {
-                event = self.wal.next() => event?,
+            let received = tokio::select! {
+                received = self.wal.next() => received?,
                 changed = self.confirmed.changed() => {
                     self.confirm(changed)?;
                     continue;
                 }
             };
-            if let ReplicationEvent::KeepAlive { wal_end, .. } = &event {
-                // With nothing open, the server has sent everything that committed before.
-                if !self.assembler.is_open() {
-                    self.witness.reached(Lsn(wal_end.0))?;
-                    self.reach(Lsn(wal_end.0));
+            let data = match &received.event {
+                Event::Message(data) => data,
+                Event::KeepAlive(lsn) => {
+                    // With nothing open, the server has sent everything that committed before.
+                    if self.assembler.open().is_none() {
+                        self.witness.reached(*lsn)?;
+                        self.reach(*lsn);
+                    }
+                    continue;
                 }
-                continue;
-            }
-            let Some(message) = wal::message(&event).map_err(AssembleError::Decode)? else { continue };
+            };
+            let message = pgoutput::decode(data).map_err(AssembleError::Decode)?;
             if let Message::Begin { final_lsn, at, xid } = message {
                 self.witness.begins(Landmark { lsn: final_lsn, xid, at })?;
             }
@@ -119,8 +136,12 @@ impl Reader {
                 Some(lookup) => self.fill(&lookup).await?,
                 None => Filled::new(),
             };
+            let (lsn, xid) = self.assembler.open().unwrap_or_default();
             let mut out = std::mem::take(&mut self.out);
             let step = self.assembler.handle(&message, &filled, &mut out)?;
+            for left_out in self.assembler.take_left_out() {
+                self.report.tell(&left_out, lsn, xid);
+            }
             if !out.is_empty() {
                 self.push(&mut out, step).await?;
             }
@@ -175,15 +196,23 @@ impl Reader {
             slot.send(Queued { message, span, room });
             self.queued += 1;
         }
-        self.wal.was_busy();
         Ok(())
     }
 
-    /// Reads large values that the change stream did not repeat. A row that is gone by now, or has another key or scope, is
-    /// settled by a later message of the change stream.
+    /// Reads large values that the change stream did not repeat, unless they are too large to be sent. A row that is gone by
+    /// now, or has another key or scope, is settled by a later message of the change stream.
     async fn fill(&mut self, lookup: &Lookup) -> Result<Filled, Error> {
         let table = &self.tables[lookup.table];
-        let columns: Vec<String> = lookup.columns.iter().map(|&column| table.columns[column].text()).collect();
+        let limit = self.limits.row;
+        let columns: Vec<String> = lookup
+            .columns
+            .iter()
+            .map(|&column| {
+                let text = table.columns[column].text();
+                let bytes = format!("octet_length({text})");
+                format!("CASE WHEN {bytes} <= {limit} THEN {text} END, coalesce({bytes} > {limit}, false)")
+            })
+            .collect();
         let fixed: Vec<String> = lookup
             .fixed
             .iter()
@@ -201,10 +230,20 @@ impl Reader {
         for (_, value) in &lookup.fixed {
             query = query.bind(value);
         }
-        let row = query.fetch_optional(&self.pool).await.map_err(Error::postgres("read an unchanged large value"))?;
-        self.wal.was_busy();
-        Ok(row.map_or_else(Filled::new, |row| {
-            lookup.columns.iter().enumerate().map(|(index, &column)| (column, row.get(index))).collect()
-        }))
+        let row = match query.fetch_optional(&self.pool).await {
+            Ok(Some(row)) => row,
+            Ok(None) => return Ok(Filled::new()),
+            // So large that Postgres itself cannot write it as text.
+            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| fault::is_about_content(&code)) => {
+                return Ok(lookup.columns.iter().map(|&column| (column, Found::TooLarge)).collect());
+            }
+            Err(source) => return Err(Error::Lookup { source }),
+        };
+        let found = |index: usize| match (row.get(2 * index), row.get::<bool, _>(2 * index + 1)) {
+            (_, true) => Found::TooLarge,
+            (Some(text), _) => Found::Text(text),
+            (None, false) => Found::Null,
+        };
+        Ok(lookup.columns.iter().enumerate().map(|(index, &column)| (column, found(index))).collect())
     }
 }

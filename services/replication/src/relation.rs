@@ -84,6 +84,8 @@ pub enum Cell<'a> {
     Absent,
     /// Stored out of line and not changed, so not sent.
     Unchanged,
+    /// It cannot be carried: it is too large, or no UTF-8.
+    Unsendable,
     /// Null.
     Null,
     /// Its text.
@@ -95,7 +97,7 @@ impl<'a> Cell<'a> {
     pub fn text(self) -> Option<&'a str> {
         match self {
             Cell::Text(text) => Some(text),
-            Cell::Null | Cell::Absent | Cell::Unchanged => None,
+            Cell::Null | Cell::Absent | Cell::Unchanged | Cell::Unsendable => None,
         }
     }
 
@@ -122,9 +124,6 @@ pub enum BadTuple {
     /// A value in binary, which was not asked for.
     #[error("a value came in binary format")]
     Binary,
-    /// A text that is not UTF-8.
-    #[error("a value is not UTF-8")]
-    NotUtf8,
 }
 
 impl Mapping {
@@ -151,7 +150,8 @@ impl Mapping {
                 Some(at) if !key_only || self.identity[*at] => match tuple[*at] {
                     Value::Null => Ok(Cell::Null),
                     Value::Unchanged => Ok(Cell::Unchanged),
-                    Value::Text(bytes) => std::str::from_utf8(bytes).map(Cell::Text).map_err(|_| BadTuple::NotUtf8),
+                    Value::TooLarge => Ok(Cell::Unsendable),
+                    Value::Text(bytes) => Ok(std::str::from_utf8(bytes).map_or(Cell::Unsendable, Cell::Text)),
                     Value::Binary(_) => Err(BadTuple::Binary),
                 },
                 _ => Ok(Cell::Absent),

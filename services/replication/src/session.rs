@@ -3,13 +3,15 @@
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use millstream_catalog::{Catalog, Config, layout};
 use millstream_runtime::health::Health;
 use millstream_runtime::nats::{self, Nats};
+use millstream_runtime::postgres;
 use millstream_schemas::Lsn;
-use millstream_schemas::stream::Watermark;
+use millstream_schemas::stream::{MIN_PAYLOAD_BYTES, Watermark};
 use millstream_schemas::subject::WAL_STREAM;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{PgConnection, PgPool};
@@ -17,9 +19,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::append::{self, Appender, Tail};
+use crate::assemble::Limits;
 use crate::error::Error;
+use crate::fault::Faults;
 use crate::lag::Gauges;
 use crate::leader::Leader;
+use crate::left_out::Report;
 use crate::publisher::{Publisher, mark};
 use crate::reader::{QUEUE_MESSAGES, Reached, Reader};
 use crate::wal::Source;
@@ -59,6 +64,10 @@ pub struct Shared {
     pub health: Health,
     /// Metrics.
     pub gauges: Gauges,
+    /// What is passed over.
+    pub report: Report,
+    /// The next session begins a new epoch: behind a transaction that cannot be carried.
+    pub pass_over: AtomicBool,
 }
 
 /// Where a session starts.
@@ -82,19 +91,33 @@ impl Start {
     }
 }
 
-/// Runs one session; returns when it has failed.
-pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible, Error> {
+/// Runs one session; returns when it has failed. `faults` say what those before it failed at.
+pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> Result<Infallible, Error> {
     let health = &shared.health;
     let stream = nats::stream(&shared.nats.jetstream, WAL_STREAM).await?;
-    health.set_ready(part::NATS, true);
+    let max_payload = shared.nats.client.max_payload();
+    if max_payload < MIN_PAYLOAD_BYTES {
+        return Err(Error::Payload(max_payload));
+    }
+    // A broker whose disk is full still answers.
+    let broker_is_back = || health.set_ready(part::NATS, true);
+    if !faults.broker {
+        broker_is_back();
+    }
     let waiting = || {
         tracing::info!(slot = shared.slot, "standing by: another process is leader");
+        broker_is_back();
         health.set_ready(part::POSTGRES, true);
         health.set_ready(part::LEADER, true);
     };
     let mut leader = Leader::wait(&shared.options, &shared.slot, waiting).await?;
+    // It was ready as a standby.
+    health.set_ready(part::LEADER, false);
     health.set_ready(part::POSTGRES, true);
     let connection = leader.connection();
+    postgres::ask(connection, "leader lock", &shared.options)
+        .await
+        .map_err(Error::postgres("ask for its encryption"))?;
     let catalog = load(&shared.config, connection).await?;
     identity::check(connection, &catalog, &shared.publication).await?;
 
@@ -104,7 +127,12 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     let nats = &shared.nats;
     let appender =
         |epoch, previous, landmark| Appender::new(nats.clone(), epoch, &catalog.version, sequence, previous, landmark);
-    let (start, witness, appender) = match (epoch::verdict(&shared.slot, &source, tail.as_ref()), tail) {
+    let verdict = if shared.pass_over.load(Ordering::Relaxed) {
+        Err(epoch::Reason::Uncarriable)
+    } else {
+        epoch::verdict(&shared.slot, &source, tail.as_ref())
+    };
+    let (start, witness, appender) = match (verdict, tail) {
         (Ok(()), Some(tail)) => {
             let start = Start::behind(&tail);
             epoch::release(connection, &shared.slot).await?;
@@ -118,8 +146,8 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
             let previous = if epoch == tail.epoch { start.through } else { Lsn::ZERO };
             let mut appender = appender(epoch, previous, tail.landmark);
             let confirmed = source.slot.as_ref().map_or(Lsn::ZERO, |slot| slot.confirmed);
-            if tail.schema != catalog.version && tail.last {
-                // Edges learn of it from the stream; behind a transaction that was cut, from its rest.
+            if (faults.broker || tail.schema != catalog.version) && tail.last {
+                // Edges learn of a new schema from the stream; behind a transaction that was cut, from its rest.
                 appender.append(&[mark(start.held)]).await?;
             }
             (start, Witness::new(tail.landmark, confirmed), appender)
@@ -140,6 +168,9 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
             let first = mark(begins);
             let through = first.lsn;
             appender.append(&[first]).await?;
+            if shared.pass_over.swap(false, Ordering::Relaxed) {
+                shared.report.epoch();
+            }
             (Start { through, held: begins }, Witness::default(), appender)
         }
     };
@@ -148,8 +179,6 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
         epoch = %appender.epoch(), stream.seq = appender.sequence(), wal.lsn = %start.held, slot = shared.slot,
         "leader: replicating"
     );
-    health.set_ready(part::LEADER, true);
-
     let (queue, queued) = mpsc::channel(QUEUE_MESSAGES);
     let (reached, reached_seen) = watch::channel(Reached::default());
     let (confirmed, confirmed_seen) = watch::channel(Lsn::ZERO);
@@ -161,6 +190,8 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
         start.through,
         witness,
         accepted.clone(),
+        Limits::of(max_payload),
+        shared.report.clone(),
         shared.pool.clone(),
         queue,
         confirmed_seen,
@@ -174,18 +205,34 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>) -> Result<Infallible,
     tasks.spawn(publisher.run());
     tasks.spawn(watch_schema(shared.config.clone(), shared.publication.clone(), shared.pool.clone(), version));
     tasks.spawn(lag::measure(shared.gauges.clone(), shared.pool.clone(), shared.slot.clone(), marked_seen.clone()));
+    tasks.spawn(get_ready(shared.health.clone(), faults.stuck, marked_seen.clone()));
     tasks.spawn(watermark::answer(nats.client.clone(), shared.pool.clone(), marked_seen));
     tasks.spawn(async move { Err(leader.hold().await) });
     let ended = match tasks.join_next().await {
         Some(Ok(ended)) => ended,
         Some(Err(_)) | None => Err(Error::PartEnded),
     };
-    if let Err(Error::HistoryDiffers(_)) = &ended {
+    if let Err(error) = &ended
+        && let Error::HistoryDiffers(_) = error.cause()
+    {
         // The stream's epoch is now another than the database's: the next session begins a new one.
         let mut connection = shared.pool.acquire().await.map_err(Error::postgres("connect"))?;
         epoch::renew(&mut connection).await?;
     }
     ended
+}
+
+/// Says that the leader does its work: once the stream holds the transaction that sessions before this one failed at.
+async fn get_ready(
+    health: Health,
+    stuck: Option<Lsn>,
+    mut marked: watch::Receiver<Watermark>,
+) -> Result<Infallible, Error> {
+    let passed = |watermark: &Watermark| stuck.is_none_or(|stuck| watermark.lsn > stuck);
+    marked.wait_for(passed).await.map_err(|_| Error::PartEnded)?;
+    health.set_ready(part::NATS, true);
+    health.set_ready(part::LEADER, true);
+    std::future::pending().await
 }
 
 async fn load(config: &Path, connection: &mut PgConnection) -> Result<Catalog, Error> {

@@ -1,49 +1,59 @@
-//! The replication connection: a thin wrapper of `pgwire-replication`, which owns the socket in a task of its own and
-//! goes on answering the server while we are busy publishing. Decoding is ours ([`crate::pgoutput`]).
+//! The replication connection. A task of its own owns the socket ([`feed`]) and goes on answering the server while we are busy
+//! publishing. Authentication and framing are `pgwire-replication`'s; what is read is ours, so that no message of the change
+//! stream is too long ([`crate::abridge`]).
 
+mod connect;
+mod feed;
+mod tls;
+
+use std::str::FromStr;
 use std::time::Duration;
 
 use millstream_runtime::postgres::TEXT_SETTINGS;
 use millstream_schemas::Lsn;
-use pgwire_replication::{ReplicationClient, ReplicationConfig, ReplicationEvent, SslMode, TlsConfig};
-use tokio::time::Instant;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use url::Url;
 
+use self::feed::Feed;
+pub use self::feed::{Event, Received};
+use self::tls::Tls;
 use crate::error::Error;
-use crate::pgoutput::{self, DecodeError, Message};
 
 /// The session's `wal_sender_timeout`: the server asks for a sign of life after half of it.
 const WAL_SENDER_TIMEOUT: Duration = Duration::from_secs(20);
-/// Silence after which the connection counts as dead. The server speaks at least every half [`WAL_SENDER_TIMEOUT`].
-const MAX_SILENCE: Duration = Duration::from_secs(2 * WAL_SENDER_TIMEOUT.as_secs());
-/// A confirmed position reaches the server within this time.
-const STATUS_INTERVAL: Duration = Duration::from_secs(1);
-/// Status reports of our own accord on a silent connection. Longer than the server's timeout on purpose: it would
-/// otherwise never have a reason to speak, and a dead connection would go unnoticed.
-const IDLE_REPORT_INTERVAL: Duration = Duration::from_secs(3600);
-/// Messages between the socket's task and ours.
-const BUFFERED_EVENTS: usize = 512;
-/// Largest message of the change stream, that is largest row, in bytes. Larger ones could not be published either.
-const MAX_WAL_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
 /// Time to connect and start.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest slot name that Postgres takes.
 const MAX_SLOT_NAME_BYTES: usize = 63;
+/// Messages between the socket's task and ours.
+const BUFFERED_EVENTS: usize = 512;
 
 /// Where the change stream comes from.
 #[derive(Clone)]
 pub struct Source {
-    config: ReplicationConfig,
+    /// A folder with the server's socket if it begins with a slash.
+    host: String,
+    port: u16,
+    user: String,
+    password: String,
+    database: String,
+    /// Settings of the session.
+    options: String,
+    tls: Tls,
+    slot: String,
+    publication: String,
 }
 
 impl std::fmt::Debug for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Source").field("slot", &self.config.slot).finish_non_exhaustive()
+        f.debug_struct("Source").field("slot", &self.slot).finish_non_exhaustive()
     }
 }
 
 impl Source {
-    /// Takes the connection URL apart.
+    /// Takes the connection URL apart, as the ordinary connections do.
     pub fn new(database_url: &str, slot: &str, publication: &str) -> Result<Source, Error> {
         // The name goes into the replication command as it is.
         let named = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
@@ -57,49 +67,51 @@ impl Source {
         if !matches!(url.scheme(), "postgres" | "postgresql") {
             return Err(Error::Config("DATABASE_URL: expected postgres://user:password@host:port/database".into()));
         }
-        let parameter =
-            |name: &str| url.query_pairs().find_map(|(key, value)| (key == name).then(|| value.into_owned()));
-        let host = parameter("host").or_else(|| url.host_str().filter(|host| !host.is_empty()).map(decode));
-        let host = host.unwrap_or_else(|| "localhost".into());
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let user = parameter("user").unwrap_or_else(|| decode(url.username()));
-        let user = if user.is_empty() { "postgres".to_owned() } else { user };
-        let password = parameter("password").or_else(|| url.password().map(decode));
-        let password = password.or_else(|| std::env::var("PGPASSWORD").ok()).unwrap_or_default();
-        let path = decode(url.path().trim_start_matches('/'));
-        let database = parameter("dbname").unwrap_or(if path.is_empty() { user.clone() } else { path });
-        let port = match parameter("port") {
-            Some(port) => port.parse().map_err(|_| Error::Config("DATABASE_URL: the port is not a number".into()))?,
-            None => url.port().unwrap_or(5432),
+        let parsed = PgConnectOptions::from_str(database_url)
+            .map_err(|error| Error::Config(format!("DATABASE_URL: {error}")))?;
+        let parameter = |names: &[&str]| {
+            let named = url.query_pairs().filter(|(key, _)| names.contains(&key.as_ref()));
+            named.last().map(|(_, value)| value.into_owned())
         };
-        let tls = tls(&host, parameter("sslmode").as_deref(), parameter("sslrootcert"))?;
+        let socket = parsed.get_socket().map(|path| path.to_string_lossy().into_owned());
+        let host = socket.unwrap_or_else(|| parsed.get_host().trim_matches(['[', ']']).to_owned());
+        let user = parsed.get_username().to_owned();
+        let password = parameter(&["password"]).or_else(|| url.password().map(decode));
+        let password = password.or_else(|| std::env::var("PGPASSWORD").ok()).unwrap_or_default();
         let mut options = String::new();
         for (name, value) in TEXT_SETTINGS {
             options.push_str(&format!("-c {name}={value} "));
         }
         options.push_str(&format!("-c wal_sender_timeout={}", WAL_SENDER_TIMEOUT.as_millis()));
-        let config = ReplicationConfig::new(host, user, password, database, slot, publication)
-            .with_port(port)
-            .with_tls(tls)
-            .with_options(options)
-            .with_application_name("millstream-replication-wal")
-            .with_status_interval(STATUS_INTERVAL)
-            .with_wakeup_interval(IDLE_REPORT_INTERVAL)
-            .with_buffer_size(BUFFERED_EVENTS)
-            .with_max_message_size(MAX_WAL_MESSAGE_BYTES);
-        Ok(Source { config })
+        let file = |names: &[&str], variable| parameter(names).or_else(|| std::env::var(variable).ok());
+        Ok(Source {
+            port: parsed.get_port(),
+            database: parsed.get_database().unwrap_or(&user).to_owned(),
+            tls: Tls {
+                mode: parsed.get_ssl_mode(),
+                root: file(&["sslrootcert", "ssl-root-cert", "ssl-ca"], "PGSSLROOTCERT"),
+                certificate: file(&["sslcert", "ssl-cert"], "PGSSLCERT"),
+                key: file(&["sslkey", "ssl-key"], "PGSSLKEY"),
+            },
+            host,
+            user,
+            password,
+            options,
+            slot: slot.to_owned(),
+            publication: publication.to_owned(),
+        })
     }
 
     /// Starts the change stream where the slot has been confirmed.
     pub async fn start(&self) -> Result<Wal, Error> {
-        let config = self.config.clone().with_start_lsn(to_wire(Lsn::ZERO));
-        let failed = |operation| move |source| Error::Wal { operation, source };
-        let mut client = ReplicationClient::connect(config).await.map_err(failed("connect"))?;
-        tokio::time::timeout(START_TIMEOUT, client.wait_started())
+        let stream = tokio::time::timeout(START_TIMEOUT, connect::start(self))
             .await
-            .map_err(|_| Error::WalSilent(START_TIMEOUT))?
-            .map_err(failed("start replication"))?;
-        Ok(Wal { client, heard: Instant::now() })
+            .map_err(|_| Error::WalSilent(START_TIMEOUT))??;
+        let (events, received) = mpsc::channel(BUFFERED_EVENTS);
+        let (confirmed, confirmations) = watch::channel(Lsn::ZERO);
+        let mut task = JoinSet::new();
+        task.spawn(Feed::new(stream, events, confirmations).run());
+        Ok(Wal { received, confirmed, _task: task })
     }
 }
 
@@ -123,80 +135,27 @@ fn decode(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn tls(host: &str, mode: Option<&str>, root: Option<String>) -> Result<TlsConfig, Error> {
-    let mode = match mode.unwrap_or("prefer") {
-        "disable" => SslMode::Disable,
-        "allow" | "prefer" => SslMode::Prefer,
-        "require" => SslMode::Require,
-        "verify-ca" => SslMode::VerifyCa,
-        "verify-full" => SslMode::VerifyFull,
-        other => return Err(Error::Config(format!("DATABASE_URL: unknown sslmode {other:?}"))),
-    };
-    let optional = matches!(mode, SslMode::Disable | SslMode::Prefer);
-    if host.starts_with('/') || (optional && !cfg!(feature = "tls")) {
-        return Ok(TlsConfig::disabled());
-    }
-    if !cfg!(feature = "tls") {
-        return Err(Error::Config(
-            "DATABASE_URL: sslmode asks for TLS, and this build has none on the replication connection \
-             (build with the cargo feature `tls`)"
-                .into(),
-        ));
-    }
-    Ok(TlsConfig { mode, ca_pem_path: root.map(Into::into), ..TlsConfig::disabled() })
-}
-
-fn to_wire(lsn: Lsn) -> pgwire_replication::Lsn {
-    pgwire_replication::Lsn(lsn.0)
-}
-
-/// The change stream.
+/// The change stream. Dropping it closes the connection.
 pub struct Wal {
-    client: ReplicationClient,
-    heard: Instant,
+    received: mpsc::Receiver<Result<Received, Error>>,
+    confirmed: watch::Sender<Lsn>,
+    _task: JoinSet<()>,
 }
 
 impl Wal {
     /// The next event. May be dropped and called again without losing anything.
-    pub async fn next(&mut self) -> Result<ReplicationEvent, Error> {
-        match tokio::time::timeout_at(self.heard + MAX_SILENCE, self.client.recv()).await {
-            Err(_) => Err(Error::WalSilent(MAX_SILENCE)),
-            Ok(Err(source)) => Err(Error::Wal { operation: "read", source }),
-            Ok(Ok(None)) => Err(Error::WalEnded),
-            Ok(Ok(Some(event))) => {
-                self.heard = Instant::now();
-                Ok(event)
-            }
-        }
+    pub async fn next(&mut self) -> Result<Received, Error> {
+        self.received.recv().await.unwrap_or(Err(Error::WalEnded))
     }
 
     /// Tells the server that everything before this LSN is safe.
     pub fn confirm(&self, lsn: Lsn) {
-        self.client.update_applied_lsn(to_wire(lsn));
+        self.confirmed.send_if_modified(|confirmed| {
+            let ahead = lsn > *confirmed;
+            *confirmed = lsn.max(*confirmed);
+            ahead
+        });
     }
-
-    /// Time spent elsewhere does not count as the server's silence.
-    pub fn was_busy(&mut self) {
-        self.heard = Instant::now();
-    }
-}
-
-/// The `pgoutput` message of an event; none for keep-alives.
-pub fn message(event: &ReplicationEvent) -> Result<Option<Message<'_>>, DecodeError> {
-    // The client library has parsed the boundaries already, everything else comes as it was sent.
-    Ok(Some(match event {
-        ReplicationEvent::Begin { final_lsn, xid, commit_time_micros } => {
-            Message::Begin { final_lsn: Lsn(final_lsn.0), at: pgoutput::unix_micros(*commit_time_micros), xid: *xid }
-        }
-        ReplicationEvent::Commit { lsn, end_lsn, commit_time_micros } => {
-            Message::Commit { lsn: Lsn(lsn.0), end_lsn: Lsn(end_lsn.0), at: pgoutput::unix_micros(*commit_time_micros) }
-        }
-        ReplicationEvent::Message { transactional, prefix, content, .. } => {
-            Message::Logical { transactional: *transactional, prefix, content }
-        }
-        ReplicationEvent::XLogData { data, .. } => pgoutput::decode(data)?,
-        ReplicationEvent::KeepAlive { .. } | ReplicationEvent::StoppedAt { .. } => return Ok(None),
-    }))
 }
 
 #[cfg(test)]
@@ -206,13 +165,13 @@ mod tests {
     #[test]
     fn urls_are_taken_apart() {
         let check = |url: &str, expected: (&str, u16, &str, &str, &str)| {
-            let config = Source::new(url, "millstream", "millstream").unwrap().config;
+            let source = Source::new(url, "millstream", "millstream").unwrap();
             let found = (
-                config.host.as_str(),
-                config.port,
-                config.user.as_str(),
-                config.password.as_str(),
-                config.database.as_str(),
+                source.host.as_str(),
+                source.port,
+                source.user.as_str(),
+                source.password.as_str(),
+                source.database.as_str(),
             );
             assert_eq!(found, expected);
         };
@@ -233,6 +192,16 @@ mod tests {
         for url in ["", "mysql://u@h/d", "postgres://u@h/d?sslmode=maybe", "postgres://u@h/d?port=x"] {
             assert!(Source::new(url, "s", "p").is_err(), "{url}");
         }
-        assert_eq!(Source::new("postgres://u@h/d?sslmode=verify-full", "s", "p").is_ok(), cfg!(feature = "tls"));
+        for mode in ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] {
+            assert!(Source::new(&format!("{url}?sslmode={mode}"), "s", "p").is_ok(), "{mode}");
+        }
+    }
+
+    #[test]
+    fn errors_do_not_repeat_the_password() {
+        for url in ["postgres://u:hush@h:x/d", "postgres://u:hush@h/d?sslmode=maybe", "mysql://u:hush@h/d"] {
+            let error = Source::new(url, "s", "p").unwrap_err();
+            assert!(!error.chain().contains("hush"), "{}", error.chain());
+        }
     }
 }

@@ -75,7 +75,7 @@ impl Health {
     }
 
     /// A line for each part, then for each note.
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         let state = self.state();
         let parts = state.parts.iter().map(|(part, ready)| (*part, if *ready { "ok" } else { "not ready" }));
         let notes = state.notes.iter().map(|(about, note)| (about.as_str(), *note));

@@ -1,8 +1,13 @@
 //! Connections to Postgres, with pinned settings so that every value's text form is the same everywhere.
 
+use std::error::Error;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rustls::CertificateError;
+use sqlx::PgConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
 /// How to reach Postgres.
@@ -50,13 +55,113 @@ pub fn options(args: &Args, service: &str) -> Result<PgConnectOptions, sqlx::Err
         .statement_cache_capacity(STATEMENT_CACHE))
 }
 
-/// A pool that connects when first used.
+/// Writes into the log whether a connection is encrypted.
+pub fn tell(connection: &str, host: &str, encrypted: bool) {
+    let encryption = if encrypted { "tls" } else { "plain text" };
+    tracing::info!(
+        postgres.connection = connection,
+        postgres.encryption = encryption,
+        postgres.host = host,
+        "connected to Postgres"
+    );
+}
+
+/// Asks the server whether a connection is encrypted, for [`tell`].
+///
+/// # Errors
+/// The connection is lost.
+pub async fn ask(connection: &mut PgConnection, name: &str, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+    let encrypted: Option<bool> =
+        sqlx::query_scalar("SELECT coalesce(ssl, false) FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+            .fetch_optional(connection)
+            .await?;
+    tell(name, options.get_host(), encrypted.unwrap_or(false));
+    Ok(())
+}
+
+/// A pool that connects when first used, and then says how.
 ///
 /// # Errors
 /// The URL is malformed.
 pub fn pool(args: &Args, service: &str, max_connections: u32) -> Result<PgPool, sqlx::Error> {
-    Ok(PgPoolOptions::new()
+    let options = options(args, service)?;
+    let (told, asked) = (Arc::new(AtomicBool::new(false)), options.clone());
+    let pool = PgPoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        .connect_lazy_with(options(args, service)?))
+        .after_connect(move |connection, _| {
+            let (told, asked) = (told.clone(), asked.clone());
+            Box::pin(async move {
+                if !told.swap(true, Ordering::Relaxed) {
+                    ask(connection, "pool", &asked).await?;
+                }
+                Ok(())
+            })
+        })
+        .connect_lazy_with(options);
+    // So that what is wrong with TLS is said at the start, once.
+    let first = pool.clone();
+    tokio::spawn(async move {
+        if let Err(error) = first.acquire().await
+            && let Some(advice) = advice(&error)
+        {
+            tracing::error!(%error, "cannot connect to Postgres: {advice}");
+        }
+    });
+    Ok(pool)
+}
+
+/// What to do about an error of TLS, if it is one of those that a setting mends.
+pub fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
+    const NO_TLS: &str =
+        "the server has no TLS, and sslmode requires it: switch it on in Postgres, or choose another sslmode";
+    const UNKNOWN: &str = "the server's certificate is of no trusted authority: name the file with the authority's certificate by \
+                           sslrootcert (or PGSSLROOTCERT)";
+    const NAME: &str =
+        "the server's certificate is not for this host: connect by a name that it has, or use sslmode=verify-ca";
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(sqlx::Error::Tls(inner)) = error.downcast_ref() {
+            // sqlx has a text for this, and no code.
+            let refused = inner.to_string() == "server does not support TLS";
+            return if refused { Some(NO_TLS) } else { advice(inner.as_ref()) };
+        }
+        if let Some(rustls::Error::InvalidCertificate(wrong)) = error.downcast_ref() {
+            return match wrong {
+                CertificateError::UnknownIssuer => Some(UNKNOWN),
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => Some(NAME),
+                _ => None,
+            };
+        }
+        // An `io::Error` shows the cause of what it holds as its own, and not what it holds.
+        next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_about_tls_is_said() {
+        let certificate = |wrong| rustls::Error::InvalidCertificate(wrong);
+        let io = |inner| sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::InvalidData, inner));
+        for (error, expected) in [
+            (sqlx::Error::Tls("server does not support TLS".into()), Some("switch it on")),
+            (io(certificate(CertificateError::UnknownIssuer)), Some("sslrootcert")),
+            (sqlx::Error::Tls(certificate(CertificateError::UnknownIssuer).into()), Some("sslrootcert")),
+            (io(certificate(CertificateError::NotValidForName)), Some("verify-ca")),
+            (io(certificate(CertificateError::Expired)), None),
+            (sqlx::Error::Io(std::io::ErrorKind::ConnectionRefused.into()), None),
+            (sqlx::Error::PoolTimedOut, None),
+        ] {
+            let advice = advice(&error);
+            assert_eq!(advice.is_some(), expected.is_some(), "{error}");
+            assert!(expected.is_none_or(|text| advice.unwrap().contains(text)), "{advice:?}");
+        }
+    }
 }

@@ -6,11 +6,13 @@
 
 use std::io::IsTerminal;
 
+pub use opentelemetry::KeyValue;
+pub use opentelemetry::metrics::Counter;
 use millstream_schemas::trace::is_valid;
 use opentelemetry::metrics::Meter;
 use opentelemetry::trace::{Link, SpanContext, SpanKind, TraceState};
 use opentelemetry::trace::{TraceContextExt, TracerProvider};
-use opentelemetry::{Context, KeyValue, SpanId, TraceFlags, TraceId};
+use opentelemetry::{Context, SpanId, TraceFlags, TraceId};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::trace::{SamplingResult, SdkTracerProvider, ShouldSample};

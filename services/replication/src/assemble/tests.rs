@@ -1,12 +1,15 @@
 use super::*;
-use crate::pgoutput::{RelationColumn, Value};
+use crate::pgoutput::{RelationColumn, Tuple};
 use millstream_catalog::{Column, Members, Membership, WriteRules};
+use millstream_schemas::stream::{MAX_MESSAGE_BYTES, MAX_ROW_BYTES};
 use millstream_schemas::{TableChanges, TableScope};
 
 const TASKS: u32 = 100;
 const MEMBERS: u32 = 200;
 const NOTICES: u32 = 300;
 const FOREIGN: u32 = 999;
+const LIMITS: Limits = Limits { row: MAX_ROW_BYTES, message: MAX_MESSAGE_BYTES };
+const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<TableScope>) -> Table {
     Table {
@@ -71,6 +74,7 @@ fn tuple(values: &[&'static str]) -> Tuple<'static> {
         .map(|value| match *value {
             "∅" => Value::Null,
             "…" => Value::Unchanged,
+            "▒" => Value::TooLarge,
             text => Value::Text(text.as_bytes()),
         })
         .collect()
@@ -98,7 +102,7 @@ fn old_full(values: &[&'static str]) -> Option<Old<'static>> {
 
 /// Runs one transaction with commit LSN 0/64 through an assembler.
 fn assemble(rows: Vec<Message<'_>>) -> Vec<Outgoing> {
-    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new());
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new(), LIMITS);
     run(&mut assembler, 100, rows)
 }
 
@@ -209,7 +213,7 @@ fn unchanged_large_values() {
 
 #[test]
 fn unchanged_large_values_are_read_for_new_readers() {
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new(), LIMITS);
     let mut out = Vec::new();
     let nothing = Filled::new();
     let begin = Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 };
@@ -229,7 +233,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
         assert_eq!(assembler.lookup(&moves).unwrap(), Some(expected));
     }
     let moves = update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]);
-    assembler.handle(&moves, &vec![(2, Some("large".into()))], &mut out).unwrap();
+    assembler.handle(&moves, &vec![(2, Found::Text("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
     assert_eq!(texts(&out), ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,large]"]);
@@ -240,7 +244,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
 fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
     let project = |column| TableScope { kind: "project".into(), column: Some(column) };
     let tasks = table(TASKS, "tasks", &["id", "project_id", "other_id", "title"], &[0], vec![project(1), project(2)]);
-    let mut assembler = Assembler::new(Arc::new([tasks]), Lsn::ZERO, HashSet::new());
+    let mut assembler = Assembler::new(Arc::new([tasks]), Lsn::ZERO, HashSet::new(), LIMITS);
     let (mut out, nothing) = (Vec::new(), Filled::new());
     let columns = [("id", true), ("project_id", true), ("other_id", true), ("title", false)];
     let begin = Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 };
@@ -251,7 +255,7 @@ fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
     let fixed = [Some("t1"), Some("p1"), None];
     let fixed = fixed.into_iter().enumerate().map(|(column, value)| (column, value.map(str::to_owned))).collect();
     assert_eq!(assembler.lookup(&leaves).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![3] }));
-    assembler.handle(&leaves, &vec![(3, Some("large".into()))], &mut out).unwrap();
+    assembler.handle(&leaves, &vec![(3, Found::Text("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
     assert_eq!(texts(&out), ["ms.wal.project.p2 delete tasks[t1]", "ms.wal.project.p1 upsert tasks[t1,p1,∅,large]"]);
@@ -261,10 +265,92 @@ fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
 #[test]
 fn rows_that_are_too_large_are_withdrawn() {
     let large: &'static str = Box::leak("x".repeat(MAX_ROW_BYTES).into_boxed_str());
+    let quotes: &'static str = Box::leak("\"".repeat(MAX_ROW_BYTES / 2).into_boxed_str());
+    for title in [large, quotes, "▒"] {
+        check(
+            vec![insert(TASKS, &[title, "t1", "p1"]), insert(TASKS, &["small", "t2", "p1"])],
+            &["ms.wal.project.p1 delete tasks[t1] upsert tasks[t2,p1,small]"],
+        );
+        check(vec![update(TASKS, None, &[title, "t1", "p1"])], &["ms.wal.project.p1 delete tasks[t1]"]);
+        // From every scope that it was in, and is in now.
+        check(
+            vec![update(TASKS, old_full(&[title, "t1", "p1"]), &[title, "t1", "p2"])],
+            &["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 delete tasks[t1]"],
+        );
+        check(
+            vec![update(TASKS, old_full(&[title, "t1", "p1"]), &["…", "t1", "p1"])],
+            &["ms.wal.project.p1 delete tasks[t1]"],
+        );
+        check(
+            vec![update(TASKS, old_full(&[title, "t1", "p1"]), &["small", "t1", "p1"])],
+            &["ms.wal.project.p1 upsert tasks[t1,p1,small]"],
+        );
+        check(
+            vec![Message::Delete { relation: TASKS, old: Old::Full(tuple(&[title, "t1", "p1"])) }],
+            &["ms.wal.project.p1 delete tasks[t1]"],
+        );
+    }
+    // Without key, or scope, it concerns nobody.
     check(
-        vec![insert(TASKS, &[large, "t1", "p1"]), insert(TASKS, &["small", "t2", "p1"])],
-        &["ms.wal.project.p1 delete tasks[t1] upsert tasks[t2,p1,small]"],
+        vec![insert(TASKS, &["x", "▒", "p1"]), insert(TASKS, &["x", "∅", "p1"]), insert(TASKS, &["x", "t1", "▒"])],
+        &[],
     );
+    check(vec![delete(TASKS, &["∅", "▒", "p1"]), update(TASKS, old_key(&["∅", "▒", "p1"]), &["x", "▒", "p1"])], &[]);
+    let invalid =
+        Message::Insert { relation: TASKS, new: vec![Value::Text(b"\xff"), Value::Text(b"t1"), Value::Text(b"p1")] };
+    check(vec![invalid], &["ms.wal.project.p1 delete tasks[t1]"]);
+}
+
+#[test]
+fn the_limit_of_a_row_is_its_json() {
+    let row = r#"["t1","p1",""]"#.len();
+    let fits: &'static str = Box::leak("x".repeat(MAX_ROW_BYTES - row).into_boxed_str());
+    let over: &'static str = Box::leak("x".repeat(MAX_ROW_BYTES - row + 1).into_boxed_str());
+    let out = assemble(vec![insert(TASKS, &[fits, "t1", "p1"])]);
+    assert!(out[0].payload.len() > MAX_ROW_BYTES);
+    check(vec![insert(TASKS, &[over, "t1", "p1"])], &["ms.wal.project.p1 delete tasks[t1]"]);
+}
+
+#[test]
+fn a_broker_that_takes_less_gets_less() {
+    let limits = Limits::of(1024 * 1024);
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new(), limits);
+    let title: &'static str = Box::leak("x".repeat(limits.row).into_boxed_str());
+    let small: &'static str = Box::leak("x".repeat(100_000).into_boxed_str());
+    let mut rows = vec![insert(TASKS, &[title, "large", "p1"])];
+    rows.extend((0..30).map(|_| insert(TASKS, &[small, "t1", "p1"])));
+    let out = run(&mut assembler, 100, rows);
+    assert!(out.iter().all(|message| message.payload.len() <= limits.message), "{:?}", texts(&out));
+    assert_eq!(assembler.take_left_out(), [LeftOut::Row { table: "tasks".into() }]);
+    let tiny = Limits::of(millstream_schemas::stream::MIN_PAYLOAD_BYTES);
+    assert!(tiny.row > 0 && tiny.message > 0);
+}
+
+/// Clients lack a row that was too large: when it fits again they need it whole.
+#[test]
+fn withdrawn_rows_are_read_once_they_fit() {
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new(), LIMITS);
+    run(&mut assembler, 100, vec![insert(TASKS, &["▒", "t1", "p1"])]);
+    let mut out = Vec::new();
+    let begin = Message::Begin { final_lsn: Lsn(200), at: 5, xid: 7 };
+    assembler.handle(&begin, &Filled::new(), &mut out).unwrap();
+    let other = update(TASKS, None, &["…", "t2", "p1"]);
+    assert_eq!(assembler.lookup(&other).unwrap(), None);
+    let again = update(TASKS, None, &["…", "t1", "p1"]);
+    let lookup = assembler.lookup(&again).unwrap().unwrap();
+    assert_eq!(lookup.columns, [2]);
+    // Still too large.
+    assembler.handle(&again, &vec![(2, Found::TooLarge)], &mut out).unwrap();
+    assert!(assembler.lookup(&again).unwrap().is_some());
+    assembler.handle(&again, &vec![(2, Found::Text("fits".into()))], &mut out).unwrap();
+    assert_eq!(assembler.lookup(&again).unwrap(), None);
+    let commit = Message::Commit { lsn: Lsn(200), end_lsn: Lsn(208), at: 5 };
+    assembler.handle(&commit, &Filled::new(), &mut out).unwrap();
+    assert_eq!(texts(&out), ["ms.wal.project.p1 delete tasks[t1] upsert tasks[t1,p1,fits]"]);
+    // What is missing of an old image that should be whole was too large as well.
+    assembler.handle(&Message::Begin { final_lsn: Lsn(300), at: 5, xid: 8 }, &Filled::new(), &mut out).unwrap();
+    let abridged = update(TASKS, old_full(&["…", "t3", "p1"]), &["…", "t3", "p1"]);
+    assert_eq!(assembler.lookup(&abridged).unwrap().unwrap().columns, [2]);
 }
 
 #[test]
@@ -286,14 +372,14 @@ fn truncation_keeps_its_place() {
 #[test]
 fn headers_tell_the_transaction() {
     let origin =
-        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"seq":4,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}],"traceparent":"00-a-b-01"}"#;
+        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"seq":4,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}],"traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}"#;
     let record = Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: origin };
     let out = assemble(vec![insert(TASKS, &["x", "t1", "p1"]), insert(TASKS, &["x", "t2", "p2"]), record.clone()]);
     assert_eq!(out.len(), 2);
     for (index, message) in out.iter().enumerate() {
         assert_eq!((message.lsn, message.end_lsn, message.xid, message.at), (Lsn(100), Lsn(108), 7, 5));
         assert_eq!((message.index as usize, message.last), (index, index == 1));
-        assert_eq!(message.traceparent.as_deref(), Some("00-a-b-01"));
+        assert_eq!(message.traceparent.as_deref(), Some(TRACE));
     }
     assert_eq!(out[0].origin, None);
     let entries = r#"[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"seq":4,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}]"#;
@@ -319,11 +405,11 @@ fn headers_tell_the_transaction() {
 
 #[test]
 fn what_the_stream_holds_is_skipped() {
-    let mut assembler = Assembler::new(tables(), Lsn(100), HashSet::new());
+    let mut assembler = Assembler::new(tables(), Lsn(100), HashSet::new(), LIMITS);
     assert_eq!(run(&mut assembler, 99, vec![insert(TASKS, &["x", "t1", "p1"])]), []);
     assert_eq!(run(&mut assembler, 100, vec![Message::Truncate { relations: vec![TASKS] }]), []);
     assert_eq!(run(&mut assembler, 101, vec![insert(TASKS, &["x", "t1", "p1"])]).len(), 1);
-    assert!(!assembler.is_open());
+    assert_eq!(assembler.open(), None);
 }
 
 #[test]
@@ -333,7 +419,7 @@ fn big_transactions_leave_in_chunks() {
     let out = assemble(rows);
     assert!(out.len() > 5, "{}", out.len());
     for (index, message) in out.iter().enumerate() {
-        assert!(message.payload.len() <= millstream_schemas::stream::MAX_MESSAGE_BYTES);
+        assert!(message.payload.len() <= MAX_MESSAGE_BYTES);
         assert_eq!((message.index as usize, message.last), (index, index + 1 == out.len()));
     }
 }
@@ -341,19 +427,19 @@ fn big_transactions_leave_in_chunks() {
 #[test]
 fn changed_tables_ask_for_a_new_catalog_once() {
     let wider = relation(TASKS, "tasks", &[("id", true), ("project_id", true), ("title", false), ("extra", false)]);
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new(), LIMITS);
     let mut out = Vec::new();
     let error = assembler.handle(&wider, &Filled::new(), &mut out).unwrap_err();
     let AssembleError::SchemaChanged { table, shape } = error else { panic!("{error}") };
     assert_eq!(table, "tasks");
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]));
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]), LIMITS);
     assembler.handle(&wider, &Filled::new(), &mut out).unwrap();
 
     // A column that the relation lacks is not there, rather than null.
     let narrow = relation(TASKS, "tasks", &[("id", true), ("project_id", true)]);
     let error = assembler.handle(&narrow, &Filled::new(), &mut out).unwrap_err();
     let AssembleError::SchemaChanged { shape, .. } = error else { panic!("{error}") };
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]));
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]), LIMITS);
     for message in [
         Message::Begin { final_lsn: Lsn(9), at: 0, xid: 1 },
         narrow,
@@ -375,17 +461,13 @@ fn nonsense_is_an_error() {
         vec![insert(TASKS, &["t1"])],
         vec![begin.clone(), insert(TASKS, &["t1"])],
         vec![begin.clone(), relations().remove(0), insert(TASKS, &["t1"])],
-        vec![begin.clone(), relations().remove(0), insert(TASKS, &["x", "∅", "p1"])],
         vec![
             begin.clone(),
             relations().remove(0),
-            Message::Insert {
-                relation: TASKS,
-                new: vec![Value::Text(b"\xff"), Value::Text(b"t1"), Value::Text(b"p1")],
-            },
+            Message::Insert { relation: TASKS, new: vec![Value::Binary(b"1"); 3] },
         ],
     ] {
-        let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
+        let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new(), LIMITS);
         let failed = messages.iter().any(|message| assembler.handle(message, &nothing, &mut Vec::new()).is_err());
         assert!(failed, "{messages:?}");
     }

@@ -7,6 +7,7 @@ mod command_line;
 mod content;
 mod epochs;
 mod executor;
+mod growth;
 mod histories;
 mod history;
 mod kills;

@@ -5,6 +5,7 @@
 //! - [`Catalog`]: the file resolved against the database, with types, keys and column order
 
 mod config;
+mod growth;
 mod load;
 mod model;
 
@@ -12,5 +13,6 @@ pub use config::{
     Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RolesConfig, RuleConfig, ScopeConfig,
     TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
+pub use growth::Growth;
 pub use load::{CatalogError, layout};
 pub use model::{Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules};

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
 use crate::config::{Config, Conflict, DeleteMissing, MembershipConfig, TableConfig};
+use crate::growth;
 use crate::model::{
     Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
 };
@@ -333,6 +334,7 @@ async fn columns(
     .fetch_all(&mut *connection)
     .await
     .map_err(CatalogError::Query)?;
+    let growth = growth::read(connection, oid).await.map_err(CatalogError::Query)?;
     let mut writable: HashMap<&str, bool> = declared.writable.iter().map(|column| (column.as_str(), false)).collect();
     let mut columns = Vec::with_capacity(rows.len());
     let mut numbers = Vec::with_capacity(rows.len());
@@ -343,6 +345,7 @@ async fn columns(
             sql_name: row.get("sql_name"),
             sql_type: row.get("sql_type"),
             type_oid: u32::try_from(row.get::<i64, _>("type")).unwrap_or_default(),
+            growth: growth.get(&row.get::<i16, _>("number")).copied().unwrap_or_default(),
             nullable: !row.get::<bool, _>("not_null"),
             writable,
             name: column,

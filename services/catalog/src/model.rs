@@ -6,6 +6,8 @@ use std::time::Duration;
 use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{ColumnSchema, Operation, Schema, Scope, TableSchema, TableScope};
 
+use crate::growth::Growth;
+
 /// The synced tables, as declared in `millstream.toml` and found in the database. Immutable; shared in an `Arc`.
 #[derive(Clone, Debug)]
 pub struct Catalog {
@@ -139,6 +141,8 @@ pub struct Column {
     pub sql_type: String,
     /// Object id of the type.
     pub type_oid: u32,
+    /// How much longer its values may become when Postgres writes them.
+    pub growth: Growth,
     /// Whether it may be null.
     pub nullable: bool,
     /// Whether clients may set it (key columns: on insert only).
@@ -312,6 +316,7 @@ mod tests {
                 sql_name: "c".into(),
                 sql_type: declared.into(),
                 type_oid: 0,
+                growth: Growth::default(),
                 nullable: true,
                 writable: true,
             };

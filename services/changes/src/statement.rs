@@ -538,6 +538,7 @@ mod tests {
                 sql_name: name.into(),
                 sql_type: sql_type.into(),
                 type_oid: 0,
+                growth: Default::default(),
                 nullable: false,
                 writable: false,
             });

@@ -5,10 +5,14 @@
 //! catalog's own, its columns in the catalog's order.
 
 use crate::error::Refusal;
-use millstream_catalog::Table;
+use millstream_catalog::{Column, Table};
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 use millstream_schemas::stream::{MAX_ROW_BYTES, Submission};
 use millstream_schemas::{Change, Code, Operation, Value};
+
+/// Most bytes by which the values of one transaction may be longer as Postgres writes them, in the log, the stream and every
+/// snapshot, than they were sent. What was sent is bounded by itself.
+pub(crate) const MAX_GROWTH_BYTES: usize = MAX_ROW_BYTES;
 
 /// Why a transaction is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +54,18 @@ pub(crate) struct Step<'a> {
     pub stamp: u64,
 }
 
+impl<'a> Step<'a> {
+    /// Every text in it, with its column.
+    fn texts(&self) -> impl Iterator<Item = (&'a Column, &'a str)> {
+        let (table, key) = (self.table, self.key);
+        // The key of an insert is among its values.
+        let key = table.key.iter().copied().zip(key).filter(|_| self.op != Operation::Insert);
+        let key = key.map(|(index, part)| (index, part.as_deref()));
+        let set = self.columns.iter().copied().zip(self.values.iter().copied());
+        key.chain(set).filter_map(move |(index, value)| Some((&table.columns[index], value?)))
+    }
+}
+
 /// Checks a transaction; `find` gives the synced table of a name.
 pub(crate) fn validate<'a>(
     find: impl Fn(&str) -> Option<&'a Table>,
@@ -66,8 +82,24 @@ pub(crate) fn validate<'a>(
             format!("a transaction holds at most {MAX_TRANSACTION_CHANGES} changes, this one {}", changes.len());
         return Err(refuse(0, (Code::TooLarge, message)));
     }
-    let check = |(index, change)| check(&find, change).map_err(|why| refuse(index, why)).transpose();
-    changes.iter().enumerate().filter_map(check).collect()
+    let mut steps = Vec::with_capacity(changes.len());
+    let mut grown = 0_usize;
+    for (index, change) in changes.iter().enumerate() {
+        let Some(step) = check(&find, change).map_err(|why| refuse(index, why))? else { continue };
+        for (column, value) in step.texts() {
+            grown = grown.saturating_add(column.growth.of(value));
+            if grown > MAX_GROWTH_BYTES {
+                let message = format!(
+                    "{}.{}: Postgres writes numbers, padding or quotes of this transaction with more than \
+                     {MAX_GROWTH_BYTES} bytes that were not sent; use smaller exponents, shorter lists or more transactions",
+                    step.table.name, column.name
+                );
+                return Err(refuse(index, (Code::InvalidValue, message)));
+            }
+        }
+        steps.push(step);
+    }
+    Ok(steps)
 }
 
 /// None: the change sets only what is gone.
@@ -150,26 +182,12 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
     {
         return Err((Code::InvalidValue, "a value contains the character U+0000".to_owned()));
     }
-    for (column, value) in &set {
-        let expanded = value.map_or(0, |value| expanded(&table.columns[*column].sql_type, value));
-        if expanded > MAX_ROW_BYTES {
-            let name = &table.columns[*column].name;
-            let message = format!(
-                "the numbers in {}.{name} have {expanded} digits when written out; the limit is {MAX_ROW_BYTES}",
-                table.name
-            );
-            return Err((Code::InvalidValue, message));
-        }
-    }
     if rule(table, change.op).is_none() {
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
     Ok(Some(Step { table, op: change.op, columns, values, key: &change.key, stamp: change.stamp }))
 }
-
-/// Largest exponent that Postgres' `numeric` takes (PostgreSQL documentation, "Numeric Types").
-const MAX_EXPONENT: usize = 131_072;
 
 /// The predicate that guards an operation.
 pub(crate) fn rule(table: &Table, op: Operation) -> Option<&str> {
@@ -180,35 +198,6 @@ pub(crate) fn rule(table: &Table, op: Operation) -> Option<&str> {
     }
 }
 
-/// How many digits Postgres may write for the numbers of a value that are given with an exponent: `1e131071` in `jsonb` or
-/// `numeric[]` becomes 131,072 of them, and a thousand such a row that nobody can be told of.
-fn expanded(sql_type: &str, value: &str) -> usize {
-    let has_strings = sql_type == "jsonb";
-    let many_numbers = ["numeric", "jsonb"].iter().any(|name| sql_type.starts_with(name)) && sql_type.ends_with("[]");
-    if !has_strings && !many_numbers && sql_type != "nummultirange" {
-        return 0;
-    }
-    let bytes = value.as_bytes();
-    let (mut digits, mut in_string, mut at) = (0_usize, false, 0);
-    while at < bytes.len() {
-        match bytes[at] {
-            b'"' if has_strings => in_string = !in_string,
-            b'\\' if in_string => at += 1,
-            b'e' | b'E' if !in_string && at > 0 && (bytes[at - 1].is_ascii_digit() || bytes[at - 1] == b'.') => {
-                let signed = usize::from(matches!(bytes.get(at + 1), Some(b'+' | b'-')));
-                let exponent = bytes[at + 1 + signed..].iter().take_while(|byte| byte.is_ascii_digit());
-                let exponent = exponent.fold(0_usize, |number, byte| {
-                    number.saturating_mul(10).saturating_add(usize::from(byte - b'0')).min(MAX_EXPONENT)
-                });
-                digits = digits.saturating_add(exponent);
-            }
-            _ => {}
-        }
-        at += 1;
-    }
-    digits
-}
-
 /// A client's word in a message, kept short.
 fn shown(name: &str) -> &str {
     const SHOWN_CHARACTERS: usize = 64;
@@ -217,7 +206,7 @@ fn shown(name: &str) -> &str {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use millstream_catalog::{Column, WriteRules};
+    use millstream_catalog::{Growth, WriteRules};
     use uuid::Uuid;
 
     use super::*;
@@ -229,6 +218,7 @@ pub(crate) mod tests {
             sql_name: format!("\"{name}\""),
             sql_type: sql_type.into(),
             type_oid: 0,
+            growth: Growth::default(),
             nullable: true,
             writable,
         };
@@ -298,27 +288,43 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn numbers_that_expand_are_counted() {
-        for (sql_type, value, digits) in [
-            ("jsonb", "", 0),
-            ("jsonb", "e9", 0),
-            ("jsonb", r#"[1E+20, 2.e-3, "9e9", "\"9e9", 1e1]"#, 24),
-            ("jsonb", "1e9999999", MAX_EXPONENT),
-            ("jsonb", "1e99999999999999999999999", MAX_EXPONENT),
-            ("jsonb", "\"é1e2é\\", 0),
-            ("numeric(1000,2)[]", r#"{1e5,"1e5"}"#, 10),
-            ("numeric", "1e5", 0),
-            ("text", "1e5", 0),
-        ] {
-            assert_eq!(expanded(sql_type, value), digits, "{value}");
-        }
+    fn what_values_grow_to_is_limited_over_all_of_a_transaction() {
         let mut table = tasks();
-        table.columns[1].sql_type = "jsonb".into();
-        for (numbers, code) in [(40, Some(Code::InvalidValue)), (30, None)] {
-            let value = format!("[{}]", vec!["1e131071"; numbers].join(","));
-            let submission = submission(vec![change(Operation::Update, "a", &[("title", Some(&value))])]);
-            assert_eq!(validate(only(&table), &submission).err().map(|rejection| rejection.code), code);
-        }
+        table.columns[1].growth = Growth { exponents: true, is_json: true, ..Growth::default() };
+        table.columns[2].growth = Growth { each: 10, ..Growth::default() };
+        table.columns[0].growth = Growth { exponents: true, ..Growth::default() };
+        let number = |exponent: usize| format!("1e{exponent}");
+        let fits = |changes: Vec<Change>| {
+            let refused = validate(only(&table), &submission(changes)).err();
+            if let Some(rejection) = &refused {
+                assert_eq!(rejection.code, Code::InvalidValue, "{rejection:?}");
+                assert!(rejection.message.starts_with("tasks."), "{rejection:?}");
+            }
+            refused.map(|rejection| rejection.index)
+        };
+        let update = |key: &str, title: &str, done| {
+            let set = [("title", Some(title)), ("done", Some("f"))];
+            change(Operation::Update, key, &set[..if done { 2 } else { 1 }])
+        };
+        // 32 times 131,072 is the limit.
+        assert_eq!(32 * 131_072, MAX_GROWTH_BYTES);
+        let many = |count: usize| format!("[{}]", vec![number(131_072); count].join(","));
+        assert_eq!(fits(vec![update("a", &many(32), false)]), None);
+        assert_eq!(fits(vec![update("a", &many(33), false)]), Some(0));
+        assert_eq!(fits(vec![update("a", &many(32), true)]), Some(0));
+        let strings = format!("[{}]", vec!["\"1e131072\""; 40].join(","));
+        assert_eq!(fits(vec![update("a", &strings, true)]), None);
+        // Over changes, and keys.
+        let small = || update("a", &number(131_072), false);
+        assert_eq!(fits((0..32).map(|_| small()).collect()), None);
+        assert_eq!(fits((0..33).map(|_| small()).collect()), Some(32));
+        let by_key = || update(&number(131_072), "null", false);
+        assert_eq!(fits((0..32).map(|_| by_key()).collect()), None);
+        assert_eq!(fits((0..33).map(|_| by_key()).collect()), Some(32));
+        // Of an insert the key is sent twice and written once.
+        let insert = |n: usize| change(Operation::Insert, &number(n), &[("id", Some(&number(n)))]);
+        assert_eq!(fits((0..32).map(|_| insert(131_072)).collect()), None);
+        assert_eq!(fits((0..32).map(|_| insert(131_072)).chain([insert(1)]).collect()), Some(32));
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub fn tables() -> Vec<Table> {
             sql_name: format!("\"{name}\""),
             sql_type: sql_type.into(),
             type_oid: 0,
+            growth: Default::default(),
             nullable: true,
             writable,
         });

@@ -1,5 +1,7 @@
 //! A Postgres with the tables of `schema.sql`, and submissions to be executed on it.
 
+use std::path::{Path, PathBuf};
+
 use millstream::keys::Role;
 use millstream::stack::Stack;
 use millstream_changes::direct::Direct;
@@ -11,10 +13,10 @@ use uuid::Uuid;
 
 const CONFIG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/system/executor/millstream.toml");
 
-async fn executor(stack: &Stack) -> Direct {
+async fn executor(stack: &Stack, config: &Path) -> Direct {
     let args = millstream_runtime::postgres::Args { database_url: stack.postgres_url_of(Role::Changes) };
     let options = millstream_runtime::postgres::options(&args, "test").unwrap();
-    Direct::connect(options, CONFIG.into()).await.unwrap()
+    Direct::connect(options, config.into()).await.unwrap()
 }
 
 pub struct Database {
@@ -22,13 +24,27 @@ pub struct Database {
     /// As the superuser.
     pub sql: PgConnection,
     pub direct: Direct,
+    pub config: PathBuf,
+    _folder: Option<tempfile::TempDir>,
 }
 
 impl Database {
     pub async fn start() -> Database {
+        Database::prepare(include_str!("schema.sql"), CONFIG.into(), None).await
+    }
+
+    /// With other tables.
+    pub async fn with(schema: &str, config: &str) -> Database {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("millstream.toml");
+        std::fs::write(&file, config).unwrap();
+        Database::prepare(schema, file, Some(folder)).await
+    }
+
+    async fn prepare(schema: &str, config: PathBuf, folder: Option<tempfile::TempDir>) -> Database {
         let stack = Stack::builder()
-            .app_schema(include_str!("schema.sql"))
-            .config(CONFIG)
+            .app_schema(schema)
+            .config(&config)
             // None of our services is started.
             .executable("/bin/false")
             .services([])
@@ -37,13 +53,13 @@ impl Database {
             .await
             .unwrap();
         let sql = PgConnection::connect(&stack.postgres_url()).await.unwrap();
-        let direct = executor(&stack).await;
-        Database { stack, sql, direct }
+        let direct = executor(&stack, &config).await;
+        Database { stack, sql, direct, config, _folder: folder }
     }
 
     /// Another executor, with a partition of its own.
     pub async fn another(&self) -> Direct {
-        executor(&self.stack).await
+        executor(&self.stack, &self.config).await
     }
 
     /// One JSON text a query.

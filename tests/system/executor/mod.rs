@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
 
-mod database;
+pub mod database;
 
 use database::{Client, Database, change};
 use millstream_schemas::Code;

@@ -15,6 +15,8 @@ mod leaks;
 mod memberships;
 mod offline;
 mod order;
+mod readable;
+mod refusals;
 mod requirements;
 mod restarts;
 mod row_security;

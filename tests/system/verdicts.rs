@@ -272,27 +272,28 @@ async fn no_clock_pins_a_row_in_the_future() -> Result<()> {
     board.explain(result.await)
 }
 
-/// Items 7a, 7b, 8a: every operation on every table by an owner, a member and a stranger; what is forged changes nothing.
+/// Items 7a, 7b, 8a: every operation on every table by an owner, a member and a stranger, to whom a row that is there is told of
+/// as one that is not; what is forged changes nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_may_do_what_the_rules_allow() -> Result<()> {
     let board = Board::start().await?;
     let result = async {
         let mut sql = board.postgres().await?;
-        let (ok, no) = ("applied", "permission_denied");
+        let (ok, no, gone) = ("applied", "permission_denied", "entity_missing");
         // Table, operation, and what becomes of it for alice (owner), bob (member), mallory (stranger).
         let cases = [
             ("projects", "insert", [ok, ok, ok]),
-            ("projects", "update", [ok, ok, no]),
-            ("projects", "delete", [ok, no, no]),
+            ("projects", "update", [ok, ok, gone]),
+            ("projects", "delete", [ok, no, gone]),
             ("members", "insert", [ok, no, no]),
-            ("members", "update", [ok, no, no]),
-            ("members", "delete", [ok, no, no]),
+            ("members", "update", [ok, no, gone]),
+            ("members", "delete", [ok, no, gone]),
             ("tasks", "insert", [ok, ok, no]),
-            ("tasks", "update", [ok, ok, no]),
-            ("tasks", "delete", [ok, ok, no]),
+            ("tasks", "update", [ok, ok, gone]),
+            ("tasks", "delete", [ok, ok, gone]),
             ("comments", "insert", [ok, ok, no]),
-            ("comments", "update", [no, ok, no]),
-            ("comments", "delete", [ok, ok, no]),
+            ("comments", "update", [no, ok, gone]),
+            ("comments", "delete", [ok, ok, gone]),
         ];
         let mut hands = Vec::new();
         for user in ["alice", "bob", "mallory"] {
@@ -358,6 +359,60 @@ async fn each_may_do_what_the_rules_allow() -> Result<()> {
         let rude = "'; DROP TABLE tasks; -- \" \\ $1 é\u{2028}";
         ensure!(hands[0].change("update", "tasks", &[&task], &[("title", rude)], micros()).await? == "applied");
         ensure!(scalar(&mut sql, format!("SELECT title FROM tasks WHERE id = '{task}'")).await? == rude);
+        Ok(())
+    };
+    board.explain(result.await)
+}
+
+/// A row does not get to where its author may not write: by being moved, or by what it refers to.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_moves_a_row_into_a_project_of_others() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let mut sql = board.postgres().await?;
+        let (own, foreign) = (project(&mut sql).await?, Uuid::now_v7());
+        let insert = format!("INSERT INTO projects (id, name) VALUES ('{foreign}', 'foreign')");
+        sql.execute(sqlx::raw_sql(AssertSqlSafe(insert))).await?;
+        let (task, other, theirs) =
+            (task(&mut sql, own).await?, task(&mut sql, own).await?, task(&mut sql, foreign).await?);
+        let (own, foreign) = (own.to_string(), foreign.to_string());
+        let mut bob = Hand::connect(&board, "bob").await?;
+        let comment = Uuid::now_v7().to_string();
+        let insert = |id: &str, project: &str, task: &str| {
+            [("id", id), ("project_id", project), ("task_id", task), ("body", "b")].map(|(n, v)| (n, v.to_owned()))
+        };
+        for (project, task, expected) in [
+            (&own, &theirs, "business_rule"),
+            (&foreign, &theirs, "permission_denied"),
+            (&foreign, &task, "permission_denied"),
+            (&own, &Uuid::now_v7().to_string(), "business_rule"),
+            (&own, &task, "applied"),
+        ] {
+            let set = insert(&comment, project, task);
+            let set: Vec<(&str, &str)> = set.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            let found = bob.change("insert", "comments", &[&comment], &set, micros()).await?;
+            ensure!(found == expected, "a comment in {project} on {task}: {found}");
+        }
+        for (table, id, set, expected) in [
+            ("comments", &comment, vec![("project_id", &foreign)], "permission_denied"),
+            ("comments", &comment, vec![("project_id", &foreign), ("task_id", &theirs)], "permission_denied"),
+            ("comments", &comment, vec![("task_id", &theirs)], "permission_denied"),
+            ("comments", &comment, vec![("task_id", &other)], "permission_denied"),
+            ("comments", &comment, vec![("body", &other)], "applied"),
+            ("tasks", &task, vec![("project_id", &foreign)], "permission_denied"),
+            ("tasks", &theirs, vec![("project_id", &own)], "entity_missing"),
+        ] {
+            let set: Vec<(&str, &str)> = set.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            let found = bob.change("update", table, &[id], &set, micros()).await?;
+            ensure!(found == expected, "update {table} {set:?}: {found}");
+        }
+        // Nor does what was one's own stay so.
+        sqlx::query("DELETE FROM members WHERE user_id = 'bob'").execute(&mut sql).await?;
+        let found = bob.change("update", "comments", &[&comment], &[("body", "late")], micros()).await?;
+        ensure!(found == "entity_missing", "{found}");
+        ensure!(
+            scalar(&mut sql, "SELECT string_agg(project_id::text, ',') FROM comments".into()).await?.contains(&own)
+        );
         Ok(())
     };
     board.explain(result.await)

@@ -8,6 +8,7 @@ mod config;
 mod growth;
 mod load;
 mod model;
+mod readable;
 
 pub use config::{
     Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RolesConfig, RuleConfig, ScopeConfig,

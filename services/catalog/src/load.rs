@@ -72,6 +72,8 @@ impl Catalog {
         let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
         let mut catalog = Catalog { version: String::new(), tables, kinds, by_name };
         catalog.version = version(&catalog);
+        let readable: Vec<String> = catalog.tables.iter().map(|table| catalog.readable(table)).collect();
+        catalog.tables.iter_mut().zip(readable).for_each(|(table, readable)| table.readable = readable);
         Ok((catalog, problems))
     }
 }
@@ -234,6 +236,8 @@ async fn table(
         key,
         scopes,
         memberships,
+        // Once all tables are known.
+        readable: String::new(),
         write: WriteRules {
             insert: declared.write.insert.clone(),
             update: declared.write.update.clone(),

@@ -58,6 +58,8 @@ pub struct Table {
     pub scopes: Vec<TableScope>,
     /// Memberships that rows of this table grant; such rows are published in the members' scope too.
     pub memberships: Vec<Membership>,
+    /// SQL predicate over `old` and `auth`: whether the user may read the row, by its scopes and the memberships. Refusals ask.
+    pub readable: String,
     /// Who may write.
     pub write: WriteRules,
     /// How concurrent changes to one row meet.
@@ -171,19 +173,37 @@ impl Column {
     /// SQL for its value as the WAL and COPY spell it, by the type's output function; null stays null. (A cast to text strips the
     /// blanks of `char(n)`, and spells a boolean in another way. `IS NOT NULL` is false of a row with a null in it.)
     pub fn text(&self) -> String {
-        format!("CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}) END", name = self.sql_name)
+        text(&self.sql_name)
+    }
+
+    /// The same of its value in what SQL calls `row`.
+    pub(crate) fn text_in(&self, row: &str) -> String {
+        text(&format!("{row}.{}", self.sql_name))
     }
 
     /// SQL that says whether it holds one of `ids` (SQL for an array of texts), by an index where there is one. Ids are spelled as
     /// the stream spells them: `1.0` is another than `1`, whatever numeric has to say of it, and so with citext and collations.
     pub fn is_one_of(&self, ids: &str) -> String {
-        let equal = format!("{} = ANY ({ids}::text[]::{}[])", self.sql_name, self.cast_type());
+        self.named_is_one_of(&self.sql_name, ids)
+    }
+
+    /// The same of its value in what SQL calls `row`.
+    pub(crate) fn is_one_of_in(&self, row: &str, ids: &str) -> String {
+        self.named_is_one_of(&format!("{row}.{}", self.sql_name), ids)
+    }
+
+    fn named_is_one_of(&self, name: &str, ids: &str) -> String {
+        let equal = format!("{name} = ANY ({ids}::text[]::{}[])", self.cast_type());
         // Equal values of these have one spelling.
         if matches!(self.sql_type.as_str(), "uuid" | "bigint" | "integer" | "smallint") {
             return equal;
         }
-        format!("{equal} AND ({}) COLLATE \"C\" = ANY ({ids}::text[])", self.text())
+        format!("{equal} AND ({}) COLLATE \"C\" = ANY ({ids}::text[])", text(name))
     }
+}
+
+fn text(name: &str) -> String {
+    format!("CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}) END")
 }
 
 /// How a scope of a row is read off it.

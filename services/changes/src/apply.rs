@@ -19,7 +19,7 @@ use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 use uuid::Uuid;
 
 use crate::batch::MAX_SAVEPOINTS;
-use crate::error::{Fault, Refusal, classify, names_values};
+use crate::error::{Fault, Refusal, classify, may_be_a_value};
 use crate::executor::Failed;
 use crate::explain;
 use crate::group::{Group, Groups, Place};
@@ -209,19 +209,19 @@ impl<'a> Applier<'a> {
                     continue;
                 }
                 Err(error) => {
-                    let fault = classify(&error);
-                    if matches!(fault, Fault::Server | Fault::Gone) {
+                    if matches!(classify(&error), Fault::Server | Fault::Gone) {
                         return Err(failed(error));
                     }
                     self.raw("ROLLBACK TO SAVEPOINT statement").await?;
                     self.user = None;
-                    match (rows, fault) {
-                        ([row], Fault::Verdict(refusal)) => {
-                            let refusal = self.precise(row.step, &error, refusal).await?;
+                    match rows {
+                        [row] => {
+                            let Some(refusal) = self.refusal(&group.statement, row, false, &error).await? else {
+                                return Err(Failed::isolate_at(at, &error.to_string()));
+                            };
                             self.raw("ROLLBACK TO SAVEPOINT statement; RELEASE SAVEPOINT statement").await?;
                             outcomes.push(Outcome::Refused(refusal));
                         }
-                        ([_], _) => return Err(Failed::isolate_at(at, &error.to_string())),
                         _ => {
                             let suspects = suspects(rows, &error);
                             let (one, next) = match suspects.first() {
@@ -286,24 +286,37 @@ impl<'a> Applier<'a> {
             Ok(mut outcomes) => return Ok(outcomes.pop().unwrap_or(Outcome::Won)),
             Err(error) => error,
         };
+        let strike = |error| Failed::Strike(planned.submission.client_id, planned.submission.seq, error);
         match classify(&error) {
-            Fault::Verdict(refusal) => {
-                self.raw("ROLLBACK TO SAVEPOINT change").await?;
-                Ok(Outcome::Refused(self.precise(step, &error, refusal).await?))
-            }
-            Fault::Server => Err(Failed::Server(error)),
-            Fault::Gone | Fault::Unknown => {
-                Err(Failed::Strike(planned.submission.client_id, planned.submission.seq, error))
-            }
+            Fault::Server => return Err(Failed::Server(error)),
+            Fault::Gone => return Err(strike(error)),
+            Fault::Verdict(_) | Fault::Unknown => {}
         }
+        self.raw("ROLLBACK TO SAVEPOINT change").await?;
+        self.user = None;
+        let is_same = |earlier: &Step<'_>| earlier.table.oid == step.table.oid && earlier.key == step.key;
+        let undone = planned.steps()[..index].iter().any(|earlier| earlier.op == Operation::Insert && is_same(earlier));
+        self.refusal(&statement, &row, undone, &error).await?.map(Outcome::Refused).ok_or_else(|| strike(error))
     }
 
-    /// Names the column whose value Postgres could not take. May leave the transaction failed, within the savepoint.
-    async fn precise(&mut self, step: &Step<'_>, error: &sqlx::Error, refusal: Refusal) -> Result<Refusal, Failed> {
-        if !names_values(error) {
-            return Ok(refusal);
+    /// What the one change is refused for whose statement failed; none if nobody knows. `undone`: its own transaction made the
+    /// row, and has been rolled back. May leave the transaction failed, within the savepoint.
+    async fn refusal(
+        &mut self,
+        statement: &Statement,
+        row: &InputRow<'_>,
+        undone: bool,
+        error: &sqlx::Error,
+    ) -> Result<Option<Refusal>, Failed> {
+        let known = match classify(error) {
+            Fault::Verdict(refusal) => Some(refusal),
+            Fault::Server | Fault::Gone | Fault::Unknown => None,
+        };
+        if !may_be_a_value(error) {
+            return Ok(known);
         }
-        explain::value_at_fault(self.connection, step, refusal).await.map_err(Failed::Server)
+        let found = explain::value_at_fault(self.connection, statement, row, undone).await.map_err(Failed::Server)?;
+        Ok(found.or(known))
     }
 
     /// Executes the statements of groups as one, and tells what became of each group's rows.
@@ -358,6 +371,7 @@ impl<'a> Applier<'a> {
         mut outcomes: Vec<Option<Outcome>>,
         mut sent: Option<u64>,
     ) -> Result<Vec<Outcome>, sqlx::Error> {
+        let mut hidden = vec![false; rows.len()];
         for _ in 0..RACES {
             let waiting: Vec<usize> = (0..rows.len()).filter(|index| outcomes[*index].is_none()).collect();
             if waiting.is_empty() {
@@ -377,7 +391,9 @@ impl<'a> Applier<'a> {
             let asked: Vec<InputRow<'_>> = unexplained.iter().map(|index| rows[*index]).collect();
             let query = sqlx::query(AssertSqlSafe(statement.explain_sql.clone()));
             let query = bind(query, statement.shape.op, &asked);
-            let mut explained = explain::outcomes(query, self.connection, statement, asked[0].step.table).await?;
+            let explained = explain::outcomes(query, self.connection, statement, asked[0].step.table).await?;
+            unexplained.iter().zip(&explained).for_each(|(index, explained)| hidden[*index] = explained.hidden);
+            let mut explained: Vec<_> = explained.into_iter().map(|explained| explained.outcome).collect();
             // An insert does not tell which rows it made: those that nothing speaks against, if their number is right.
             if inserted > 0 {
                 if explained.iter().filter(|outcome| outcome.is_none()).count() as u64 != inserted {
@@ -389,17 +405,14 @@ impl<'a> Applier<'a> {
                 outcomes[place] = outcome;
             }
         }
-        let row_security = || {
-            let table = &rows[0].step.table.name;
-            let op = statement.shape.op.as_str();
-            Outcome::Refused(Refusal::new(
-                Code::PermissionDenied,
-                format!("row security does not let them {op} {table}"),
-            ))
-        };
-        let outcomes = outcomes.into_iter().map(|outcome| match outcome {
+        let (table, op) = (rows[0].step.table, statement.shape.op);
+        let outcomes = outcomes.into_iter().zip(hidden).map(|(outcome, hidden)| match outcome {
             Some(outcome) => Ok(outcome),
-            None if statement.row_security => Ok(row_security()),
+            None if statement.row_security && hidden => Ok(explain::missing(op, table)),
+            None if statement.row_security => Ok(Outcome::Refused(Refusal::new(
+                Code::PermissionDenied,
+                format!("row security does not let them {} {}", op.as_str(), table.name),
+            ))),
             None => Err(sqlx::Error::Protocol("a row is neither written nor refused".into())),
         });
         outcomes.collect()

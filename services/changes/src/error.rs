@@ -1,8 +1,8 @@
 //! What an error of Postgres means: a verdict on the change, a fault of the server, or nobody knows.
 
 use millstream_schemas::Code;
-use millstream_schemas::stream::MAX_FAILURE_MESSAGE_BYTES;
-use sqlx::postgres::PgDatabaseError;
+use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 /// Why the service ended.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +37,14 @@ pub(crate) struct Refusal {
 impl Refusal {
     /// Without a name.
     pub fn new(code: Code, message: impl AsRef<str>) -> Refusal {
-        Refusal { code, rule: None, message: bounded(message.as_ref()) }
+        Refusal::by(None, code, message)
+    }
+
+    /// By a rule or constraint of that name, if it has one. Both texts are cut to what results carry: a name may be any text
+    /// (`RAISE … USING CONSTRAINT`).
+    pub fn by(rule: Option<&str>, code: Code, message: impl AsRef<str>) -> Refusal {
+        let rule = rule.filter(|name| !name.is_empty()).map(|name| cut(name, MAX_RULE_BYTES));
+        Refusal { code, rule, message: cut(message.as_ref(), MAX_FAILURE_MESSAGE_BYTES) }
     }
 }
 
@@ -61,6 +68,32 @@ pub(crate) struct Reported<'a> {
     pub message: &'a str,
     pub constraint: Option<&'a str>,
     pub column: Option<&'a str>,
+    pub site: Site,
+}
+
+/// Where an error arose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Site {
+    /// In the statement itself.
+    #[default]
+    Statement,
+    /// Within something that the statement set off, a trigger or a function most likely.
+    Within,
+    /// A `RAISE` of the schema's author, with a SQLSTATE and words of their choice.
+    Raised,
+}
+
+/// The routine of PL/pgSQL that reports what `RAISE` says (PostgreSQL source, `pl_exec.c`); unlike texts it is in no language.
+const RAISE: &str = "exec_stmt_raise";
+
+impl Site {
+    fn of(error: &PgDatabaseError) -> Site {
+        match (error.routine(), error.r#where()) {
+            (Some(RAISE), _) => Site::Raised,
+            (_, Some(context)) if !context.is_empty() => Site::Within,
+            _ => Site::Statement,
+        }
+    }
 }
 
 /// Classifies an error of a statement.
@@ -72,6 +105,7 @@ pub(crate) fn classify(error: &sqlx::Error) -> Fault {
                 message: error.message(),
                 constraint: error.constraint(),
                 column: error.column(),
+                site: Site::of(error),
             }),
             None => Fault::Unknown,
         },
@@ -83,18 +117,22 @@ pub(crate) fn classify(error: &sqlx::Error) -> Fault {
     }
 }
 
-/// Classifies by SQLSTATE. Source of the codes: PostgreSQL documentation, Appendix A.
+/// Classifies by SQLSTATE and by where the error arose: any SQLSTATE that an author raises is about the change at hand, the
+/// server's own are not. Source of the codes: PostgreSQL documentation, Appendix A.
 pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
+    let verdict = |code, message: &str| Fault::Verdict(Refusal::by(error.constraint, code, message));
     let class = error.state.get(..2).unwrap_or("");
-    match (class, error.state) {
-        (_, "23502") => Fault::Verdict(Refusal::new(
-            Code::BusinessRule,
-            match error.column {
-                Some(column) => format!("column \"{column}\" must not be null"),
-                None => "a column must not be null".to_owned(),
-            },
-        )),
-        ("23", state) => {
+    match (class, error.state, error.site) {
+        (_, "42501", _) => verdict(Code::PermissionDenied, error.message),
+        ("22", _, _) => verdict(Code::InvalidValue, error.message),
+        // The words of the schema's author, who may name a constraint too (RAISE … USING CONSTRAINT); P0 also of PL/pgSQL itself,
+        // 44 of views WITH CHECK OPTION.
+        (_, _, Site::Raised) | ("P0" | "44", _, _) => verdict(Code::BusinessRule, error.message),
+        (_, "23502", _) => match error.column {
+            Some(column) => verdict(Code::BusinessRule, &format!("column \"{column}\" must not be null")),
+            None => verdict(Code::BusinessRule, error.message),
+        },
+        ("23", state, _) => {
             let kind = match state {
                 "23503" => "foreign key constraint",
                 "23505" => "unique constraint",
@@ -102,26 +140,29 @@ pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
                 "23P01" => "exclusion constraint",
                 _ => "constraint",
             };
-            let name = error.constraint.unwrap_or("(unnamed)");
-            let refusal = Refusal::new(Code::BusinessRule, format!("{kind} \"{name}\" does not hold"));
-            Fault::Verdict(Refusal { rule: error.constraint.map(str::to_owned), ..refusal })
+            match error.constraint {
+                Some(name) => verdict(Code::BusinessRule, &format!("{kind} \"{name}\" does not hold")),
+                // A row for which there is no partition, say.
+                None => verdict(Code::BusinessRule, error.message),
+            }
         }
-        // What triggers raise, and views WITH CHECK OPTION: their message is written by the schema's author for people,
-        // who may name a constraint too (RAISE … USING CONSTRAINT).
-        ("P0" | "44", _) => Fault::Verdict(Refusal {
-            rule: error.constraint.map(str::to_owned),
-            ..Refusal::new(Code::BusinessRule, error.message)
-        }),
-        ("22", _) => Fault::Verdict(Refusal::new(Code::InvalidValue, error.message)),
-        // A value too large for an index entry or a row.
-        (_, "54000") => Fault::Verdict(Refusal::new(Code::InvalidValue, error.message)),
-        (_, "42501") => Fault::Verdict(Refusal::new(Code::PermissionDenied, error.message)),
+        // A value too large for a row or an index, or nested too deeply.
+        ("54", _, _) => verdict(Code::InvalidValue, error.message),
+        // An identity that is always generated.
+        (_, "428C9", _) => verdict(Code::ColumnNotWritable, error.message),
         // A statement that was stopped by its own time limit may be stopped by it every time.
-        (_, "57014") => Fault::Unknown,
-        ("08" | "28" | "3D" | "40" | "53" | "55" | "57" | "58", _) => Fault::Server,
-        // A standby that is not (yet) a primary, or a transaction that timed out while idle.
-        (_, "25006" | "25P03") => Fault::Server,
-        _ => Fault::Unknown,
+        (_, "57014", _) => Fault::Unknown,
+        // Locks, deadlocks and lack of resources pass, wherever they are met. So does a standby that is not (yet) a primary, and a
+        // transaction that timed out while idle.
+        ("40" | "53" | "57" | "58", _, _) | (_, "55P03" | "55006" | "25006" | "25P03", _) => Fault::Server,
+        ("08" | "28" | "3D", _, Site::Statement) => Fault::Server,
+        // No primary key to replicate by, connections that a trigger makes to elsewhere, foreign tables: nobody can say when it
+        // ends, and it is not for everybody.
+        ("08" | "28" | "3D" | "55" | "HV" | "XX", _, _) => Fault::Unknown,
+        // The catalog in memory may be behind the database's, or it is the type's own word for a value that it cannot read; else a
+        // prepared statement or a cursor of ours is at fault.
+        ("0A" | "24" | "25" | "26" | "34" | "3F" | "42" | "", _, Site::Statement) => Fault::Unknown,
+        _ => verdict(Code::BusinessRule, error.message),
     }
 }
 
@@ -131,23 +172,33 @@ pub(crate) fn is_drift(error: &sqlx::Error) -> bool {
     state.is_some_and(|state| (state.starts_with("42") && state != "42501") || state == "0A000")
 }
 
+/// Whether a value may be at fault: types have SQLSTATEs of many classes for texts that they cannot read, and some tell where
+/// in the text.
+pub(crate) fn may_be_a_value(error: &sqlx::Error) -> bool {
+    let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    error.is_some_and(|error| {
+        let about_the_row = ["23", "44", "P0"].iter().any(|class| error.code().starts_with(class));
+        !about_the_row && error.code() != "42501" && Site::of(error) != Site::Raised
+    })
+}
+
 /// Whether the connection can still be used after this error and a `ROLLBACK`.
 pub(crate) fn keeps_connection(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Database(error) if !error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "25P03"))
+    let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    error.is_some_and(|error| match error.severity() {
+        // An author may raise any SQLSTATE; the server ends connections by more than an error.
+        PgSeverity::Error => Site::of(error) == Site::Raised || !error.code().starts_with("08"),
+        _ => false,
+    })
 }
 
-/// Whether a value did not fit its type.
-pub(crate) fn names_values(error: &sqlx::Error) -> bool {
-    error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state.starts_with("22"))
-}
-
-/// Cut to what fits into a failure's message, at a character boundary.
-pub(crate) fn bounded(message: &str) -> String {
-    let mut end = message.len().min(MAX_FAILURE_MESSAGE_BYTES);
-    while !message.is_char_boundary(end) {
+/// Cut at a character boundary.
+fn cut(text: &str, bytes: usize) -> String {
+    let mut end = text.len().min(bytes);
+    while !text.is_char_boundary(end) {
         end -= 1;
     }
-    message[..end].replace('\0', "\u{fffd}")
+    text[..end].replace('\0', "\u{fffd}")
 }
 
 #[cfg(test)]
@@ -156,29 +207,52 @@ mod tests {
 
     #[test]
     fn states_have_meanings() {
-        let code = |state: &str| match classify_reported(Reported { state, message: "m", ..Default::default() }) {
-            Fault::Verdict(refusal) => Some(refusal.code),
-            _ => None,
-        };
-        for (state, expected) in [
-            ("23505", Some(Code::BusinessRule)),
-            ("23503", Some(Code::BusinessRule)),
-            ("23502", Some(Code::BusinessRule)),
-            ("P0001", Some(Code::BusinessRule)),
-            ("22P02", Some(Code::InvalidValue)),
-            ("22001", Some(Code::InvalidValue)),
-            ("54000", Some(Code::InvalidValue)),
-            ("42501", Some(Code::PermissionDenied)),
-            ("40001", None),
-            ("40P01", None),
-            ("57014", None),
+        use Code::{BusinessRule, ColumnNotWritable, InvalidValue, PermissionDenied};
+        const SERVER: Result<Code, &str> = Err("server");
+        const UNKNOWN: Result<Code, &str> = Err("unknown");
+        // In the statement itself, within what it set off, and raised by the schema's author.
+        for (states, expected) in [
+            (
+                &["23505", "23503", "23502", "23514", "23P01", "23001", "P0001", "P0004", "44000"][..],
+                [Ok(BusinessRule); 3],
+            ),
+            (&["22P02", "22001", "22003", "22030", "2200M"], [Ok(InvalidValue); 3]),
+            (&["42501"], [Ok(PermissionDenied); 3]),
+            (&["54000", "54001", "54011", "54023"], [Ok(InvalidValue), Ok(InvalidValue), Ok(BusinessRule)]),
+            (&["428C9"], [Ok(ColumnNotWritable), Ok(ColumnNotWritable), Ok(BusinessRule)]),
+            // An author's own, and what triggers do wrong.
+            (
+                &[
+                    "21000", "2F002", "38000", "39P01", "09000", "27000", "20000", "2D000", "0L000", "PT403", "U0001",
+                    "AB001",
+                ],
+                [Ok(BusinessRule); 3],
+            ),
+            (
+                &["40001", "40P01", "55P03", "53300", "53400", "57P01", "58030", "25006"],
+                [SERVER, SERVER, Ok(BusinessRule)],
+            ),
+            (&["08006", "28000", "3D000"], [SERVER, UNKNOWN, Ok(BusinessRule)]),
+            (&["55000", "57014", "XX000", "HV00N"], [UNKNOWN, UNKNOWN, Ok(BusinessRule)]),
+            (
+                &["42703", "42P01", "42704", "42883", "42601", "0A000", "3F000", "25P02", "26000", "34000"],
+                [UNKNOWN, Ok(BusinessRule), Ok(BusinessRule)],
+            ),
         ] {
-            assert_eq!(code(state), expected, "{state}");
+            for state in states {
+                for (site, expected) in [Site::Statement, Site::Within, Site::Raised].into_iter().zip(expected) {
+                    let fault = classify_reported(Reported { state, message: "words", site, ..Default::default() });
+                    let found = match &fault {
+                        Fault::Verdict(refusal) if refusal.message == "words" => Ok(refusal.code),
+                        Fault::Server => SERVER,
+                        Fault::Unknown => UNKNOWN,
+                        other => panic!("{state} {site:?}: {other:?}"),
+                    };
+                    assert_eq!(found, expected, "{state} {site:?}");
+                }
+            }
         }
-        for state in ["40001", "40P01", "55P03", "08006", "53300", "57P01", "57P03", "58030", "25006"] {
-            assert_eq!(classify_reported(Reported { state, ..Default::default() }), Fault::Server, "{state}");
-        }
-        for state in ["57014", "42703", "XX000", "0A000", "", "é"] {
+        for state in ["", "é"] {
             assert_eq!(classify_reported(Reported { state, ..Default::default() }), Fault::Unknown, "{state}");
         }
         assert_eq!(classify(&sqlx::Error::Io(std::io::Error::other("gone"))), Fault::Gone);
@@ -190,7 +264,7 @@ mod tests {
             state: "23505",
             message: "duplicate key value violates unique constraint \"tasks_pkey\"",
             constraint: Some("tasks_pkey"),
-            column: None,
+            ..Default::default()
         });
         let expected = Refusal {
             code: Code::BusinessRule,
@@ -201,10 +275,17 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_cut_at_a_character() {
+    fn names_and_messages_are_cut_at_a_character() {
         let long = "é".repeat(MAX_FAILURE_MESSAGE_BYTES);
-        assert!(bounded(&long).len() <= MAX_FAILURE_MESSAGE_BYTES);
-        assert!(bounded(&format!("x{long}")).len() <= MAX_FAILURE_MESSAGE_BYTES);
-        assert_eq!(bounded("short"), "short");
+        for text in [long.clone(), format!("x{long}")] {
+            let refusal = Refusal::by(Some(&text), Code::BusinessRule, &text);
+            let rule = refusal.rule.unwrap();
+            assert!((MAX_RULE_BYTES - 1..=MAX_RULE_BYTES).contains(&rule.len()), "{}", rule.len());
+            assert!(refusal.message.len() <= MAX_FAILURE_MESSAGE_BYTES);
+        }
+        let exact = "n".repeat(MAX_RULE_BYTES);
+        assert_eq!(Refusal::by(Some(&exact), Code::BusinessRule, "short").rule, Some(exact.clone()));
+        assert_eq!(Refusal::by(Some(&format!("{exact}n")), Code::BusinessRule, "short").rule, Some(exact));
+        assert_eq!(Refusal::by(Some(""), Code::BusinessRule, "short"), Refusal::new(Code::BusinessRule, "short"));
     }
 }

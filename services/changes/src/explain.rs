@@ -6,96 +6,147 @@ use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
-use crate::apply::Outcome;
-use crate::error::{Fault, Refusal, bounded, classify, names_values};
-use crate::statement::Statement;
-use crate::validator::Step;
+use crate::apply::{Outcome, bind};
+use crate::error::{Fault, Refusal, classify, may_be_a_value};
+use crate::statement::{InputRow, Statement};
 
 /// What the database says of a row that was not written.
 #[derive(Clone, Debug, Default)]
 struct Found {
     found: bool,
+    /// True also of rows of which it does not matter.
+    readable: bool,
     allowed: bool,
     broken: Option<i32>,
     wins: bool,
     winner: Option<String>,
 }
 
-/// Asks about rows that were not written; none for one that could have been.
+/// What is known of a row that was not written.
+pub(crate) struct Explained {
+    /// None if it could have been.
+    pub outcome: Option<Outcome>,
+    /// That it is there is not the user's to know.
+    pub hidden: bool,
+}
+
+/// Asks about rows that were not written.
 pub(crate) async fn outcomes(
     query: Query<'_, Postgres, PgArguments>,
     connection: &mut PgConnection,
     statement: &Statement,
     table: &Table,
-) -> Result<Vec<Option<Outcome>>, sqlx::Error> {
+) -> Result<Vec<Explained>, sqlx::Error> {
     let rows = query.fetch_all(connection).await?;
     rows.iter()
         .map(|row| {
             let found = Found {
                 found: row.try_get("found")?,
+                readable: row.try_get("readable")?,
                 allowed: row.try_get("allowed")?,
                 broken: row.try_get("broken")?,
                 wins: row.try_get("wins")?,
                 winner: row.try_get("winner")?,
             };
-            Ok(outcome(statement, table, found))
+            let hidden = !found.readable;
+            Ok(Explained { outcome: outcome(statement, table, found), hidden })
         })
         .collect()
+}
+
+/// Of a row that is not there, or that the user neither may read nor write: that it is there is not theirs to know.
+pub(crate) fn missing(op: Operation, table: &Table) -> Outcome {
+    if op == Operation::Delete && table.delete_missing_accepted {
+        return Outcome::Won;
+    }
+    Outcome::Refused(Refusal::new(Code::EntityMissing, format!("{} has no row with this key", table.name)))
 }
 
 /// In this order: is it there, may they, do the rules hold, is it newer.
 fn outcome(statement: &Statement, table: &Table, found: Found) -> Option<Outcome> {
     let op = statement.shape.op;
-    if !found.found {
-        return Some(if op == Operation::Delete && table.delete_missing_accepted {
-            Outcome::Won
-        } else {
-            // Also of a row that row security hides: that it is there is not theirs to know.
-            Outcome::Refused(Refusal::new(Code::EntityMissing, format!("{} has no row with this key", table.name)))
-        });
+    if !found.found || !(found.allowed || found.readable) {
+        return Some(missing(op, table));
     }
     if !found.allowed {
         let message = format!("the rule for {} on {} does not allow it", op.as_str(), table.name);
         return Some(Outcome::Refused(Refusal::new(Code::PermissionDenied, message)));
     }
     if let Some((code, message)) = found.broken.and_then(|broken| statement.rules.get(usize::try_from(broken).ok()?)) {
-        let refusal = Refusal::new(Code::BusinessRule, message);
-        return Some(Outcome::Refused(Refusal { rule: Some(code.clone()), ..refusal }));
+        return Some(Outcome::Refused(Refusal::by(Some(code), Code::BusinessRule, message)));
     }
     (!found.wins).then(|| Outcome::Lost { whole: true, winner: found.winner.unwrap_or_default() })
 }
 
-/// Finds the column whose value does not fit its type, by casting one after the other; leaves the transaction failed
-/// where it finds one. The message names no value.
+/// Whether the types that values are cast to are still called so.
+const TYPES_EXIST: &str =
+    "SELECT coalesce(bool_and(to_regtype(name) IS NOT NULL), true) FROM unnest($1::text[]) AS t (name)";
+
+/// Finds out whether a statement failed for a value of its one row, by casting one after the other; leaves the transaction failed
+/// where that is so. Each type has SQLSTATEs of its own for that: what counts is that the cast fails. Values for a row that is not
+/// the user's to know tell nothing of it, unless the user made it (`own`).
 pub(crate) async fn value_at_fault(
     connection: &mut PgConnection,
-    step: &Step<'_>,
-    refusal: Refusal,
-) -> Result<Refusal, sqlx::Error> {
-    let keys = step.table.key.iter().copied().zip(step.key.iter().map(Option::as_deref));
-    let values = step.columns.iter().copied().zip(step.values.iter().copied());
-    for (index, value) in keys.chain(values) {
-        let (column, Some(value)) = (&step.table.columns[index], value) else { continue };
+    statement: &Statement,
+    row: &InputRow<'_>,
+    own: bool,
+) -> Result<Option<Refusal>, sqlx::Error> {
+    let step = row.step;
+    let keys = step.table.key.iter().zip(step.key).filter_map(|(index, part)| Some((*index, part.as_deref()?)));
+    let values = step.columns.iter().zip(&step.values).filter_map(|(index, value)| Some((*index, (*value)?)));
+    let (keys, values): (Vec<_>, Vec<_>) = (keys.collect(), values.collect());
+    let types = keys.iter().chain(&values).map(|(index, _)| step.table.columns[*index].cast_type());
+    let exist = sqlx::query_scalar::<_, bool>(TYPES_EXIST).bind(types.collect::<Vec<_>>());
+    if !exist.fetch_one(&mut *connection).await? {
+        return Ok(None);
+    }
+    if let Some(refusal) = misfit_among(connection, step.table, &keys).await? {
+        return Ok(Some(refusal));
+    }
+    if step.op != Operation::Insert && !own {
+        let readable = sqlx::query(AssertSqlSafe(statement.readable_sql.clone()));
+        match bind(readable, step.op, &[*row]).fetch_one(&mut *connection).await.and_then(|row| row.try_get(0)) {
+            Ok(true) => {}
+            Ok(false) => {
+                let Outcome::Refused(refusal) = missing(step.op, step.table) else { return Ok(None) };
+                return Ok(Some(refusal));
+            }
+            Err(error) if matches!(classify(&error), Fault::Server | Fault::Gone) => return Err(error),
+            // The table has changed, perhaps.
+            Err(_) => return Ok(None),
+        }
+    }
+    misfit_among(connection, step.table, &values).await
+}
+
+/// The first of the values, by indexes of columns, that Postgres cannot take. The message names no value.
+async fn misfit_among(
+    connection: &mut PgConnection,
+    table: &Table,
+    values: &[(usize, &str)],
+) -> Result<Option<Refusal>, sqlx::Error> {
+    for (index, value) in values {
+        let column = &table.columns[*index];
         let sql_type = &column.sql_type;
         let cast = format!("SELECT $1::text::{} IS NULL", column.cast_type());
         // The type's own reading of a text looks at its length too; a JSON text would be taken as it is.
         let read = format!("SELECT v IS NULL FROM json_to_record(json_build_object('v', $1::text)) AS r(v {sql_type})");
         for sql in [cast, read] {
-            match sqlx::query(AssertSqlSafe(sql)).bind(value).persistent(false).fetch_one(&mut *connection).await {
-                Ok(_) => {}
-                Err(error) if names_values(&error) => {
-                    let name = format!("{}.{}", step.table.name, column.name);
-                    let state =
-                        error.as_database_error().and_then(|error| error.code()).unwrap_or_default().into_owned();
-                    return Ok(Refusal { message: bounded(&misfit(&state, &name, sql_type)), ..refusal });
+            let tried = sqlx::query(AssertSqlSafe(sql)).bind(*value).persistent(false).fetch_one(&mut *connection);
+            let Err(error) = tried.await else { continue };
+            return match classify(&error) {
+                Fault::Server | Fault::Gone => Err(error),
+                // A domain's check, say.
+                Fault::Verdict(refusal) if !may_be_a_value(&error) => Ok(Some(refusal)),
+                Fault::Verdict(_) | Fault::Unknown => {
+                    let name = format!("{}.{}", table.name, column.name);
+                    let state = error.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+                    Ok(Some(Refusal::new(Code::InvalidValue, misfit(&state, &name, sql_type))))
                 }
-                Err(error) if matches!(classify(&error), Fault::Server | Fault::Gone) => return Err(error),
-                // Another check of the type's: the transaction is failed now, the first refusal stands.
-                Err(_) => return Ok(refusal),
-            }
+            };
         }
     }
-    Ok(refusal)
+    Ok(None)
 }
 
 /// What is wrong with a value, by SQLSTATE.
@@ -103,6 +154,9 @@ fn misfit(state: &str, column: &str, sql_type: &str) -> String {
     match state {
         "22001" | "22026" => format!("the value for {column} is too long for {sql_type}"),
         "22003" | "22008" => format!("the value for {column} is out of the range of {sql_type}"),
+        _ if state.starts_with("54") => {
+            format!("the value for {column} is too large or too deeply nested for {sql_type}")
+        }
         _ => format!("the value for {column} is not a valid {sql_type}"),
     }
 }
@@ -139,18 +193,24 @@ mod tests {
                 expected.map(|w| w.map(str::to_owned)).map_err(|(code, rule)| (code, rule.map(str::to_owned)));
             assert_eq!(found, expected);
         };
-        let all = Found { found: true, allowed: true, broken: None, wins: true, winner: Some("9".into()) };
-        let missing = Found { found: false, allowed: false, broken: None, wins: false, winner: None };
+        let all =
+            Found { found: true, readable: true, allowed: true, broken: None, wins: true, winner: Some("9".into()) };
+        let missing = Found { found: false, readable: true, allowed: false, broken: None, wins: false, winner: None };
         let (update, delete) = (Operation::Update, Operation::Delete);
         check(&table, update, missing.clone(), Err((Code::EntityMissing, None)));
         check(&table, delete, missing.clone(), Err((Code::EntityMissing, None)));
         let denied = Found { allowed: false, broken: Some(0), wins: false, ..all.clone() };
-        check(&table, update, denied, Err((Code::PermissionDenied, None)));
+        check(&table, update, denied.clone(), Err((Code::PermissionDenied, None)));
+        let hidden = Found { readable: false, ..denied };
+        check(&table, update, hidden.clone(), Err((Code::EntityMissing, None)));
+        check(&table, delete, hidden.clone(), Err((Code::EntityMissing, None)));
+        check(&table, update, Found { readable: false, ..all.clone() }, Ok(None));
         let broken = Found { broken: Some(0), wins: false, ..all.clone() };
         check(&table, update, broken, Err((Code::BusinessRule, Some("title_too_short"))));
         check(&table, update, Found { wins: false, ..all.clone() }, Ok(Some("9")));
         check(&table, update, all, Ok(None));
         table.delete_missing_accepted = true;
         check(&table, delete, missing, Ok(Some("won")));
+        check(&table, delete, hidden, Ok(Some("won")));
     }
 }

@@ -34,9 +34,11 @@ pub(crate) struct Statement {
     /// Writes the rows. Updates and deletes give for each row that they wrote its number (1, 2, 3 …) and, where some
     /// columns lost, the newest clock of those.
     pub sql: Arc<str>,
-    /// Says of rows that were not written, by number: `found`, `allowed`, `broken` (index into `rules`), `wins`, and the
-    /// newest clock that the row has, `winner`.
+    /// Says of rows that were not written, by number: `found`, `readable` (told of those that are not allowed), `allowed`,
+    /// `broken` (index into `rules`), `wins`, and the newest clock that the row has, `winner`.
     pub explain_sql: Arc<str>,
+    /// Says whether the rows to update are there and the user may read them, without a look at the values.
+    pub readable_sql: Arc<str>,
     /// The declared rules for the operation: code and message.
     pub rules: Vec<(String, String)>,
     /// Row security may keep rows from being written that can be seen.
@@ -125,9 +127,14 @@ impl Statements {
         let mut mentions = Mentions::default();
         writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
         let reads_view = self.views.iter().any(|view| mentions.names.contains(view));
+        // A refusal depends on who is a member by then.
+        if op != Operation::Insert {
+            mentions.names.extend(Mentions::of(&table.readable).names);
+        }
         let statement = Arc::new(Statement {
             sql: writer.write().into(),
-            explain_sql: writer.explain().into(),
+            explain_sql: writer.explain(traits.row_security).into(),
+            readable_sql: writer.readable().into(),
             rules: writer.rules().map(|rule| (rule.code.clone(), rule.message.clone())).collect(),
             row_security: traits.row_security,
             shape: Shape::new(self.made, table, op, columns, traits, mentions, reads_view),
@@ -462,7 +469,18 @@ impl<'a> Writer<'a> {
         format!("LATERAL (SELECT {row}) AS new")
     }
 
-    fn explain(&self) -> String {
+    fn readable(&self) -> String {
+        format!(
+            "/* millstream readable */ SELECT EXISTS (SELECT FROM {} CROSS JOIN {AUTH} JOIN {} AS old ON {} WHERE {})",
+            self.input(),
+            self.table.sql_name,
+            self.key(),
+            self.table.readable,
+        )
+    }
+
+    /// `row_security`: rows that are allowed may not be written nevertheless.
+    fn explain(&self, row_security: bool) -> String {
         let (join, found) = match self.op {
             Operation::Insert => (format!("CROSS JOIN {}", self.inserted()), "true".to_owned()),
             Operation::Update | Operation::Delete => (
@@ -495,10 +513,22 @@ impl<'a> Writer<'a> {
                 format!("concat_ws(' ', old.{}, old.{})", self.column(updated_at), self.column(client_id))
             }
         };
+        let readable = match self.op {
+            Operation::Insert => "true".to_owned(),
+            Operation::Update | Operation::Delete => {
+                format!(
+                    "CASE WHEN {found} AND ({row_security} OR NOT ms_allowed) THEN coalesce({}, false) ELSE true END",
+                    self.table.readable
+                )
+            }
+        };
+        // OFFSET 0: or the predicate would be copied to wherever its value is looked at.
         format!(
-            "/* millstream explain */ SELECT millstream_input.ms_i, {found} AS found, CASE WHEN {found} THEN {allowed} ELSE false END AS allowed, \
+            "/* millstream explain */ SELECT millstream_input.ms_i, {found} AS found, {readable} AS readable, ms_allowed AS allowed, \
              {broken} AS broken, CASE WHEN {found} THEN {} ELSE false END AS wins, {winner} AS winner\n\
-             FROM {} CROSS JOIN {AUTH} {join}\nORDER BY millstream_input.ms_i",
+             FROM {} CROSS JOIN {AUTH} {join}\n\
+             CROSS JOIN LATERAL (SELECT CASE WHEN {found} THEN {allowed} ELSE false END AS ms_allowed OFFSET 0) AS millstream_guard\n\
+             ORDER BY millstream_input.ms_i",
             self.wins(),
             self.input(),
         )
@@ -580,8 +610,14 @@ mod tests {
         );
         // No rule: nobody may.
         check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
-        let explain = Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1 }.explain();
-        check(&explain, &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0"]);
+        let explain = Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1 }.explain(false);
+        check(
+            &explain,
+            &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0", "true AS readable"],
+        );
+        table.readable = "may read".into();
+        let explain = Writer { table: &table, op: Operation::Update, columns: &[2], first: 1 }.explain(false);
+        check(&explain, &["(false OR NOT ms_allowed) THEN coalesce(may read, false) ELSE true END AS readable"]);
     }
 
     #[test]

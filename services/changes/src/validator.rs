@@ -235,6 +235,7 @@ pub(crate) mod tests {
             key: vec![0],
             scopes: vec![],
             memberships: vec![],
+            readable: "true".into(),
             write: WriteRules {
                 insert: Some("new.title <> ''".into()),
                 update: Some("EXISTS (SELECT FROM members m WHERE m.user_id = auth.user_id)".into()),

@@ -48,6 +48,7 @@ pub fn tables() -> Vec<Table> {
                 }
                 _ => vec![],
             },
+            readable: "true".into(),
             write: WriteRules { insert: rule.clone(), update: rule.clone(), delete: rule },
             conflict,
             renamed: Default::default(),

@@ -444,7 +444,8 @@ BEGIN
         COPY (SELECT) TO PROGRAM 'kill -9 $PPID';
         PERFORM pg_sleep(5);
     END IF;
-    RAISE EXCEPTION USING ERRCODE = 'XX000', MESSAGE = 'a fault';
+    -- There is no such configuration, and Postgres takes that for a fault of its own.
+    PERFORM to_tsvector(0::oid::regconfig, 'x');
 END $$;
 CREATE TRIGGER poison BEFORE UPDATE ON tasks FOR EACH ROW WHEN (NEW.title IN ('kills', 'fails'))
 EXECUTE FUNCTION millstream.poison();

@@ -31,6 +31,7 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         key: key.to_vec(),
         scopes,
         memberships: Vec::new(),
+        readable: "true".into(),
         write: WriteRules::default(),
         conflict: millstream_catalog::ConflictPolicy::Arrival,
         renamed: Default::default(),

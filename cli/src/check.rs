@@ -24,7 +24,7 @@ use crate::setup;
   millstream check
   millstream check --config app/millstream.toml -o json")]
 #[command(
-    after_help = "The database is only read. Without DATABASE_URL it is that of `millstream dev` in --data. Exit status 5 when something does not fit."
+    after_help = "The database is only read. Without DATABASE_URL it is that of `millstream dev` in --data. Exit status 5 when something does not fit; warnings alone leave it 0."
 )]
 pub struct Args {
     /// The synced tables
@@ -113,13 +113,14 @@ impl Problem {
         Problem { fix: Some(fix.into()), ..self }
     }
 
-    /// For people, over several lines.
-    fn text(&self, file: &Path) -> String {
+    /// For people, over several lines; `label` is `warning: ` or nothing.
+    fn text(&self, file: &Path, label: &str) -> String {
         let mut text = file.display().to_string();
         if let Some(line) = self.line {
             text.push_str(&format!(":{line}"));
         }
         text.push_str(": ");
+        text.push_str(label);
         if let Some(place) = &self.place {
             text.push_str(&format!("{place}: "));
         }
@@ -136,12 +137,22 @@ impl Problem {
     }
 }
 
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// What does not fit.
+    pub problems: Vec<Problem>,
+    /// What works, and may let clients do more than is meant.
+    pub warnings: Vec<Problem>,
+}
+
 /// What `-o json` prints.
 #[derive(Serialize)]
 struct Report<'a> {
     ok: bool,
     config: &'a Path,
     problems: &'a [Problem],
+    warnings: &'a [Problem],
 }
 
 /// Runs `millstream check`.
@@ -149,7 +160,7 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
     let path = &args.config;
     let text = std::fs::read_to_string(path)
         .map_err(|source| Error::Config(ConfigError::Read { path: path.clone(), source }))?;
-    let problems = match Config::parse(&text, path) {
+    let Findings { problems, warnings } = match Config::parse(&text, path) {
         Ok(config) => {
             let mut connection = setup::connect(&args.database.find().map_err(Error::NoDatabase)?, Duration::ZERO)
                 .await
@@ -157,47 +168,58 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
             check(&mut connection, &config, &text).await?
         }
         // Without its structure there is nothing to hold against the database.
-        Err(ConfigError::Parse { source, .. }) => vec![Problem {
-            line: source.span().map(|span| locate::line(&text, span.start)),
-            ..Problem::new(source.to_string().trim_end())
-        }],
+        Err(ConfigError::Parse { source, .. }) => {
+            let line = source.span().map(|span| locate::line(&text, span.start));
+            let problem = Problem { line, ..Problem::new(source.to_string().trim_end()) };
+            Findings { problems: vec![problem], warnings: Vec::new() }
+        }
         Err(error) => return Err(Error::Config(error)),
     };
     let ok = problems.is_empty();
     let output = match args.output {
         Output::Json => {
-            let report = Report { ok, config: path, problems: &problems };
+            let report = Report { ok, config: path, problems: &problems, warnings: &warnings };
             format!("{}\n", serde_json::to_string(&report).unwrap_or_default())
         }
-        Output::Text if ok => format!("{}: fits the database\n", path.display()),
-        Output::Text => problems.iter().map(|problem| problem.text(path)).collect::<Vec<_>>().join("\n"),
+        Output::Text => {
+            let mut parts: Vec<String> = problems.iter().map(|problem| problem.text(path, "")).collect();
+            parts.extend(warnings.iter().map(|warning| warning.text(path, "warning: ")));
+            if ok {
+                parts.push(format!("{}: fits the database\n", path.display()));
+            }
+            parts.join("\n")
+        }
     };
     io::stdout().lock().write_all(output.as_bytes()).map_err(Error::Output)?;
-    if !ok {
-        eprintln!("{} problem{}", problems.len(), if problems.len() == 1 { "" } else { "s" });
+    for (found, what) in [(problems.len(), "problem"), (warnings.len(), "warning")] {
+        if found > 0 {
+            eprintln!("{found} {what}{}", if found == 1 { "" } else { "s" });
+        }
     }
     Ok(if ok { Exit::Ok } else { Exit::Problems })
 }
 
-/// Everything that does not fit, of the file first. `text` is the file, for places in it.
+/// Everything that does not fit, of the file first, and what may be meant otherwise. `text` is the file, for places in it.
 ///
 /// # Errors
 /// The database cannot be asked.
-pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -> Result<Vec<Problem>, Error> {
+pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -> Result<Findings, Error> {
     let mut problems: Vec<Problem> = config.problems().iter().map(|text| Problem::sectioned(text)).collect();
     let (catalog, misfits) = Catalog::collect(connection, config).await.map_err(|error| match error {
         CatalogError::Query(source) => Error::Postgres(source),
         other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
     })?;
     problems.extend(misfits.iter().map(|error| Problem::sectioned(&error.to_string())));
+    let mut warnings = Vec::new();
     for table in &catalog.tables {
         problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
+        warnings.extend(predicate::unguarded(connection, table).await.map_err(Error::Postgres)?);
     }
     problems.extend(database::check(connection, config, &catalog).await?);
-    for problem in &mut problems {
+    for problem in problems.iter_mut().chain(&mut warnings) {
         problem.line = problem.place.as_deref().and_then(|place| locate::place(text, place));
     }
-    Ok(problems)
+    Ok(Findings { problems, warnings })
 }
 
 #[cfg(test)]
@@ -213,8 +235,12 @@ mod tests {
             ..Problem::new("column new.titel does not exist").fix("perhaps new.title")
         };
         assert_eq!(
-            problem.text(Path::new("m.toml")),
+            problem.text(Path::new("m.toml"), ""),
             "m.toml:7: [tables.tasks] write.insert: column new.titel does not exist\n    new.titel <> ''\n        ^\n  fix: perhaps new.title\n"
+        );
+        assert_eq!(
+            Problem::table("a", "it may be").text(Path::new("m.toml"), "warning: "),
+            "m.toml: warning: [tables.a]: it may be\n"
         );
         assert_eq!(Problem::sectioned("[tables.a]: it: is"), Problem::table("a", "it: is"));
         assert_eq!(Problem::sectioned("nothing").place, None);

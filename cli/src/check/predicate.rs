@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use millstream_catalog::Table;
+use millstream_catalog::{Members, Table};
 use millstream_schemas::Operation;
 use sqlx::postgres::{PgDatabaseError, PgErrorPosition};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -21,13 +21,13 @@ pub async fn check(connection: &mut PgConnection, table: &Table) -> Result<Vec<P
     for (op, predicate) in OPERATIONS.into_iter().zip(declared) {
         let Some(predicate) = predicate else { continue };
         let place = format!("[tables.{}] write.{}", table.name, op.as_str());
-        let found = compile(connection, table, op, predicate).await?;
+        let found = compile(connection, table, op, predicate, None).await?;
         problems.extend(found.map(|problem| Problem { place: Some(place), ..problem }));
     }
     for (index, rule) in table.rules.iter().enumerate() {
         let place = format!("[tables.{}] rules.{index}.check", table.name);
         for op in OPERATIONS.into_iter().filter(|op| rule.on.contains(op)) {
-            let Some(problem) = compile(connection, table, op, &rule.check).await? else { continue };
+            let Some(problem) = compile(connection, table, op, &rule.check, None).await? else { continue };
             let message = format!("rule `{}` on {}: {}", rule.code, op.as_str(), problem.message);
             problems.push(Problem { place: Some(place.clone()), message, ..problem });
         }
@@ -35,14 +35,74 @@ pub async fn check(connection: &mut PgConnection, table: &Table) -> Result<Vec<P
     Ok(problems)
 }
 
-/// Plans a predicate; what Postgres says if it cannot.
+/// Columns that say who may read a row, or of what it makes members, that clients may set as they like: no predicate of the
+/// operation looks at them. So who may write some row may move it to where they may not, or a row of another's.
+pub async fn unguarded(connection: &mut PgConnection, table: &Table) -> Result<Vec<Problem>, sqlx::Error> {
+    let mut warnings = Vec::new();
+    for (op, permission) in [(Operation::Insert, &table.write.insert), (Operation::Update, &table.write.update)] {
+        let Some(permission) = permission else { continue };
+        let rules = table.rules.iter().filter(|rule| rule.on.contains(&op)).map(|rule| &rule.check);
+        let predicates: Vec<&String> = std::iter::once(permission).chain(rules).collect();
+        for (index, what) in sensitive(table) {
+            let column = &table.columns[index];
+            // A key is set by inserts alone; and alone it names a scope that is new.
+            let is_key = if op == Operation::Insert { table.key == [index] } else { table.key.contains(&index) };
+            if !column.writable || is_key {
+                continue;
+            }
+            let mut is_looked_at = false;
+            for predicate in &predicates {
+                // It cannot be planned without what it looks at.
+                is_looked_at |= compile(connection, table, op, predicate, Some(index)).await?.is_some();
+            }
+            if is_looked_at {
+                continue;
+            }
+            let name = &column.name;
+            let (may, fix) = match op {
+                Operation::Insert => ("put rows there for anybody", format!("look at `new.{name}` in the predicate")),
+                _ => ("move such rows to anybody", format!("say `new.{name} = old.{name}`, or who may be there")),
+            };
+            let message = format!(
+                "clients may set `{name}`, which {what}, and the predicate does not look at `new.{name}`: they may {may}"
+            );
+            let place = format!("[tables.{}] write.{}", table.name, op.as_str());
+            let fix = format!("{fix}; or take `{name}` out of `writable`");
+            warnings.push(Problem { place: Some(place), ..Problem::new(message).fix(fix) });
+        }
+    }
+    Ok(warnings)
+}
+
+/// Indexes of the columns that it depends on who sees what, and why. Who becomes a member is for those to say who may write for
+/// the scope.
+fn sensitive(table: &Table) -> Vec<(usize, &'static str)> {
+    let scopes = table.scopes.iter().filter_map(|scope| scope.column).map(|index| (index, "says who may read the row"));
+    let grants = table.memberships.iter().flat_map(|membership| {
+        let via = match membership.of {
+            Members::Through { column, .. } => Some(column),
+            Members::User { .. } => None,
+        };
+        via.into_iter().chain([membership.scope]).map(|index| (index, "says who becomes a member of what"))
+    });
+    let mut found: Vec<(usize, &'static str)> = Vec::new();
+    for (index, what) in scopes.chain(grants) {
+        if !found.iter().any(|(other, _)| *other == index) {
+            found.push((index, what));
+        }
+    }
+    found
+}
+
+/// Plans a predicate, `without` a column of `new`; what Postgres says if it cannot.
 async fn compile(
     connection: &mut PgConnection,
     table: &Table,
     op: Operation,
     predicate: &str,
+    without: Option<usize>,
 ) -> Result<Option<Problem>, sqlx::Error> {
-    let (before, after) = shape(table, op);
+    let (before, after) = shape(table, op, without);
     let mut transaction = connection.begin().await?;
     // Predicates run with the executor's rights. Who may not take its role checks with his own.
     let mut attempt = transaction.begin().await?;
@@ -69,9 +129,9 @@ async fn compile(
 }
 
 /// What stands before and after a predicate: it sees `new` and `old` with the types of the table, and `auth`.
-fn shape(table: &Table, op: Operation) -> (String, String) {
+fn shape(table: &Table, op: Operation, without: Option<usize>) -> (String, String) {
     let mut new = String::new();
-    for column in &table.columns {
+    for (_, column) in table.columns.iter().enumerate().filter(|(index, _)| Some(*index) != without) {
         let comma = if new.is_empty() { "" } else { ", " };
         let _infallible = write!(new, "{comma}NULL::{} AS {}", column.sql_type, column.sql_name);
     }

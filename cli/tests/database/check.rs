@@ -48,7 +48,7 @@ async fn found(connection: &mut PgConnection, sql: &str, from: &str, to: &str) -
     let text = CONFIG.replacen(from, to, 1);
     let mut transaction = connection.begin().await.expect("Postgres does");
     run(&mut transaction, sql).await;
-    let problems = check(&mut transaction, &parse(&text), &text).await.expect("Postgres does");
+    let problems = check(&mut transaction, &parse(&text), &text).await.expect("Postgres does").problems;
     transaction.rollback().await.expect("Postgres does");
     problems
 }
@@ -231,4 +231,100 @@ async fn what_does_not_fit_is_named_with_the_remedy() {
     ] {
         assert!(problems.iter().any(|problem| problem.message.contains(says)), "{says}: {problems:#?}");
     }
+}
+
+const BOARD: (&str, &str) =
+    (include_str!("../../../examples/board/schema.sql"), include_str!("../../../examples/board/millstream.toml"));
+
+/// What is warned of in the board's file with these parts replaced: place, line and message.
+async fn warned(connection: &mut PgConnection, parts: &[(&str, &str)]) -> Vec<(String, Option<usize>, String)> {
+    let mut text = BOARD.1.to_owned();
+    for (from, to) in parts {
+        assert!(text.contains(from), "{from}");
+        text = text.replacen(from, to, 1);
+    }
+    let found = check(connection, &parse(&text), &text).await.expect("Postgres does");
+    assert_eq!(found.problems, [], "{parts:?}");
+    let told = |warning: Problem| {
+        assert!(warning.fix.is_some_and(|fix| fix.contains("out of `writable`")));
+        (warning.place.unwrap_or_default(), warning.line, warning.message)
+    };
+    found.warnings.into_iter().map(told).collect()
+}
+
+/// Who may write a row must not be able to move it to where they may not, unseen.
+#[tokio::test(flavor = "multi_thread")]
+async fn scope_columns_that_no_predicate_looks_at_are_warned_of() {
+    let (_stack, mut connection) = database(BOARD.0, BOARD.1).await;
+    let pg = &mut connection;
+    assert_eq!(warned(pg, &[]).await, []);
+    let line = |start: &str| BOARD.1.lines().position(|line| line.starts_with(start)).map(|line| line + 1);
+    let comments = BOARD.1.find("[tables.comments]").expect("it is there");
+    let tasks = BOARD.1.find("[tables.tasks]").expect("it is there");
+    let rule = |from: usize, op: &str| {
+        let text = BOARD.1[from..].split_once(&format!("write.{op} = ")).expect("it is there").1;
+        format!("write.{op} = {}", text.lines().next().expect("it is there"))
+    };
+    // As the board had it: an author moves a comment into a project where they are no member.
+    let update = rule(comments, "update");
+    let found = warned(pg, &[(&update, "write.update = \"old.author_id = auth.user_id\"")]).await;
+    assert_eq!(found.len(), 1, "{found:?}");
+    let (place, at, message) = &found[0];
+    assert_eq!(place, "[tables.comments] write.update");
+    assert_eq!(*at, line(&update));
+    assert!(message.contains("may set `project_id`, which says who may read the row"), "{message}");
+    // What does look at it: by name, quoted, with the whole row, in a rule.
+    let old = "old.author_id = auth.user_id";
+    for seen in [
+        "new.project_id = old.project_id",
+        "\\\"new\\\".\\\"project_id\\\" = old.project_id",
+        "NOT (new.*) IS DISTINCT FROM (old.*)",
+    ] {
+        assert_eq!(warned(pg, &[(&update, &format!("write.update = \"{old} AND {seen}\""))]).await, [], "{seen}");
+    }
+    let plain = format!("write.update = \"{old}\"");
+    let in_a_rule = (
+        "on = [\"insert\", \"update\"], check = \"new.body ~ '\\\\S'\"",
+        "on = [\"update\"], check = \"new.project_id = old.project_id\"",
+    );
+    assert_eq!(warned(pg, &[(&update, &plain), in_a_rule]).await, []);
+    // What does not: another column, a comment, a text, another table's column.
+    for unseen in [
+        "new.task_id = old.task_id",
+        "true /* new.project_id */",
+        "'new.project_id' <> ''",
+        "EXISTS (SELECT FROM members m WHERE m.project_id = old.project_id)",
+    ] {
+        assert_eq!(
+            warned(pg, &[(&update, &format!("write.update = \"{old} AND {unseen}\""))]).await.len(),
+            1,
+            "{unseen}"
+        );
+    }
+    // Columns that clients may not set, and operations that they may not do.
+    assert_eq!(
+        warned(
+            pg,
+            &[
+                (&update, &plain),
+                ("\"id\", \"project_id\", \"task_id\", \"body\"", "\"id\", \"body\""),
+                (&rule(comments, "insert"), "")
+            ]
+        )
+        .await,
+        []
+    );
+    assert_eq!(warned(pg, &[(&update, "")]).await, []);
+    // Inserts.
+    let found = warned(pg, &[(&rule(tasks, "insert"), "write.insert = \"new.title <> ''\"")]).await;
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].0, "[tables.tasks] write.insert");
+    // A row that grants memberships of one scope by another.
+    let found = warned(pg, &[
+        ("[tables.projects]", "[scopes.place]\nmembership = { table = \"tasks\", scope = \"position\", through = \"project\", via = \"project_id\" }\n\n[tables.projects]"),
+    ])
+    .await;
+    let places: Vec<&str> = found.iter().map(|(place, ..)| place.as_str()).collect();
+    assert_eq!(places, ["[tables.tasks] write.insert", "[tables.tasks] write.update"], "{found:?}");
+    assert!(found[0].2.contains("may set `position`, which says who becomes a member"), "{found:?}");
 }

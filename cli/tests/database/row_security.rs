@@ -25,7 +25,7 @@ async fn seen_by(connection: &mut PgConnection, role: &str) -> i64 {
 async fn messages(connection: &mut PgConnection, sql: &str) -> Vec<String> {
     let mut transaction = connection.begin().await.expect("Postgres does");
     run(&mut transaction, sql).await;
-    let problems = check(&mut transaction, &parse(CONFIG), CONFIG).await.expect("Postgres does");
+    let problems = check(&mut transaction, &parse(CONFIG), CONFIG).await.expect("Postgres does").problems;
     transaction.rollback().await.expect("Postgres does");
     problems.into_iter().map(|problem| problem.message).collect()
 }

@@ -37,6 +37,10 @@ pub use queue::{Edit, EntryState, FailedWrite, Outcome, QueueEntry, Verdict};
 pub use read::{Reader, Table};
 pub use write::{MAX_TRANSACTION_BYTES, Recorded, Tx, Written};
 
+// For `fuzz`.
+#[doc(hidden)]
+pub use value::bound;
+
 use error::During;
 use functions::Session;
 use schema::TableSql;

@@ -35,6 +35,15 @@ impl ToSql for Wire<'_> {
     }
 }
 
+/// What a column of this kind is given for a text of the wire.
+pub fn bound(kind: Kind, text: &str) -> rusqlite::Result<Value> {
+    match (Wire { kind, text: Some(text) }).to_sql()? {
+        ToSqlOutput::Owned(value) => Ok(value),
+        ToSqlOutput::Borrowed(value) => Ok(value.try_into()?),
+        _ => Ok(Value::Null),
+    }
+}
+
 fn unhex(text: &str) -> Option<Vec<u8>> {
     let digit = |byte: u8| (byte as char).to_digit(16).map(|digit| digit as u8);
     if !text.len().is_multiple_of(2) {
@@ -49,13 +58,7 @@ mod tests {
 
     #[track_caller]
     fn check(kind: Kind, text: &str, expected: Value) {
-        let text = Some(text.to_owned());
-        let found = match Wire::new(kind, &text).to_sql().unwrap() {
-            ToSqlOutput::Owned(value) => value,
-            ToSqlOutput::Borrowed(value) => value.try_into().unwrap(),
-            _ => unreachable!(),
-        };
-        assert_eq!(found, expected);
+        assert_eq!(bound(kind, text).unwrap(), expected);
     }
 
     #[test]

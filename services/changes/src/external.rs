@@ -231,6 +231,12 @@ fn verdict(submission: &Submission, refusals: Vec<Refusal>) -> Answer {
     })
 }
 
+/// The verdict on a transaction by one answer alone, for [`crate::pure`].
+pub(crate) fn answer(payload: &[u8], request: &ValidateRequest, submission: &Submission) -> Result<Answer, String> {
+    let refusal = refusal(payload, request).map_err(|why| why.to_string())?;
+    Ok(verdict(submission, refusal.into_iter().collect()))
+}
+
 /// A worker's questions: the [`Gate`] with what is under way.
 pub(crate) struct Questions {
     external: Arc<External>,

@@ -1,17 +1,19 @@
 //! A batch's decisions without a database: ledger, plan, predecessors and origin are those that the executor uses; what
-//! becomes of a change that is to be applied, the caller says. For the simulation, where Postgres is a model.
+//! becomes of a change that is to be applied, the caller says. For the simulation, where Postgres is a model, and for `fuzz`.
 
 use std::collections::HashSet;
 
 use millstream_catalog::Table;
 use millstream_schemas::Code;
-use millstream_schemas::stream::{InstanceSpan, OriginEntry, Submission};
+use millstream_schemas::stream::{Failure, InstanceSpan, OriginEntry, Submission, ValidateRequest};
 use uuid::Uuid;
 
 use crate::error::Refusal;
+use crate::external;
 use crate::ledger::{Client, Ledger};
 use crate::plan::{Condemned, Rejected, plan, predecessors};
 use crate::settle;
+use crate::validator::{self, Rejection};
 
 /// A client's row in the ledger.
 #[derive(Clone, Debug)]
@@ -89,4 +91,30 @@ pub fn settle(
         instance: client.instance,
     });
     Settled { clients: clients.collect(), spans: ledger.spans().to_vec(), origin: settle::origin(&plan, &ledger) }
+}
+
+/// What needs no database to be said of a transaction: how many changes are left to be applied.
+///
+/// # Errors
+/// The index of a change that cannot be applied, and why.
+pub fn validate(tables: &[Table], submission: &Submission) -> Result<usize, (usize, Failure)> {
+    let find = |name: &str| tables.iter().find(|table| table.name == name);
+    validator::validate(find, submission).map(|steps| steps.len()).map_err(|why| failure(submission, why))
+}
+
+/// What an external validator's answer means for the transaction that it was asked about: with `Some`, it is rejected.
+///
+/// # Errors
+/// It is no verdict.
+pub fn answer(
+    payload: &[u8],
+    request: &ValidateRequest,
+    submission: &Submission,
+) -> Result<Option<(usize, Failure)>, String> {
+    external::answer(payload, request, submission).map(|no| no.map(|why| failure(submission, why)))
+}
+
+fn failure(submission: &Submission, why: Rejection) -> (usize, Failure) {
+    let Rejection { index, change_id, code, rule, message } = why;
+    (index, Failure { seq: submission.seq, change_id, code, rule, message })
 }

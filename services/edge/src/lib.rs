@@ -58,14 +58,10 @@ use uuid::Uuid;
 
 pub use token::{AUDIENCE, MIN_SECRET_BYTES};
 
-// What a session sends, without sockets and brokers, for the simulation in `tests`: it runs this, not a copy of it.
+// What a session reads and sends, without sockets, databases and brokers, for the simulation in `tests` and for `fuzz`: they run
+// this, not a copy of it.
 #[doc(hidden)]
-pub mod pure {
-    pub use crate::downlink::{Downlink, Next, Out};
-    pub use crate::fence::Fence;
-    pub use crate::message::Message;
-    pub use crate::reach::{Moves, Reach};
-}
+pub mod pure;
 
 /// Connections to Postgres: sessions that open, and snapshots.
 /// More than snapshots and shared reads take together, so that sessions without one still open.

@@ -2,6 +2,7 @@
 
 mod join;
 mod open;
+pub mod text;
 mod uplink;
 mod wire;
 
@@ -9,7 +10,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame};
+use millstream_schemas::frame::{ErrorFrame, Hello, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame};
 use millstream_schemas::stream::{TransactionResult, Watermark};
 use millstream_schemas::{Code, Lsn, Scope};
 use tokio::sync::mpsc;
@@ -564,19 +565,9 @@ impl Session {
             }
             Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
         };
-        if text.len() > MAX_FRAME_BYTES {
-            let message = format!("the frame has {} bytes; the limit is {MAX_FRAME_BYTES}", text.len());
-            return self.refuse(wire, Code::TooLarge, message, None).await;
-        }
-        match serde_json::from_str(&text) {
-            Ok(ClientFrame::Submit(submit)) => self.submit(wire, submit).await,
-            Ok(ClientFrame::Hello(_)) => {
-                self.refuse(wire, Code::OutOfOrder, "hello comes once, as the first frame".to_owned(), None).await
-            }
-            Err(error) => {
-                let message = format!("not a frame of this protocol: {error}");
-                self.refuse(wire, Code::BadFrame, message, None).await
-            }
+        match text::submit(&text) {
+            Ok(submit) => self.submit(wire, submit).await,
+            Err(refused) => self.refuse(wire, refused.code, refused.message, refused.seq).await,
         }
     }
 

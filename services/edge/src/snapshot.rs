@@ -513,6 +513,21 @@ impl<'a> RowsFrame<'a> {
     }
 }
 
+/// The frames that a table's rows become, of which COPY sends these chunks: see `Snapshot::table`.
+pub fn reframed<'a>(table: &str, key: &[usize], chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<String> {
+    let mut lines = Lines::default();
+    let mut frame = RowsFrame::new(table, key, Mark { scope: None, pass: 0, key: Vec::new() });
+    let mut frames = Vec::new();
+    for chunk in chunks {
+        lines.push(chunk, |line| frame.row(line));
+        if frame.text.len() >= ROWS_FRAME_BYTES {
+            frames.push(frame.take());
+        }
+    }
+    frames.extend((frame.rows > 0).then(|| frame.take()));
+    frames
+}
+
 /// A field of COPY's text format.
 fn unescape(field: &[u8], value: &mut String) {
     let mut bytes = field.iter();

@@ -77,7 +77,8 @@ pub async fn read_end(stream: &Stream) -> Result<(u64, Option<Tail>), Error> {
     Ok((sequence, tail(&message.headers)))
 }
 
-fn tail(headers: &HeaderMap) -> Option<Tail> {
+/// What a message's headers say, if it is one of ours.
+pub fn tail(headers: &HeaderMap) -> Option<Tail> {
     fn get<T: FromStr>(headers: &HeaderMap, name: &str) -> Option<T> {
         headers.get(name)?.as_str().parse().ok()
     }

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use millstream_catalog::layout;
 use millstream_schemas::frame::{
-    ClientFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW,
-    ServerFrame, Welcome,
+    Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW, ServerFrame, Welcome,
 };
 use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
@@ -17,7 +16,7 @@ use super::join::Cut;
 use super::uplink::Unsettled;
 use super::{
     End, HEARTBEAT, STORED_QUEUE, Session, Socket, SocketError, Start, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE,
-    VISIBLE_WAIT, Wire,
+    VISIBLE_WAIT, Wire, text,
 };
 use crate::Edge;
 use crate::catalogs::Known;
@@ -55,18 +54,7 @@ pub(super) async fn hello(edge: &Edge, wire: &mut Wire) -> Result<(Hello, Identi
     let text = tokio::time::timeout(HELLO_TIMEOUT, first)
         .await
         .map_err(|_| End::fatal(Code::HeartbeatTimeout, "no hello within 5 s"))??;
-    if text.len() > MAX_HELLO_BYTES {
-        return Err(End::fatal(Code::TooLarge, format!("hello is over {MAX_HELLO_BYTES} bytes")));
-    }
-    let hello = match serde_json::from_str(&text) {
-        Ok(ClientFrame::Hello(hello)) => hello,
-        Ok(_) => return Err(End::fatal(Code::OutOfOrder, "the first frame must be hello")),
-        Err(error) => return Err(End::fatal(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
-    };
-    if hello.protocol != PROTOCOL_VERSION {
-        let message = format!("this server speaks protocol {PROTOCOL_VERSION}, the client {}", hello.protocol);
-        return Err(End::fatal(Code::UpgradeRequired, message));
-    }
+    let hello = text::hello(&text).map_err(|refused| End::fatal(refused.code, refused.message))?;
     let identity = edge.verifier.user(&hello.token).map_err(|(code, message)| End::fatal(code, message))?;
     if edge.evictions.hold(&identity.user_id, identity.issued) {
         return Err(End::fatal(Code::NeedsAuth, "an operator ended this user's sessions; sign in again"));

@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use millstream_runtime::telemetry;
 use millstream_schemas::Code;
-use millstream_schemas::frame::{
-    ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, SUBMIT_WINDOW, ServerFrame, Submit,
-};
+use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame, Submit};
 use millstream_schemas::stream::Submission;
 
 use super::wire::Wire;
@@ -54,15 +52,6 @@ impl Unsettled {
 impl Session {
     pub(super) async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
         let seq = submit.seq;
-        if submit.changes.is_empty() || submit.changes.len() > MAX_TRANSACTION_CHANGES {
-            let message =
-                format!("a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {}", submit.changes.len());
-            return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
-        }
-        if submit.after.len() > MAX_TRANSACTION_CHANGES || submit.after.iter().any(|earlier| *earlier >= seq) {
-            let message = format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before seq {seq}");
-            return self.refuse(wire, Code::BadFrame, message, Some(seq)).await;
-        }
         // What was confirmed meanwhile came by another session; the client goes on behind it.
         self.expected = self.expected.max(self.downlink.confirmed() + 1);
         if seq > self.expected {

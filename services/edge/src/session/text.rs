@@ -1,0 +1,71 @@
+//! What is looked at in a client's text before anything is done with it: its size and its shape. Pure.
+
+use millstream_schemas::frame::{
+    ClientFrame, Hello, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Submit,
+};
+use millstream_schemas::{Code, PROTOCOL_VERSION};
+
+/// Why a text is refused.
+#[derive(Debug)]
+pub struct Refused {
+    /// What it is.
+    pub code: Code,
+    /// What to do about it.
+    pub message: String,
+    /// The submission that it is about.
+    pub seq: Option<u64>,
+}
+
+fn refused(code: Code, message: impl Into<String>) -> Refused {
+    Refused { code, message: message.into(), seq: None }
+}
+
+/// Reads the first frame of a session.
+///
+/// # Errors
+/// It is too large, or no `hello` of this protocol.
+pub fn hello(text: &str) -> Result<Hello, Refused> {
+    if text.len() > MAX_HELLO_BYTES {
+        return Err(refused(Code::TooLarge, format!("hello is over {MAX_HELLO_BYTES} bytes")));
+    }
+    let hello = match serde_json::from_str(text) {
+        Ok(ClientFrame::Hello(hello)) => hello,
+        Ok(_) => return Err(refused(Code::OutOfOrder, "the first frame must be hello")),
+        Err(error) => return Err(refused(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
+    };
+    if hello.protocol != PROTOCOL_VERSION {
+        let message = format!("this server speaks protocol {PROTOCOL_VERSION}, the client {}", hello.protocol);
+        return Err(refused(Code::UpgradeRequired, message));
+    }
+    Ok(hello)
+}
+
+/// Reads a later frame.
+///
+/// # Errors
+/// It is too large, or no submission that the executor could take up.
+pub fn submit(text: &str) -> Result<Submit, Refused> {
+    if text.len() > MAX_FRAME_BYTES {
+        let message = format!("the frame has {} bytes; the limit is {MAX_FRAME_BYTES}", text.len());
+        return Err(refused(Code::TooLarge, message));
+    }
+    let submit = match serde_json::from_str(text) {
+        Ok(ClientFrame::Submit(submit)) => submit,
+        Ok(ClientFrame::Hello(_)) => {
+            return Err(refused(Code::OutOfOrder, "hello comes once, as the first frame"));
+        }
+        Err(error) => return Err(refused(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
+    };
+    let seq = submit.seq;
+    let about = |code, message| Err(Refused { code, message, seq: Some(seq) });
+    if submit.changes.is_empty() || submit.changes.len() > MAX_TRANSACTION_CHANGES {
+        let changes = submit.changes.len();
+        let message = format!("a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {changes}");
+        return about(Code::TooLarge, message);
+    }
+    if submit.after.len() > MAX_TRANSACTION_CHANGES || submit.after.iter().any(|earlier| *earlier >= seq) {
+        let message = format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before seq {seq}");
+        return about(Code::BadFrame, message);
+    }
+    Ok(submit)
+}

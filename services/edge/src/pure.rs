@@ -29,23 +29,10 @@ pub fn is_taken(secret: &[u8], cut: &SnapshotMark) -> bool {
     resume::decode(&Sealer::new(secret), cut, "user", Uuid::nil()).is_some()
 }
 
-/// The token and the mark in these JSON texts as edges with this secret would have given them out, read, and given out again; and
-/// the moment, if it is of these scopes and this layout.
-pub fn resumed(
-    secret: &[u8],
-    (token, mark): (&str, &str),
-    version: &str,
-    scopes: &BTreeSet<Scope>,
-) -> Option<([SnapshotMark; 2], Option<Fence>)> {
-    let sealer = Sealer::new(secret);
-    let (token, mark): (Token, Mark) = (serde_json::from_str(token).ok()?, serde_json::from_str(mark).ok()?);
-    let give = |token: &Token, mark: &Mark| {
-        let mark = sealer.seal(&token.moment()).mark(mark)?;
-        Some(SnapshotMark { token: token.encode(&sealer, "user", Uuid::nil())?, mark })
-    };
-    let given = give(&token, &mark)?;
-    let (token, mark) = resume::decode(&sealer, &given, "user", Uuid::nil())?;
-    let again = give(&token, &mark)?;
-    let moment = token.fence(version, scopes);
-    Some(([given, again], moment))
+/// The token and the mark of a cut snapshot, past whatever vouches for them, as they are read and written again; and the moment,
+/// if it is of these scopes and this layout.
+pub fn resumed(cut: &SnapshotMark, version: &str, scopes: &BTreeSet<Scope>) -> Option<(SnapshotMark, Option<Fence>)> {
+    let (token, mark): (Token, Mark) = (serde_json::from_str(&cut.token).ok()?, serde_json::from_str(&cut.mark).ok()?);
+    let again = SnapshotMark { token: serde_json::to_string(&token).ok()?, mark: serde_json::to_string(&mark).ok()? };
+    Some((again, token.fence(version, scopes)))
 }

@@ -68,10 +68,10 @@ impl Fence {
     fn widen(&self, xid: u32) -> u64 {
         let near = (self.xmax & !0xFFFF_FFFF) | u64::from(xid);
         let half = 1 << 31;
-        if near > self.xmax + half {
+        if near > self.xmax.saturating_add(half) {
             near.saturating_sub(1 << 32)
-        } else if near + half < self.xmax {
-            near + (1 << 32)
+        } else if near.saturating_add(half) < self.xmax {
+            near.saturating_add(1 << 32)
         } else {
             near
         }
@@ -102,6 +102,8 @@ mod tests {
         assert!(fence.sees(9, Lsn(1)));
         assert!(!fence.sees(10, Lsn(1)));
         assert!(!fence.sees(1 << 30, Lsn(1)), "far ahead, not far behind");
+        let largest = Fence::parse(&format!("1:{}:", u64::MAX), "1/0").unwrap();
+        assert!(largest.sees(u32::MAX - 1, Lsn(1)) && !largest.sees(u32::MAX, Lsn(1)));
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub fn fence(input: &[u8]) {
 /// Nothing behind the fence is visible, and every id has an answer.
 fn ask(fence: &Fence) {
     let snapshot = fence.visible();
-    let ids = snapshot.split([':', ',']).filter_map(|id| id.parse::<u64>().ok()).map(|id| id as u32);
+    let ids = snapshot.split([':', ',']).take(8).filter_map(|id| id.parse::<u64>().ok()).map(|id| id as u32);
     for xid in [0, 1, 1 << 31, u32::MAX].into_iter().chain(ids) {
         for near in [xid.wrapping_sub(1), xid, xid.wrapping_add(1)] {
             fence.sees(near, Lsn::ZERO);

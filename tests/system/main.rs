@@ -1,5 +1,6 @@
 //! System tests, named after the promise or the failure. Real Postgres, NATS, sockets and processes throughout.
 
+mod attack;
 mod bad_input;
 mod batches;
 mod bulk;

@@ -1,0 +1,98 @@
+//! Changes on which the database fails in a way that nobody thought of: a word to their author, and nothing for the others.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use uuid::Uuid;
+
+use super::peer::Peer;
+use super::{Allow, HEALED, Scene, client_in, every, insert, submit};
+
+/// A trigger that fails as it is told.
+const TRIGGER: &str = "
+CREATE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.odd = 'deep' THEN PERFORM odd_depth(); END IF;
+    IF NEW.odd = 'rows' THEN PERFORM (SELECT x FROM generate_series(1, 2) AS x); END IF;
+    IF length(NEW.odd) = 5 THEN RAISE EXCEPTION USING ERRCODE = NEW.odd, MESSAGE = 'odd'; END IF;
+    RETURN NEW;
+END $$;
+CREATE FUNCTION odd_depth() RETURNS void LANGUAGE plpgsql AS $$ BEGIN PERFORM odd_depth(); END $$;
+CREATE TRIGGER odd BEFORE INSERT ON docs FOR EACH ROW EXECUTE FUNCTION odd();
+INSERT INTO members VALUES ('author', 'odd', 'author', 'owner');
+";
+/// Changes of one client in a row.
+const MANY: u64 = 40;
+
+/// Sends a change of a client in the partition of a neighbour many times over: each gets a word.
+async fn send(scene: &Scene, (column, value, neighbour): (&str, String, usize)) -> Result<()> {
+    let mut peer = Peer::connect(&scene.url()).await?;
+    let id = client_in(neighbour as u16 * 21);
+    peer.say(millstream_tests::raw::hello(id, &scene.token("author"))).await?;
+    peer.welcome().await?;
+    for seq in 1..=MANY {
+        let id = Uuid::now_v7().to_string();
+        let row = insert("docs", &[("id", &id), ("project_id", "odd"), (column, &value)]);
+        peer.say(submit(seq, Uuid::nil(), vec![row])).await?;
+    }
+    let mut words = std::collections::BTreeMap::new();
+    let (mut told, end) = (0, tokio::time::Instant::now() + HEALED + Duration::from_secs(5));
+    while told < MANY && tokio::time::Instant::now() < end {
+        let left = end.duration_since(tokio::time::Instant::now());
+        let Ok(frame) = peer.frame(left).await else { break };
+        if let millstream_schemas::frame::ServerFrame::Confirmed(confirmed) = frame.context("closed")? {
+            told = confirmed.seq;
+            for failure in confirmed.failed {
+                *words.entry(failure.code.to_string()).or_insert(0) += 1;
+            }
+        }
+    }
+    println!("  {told} of {MANY} settled: {words:?}");
+    ensure!(told == MANY, "only {told} of {MANY} changes got a word within {:?}: {words:?}", HEALED);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn poison_delays_only_its_author() -> Result<()> {
+    let nested = |open: &str, close: &str, depth: usize| open.repeat(depth) + &close.repeat(depth);
+    let variants: Vec<(String, (&str, String, usize))> = vec![
+        ("json of 20,000 brackets".into(), ("plain", "[".repeat(20_000), 0)),
+        ("jsonb of 20,000 brackets".into(), ("body", "[".repeat(20_000), 1)),
+        ("jsonb of 20,000 arrays".into(), ("body", nested("[", "]", 20_000), 2)),
+        ("a domain of 8,000 objects".into(), ("wide", nested("{\"a\":", "}", 8_000).replace(":}", ":1}"), 0)),
+        ("a trigger without end".into(), ("odd", "deep".into(), 1)),
+        ("a trigger's query of two rows".into(), ("odd", "rows".into(), 2)),
+    ];
+    let variants = variants.into_iter().map(|(name, variant)| (format!("poison: {name}"), variant));
+    every(TRIGGER, Allow::Nothing, variants, send).await
+}
+
+/// SQLSTATEs of many classes, raised by an application's trigger: some that Postgres itself never raises, and some that it
+/// raises for faults that pass. Whether their authors wait is another question; the neighbours do not.
+const STATES: [&str; 16] = [
+    "54001", "54023", "0A000", "21000", "55000", "ABCDE", "XX000", "25P02", "57014", "P0004", "40P01", "53200",
+    "58030", "26000", "3D000", "XX001",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn poison_of_any_sqlstate_delays_only_its_author() -> Result<()> {
+    let one = [("poison: triggers that raise 16 SQLSTATEs", ())];
+    every(TRIGGER, Allow::Nothing, one, async |scene: &Scene, (): ()| {
+        let mut peers = Vec::new();
+        for (n, state) in STATES.into_iter().enumerate() {
+            let mut peer = Peer::connect(&scene.url()).await?;
+            let id = client_in((n % 3) as u16 * 21);
+            peer.say(millstream_tests::raw::hello(id, &scene.token("author"))).await?;
+            peer.welcome().await?;
+            for seq in 1..=5 {
+                let id = Uuid::now_v7().to_string();
+                let row = insert("docs", &[("id", &id), ("project_id", "odd"), ("odd", state)]);
+                peer.say(submit(seq, Uuid::nil(), vec![row])).await?;
+            }
+            peers.push(peer);
+        }
+        tokio::time::sleep(HEALED).await;
+        Ok(())
+    })
+    .await
+}

@@ -30,12 +30,14 @@ RUN groupadd --gid 10001 millstream \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin millstream \
     && chmod 0755 /usr/local/bin/millstream-entrypoint /usr/local/bin/millstream-keys \
     && install -d -o millstream -g millstream -m 0755 /run/millstream \
+    && install -d -o millstream -g millstream -m 0700 /var/spool/millstream \
     && mkdir /run/millstream-keys && cd /run/millstream-keys \
     && install -d -o millstream -g millstream -m 0755 all postgres nats setup edge changes replication validator
 USER 10001:10001
 # Logs are read by machines here; MILLSTREAM_LOG_FORMAT=text makes them fit for people.
 ENV MILLSTREAM_LOG_FORMAT=json \
     MILLSTREAM_EDGE_LISTEN=0.0.0.0:4800 \
+    MILLSTREAM_SPOOL_DIR=/var/spool/millstream \
     MILLSTREAM_HEALTH_LISTEN=127.0.0.1:4800
 # Clients' WebSockets, of the subcommand `edge`.
 EXPOSE 4800

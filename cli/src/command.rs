@@ -9,7 +9,7 @@ use millstream_runtime::shutdown::Shutdown;
 use millstream_runtime::telemetry;
 
 use crate::exit::Exit;
-use crate::{attach, bench, check, client, dev, healthcheck, history, keys, setup, token};
+use crate::{attach, bench, check, client, dev, healthcheck, history, keys, sessions, setup, token};
 
 /// Offline-first sync for Postgres over NATS JetStream
 #[derive(Parser)]
@@ -36,6 +36,8 @@ enum Command {
     Client(client::Args),
     /// Failed changes: list, show, replay, export
     History(history::Args),
+    /// End the sessions of a user
+    Sessions(sessions::Args),
     /// Mint a session token
     Token(token::Args),
     /// Measure latency and throughput of the whole loop
@@ -86,6 +88,7 @@ async fn run(command: Command) -> Result<Exit, Box<dyn StdError>> {
         Command::Dev(args) => dev::run(args).await?,
         Command::Client(args) => return Ok(client::run(args).await?),
         Command::History(args) => return Ok(history::run(args).await?),
+        Command::Sessions(args) => sessions::run(args).await?,
         Command::Token(args) => token::run(&args)?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Attach(args) => attach::run(args).await?,

@@ -3,7 +3,7 @@
 use std::error::Error as StdError;
 use std::process::ExitCode;
 
-use crate::{bench, binaries, client, database, dev, fetch, healthcheck, history, setup, stack, token};
+use crate::{bench, binaries, client, database, dev, fetch, healthcheck, history, sessions, setup, stack, token};
 
 /// How the program ends. 2, wrong usage, comes from the command line's parser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +60,9 @@ fn classify(error: &(dyn StdError + 'static)) -> Exit {
         return error.exit();
     }
     if let Some(error) = error.downcast_ref::<history::Error>() {
+        return error.exit();
+    }
+    if let Some(error) = error.downcast_ref::<sessions::Error>() {
         return error.exit();
     }
     if let Some(bench::Error::NotConverged(_)) = error.downcast_ref::<bench::Error>() {

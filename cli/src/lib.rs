@@ -6,7 +6,7 @@
 //! - [`binaries`], [`fetch`]: where nats-server and Postgres come from
 //! - [`process`]: child processes that do not outlive us
 //! - [`setup`], [`keys`]: the deploy step; [`attach`], [`check`]: the application's tables before it
-//! - [`client`], [`history`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
+//! - [`client`], [`history`], [`sessions`], [`token`], [`healthcheck`], [`mod@bench`]: for developers and operators
 //! - [`database`]: which database those are about; [`exit`]: exit codes
 
 pub mod attach;
@@ -24,6 +24,7 @@ pub mod history;
 pub mod keys;
 pub mod logs;
 pub mod process;
+pub mod sessions;
 pub mod setup;
 pub mod stack;
 pub mod token;

@@ -65,6 +65,7 @@ pub fn mark(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     let (token, mark) = cut(text, '\n');
     let cut = SnapshotMark { token: token.into(), mark: mark.into() };
+    assert!(!pure::is_taken(b"0123456789abcdef0123456789abcdef", &cut), "no edge wrote it");
     // Whose digest is in the seeds.
     let scopes = BTreeSet::from([Scope::global(), Scope::user("alice")]);
     let read = |cut: &SnapshotMark| pure::resumed(cut, "0123456789abcdef", &scopes);

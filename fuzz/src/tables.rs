@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use millstream_catalog::{Column, ConflictPolicy, Members, Membership, Table, WriteRules};
+use millstream_catalog::{Column, ConflictPolicy, Growth, Members, Membership, Table, WriteRules};
 use millstream_schemas::TableScope;
 
 /// Object id of the type of every column.
@@ -53,6 +53,7 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         type_oid: TEXT,
         nullable: true,
         writable: true,
+        growth: Growth::default(),
     };
     let always = || Some("true".to_owned());
     Table {
@@ -63,6 +64,7 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         key: key.to_vec(),
         scopes,
         memberships: Vec::new(),
+        readable: "true".into(),
         write: WriteRules { insert: always(), update: always(), delete: always() },
         conflict: ConflictPolicy::Arrival,
         renamed: BTreeMap::new(),

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, LazyLock};
 
 use millstream_catalog::Table;
-use millstream_replication::assemble::{Assembler, Filled, Outgoing, Step};
+use millstream_replication::assemble::{Assembler, Filled, Found, Limits, Outgoing, Step};
 use millstream_replication::pgoutput::{self, DecodeError};
 use millstream_schemas::stream::{MAX_MESSAGE_BYTES, OriginEntry, WalPayload};
 use millstream_schemas::subject::WAL_ORIGIN;
@@ -20,7 +20,7 @@ const NAMES: usize = 1024;
 /// Messages, each behind its length (two bytes): what decodes is one whole message, and what is assembled is what edges read.
 pub fn pgoutput(input: &[u8]) {
     static SYNCED: LazyLock<Arc<[Table]>> = LazyLock::new(|| TABLES.as_slice().into());
-    let mut assembler = Assembler::new(SYNCED.clone(), Lsn(10), HashSet::new());
+    let mut assembler = Assembler::new(SYNCED.clone(), Lsn(10), HashSet::new(), Limits::of(8 << 20));
     let (mut out, mut taken, mut produced) = (Vec::new(), 0, 0);
     let mut rest = input;
     while let Some((length, behind)) = rest.split_first_chunk::<2>() {
@@ -32,7 +32,12 @@ pub fn pgoutput(input: &[u8]) {
         let _ = assembler.skips(&message);
         let Ok(lookup) = assembler.lookup(&message) else { return };
         let filled: Filled = lookup.map_or_else(Vec::new, |lookup| {
-            let value = |column| (column, (column % 2 == 0).then(|| "looked \"up\"".to_owned()));
+            let found = |column: usize| match column % 3 {
+                0 => Found::Text("looked \"up\"".to_owned()),
+                1 => Found::Null,
+                _ => Found::TooLarge,
+            };
+            let value = |column| (column, found(column));
             lookup.columns.into_iter().map(value).collect()
         });
         // Of what is left to be published, all may come now.

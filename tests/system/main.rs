@@ -7,6 +7,7 @@ mod bulk;
 mod command_line;
 mod content;
 mod epochs;
+mod exchanges;
 mod executor;
 mod growth;
 mod histories;

@@ -50,7 +50,7 @@ use millstream_runtime::health::{self, Health};
 use millstream_runtime::nats::{self, Nats};
 use millstream_runtime::postgres;
 use millstream_runtime::shutdown::Shutdown;
-use millstream_schemas::stream::ResultsMessage;
+use millstream_schemas::stream::{ResultsMessage, row_limit};
 use millstream_schemas::subject::RESULTS_SUBJECTS;
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
@@ -159,6 +159,13 @@ pub(crate) struct Edge {
     shutdown: Shutdown,
 }
 
+impl Edge {
+    /// Largest row that the stream can carry, in bytes of its JSON text.
+    fn row_limit(&self) -> usize {
+        row_limit(self.nats.client.max_payload())
+    }
+}
+
 /// Runs until shutdown.
 ///
 /// # Errors
@@ -191,7 +198,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
 
     let edge = Arc::new(Edge {
         catalogs,
-        shared: shared::Shared::new(pool.clone(), sealer.clone(), SHARED_READS),
+        shared: shared::Shared::new(pool.clone(), sealer.clone(), row_limit(nats.client.max_payload()), SHARED_READS),
         pool,
         lanes: lane::Lanes::start(&nats, &health, &shutdown),
         nats,

@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 use crate::catalogs::Known;
 use crate::fence::Fence;
 use crate::resume::{Sealer, moment_of};
-use crate::snapshot::{Exporter, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
+use crate::snapshot::{Exporter, Framing, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
 use crate::tail::Chain;
 
 /// For so long others join a moment.
@@ -37,6 +37,7 @@ pub struct Apart;
 pub struct Shared {
     pool: PgPool,
     sealer: Sealer,
+    row_limit: usize,
     newest: tokio::sync::Mutex<Option<Adopted>>,
     /// Scopes that are too large, each with when that was found.
     apart: Mutex<HashMap<Scope, Instant>>,
@@ -84,10 +85,18 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     /// Shares what is read through `pool`, by at most `reads` readers at once.
-    pub fn new(pool: PgPool, sealer: Sealer, reads: usize) -> Arc<Shared> {
+    pub fn new(pool: PgPool, sealer: Sealer, row_limit: usize, reads: usize) -> Arc<Shared> {
         let reads = Semaphore::new(reads);
         let room = Arc::new(Semaphore::new(MAX_BYTES));
-        Arc::new(Shared { pool, sealer, newest: tokio::sync::Mutex::default(), apart: Mutex::default(), reads, room })
+        Arc::new(Shared {
+            pool,
+            sealer,
+            row_limit,
+            newest: tokio::sync::Mutex::default(),
+            apart: Mutex::default(),
+            reads,
+            room,
+        })
     }
 
     /// A snapshot of the moment at which others start, or of a new one.
@@ -172,6 +181,7 @@ impl Shared {
             // Not before: who has been told how many there are gets them.
             part.progress.send_modify(|progress| progress.rows = Some(rows));
             let seal = self.sealer.seal(&moment_of(&snapshot.fence, &known.catalog.version));
+            let framing = Framing { seal, row_limit: self.row_limit };
             let (mut sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
             let keep = async move {
                 while let Some(frame) = frames.recv().await {
@@ -184,7 +194,7 @@ impl Shared {
                 true
             };
             let reading = async move {
-                match snapshot.rows(&known.catalog, &scopes, true, None, &seal, &mut sender).await {
+                match snapshot.rows(&known.catalog, &scopes, true, None, &framing, &mut sender).await {
                     // Nobody keeps the rows: there is no room.
                     Err(SnapshotError::Gone) => Ok(()),
                     read => read,

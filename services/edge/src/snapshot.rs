@@ -7,10 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use millstream_catalog::{Catalog, Members, ScopeColumn, Table};
+use millstream_catalog::{Catalog, Column, Members, ScopeColumn, Table};
 use millstream_runtime::lease::Lease;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
-use millstream_schemas::stream::{Failure, InstanceSpan, Loss, MAX_ROW_BYTES};
+use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
 use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, PgPool, Row};
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::fence::{Fence, InvalidFence};
-use crate::resume::{Mark, Seal};
+use crate::resume::{Mark, Seal, Sealer};
 use crate::shared::Adopted;
 
 /// A frame of snapshot rows is sent when it has grown to this many bytes.
@@ -320,7 +320,7 @@ impl Snapshot {
         scopes: &[Scope],
         apart: bool,
         mut behind: Option<Mark>,
-        seal: &Seal,
+        framing: &Framing,
         frames: &mut impl Frames,
     ) -> Result<(), SnapshotError> {
         let at_once = if apart { 1 } else { scopes.len().max(1) };
@@ -343,7 +343,7 @@ impl Snapshot {
                     _ => None,
                 };
                 let mark = Mark { scope: name.clone(), pass, key: Vec::new() };
-                self.table(table, column, ids, key, (mark, seal), frames).await?;
+                self.table(table, column, ids, key, (mark, framing), frames).await?;
             }
         }
         self.lease.commit().await.map_err(query("end a snapshot"))
@@ -355,7 +355,7 @@ impl Snapshot {
         column: Option<usize>,
         ids: &[&str],
         behind: Option<&[String]>,
-        (mark, seal): (Mark, &Seal),
+        (mark, framing): (Mark, &Framing),
         frames: &mut impl Frames,
     ) -> Result<(), SnapshotError> {
         // COPY takes no parameters: values are bound to settings of this transaction, which the statement reads.
@@ -380,9 +380,12 @@ impl Snapshot {
             let values: Vec<String> = table.key.iter().enumerate().map(value).collect();
             let _ = write!(sql, " AND ({key}) > ({})", values.join(", "));
         }
+        if let Some(fits) = may_fit(table, framing.row_limit) {
+            let _ = write!(sql, " AND {fits}");
+        }
         let _ = write!(sql, " ORDER BY {key}) TO STDOUT");
         let mut lines = Lines::default();
-        let mut frame = RowsFrame::new(&table.name, &table.key, mark, seal);
+        let mut frame = RowsFrame::new(&table.name, &table.key, mark, framing);
         let mut copy = self.lease.copy_out(&sql).await.map_err(query("copy a table's rows"))?;
         while let Some(chunk) = copy.next().await.map_err(query("copy a table's rows"))? {
             lines.push(&chunk, |line| frame.row(line));
@@ -396,6 +399,30 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+/// How rows become frames.
+pub struct Framing {
+    /// Marks how far they have come.
+    pub seal: Seal,
+    /// Largest row, in bytes of its JSON text: larger ones are not in the stream either.
+    pub row_limit: usize,
+}
+
+/// SQL that says whether a row may be small enough to be sent, without reading large values; none if every row may. (A row of
+/// which the text is over 1 GB cannot even be read.)
+fn may_fit(table: &Table, limit: usize) -> Option<String> {
+    let size = |column: &Column| {
+        let name = &column.sql_name;
+        match column.sql_type.split('(').next().unwrap_or_default() {
+            "text" | "character varying" => Some(format!("coalesce(octet_length({name}), 0)")),
+            "bytea" => Some(format!("2 * coalesce(octet_length({name}), 0)::int8")),
+            "json" | "xml" => Some(format!("coalesce(pg_column_size({name}), 0)")),
+            _ => None,
+        }
+    };
+    let sizes: Vec<String> = table.columns.iter().filter_map(size).collect();
+    (!sizes.is_empty()).then(|| format!("0::int8 + {} <= {limit}", sizes.join(" + ")))
 }
 
 /// Takes the frames of a snapshot as they are read.
@@ -447,7 +474,7 @@ struct RowsFrame<'a> {
     /// Indexes of the key's columns.
     key: &'a [usize],
     mark: Mark,
-    seal: &'a Seal,
+    framing: &'a Framing,
     head: String,
     text: String,
     rows: usize,
@@ -457,10 +484,10 @@ struct RowsFrame<'a> {
 }
 
 impl<'a> RowsFrame<'a> {
-    fn new(table: &str, key: &'a [usize], mark: Mark, seal: &'a Seal) -> Self {
+    fn new(table: &str, key: &'a [usize], mark: Mark, framing: &'a Framing) -> Self {
         let name = serde_json::Value::from(table);
         let head = format!(r#"{{"type":"snapshot_rows","changes":[{{"table":{name},"op":"upsert","rows":["#);
-        RowsFrame { key, mark, seal, text: head.clone(), head, rows: 0, value: String::new(), last: Vec::new() }
+        RowsFrame { key, mark, framing, text: head.clone(), head, rows: 0, value: String::new(), last: Vec::new() }
     }
 
     /// Appends a row in COPY's text format (PostgreSQL documentation, "COPY", "Text Format"). Not one that is too large for
@@ -468,10 +495,11 @@ impl<'a> RowsFrame<'a> {
     fn row(&mut self, line: &[u8]) {
         self.last.clear();
         self.last.extend_from_slice(line);
-        let start = self.text.len();
+        let before = self.text.len();
         if self.rows > 0 {
             self.text.push(',');
         }
+        let start = self.text.len();
         self.rows += 1;
         self.text.push('[');
         for (index, field) in line.split(|&byte| byte == b'\t').enumerate() {
@@ -489,8 +517,8 @@ impl<'a> RowsFrame<'a> {
             }
         }
         self.text.push(']');
-        if self.text.len() - start > MAX_ROW_BYTES {
-            self.text.truncate(start);
+        if self.text.len() - start > self.framing.row_limit {
+            self.text.truncate(before);
             self.rows -= 1;
         }
     }
@@ -505,7 +533,7 @@ impl<'a> RowsFrame<'a> {
             unescape(fields.get(*index).copied().unwrap_or_default(), &mut self.value);
             self.mark.key.push(self.value.clone());
         }
-        if let Some(mark) = self.seal.mark(&self.mark) {
+        if let Some(mark) = self.framing.seal.mark(&self.mark) {
             let _ = write!(text, r#","mark":{}"#, serde_json::Value::from(mark));
         }
         text.push('}');
@@ -516,7 +544,8 @@ impl<'a> RowsFrame<'a> {
 /// The frames that a table's rows become, of which COPY sends these chunks: see `Snapshot::table`.
 pub fn reframed<'a>(table: &str, key: &[usize], chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<String> {
     let mut lines = Lines::default();
-    let mut frame = RowsFrame::new(table, key, Mark { scope: None, pass: 0, key: Vec::new() });
+    let framing = Framing { seal: Sealer::new(b"").seal(""), row_limit: millstream_schemas::stream::MAX_ROW_BYTES };
+    let mut frame = RowsFrame::new(table, key, Mark { scope: None, pass: 0, key: Vec::new() }, &framing);
     let mut frames = Vec::new();
     for chunk in chunks {
         lines.push(chunk, |line| frame.row(line));
@@ -560,16 +589,14 @@ pub fn begin_frame(scopes: &[Scope], rows: u64, token: Option<String>, resumed: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resume::Sealer;
 
     #[test]
     fn copy_lines_become_rows() {
         let mark = Mark { scope: None, pass: 1, key: Vec::new() };
-        let sealer = Sealer::new(b"secret");
-        let seal = sealer.seal("moment");
-        let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone(), &seal);
+        let framing = Framing { seal: Sealer::new(b"secret").seal("moment"), row_limit: 20 };
+        let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone(), &framing);
         let mut lines = Lines::default();
-        for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "3\t\"q\"\tt", "\n"] {
+        for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "too\tlarge, by\t1\n3\t\"q\"\tt", "\n"] {
             lines.push(chunk.as_bytes(), |line| frame.row(line));
         }
         let text = frame.take();
@@ -587,7 +614,7 @@ mod tests {
                 vec![Some("3"), Some("\"q\""), Some("t")],
             ]
         );
-        let last = seal.open(&last.unwrap()).unwrap();
+        let last = framing.seal.open(&last.unwrap()).unwrap();
         assert_eq!(last, Mark { key: vec!["\"q\"".into(), "3".into()], ..mark });
         assert_eq!(frame.rows, 0);
     }

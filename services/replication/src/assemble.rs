@@ -414,7 +414,11 @@ impl Assembler {
     fn finish(&mut self, mut transaction: Transaction, end_lsn: Lsn, out: &mut Vec<Outgoing>) {
         transaction.chunks.flush(&mut self.pieces);
         if self.pieces.is_empty() && (!transaction.origins.is_empty() || transaction.index > 0) {
-            self.pieces.push(Chunk { subject: WAL_ORIGIN.to_owned(), payload: Bytes::from_static(b"[]"), moves: Moved::None });
+            self.pieces.push(Chunk {
+                subject: WAL_ORIGIN.to_owned(),
+                payload: Bytes::from_static(b"[]"),
+                moves: Moved::None,
+            });
         }
         for chunk in self.pieces.drain(..) {
             out.push(transaction.message(chunk, Some(end_lsn)));

@@ -40,7 +40,7 @@ pub fn moves(table: &Table, before: Option<&Image<'_>>, after: Option<&Image<'_>
             (Some(image), Members::User { roles: Some((role, allowed)), .. }) => match image[*role] {
                 Cell::Text(role) if allowed.iter().any(|allowed| allowed == role) => Grants::Yes,
                 Cell::Text(_) | Cell::Null => Grants::No,
-                Cell::Absent | Cell::Unchanged => Grants::Unknown,
+                Cell::Absent | Cell::Unchanged | Cell::Unsendable => Grants::Unknown,
             },
             (Some(_), Members::User { roles: None, .. } | Members::Through { .. }) => Grants::Yes,
         };
@@ -67,7 +67,7 @@ pub fn moves(table: &Table, before: Option<&Image<'_>>, after: Option<&Image<'_>
 
 #[cfg(test)]
 mod tests {
-    use millstream_catalog::{Column, ConflictPolicy, Membership, WriteRules};
+    use millstream_catalog::{Column, ConflictPolicy, Growth, Membership, WriteRules};
     use millstream_schemas::TableScope;
 
     use super::*;
@@ -82,6 +82,7 @@ mod tests {
             type_oid: 25,
             nullable: true,
             writable: true,
+            growth: Growth::default(),
         };
         Table {
             oid: 1,
@@ -90,6 +91,7 @@ mod tests {
             columns: vec![column("user"), column("organisation"), column("role")],
             key: vec![0],
             scopes: vec![TableScope { kind: "organisation".into(), column: Some(1) }],
+            readable: "true".into(),
             memberships: vec![Membership {
                 kind: "organisation".into(),
                 scope: 1,

@@ -6,9 +6,9 @@
 
 use std::io::IsTerminal;
 
+use millstream_schemas::trace::is_valid;
 pub use opentelemetry::KeyValue;
 pub use opentelemetry::metrics::Counter;
-use millstream_schemas::trace::is_valid;
 use opentelemetry::metrics::Meter;
 use opentelemetry::trace::{Link, SpanContext, SpanKind, TraceState};
 use opentelemetry::trace::{TraceContextExt, TracerProvider};

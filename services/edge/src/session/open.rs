@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use millstream_catalog::layout;
 use millstream_schemas::frame::{
-    Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW, ServerFrame, Welcome,
+    Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW, ServerFrame,
+    Welcome,
 };
 use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;

@@ -487,6 +487,7 @@ mod tests {
             columns: Vec::new(),
             key: Vec::new(),
             scopes: Vec::new(),
+            readable: "true".into(),
             memberships: Vec::new(),
             write,
             conflict: millstream_catalog::ConflictPolicy::Arrival,

@@ -1,7 +1,6 @@
 //! Connections to Postgres are encrypted as `sslmode` says, the replication connection like the others.
 
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};

@@ -141,6 +141,10 @@ fn version(catalog: &Catalog) -> String {
             "{}\n{}\n{:?}\n{:?}\n{:?}\n",
             schema.name, table.oid, schema.key, schema.scopes, schema.clocks
         ));
+        // Who is a member moves with these without a row that tells.
+        for membership in &table.memberships {
+            layout.update(format!("{membership:?}\n"));
+        }
         for column in &schema.columns {
             layout.update(format!("{}\t{}\n", column.name, column.r#type));
             rest.update(format!("{}\t{}\n", column.nullable, column.writable));

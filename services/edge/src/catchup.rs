@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_nats::StatusCode;
@@ -13,7 +14,7 @@ use futures_util::future::try_join_all;
 use millstream_runtime::nats::Nats;
 use millstream_schemas::Scope;
 use millstream_schemas::subject::WAL_STREAM;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::message::{InvalidMessage, Message};
 
@@ -21,11 +22,11 @@ use crate::message::{InvalidMessage, Message};
 const BATCH: usize = 256;
 /// Bytes of one request: a share of what the scopes of a session fetch ahead, within bounds.
 const PAGES_BYTES: usize = 2 << 20;
-const MIN_BATCH_BYTES: usize = 32 << 10;
+const MIN_BATCH_BYTES: usize = 8 << 10;
 const MAX_BATCH_BYTES: usize = 1 << 20;
 /// Most bytes that a catch-up fetches ahead, and what all of an edge hold together. Others wait.
-const MAX_AHEAD_BYTES: usize = 16 << 20;
-pub const ALL_KIB: usize = 32 << 10;
+const MAX_AHEAD_BYTES: usize = 4 << 20;
+const ALL_KIB: usize = 32 << 10;
 /// Scopes of one session that are asked for at the same time.
 const AT_ONCE: usize = 4;
 /// The broker answers within this time.
@@ -72,11 +73,40 @@ pub enum CatchUpError {
     TooMany,
 }
 
-/// What a catch-up of this number of scopes holds at most, in KiB.
-pub fn most_kib(scopes: usize) -> u32 {
-    // A message is kept with its frame.
-    let bytes = 2 * (scopes * MIN_BATCH_BYTES).clamp(PAGES_BYTES, MAX_AHEAD_BYTES);
-    (bytes / 1024) as u32
+/// What all catch-ups of an edge share.
+pub struct CatchUps {
+    /// Requests at once.
+    requests: Semaphore,
+    /// Room for what they fetch ahead, in KiB.
+    room: Semaphore,
+    waiting: AtomicUsize,
+}
+
+impl CatchUps {
+    /// With this number of requests at once.
+    pub fn new(requests: usize) -> CatchUps {
+        CatchUps { requests: Semaphore::new(requests), room: Semaphore::new(ALL_KIB), waiting: AtomicUsize::new(0) }
+    }
+
+    /// Room for a catch-up of this number of scopes.
+    pub async fn room(&self, scopes: usize) -> Option<SemaphorePermit<'_>> {
+        struct Waits<'a>(&'a AtomicUsize);
+        impl Drop for Waits<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        // A message is kept with its frame.
+        let bytes = 2 * (scopes * MIN_BATCH_BYTES).clamp(PAGES_BYTES, MAX_AHEAD_BYTES);
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waits = Waits(&self.waiting);
+        self.room.acquire_many((bytes / 1024) as u32).await.ok()
+    }
+
+    /// Whether somebody waits for room.
+    pub fn is_wanted(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
 }
 
 /// Messages of several scopes in the order of the stream, fetched page by page.
@@ -119,7 +149,7 @@ impl<'a> Merge<'a> {
     /// See [`CatchUpError`].
     pub async fn new(
         nats: &'a Nats,
-        requests: &'a Semaphore,
+        catch_ups: &'a CatchUps,
         scopes: impl Iterator<Item = &Scope>,
         from: u64,
         before: u64,
@@ -127,7 +157,8 @@ impl<'a> Merge<'a> {
         let pages = |scope: &Scope| Pages { subject: scope.subject(), from, found: VecDeque::new(), complete: false };
         let mut scopes: Vec<Pages> = scopes.map(pages).collect();
         let share = PAGES_BYTES / scopes.len().max(1);
-        let broker = Broker { nats, requests, bytes: share.clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES) };
+        let broker =
+            Broker { nats, requests: &catch_ups.requests, bytes: share.clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES) };
         let mut bytes = 0;
         for some in scopes.chunks_mut(AT_ONCE) {
             let fetched = try_join_all(some.iter_mut().map(|pages| pages.fetch(broker, before))).await?;

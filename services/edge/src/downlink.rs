@@ -71,6 +71,10 @@ pub struct Downlink {
     position: Position,
     /// Commit LSN and id of a transaction of which the end has not been fed.
     open: Option<(Lsn, u32)>,
+    /// Scopes of which messages may tell of moves, held or not: those that the user had when memberships were read last.
+    listens: BTreeSet<Scope>,
+    /// The transaction, larger than what is kept, for which memberships have been read before any of it was sent.
+    checked: Option<(Lsn, u32)>,
     /// Scopes held, each with the snapshot that its rows came from, if this session sent one.
     scopes: BTreeMap<Scope, Option<Arc<Fence>>>,
     /// The snapshot in which memberships were read last.
@@ -115,6 +119,8 @@ impl Downlink {
             cursor: position.seq,
             position,
             open,
+            listens: BTreeSet::from([Scope::user(user_id), Scope::global()]),
+            checked: None,
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
             authorization,
             reauthorize: false,
@@ -203,6 +209,12 @@ impl Downlink {
             // Before the transaction takes effect: a revoked scope ends with it, a granted one begins with it.
             return Next::Reauthorize;
         }
+        let transaction = (message.lsn(), message.xid);
+        if !message.last && self.held.len() >= MAX_HELD && self.checked != Some(transaction) {
+            // It streams from here on, before its end can show that it revokes a scope.
+            self.checked = Some(transaction);
+            return Next::Reauthorize;
+        }
         if message.last && self.misses(message) {
             return Next::ReadLedger;
         }
@@ -216,7 +228,7 @@ impl Downlink {
                 self.send(message.lsn(), message.xid, message.frame(), out);
             } else {
                 self.held.push((scope.clone(), message.frame()));
-                if self.held.len() > MAX_HELD {
+                if self.checked == Some(transaction) {
                     self.release(message.lsn(), message.xid, out);
                 }
             }
@@ -273,7 +285,7 @@ impl Downlink {
     /// Whether a message tells of memberships of the user, who holds `scopes`.
     fn is_told<'m>(&self, message: &'m Message, holds: impl Fn(&Scope) -> bool) -> Option<&'m Moves> {
         let (scope, moves) = (message.scope.as_ref()?, message.moves.as_ref()?);
-        (*scope == self.user_scope || *scope == Scope::global() || holds(scope)).then_some(moves)
+        (self.listens.contains(scope) || holds(scope)).then_some(moves)
     }
 
     /// Whether a message may mean that the user has lost a scope that is held, or one of those that are being sent.
@@ -377,6 +389,7 @@ impl Downlink {
     pub fn authorized(&mut self, scopes: &BTreeSet<Scope>, fence: Arc<Fence>, out: &mut Vec<Out>) -> Vec<Scope> {
         self.reauthorize = false;
         self.authorization = fence;
+        self.listen(scopes);
         // What came for them in this transaction is in the snapshot, or not for this user.
         let ended = std::mem::take(&mut self.ended);
         self.held.retain(|(scope, _)| !ended.contains(scope));
@@ -389,6 +402,17 @@ impl Downlink {
             self.removed(scope, out);
         }
         scopes.iter().filter(|scope| !self.scopes.contains_key(scope)).cloned().collect()
+    }
+
+    /// Messages of these scopes, which the user has, may tell of moves.
+    pub fn listen(&mut self, scopes: &BTreeSet<Scope>) {
+        let own = [self.user_scope.clone(), Scope::global()];
+        self.listens = scopes.iter().filter(|scope| self.reach.tells(scope)).cloned().chain(own).collect();
+    }
+
+    /// What a catch-up fetches: the scopes held, and those of which messages tell of moves.
+    pub fn followed(&self) -> BTreeSet<&Scope> {
+        self.scopes.keys().chain(&self.listens).collect()
     }
 
     /// A client's claim to hold a scope does not stand: if the user has it, it comes as a snapshot.

@@ -3,39 +3,46 @@
 //! since that position, was the user's all the time. Any other comes as a snapshot.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
-use millstream_schemas::Scope;
+use millstream_schemas::{Lsn, Scope};
 
 use crate::Edge;
 use crate::catchup::{CatchUpError, Merge};
+use crate::fence::Fence;
 use crate::message::Message;
-use crate::reach::Reach;
+use crate::reach::{Moves, Reach};
 
-/// The messages behind `from` that tell the holders of `scopes`, all that a user has, of moved memberships.
-///
-/// # Errors
-/// The stream cannot be read, does not reach back so far, or holds more than is worth reading.
-pub async fn moves(
-    edge: &Edge,
-    reach: &Reach,
-    from: u64,
-    scopes: &BTreeSet<Scope>,
-) -> Result<Vec<Arc<Message>>, CatchUpError> {
-    let (recent, oldest) = edge.hub.moves_behind(from);
-    let oldest = oldest.ok_or(CatchUpError::Discarded)?;
-    let mut found = Vec::new();
-    if from + 1 < oldest.seq {
-        let telling = scopes.iter().filter(|scope| reach.tells(scope));
-        let mut older = Merge::new(&edge.nats, &edge.catch_ups, telling, from + 1, oldest.seq).await?;
-        while let Some(message) = older.next().await? {
-            if message.moves.is_some() {
-                found.push(message);
+/// Moves of memberships, as the stream tells them to the holders of some scopes.
+pub struct Past(Vec<(Lsn, u32, Moves)>);
+
+impl Past {
+    /// What is told behind `from` to the holders of `scopes`, all that a user has.
+    ///
+    /// # Errors
+    /// The stream cannot be read, does not reach back so far, or holds more than is worth reading.
+    pub async fn read(edge: &Edge, reach: &Reach, from: u64, scopes: &BTreeSet<Scope>) -> Result<Past, CatchUpError> {
+        let is_told = |message: &Message| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope));
+        // Without their rows, which may be large.
+        let move_of = |message: &Message| Some((message.lsn(), message.xid, message.moves.clone()?));
+        let (recent, oldest) = edge.hub.moves_behind(from, is_told);
+        let oldest = oldest.ok_or(CatchUpError::Discarded)?;
+        let recent = recent.iter().filter_map(|message| move_of(message));
+        let mut found = Vec::new();
+        if from + 1 < oldest.seq {
+            let telling = scopes.iter().filter(|scope| reach.tells(scope));
+            let mut older = Merge::new(&edge.nats, &edge.catch_ups, telling, from + 1, oldest.seq).await?;
+            while let Some(message) = older.next().await? {
+                found.extend(move_of(&message));
             }
+            older.complete().await?;
         }
-        older.complete().await?;
+        found.extend(recent);
+        Ok(Past(found))
     }
-    let told = |message: &Arc<Message>| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope));
-    found.extend(recent.into_iter().filter(told));
-    Ok(found)
+
+    /// Whether a scope may have been lost or won, but for what a moment sees.
+    pub fn moved(&self, reach: &Reach, scope: &Scope, since: Option<&Fence>) -> bool {
+        let later = self.0.iter().filter(|(lsn, xid, _)| since.is_none_or(|since| !since.sees(*xid, *lsn)));
+        later.into_iter().any(|(_, _, moves)| reach.concerns(moves, scope))
+    }
 }

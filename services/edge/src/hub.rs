@@ -229,13 +229,18 @@ impl Hub {
         found
     }
 
-    /// The messages of the ring behind `seq` that move memberships, and where the ring begins.
-    pub fn moves_behind(&self, seq: u64) -> (Vec<Arc<Message>>, Option<Position>) {
+    /// The messages of the ring behind `seq` that `are` of those that move memberships, and where the ring begins.
+    pub fn moves_behind(&self, seq: u64, are: impl Fn(&Message) -> bool) -> (Vec<Arc<Message>>, Option<Position>) {
         let state = self.read();
-        let found = state.moves.iter().rev().take_while(|message| message.position.seq > seq).cloned();
-        let mut found: Vec<_> = found.collect();
+        let behind = state.moves.iter().rev().take_while(|message| message.position.seq > seq);
+        let mut found: Vec<_> = behind.filter(|message| are(message)).cloned().collect();
         found.reverse();
         (found, state.ring.front().map(|(_, message)| message.position))
+    }
+
+    /// Sequence of the newest message that moves memberships, if the ring holds one.
+    pub fn newest_move(&self) -> u64 {
+        self.read().moves.back().map_or(0, |message| message.position.seq)
     }
 
     /// Enters a session without scopes.

@@ -3,8 +3,7 @@
 //! One publish in flight keeps the order exact whatever fails: an unknown outcome is published again, and the ledger
 //! makes the repeat harmless. Packing what waits makes up for it, since a single server fsyncs each message.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,7 +33,7 @@ const PART: &str = "lanes";
 /// Lanes whose last message the broker has not acknowledged in time.
 #[derive(Clone)]
 struct Stalled {
-    lanes: Arc<AtomicU64>,
+    lanes: Arc<Mutex<u64>>,
     health: Health,
 }
 
@@ -42,25 +41,26 @@ impl Stalled {
     /// Counts them in the health report and as a metric.
     fn new(health: Health) -> Stalled {
         health.set_ready(PART, true);
-        let lanes = Arc::new(AtomicU64::default());
+        let lanes = Arc::new(Mutex::new(0));
         let seen = lanes.clone();
         let _gauge = telemetry::meter()
             .u64_observable_gauge("millstream.edge.lanes_stalled")
             .with_description("Lanes to the broker that wait for an acknowledgement for more than 2 s")
-            .with_callback(move |gauge| gauge.observe(seen.load(Ordering::Relaxed), &[]))
+            .with_callback(move |gauge| gauge.observe(*seen.lock().unwrap_or_else(PoisonError::into_inner), &[]))
             .build();
         Stalled { lanes, health }
     }
 
     fn stalls(&self) {
-        self.lanes.fetch_add(1, Ordering::Relaxed);
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        *lanes += 1;
         self.health.set_ready(PART, false);
     }
 
     fn goes_on(&self) {
-        if self.lanes.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.health.set_ready(PART, true);
-        }
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        *lanes -= 1;
+        self.health.set_ready(PART, *lanes == 0);
     }
 }
 

@@ -153,9 +153,7 @@ pub(crate) struct Edge {
     spool: Arc<spool::Spool>,
     /// Room for what waits for slow clients, in KiB.
     unsent: Arc<Semaphore>,
-    /// Requests of catch-ups, and room for what they fetch ahead, in KiB.
-    catch_ups: Semaphore,
-    catch_up_room: Semaphore,
+    catch_ups: catchup::CatchUps,
     shutdown: Shutdown,
 }
 
@@ -212,8 +210,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         snapshot_time: Duration::from_secs(args.snapshot_seconds),
         spool: spool::Spool::new(args.spool_dir.clone().unwrap_or_else(std::env::temp_dir)),
         unsent: Arc::new(Semaphore::new(session::UNSENT_KIB)),
-        catch_ups: Semaphore::new(CATCH_UPS),
-        catch_up_room: Semaphore::new(catchup::ALL_KIB),
+        catch_ups: catchup::CatchUps::new(CATCH_UPS),
         shutdown: shutdown.clone(),
     });
     let router = Router::new().route("/", get(upgrade)).with_state(edge).merge(health.router());

@@ -19,10 +19,10 @@ use uuid::Uuid;
 
 use crate::Edge;
 use crate::catalogs::Known;
-use crate::catchup::{self, CatchUpError, Merge};
+use crate::catchup::{CatchUpError, Merge};
 use crate::downlink::{Downlink, Next, Out};
 use crate::fence::Fence;
-use crate::history;
+use crate::history::Past;
 use crate::hub::{FellBehind, Membership, READ_BYTES};
 use crate::message::Message;
 use crate::shares::{Admission, Place};
@@ -55,6 +55,8 @@ const MAX_REFUSALS: u32 = 100;
 const VISIBLE_WAIT: Duration = Duration::from_secs(10);
 const VISIBLE_PAUSE: Duration = Duration::from_millis(2);
 const VISIBLE_LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// How long a catch-up may take what others wait for.
+const CATCH_UP_TURN: Duration = Duration::from_secs(10);
 /// How long a client may take for the last words of a session.
 const GOODBYE: Duration = Duration::from_secs(5);
 /// When to try again after a fault of ours, in milliseconds.
@@ -112,9 +114,12 @@ impl End {
 
 /// Serves a WebSocket until it ends. `admission` is its place among sockets of strangers.
 pub async fn serve(edge: Arc<Edge>, mut wire: Wire, admission: Admission) {
-    let end = match open::hello(&edge, &mut wire).await {
+    let said = tokio::select! {
+        said = open::hello(&edge, &mut wire) => said,
+        () = admission.is_over() => Err(End::Gone),
+    };
+    let end = match said {
         Ok((hello, identity)) => {
-            wire.trust();
             drop(admission);
             let (user_id, issued) = (identity.user_id.clone(), identity.issued);
             let right = async {
@@ -155,7 +160,10 @@ pub async fn serve(edge: Arc<Edge>, mut wire: Wire, admission: Admission) {
 
 async fn session(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> End {
     let place = match edge.shares.enter(&user_id) {
-        Ok(place) => place,
+        Ok(place) => {
+            wire.trust(place.unsent.clone());
+            place
+        }
         Err(wait) => return End::overloaded(wait, "this user has too many sessions, or opens them too often"),
     };
     // What is rare is boxed: a session keeps room for the largest of its futures for as long as it lives.
@@ -226,15 +234,15 @@ impl Session {
         self.membership.set_scopes(self.downlink.scopes());
         let edge = self.edge.clone();
         let _turn = wire.alive(self.place.catch_up()).await?;
-        let scopes = self.downlink.scopes().count();
-        let room = edge.catch_up_room.acquire_many(catchup::most_kib(scopes));
+        let room = edge.catch_ups.room(self.downlink.followed().len());
         let _room = wire.alive(room).await?;
+        let begun = Instant::now();
         self.downlink.mute();
         while let Some(oldest) = edge.hub.oldest()
             && self.downlink.cursor() + 1 < oldest.seq
         {
             let from = self.downlink.cursor() + 1;
-            let scopes: Vec<Scope> = self.downlink.scopes().cloned().collect();
+            let scopes: Vec<Scope> = self.downlink.followed().into_iter().cloned().collect();
             let merge = Merge::new(&edge.nats, &edge.catch_ups, scopes.iter(), from, oldest.seq);
             let mut merge = wire.alive(merge).await?.map_err(End::too_far)?;
             let mut bytes = 0;
@@ -246,6 +254,10 @@ impl Session {
                     bytes = 0;
                     self.flush(wire).await?;
                     self.still_holds(&[]).await?;
+                    if begun.elapsed() > CATCH_UP_TURN && edge.catch_ups.is_wanted() {
+                        let what = "others wait to catch up, too; connect again to go on";
+                        return Err(End::retry(Code::SlowConsumer, what));
+                    }
                 }
             }
             wire.alive(merge.complete()).await?.map_err(End::too_far)?;
@@ -260,12 +272,13 @@ impl Session {
     /// Ends the session if the user has lost a scope that it holds, or one of those that it is being sent, though the stream has
     /// not come so far: nothing more is sent of it, however slowly its client reads.
     async fn still_holds(&mut self, sending: &[Scope]) -> Result<(), End> {
-        let (moves, _) = self.edge.hub.moves_behind(self.looked.max(self.downlink.cursor()));
-        let Some(last) = moves.last() else { return Ok(()) };
-        self.looked = last.position.seq;
-        if !moves.iter().any(|message| self.downlink.may_lose(message, sending)) {
+        let (newest, behind) = (self.edge.hub.newest_move(), self.looked.max(self.downlink.cursor()));
+        if newest <= behind {
             return Ok(());
         }
+        let (moves, _) = self.edge.hub.moves_behind(behind, |message| self.downlink.may_lose(message, sending));
+        self.looked = newest;
+        let Some(last) = moves.last() else { return Ok(()) };
         let mut snapshot = Box::pin(self.snapshot_that_sees(last.xid, last.lsn())).await?;
         let scopes = self.scopes_in(&mut snapshot).await?;
         if sending.iter().chain(self.downlink.scopes()).all(|scope| scopes.contains(scope)) {
@@ -357,6 +370,14 @@ impl Session {
         sent
     }
 
+    /// The same for what the ring holds: that is the edge's memory, not what is kept for this client.
+    async fn flush_live(&mut self, wire: &mut Wire) -> Result<(), End> {
+        wire.is_live = true;
+        let sent = self.flush(wire).await;
+        wire.is_live = false;
+        sent
+    }
+
     /// Sends what the ring holds behind the cursor.
     async fn pump(&mut self, wire: &mut Wire) -> Result<(), End> {
         if self.start.is_some() && !Box::pin(self.begin(wire)).await? {
@@ -373,7 +394,7 @@ impl Session {
                 self.feed(wire, message).await?;
             }
             self.downlink.settle(&mut self.out);
-            self.flush(wire).await?;
+            self.flush_live(wire).await?;
             if self.downlink.is_cut() && self.out.is_empty() {
                 return Err(End::retry(Code::Unavailable, "there are more failures to tell: connect again"));
             }
@@ -381,20 +402,13 @@ impl Session {
             if batch.is_empty() {
                 return Ok(());
             }
-            if self.is_lagging() {
+            if self.edge.hub.newest_move() > self.looked.max(self.downlink.cursor()) {
                 Box::pin(self.still_holds(&[])).await?;
             }
         }
         // The socket gets its turn; then on.
         self.membership.wake.notify_one();
         Ok(())
-    }
-
-    /// Whether the stream is well ahead of what the client was sent.
-    fn is_lagging(&self) -> bool {
-        let head = self.edge.hub.head();
-        let head = head.borrow();
-        head.is_some_and(|head| head.seq > self.downlink.cursor() + PUMP as u64)
     }
 
     /// Begins to bring the client's rows up to date, once it can be known which of its claims hold. False: not yet.
@@ -405,13 +419,13 @@ impl Session {
             self.start = Some(start);
             return Ok(false);
         }
-        let moves = history::moves(&edge, &self.known.reach, self.downlink.cursor(), &start.scopes);
-        let moves = wire.alive(moves).await?.map_err(End::too_far)?;
-        let moved = |scope: &Scope, since: Option<&Fence>| {
-            let later =
-                moves.iter().filter(|message| since.is_none_or(|since| !since.sees(message.xid, message.lsn())));
-            later.filter_map(|message| message.moves.as_ref()).any(|moves| self.known.reach.concerns(moves, scope))
+        self.downlink.listen(&start.scopes);
+        let past = {
+            let _turn = wire.alive(self.place.catch_up()).await?;
+            let reading = Past::read(&edge, &self.known.reach, self.downlink.cursor(), &start.scopes);
+            wire.alive(reading).await?.map_err(End::too_far)?
         };
+        let moved = |scope: &Scope, since: Option<&Fence>| past.moved(&self.known.reach, scope, since);
         let claims: Vec<Scope> = self.downlink.scopes().filter(|scope| moved(scope, None)).cloned().collect();
         let goes_on = match start.cut {
             Some(cut) if start.scopes.iter().any(|scope| moved(scope, Some(&cut.fence))) => false,
@@ -477,6 +491,9 @@ impl Session {
     /// Reads what became of the client's changes up to a message while nobody was told. Gives the snapshot that says so.
     async fn read_ledger(&mut self, upto: u64) -> Result<Snapshot, End> {
         let (snapshot, ledger) = settled(&self.edge, self.client_id, self.downlink.confirmed(), upto).await?;
+        if ledger.user_id.as_ref().is_some_and(|bound| *bound != self.user_id) {
+            return Err(open::another_user());
+        }
         let cut = ledger.is_cut();
         self.downlink.ledger(snapshot.fence.lsn, ledger.confirmed(), cut);
         Ok(snapshot)

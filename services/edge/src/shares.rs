@@ -1,12 +1,12 @@
 //! What one user may take of an edge: sessions, hellos, changes, snapshots and catch-ups. What is over a share waits, or is told
 //! when to come again; nobody else is affected.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// Hellos of a user that are taken at once, and how many more a second.
 const HELLOS: Rate = Rate { burst: 128.0, per_second: 8.0 };
@@ -25,10 +25,13 @@ const SMALL_ROWS: u64 = 5_000;
 const USER_CATCH_UPS: usize = 2;
 /// Most of the files for slow clients that one user takes, in KiB.
 const USER_SPOOL_KIB: usize = 512 << 10;
+/// What may wait for slow clients of one user, in KiB.
+pub const USER_UNSENT_KIB: usize = 16 << 10;
 /// A user of whom nothing has been seen for this time is forgotten; then its rates are full again.
 const FORGOTTEN: Duration = Duration::from_secs(60);
-/// The number of users from which on forgotten ones are looked for.
+/// The number of users from which on forgotten ones are looked for, and how often.
 const MANY_USERS: usize = 1_000;
+const SWEEP: Duration = Duration::from_secs(5);
 
 /// How much at once, and how much more in each second.
 #[derive(Clone, Copy, Debug)]
@@ -68,9 +71,16 @@ impl Bucket {
 pub struct Shares {
     /// Most sessions of a user.
     sessions: usize,
-    users: Mutex<HashMap<String, Arc<Share>>>,
+    users: Mutex<Users>,
     large: Arc<Semaphore>,
     small: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Users {
+    shares: HashMap<String, Arc<Share>>,
+    /// When forgotten ones were looked for.
+    swept: Option<Instant>,
 }
 
 /// One user's share.
@@ -81,6 +91,8 @@ pub struct Share {
     catch_ups: Arc<Semaphore>,
     /// Room in the files for slow clients, in KiB.
     pub spool: Arc<Semaphore>,
+    /// Room for what waits for slow clients, in KiB.
+    pub unsent: Arc<Semaphore>,
 }
 
 struct State {
@@ -134,13 +146,15 @@ impl Shares {
     pub fn enter(&self, user_id: &str) -> Result<Place, Duration> {
         let now = Instant::now();
         let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-        if users.len() >= MANY_USERS {
-            users.retain(|_, share| {
+        let is_due = users.swept.is_none_or(|swept| now.saturating_duration_since(swept) > SWEEP);
+        if users.shares.len() >= MANY_USERS && is_due {
+            users.swept = Some(now);
+            users.shares.retain(|_, share| {
                 let state = share.state();
                 state.sessions > 0 || now.saturating_duration_since(state.used) < FORGOTTEN
             });
         }
-        let share = users.entry(user_id.to_owned()).or_insert_with(|| Arc::new(Share::new(now))).clone();
+        let share = users.shares.entry(user_id.to_owned()).or_insert_with(|| Arc::new(Share::new(now))).clone();
         drop(users);
         let mut state = share.state();
         state.used = now;
@@ -191,6 +205,7 @@ impl Share {
             small: Arc::new(Semaphore::new(USER_TURNS)),
             catch_ups: Arc::new(Semaphore::new(USER_CATCH_UPS)),
             spool: Arc::new(Semaphore::new(USER_SPOOL_KIB)),
+            unsent: Arc::new(Semaphore::new(USER_UNSENT_KIB)),
         }
     }
 
@@ -222,45 +237,95 @@ impl Share {
 
 /// Sockets whose clients have not shown who they are, of all addresses together.
 const STRANGERS: usize = 256;
-/// How long a new one waits for its place. Those before it get no longer for their hello.
+/// When places are short, the oldest of those that have had theirs for this time makes room.
+const COURTESY: Duration = Duration::from_millis(500);
+/// How long a new one waits for its place.
 const ADMISSION_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Places for sockets whose clients have not shown who they are.
 pub struct Strangers {
     per_address: usize,
-    all: Arc<Semaphore>,
-    addresses: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    /// By the time at which they came.
+    places: Arc<Mutex<VecDeque<Stranger>>>,
+}
+
+struct Stranger {
+    address: IpAddr,
+    since: Instant,
+    over: Arc<Notify>,
 }
 
 /// A socket's place until its client has shown who it is.
 pub struct Admission {
-    _address: OwnedSemaphorePermit,
-    _all: OwnedSemaphorePermit,
+    over: Arc<Notify>,
+    places: Arc<Mutex<VecDeque<Stranger>>>,
+}
+
+impl Admission {
+    /// Waits until the place is wanted by others.
+    pub async fn is_over(&self) {
+        self.over.notified().await;
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.retain(|place| !Arc::ptr_eq(&place.over, &self.over));
+    }
 }
 
 impl Strangers {
     /// At most this number for one address.
     pub fn new(per_address: usize) -> Strangers {
-        Strangers { per_address, all: Arc::new(Semaphore::new(STRANGERS)), addresses: Mutex::default() }
+        Strangers { per_address, places: Arc::default() }
     }
 
-    /// Waits for a place, behind others of the same address; none in time.
+    /// Waits for a place: that of the oldest stranger, if there is no other. None in time.
     pub async fn admit(&self, address: Option<IpAddr>) -> Option<Admission> {
-        let address = address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let of_address = {
-            let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-            if addresses.len() >= MANY_USERS {
-                // Those of which no place is taken, and nobody waits for one.
-                addresses.retain(|_, places| Arc::strong_count(places) > 1);
+        let address = network(address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
+        let give_up = Instant::now() + ADMISSION_TIMEOUT;
+        loop {
+            let wait = match self.place(address, Instant::now()) {
+                Ok(admission) => return Some(admission),
+                Err(wait) => wait,
+            };
+            if Instant::now() + wait > give_up {
+                return None;
             }
-            addresses.entry(address).or_insert_with(|| Arc::new(Semaphore::new(self.per_address))).clone()
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// A place, or how long to wait.
+    fn place(&self, address: IpAddr, now: Instant) -> Result<Admission, Duration> {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_address = places.iter().filter(|place| place.address == address).count();
+        let oldest = if of_address >= self.per_address {
+            places.iter().position(|place| place.address == address)
+        } else {
+            (places.len() >= STRANGERS).then_some(0)
         };
-        let places = async {
-            let _address = of_address.acquire_owned().await.ok()?;
-            let _all = self.all.clone().acquire_owned().await.ok()?;
-            Some(Admission { _address, _all })
-        };
-        tokio::time::timeout(ADMISSION_TIMEOUT, places).await.ok()?
+        if let Some(oldest) = oldest {
+            let had = now.saturating_duration_since(places[oldest].since);
+            if had < COURTESY {
+                return Err(COURTESY - had);
+            }
+            if let Some(oldest) = places.remove(oldest) {
+                oldest.over.notify_one();
+            }
+        }
+        let over = Arc::new(Notify::new());
+        places.push_back(Stranger { address, since: now, over: over.clone() });
+        Ok(Admission { over, places: self.places.clone() })
+    }
+}
+
+/// What counts as one address: of IPv6 the network that one customer has (RFC 6177).
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
+        address => address,
     }
 }
 
@@ -319,14 +384,31 @@ mod tests {
         assert!(shares.try_turn(&Share::new(Instant::now()), 100_000).is_none(), "six on the edge");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn strangers_of_an_address_wait_for_each_other_alone() {
+    #[test]
+    fn strangers_make_room_for_each_other_once_they_have_had_their_time() {
         let strangers = Strangers::new(2);
-        let (a, b) = (Some(IpAddr::from([127, 0, 0, 1])), Some(IpAddr::from([127, 0, 0, 2])));
-        let first = (strangers.admit(a).await.unwrap(), strangers.admit(a).await.unwrap());
-        assert!(strangers.admit(a).await.is_none());
-        assert!(strangers.admit(b).await.is_some());
+        let (a, b) = (IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2]));
+        let now = Instant::now();
+        let first = strangers.place(a, now).ok().unwrap();
+        let _second = strangers.place(a, now).ok().unwrap();
+        assert!(strangers.place(a, now).is_err_and(|wait| wait == COURTESY));
+        assert!(strangers.place(b, now).is_ok(), "another address");
+        let _third = strangers.place(a, now + COURTESY).ok().unwrap();
+        assert_eq!(strangers.places.lock().unwrap().len(), 2);
         drop(first);
-        assert!(strangers.admit(a).await.is_some());
+        assert_eq!(strangers.places.lock().unwrap().len(), 2, "its place is another's");
+        let many: Vec<Admission> =
+            (0..STRANGERS as u32 - 2).map(|n| strangers.place(IpAddr::V4(n.into()), now).ok().unwrap()).collect();
+        assert!(strangers.place(b, now).is_err());
+        drop(many);
+        assert!(strangers.place(b, now).is_ok());
+    }
+
+    #[test]
+    fn a_network_counts_as_one_address() {
+        let of = |text: &str| network(text.parse().unwrap()).to_string();
+        assert_eq!(of("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!(of("::ffff:10.0.0.1"), "10.0.0.1");
+        assert_eq!(of("10.0.0.1"), "10.0.0.1");
     }
 }

@@ -593,10 +593,11 @@ mod tests {
     #[test]
     fn copy_lines_become_rows() {
         let mark = Mark { scope: None, pass: 1, key: Vec::new() };
-        let framing = Framing { seal: Sealer::new(b"secret").seal("moment"), row_limit: 20 };
+        let framing = Framing { seal: Sealer::new(b"secret").seal("moment"), row_limit: 30 };
         let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone(), &framing);
         let mut lines = Lines::default();
-        for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "too\tlarge, by\t1\n3\t\"q\"\tt", "\n"] {
+        for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "4\ttoo large by some bytes\t1\n3\t\"q\"\tt", "\n"]
+        {
             lines.push(chunk.as_bytes(), |line| frame.row(line));
         }
         let text = frame.take();

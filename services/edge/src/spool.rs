@@ -7,13 +7,19 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::snapshot::{Frames, SNAPSHOT_FRAMES};
+use crate::snapshot::Frames;
 
 /// Most that all files of an edge hold together, in KiB.
 const MAX_KIB: usize = 4 << 20;
+
+/// What waits in memory for one client, in bytes; a longer frame waits alone.
+const MEMORY_BYTES: usize = 512 << 10;
+/// How long a snapshot is read on for a client that takes nothing while there is no room.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where files are made.
 pub struct Spool {
@@ -37,7 +43,8 @@ enum Taken {
 #[derive(Default)]
 struct State {
     pieces: VecDeque<Piece>,
-    /// Pieces in memory.
+    /// Bytes and pieces in memory.
+    memory: usize,
     in_memory: usize,
     file: Option<Arc<File>>,
     written: u64,
@@ -66,6 +73,7 @@ impl Shared {
         match state.pieces.pop_front() {
             Some(Piece::Memory(frame)) => {
                 state.in_memory -= 1;
+                state.memory -= frame.len();
                 Taken::Memory(frame)
             }
             Some(Piece::File { at, length }) => match state.file.clone() {
@@ -159,8 +167,10 @@ impl Frames for Writer {
                 if state.is_closed {
                     return false;
                 }
-                if state.in_memory < SNAPSHOT_FRAMES && state.in_memory == state.pieces.len() {
+                let fits = state.pieces.is_empty() || state.memory + frame.len() <= MEMORY_BYTES;
+                if fits && state.in_memory == state.pieces.len() {
                     state.in_memory += 1;
+                    state.memory += frame.len();
                     state.pieces.push_back(Piece::Memory(frame));
                     self.shared.written.notify_one();
                     return true;
@@ -168,7 +178,10 @@ impl Frames for Writer {
                 self.place(&mut state, frame.len())
             };
             let Some((file, at)) = place else {
-                taken.await;
+                // What reads has a turn and a transaction, which others wait for.
+                if tokio::time::timeout(PATIENCE, taken).await.is_err() {
+                    return false;
+                }
                 continue;
             };
             let length = frame.len();
@@ -222,18 +235,18 @@ mod tests {
     use super::*;
 
     fn frame(number: usize) -> String {
-        format!("{number} {}", "é".repeat(number % 700))
+        format!("{number} {}", "é".repeat(number % 7 * 7_000))
     }
 
     #[tokio::test]
     async fn a_slow_reader_delays_no_writer_and_gets_everything_in_order() {
         let spool = Spool::new(std::env::temp_dir());
-        let user = Arc::new(Semaphore::new(600));
+        let user = Arc::new(Semaphore::new(60_000));
         let (mut writer, mut reader) = spool.open(user.clone());
         for number in 0..500 {
             assert!(writer.put(frame(number)).await);
         }
-        assert_eq!(writer.shared.state().in_memory, SNAPSHOT_FRAMES);
+        assert!(writer.shared.state().memory <= MEMORY_BYTES && writer.shared.state().written > 0);
         for number in 0..500 {
             assert_eq!(reader.next().await.unwrap(), Some(frame(number)));
         }
@@ -245,25 +258,38 @@ mod tests {
         assert_eq!(reader.next().await.unwrap(), None);
         drop(reader);
         assert_eq!(spool.room.available_permits(), MAX_KIB, "room is given back");
-        assert_eq!(user.available_permits(), 600);
+        assert_eq!(user.available_permits(), 60_000);
     }
 
     #[tokio::test]
     async fn without_room_a_writer_waits_and_without_a_reader_it_ends() {
         let spool = Spool::new("/proc/none".into());
         let (mut writer, mut reader) = spool.open(Arc::new(Semaphore::new(600)));
-        for number in 0..SNAPSHOT_FRAMES {
-            assert!(writer.put(frame(number)).await);
+        for number in 0..4 {
+            assert!(writer.put(big(number)).await);
         }
         let put = tokio::spawn(async move {
-            assert!(writer.put(frame(4)).await);
+            assert!(writer.put(big(4)).await);
             writer
         });
         tokio::task::yield_now().await;
         assert!(!put.is_finished());
-        assert_eq!(reader.next().await.unwrap(), Some(frame(0)));
+        assert_eq!(reader.next().await.unwrap(), Some(big(0)));
         let mut writer = put.await.unwrap();
         drop(reader);
-        assert!(!writer.put(frame(5)).await);
+        assert!(!writer.put(big(5)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_reads_on_for_ever_for_a_client_that_takes_nothing() {
+        let (mut writer, _reader) = Spool::new("/proc/none".into()).open(Arc::new(Semaphore::new(600)));
+        while writer.shared.state().in_memory < 4 {
+            assert!(writer.put(big(1)).await);
+        }
+        assert!(!writer.put(big(2)).await);
+    }
+
+    fn big(number: usize) -> String {
+        number.to_string().repeat(MEMORY_BYTES / 4)
     }
 }

@@ -105,7 +105,6 @@ mod tests {
         assert_eq!(with("exp", 1.into()), Err(Code::TokenExpired));
         assert_eq!(with("exp", "never".into()), Err(Code::BadToken));
         assert_eq!(with("exp", serde_json::Value::Null), Err(Code::BadToken));
-        assert_eq!(with("exp", f64::MAX.into()), Ok("alice".to_owned()));
         assert_eq!(with("iat", "x".into()), Err(Code::BadToken));
         assert_eq!(with("nbf", FUTURE.into()), Err(Code::BadToken));
         assert_eq!(with("aud", "other".into()), Err(Code::BadToken));

@@ -16,7 +16,7 @@ use crate::message::Message;
 use crate::resume::{Mark, Seal, Token, moment_of};
 use crate::shared::{Apart, Part};
 use crate::shares::Turn;
-use crate::snapshot::{Framing, Snapshot, begin_frame};
+use crate::snapshot::{Framing, Snapshot, SnapshotError, begin_frame};
 
 /// A client that could not go on with a snapshot, but had to begin again, gets this many times as long for it.
 const WHOLE: u32 = 10;
@@ -57,6 +57,7 @@ impl Session {
         scopes: BTreeSet<Scope>,
     ) -> Result<(), End> {
         let edge = self.edge.clone();
+        self.flush(wire).await?;
         let Joining { scopes, fence, back, source } = self.joining(&edge, wire, snapshot, scopes).await?;
         let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
         let new = self.downlink.authorized(&scopes, fence.clone(), &mut self.out);
@@ -65,7 +66,6 @@ impl Session {
             return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
         }
         if !new.is_empty() {
-            self.flush(wire).await?;
             let apart = matches!(source, Source::Shared(..));
             // Only where it is all that the client has: what it held before is not as of this moment.
             let from = self.behind_unseen(&back).filter(|_| held == 0);
@@ -74,12 +74,13 @@ impl Session {
             let until = self.until(token.is_some());
             match source {
                 Source::Own(snapshot, rows, turn) => {
-                    wire.own(begin_frame(&new, rows, token, false)).await?;
+                    self.out.push(Out::Own(begin_frame(&new, rows, token, false)));
                     let seal = edge.sealer.seal(&moment_of(&fence, &self.known.catalog.version));
                     self.send_own(wire, (snapshot, turn), &new, false, None, seal).await?;
                 }
                 Source::Shared(parts, rows) => {
-                    wire.own(begin_frame(&new, rows, token, false)).await?;
+                    self.out.push(Out::Own(begin_frame(&new, rows, token, false)));
+                    self.flush(wire).await?;
                     self.send_shared(wire, &parts, &new, until).await?;
                 }
                 Source::Nothing => {
@@ -125,9 +126,8 @@ impl Session {
         };
         let until = Arc::new(snapshot.fence.clone());
         self.downlink.authorized(&scopes.iter().cloned().collect(), until.clone(), &mut self.out);
-        self.flush(wire).await?;
         let token = cut.token.encode(&edge.sealer, &self.user_id, self.client_id);
-        wire.own(begin_frame(&scopes, rows, token, true)).await?;
+        self.out.push(Out::Own(begin_frame(&scopes, rows, token, true)));
         let seal = edge.sealer.seal(&cut.token.moment());
         self.send_own(wire, (snapshot, turn), &scopes, cut.token.apart, Some(cut.mark), seal).await?;
         self.downlink.resumed(scopes, &cut.fence, until.lsn, &mut self.out);
@@ -203,7 +203,7 @@ impl Session {
         Instant::now() + self.edge.snapshot_time * if can_go_on { 1 } else { WHOLE }
     }
 
-    /// Sends rows as fast as the client takes them; they are read as fast as Postgres gives them.
+    /// Sends what waits, then rows as fast as the client takes them; they are read as fast as Postgres gives them.
     async fn send_own(
         &mut self,
         wire: &mut Wire,
@@ -221,6 +221,7 @@ impl Session {
             drop(turn);
             read
         });
+        self.flush(wire).await?;
         loop {
             let frame = wire.alive(reader.next()).await?;
             let Some(frame) = frame.map_err(|error| End::unavailable(&error))? else { break };
@@ -229,6 +230,10 @@ impl Session {
         }
         match reading.await {
             Ok(Ok(())) => Ok(()),
+            Ok(Err(SnapshotError::Gone)) => Err(End::retry(
+                Code::SlowConsumer,
+                "no more rows can be kept for so slow a client; connect again to go on",
+            )),
             Ok(Err(error)) => Err(End::unavailable(&error)),
             Err(error) => Err(End::unavailable(&error)),
         }

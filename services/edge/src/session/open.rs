@@ -104,18 +104,23 @@ pub(super) async fn open(
     };
     // Before the snapshot too: what has been published by now, it sees or it is looked back for.
     let (head, open) = head(edge)?;
+    // What the client says is looked at while no connection is held for it.
+    let kept = match position(&hello, &known) {
+        Some(position) if position.epoch == head.epoch && vouched(edge, wire, position).await? => Some(position),
+        _ => None,
+    };
+    let cut = hello.snapshot.as_ref().and_then(|cut| resume::decode(&edge.sealer, cut, &user_id, hello.client_id));
+    let cut = match cut {
+        Some((token, mark)) if kept.is_none() && token.from.epoch == head.epoch => {
+            vouched(edge, wire, token.from).await?.then_some((token, mark))
+        }
+        _ => None,
+    };
     let (mut snapshot, ledger) = settled(edge, hello.client_id, hello.confirmed_seq, head.seq).await?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(another_user());
     }
     let ledger_fence = snapshot.fence.lsn;
-    let cut = hello.snapshot.as_ref().and_then(|cut| resume::decode(&edge.sealer, cut, &user_id, hello.client_id));
-    let cut = cut.filter(|(token, _)| token.from.epoch == head.epoch);
-    if cut.is_none() && position(&hello, &known).is_none_or(|position| position.epoch != head.epoch) {
-        // It needs rows: those that others need too.
-        drop(snapshot);
-        snapshot = edge.shared.begin(&known).await.map_err(unavailable)?;
-    }
     if !snapshot.spells(&known.catalog, &user_id).await.map_err(unavailable)? {
         return Err(End::fatal(
             Code::BadToken,
@@ -124,21 +129,16 @@ pub(super) async fn open(
     }
     let scopes = snapshot.scopes(&known.catalog, &user_id).await.map_err(unavailable)?;
     let fence = Arc::new(snapshot.fence.clone());
+    // Nor while it is sent anything.
+    drop(snapshot);
 
     if !known.agrees(&edge.hub) {
         // They changed while we read: rows behind this head would meet the old schema.
         return Err(End::schema_changed());
     }
-    let kept = match position(&hello, &known) {
-        Some(position) if position.epoch == head.epoch && vouched(edge, position).await => Some(position),
-        _ => None,
-    };
-    let cut = match cut {
-        Some((token, mark)) if kept.is_none() && vouched(edge, token.from).await => {
-            token.fence(&known.catalog.version, &scopes).map(|fence| Cut { token, mark, fence: Arc::new(fence) })
-        }
-        _ => None,
-    };
+    let cut = cut.and_then(|(token, mark)| {
+        token.fence(&known.catalog.version, &scopes).map(|fence| Cut { token, mark, fence: Arc::new(fence) })
+    });
     let (membership, results) = edge.hub.enter(hello.client_id);
     let id = Uuid::new_v4();
     wire.own(ServerFrame::Welcome(Welcome {
@@ -200,10 +200,11 @@ pub(super) async fn open(
         out,
     };
     if kept.is_some() || cut.is_some() {
-        // That takes its time, in which it holds no connection.
-        drop(snapshot);
         session.start = Some(Start { fence, scopes, cut });
     } else {
+        // It needs rows: those that others need too.
+        let mut snapshot = edge.shared.begin(&session.known).await.map_err(unavailable)?;
+        let scopes = session.scopes_in(&mut snapshot).await?;
         session.join(wire, snapshot, scopes).await?;
     }
     Ok(session)
@@ -250,24 +251,26 @@ fn position(hello: &Hello, known: &Known) -> Option<Position> {
 }
 
 /// Whether the stream holds this position: its history, and at its sequence its LSN.
-async fn vouched(edge: &Edge, position: Position) -> bool {
+async fn vouched(edge: &Edge, wire: &mut Wire, position: Position) -> Result<bool, End> {
     let mut head = edge.hub.head();
-    let reached =
-        head.wait_for(|head| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch));
-    match tokio::time::timeout(HEAD_WAIT, reached).await {
-        Ok(Ok(_)) => {}
+    let reached = async {
+        let is_there =
+            |head: &Option<Position>| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch);
+        head.wait_for(is_there).await.is_ok()
+    };
+    if wire.alive(tokio::time::timeout(HEAD_WAIT, reached)).await? != Ok(true) {
         // Ahead of the stream: the stream lost something that the client has seen.
-        Ok(Err(_)) | Err(_) => return false,
+        return Ok(false);
     }
     if let Some(found) = edge.hub.at(position.seq) {
-        return found.position == position;
+        return Ok(found.position == position);
     }
-    match catchup::at(&edge.nats, position.seq).await {
+    Ok(match wire.alive(catchup::at(&edge.nats, position.seq)).await? {
         Ok(Some(message)) => message.position == position,
         Ok(None) => false,
         Err(error) => {
             tracing::warn!(error = %Chain(&error), "a client's position cannot be checked; it gets a snapshot");
             false
         }
-    }
+    })
 }

@@ -31,9 +31,10 @@ pub use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Socket
 
 use super::{End, SEND_TIMEOUT, SIGN_OF_LIFE};
 use crate::downlink::Out;
+use crate::shares::USER_UNSENT_KIB;
 
 /// Largest message that is read off a socket before the session can refuse it politely.
-const HARD_FRAME_BYTES: usize = 2 * MAX_FRAME_BYTES;
+const HARD_FRAME_BYTES: usize = MAX_FRAME_BYTES + 128 * 1024;
 /// Most bytes that are read off a socket before its client has shown who it is: a hello and some control frames.
 const STRANGER_BYTES: usize = MAX_HELLO_BYTES + 16 * 1024;
 /// An idle socket keeps this much for reading; the library's default is 128 KiB.
@@ -41,10 +42,13 @@ const READ_BUFFER: usize = 4096;
 /// Longest fragment, and how much may wait to be written with the next: an idle socket keeps the sum of both.
 const FRAGMENT: usize = 8 * 1024;
 /// Most bytes and frames of the client that wait while it is sent something. The socket is not read beyond.
-const INBOX_BYTES: usize = HARD_FRAME_BYTES;
+const INBOX_BYTES: usize = 256 * 1024;
 const INBOX_FRAMES: usize = 256;
-/// What waits for slow clients, of all sessions of an edge together, in KiB. A client that would add to it is cut.
-pub const UNSENT_KIB: usize = 32 * 1024;
+/// What waits for slow clients, of all sessions of an edge together and besides what the ring keeps, in KiB. A client that would
+/// add to it is cut.
+pub const UNSENT_KIB: usize = 96 * 1024;
+/// What may wait for any client, in KiB.
+const ALLOWANCE_KIB: usize = 256;
 
 /// A WebSocket.
 pub type WebSocket = WebSocketStream<Guarded>;
@@ -118,6 +122,9 @@ where
     Some(response)
 }
 
+/// Room that is taken, of the user's and the edge's.
+type Room = [Option<OwnedSemaphorePermit>; 2];
+
 /// A socket, which cuts clients that take nothing.
 pub struct Wire {
     sink: SplitSink<WebSocket, Socket>,
@@ -130,8 +137,11 @@ pub struct Wire {
     pub heard: Instant,
     /// How much of a stranger is read.
     left: Arc<AtomicUsize>,
-    /// Room for what waits for slow clients.
+    /// Room for what waits for slow clients, and the user's.
     unsent: Arc<Semaphore>,
+    own: Option<Arc<Semaphore>>,
+    /// What is sent is in the ring.
+    pub is_live: bool,
     /// The last fragment of a text has not been sent.
     is_within_text: bool,
 }
@@ -147,13 +157,16 @@ impl Wire {
             heard: Instant::now(),
             left,
             unsent,
+            own: None,
+            is_live: false,
             is_within_text: false,
         }
     }
 
-    /// Its client has shown who it is.
-    pub fn trust(&self) {
+    /// Its client has shown who it is; `own` is the room for what waits for all clients of this user, in KiB.
+    pub fn trust(&mut self, own: Arc<Semaphore>) {
         self.left.store(usize::MAX, Ordering::Relaxed);
+        self.own = Some(own);
     }
 
     /// Whether another frame can be sent: not so if sending one was given up half-way.
@@ -203,7 +216,7 @@ impl Wire {
         self.wait(|sink, cx| sink.poll_flush_unpin(cx)).await
     }
 
-    async fn text(&mut self, text: Bytes, rest: &[Out], room: &mut Option<OwnedSemaphorePermit>) -> Result<(), End> {
+    async fn text(&mut self, text: Bytes, rest: &[Out], room: &mut Option<Room>) -> Result<(), End> {
         let mut left = text;
         let mut data = Data::Text;
         loop {
@@ -228,14 +241,19 @@ impl Wire {
     }
 
     /// Room for frames that the client does not take yet.
-    fn room(&self, frames: &[Out]) -> Result<OwnedSemaphorePermit, End> {
+    fn room(&self, frames: &[Out]) -> Result<Room, End> {
         let weight = |frame: &Out| match frame {
             Out::Shared(text) => text.len(),
             Out::Own(_) => 0,
         };
-        let kib = frames.iter().map(weight).sum::<usize>().div_ceil(1024).min(UNSENT_KIB);
-        let room = self.unsent.clone().try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
-        room.map_err(|_| End::retry(Code::SlowConsumer, "too much waits for slow clients; connect again to go on"))
+        let kib = frames.iter().map(weight).sum::<usize>().div_ceil(1024).saturating_sub(ALLOWANCE_KIB);
+        let take = |room: &Arc<Semaphore>, most: usize| {
+            let room = room.clone().try_acquire_many_owned(u32::try_from(kib.min(most)).unwrap_or(u32::MAX));
+            room.map_err(|_| End::retry(Code::SlowConsumer, "too much waits for slow clients; connect again to go on"))
+        };
+        let own = self.own.as_ref().map(|own| take(own, USER_UNSENT_KIB)).transpose()?;
+        let all = if self.is_live { None } else { Some(take(&self.unsent, UNSENT_KIB)?) };
+        Ok([own, all])
     }
 
     /// Waits for the socket to take something, and listens meanwhile.

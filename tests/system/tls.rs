@@ -197,7 +197,8 @@ async fn a_server_that_is_not_trusted_is_refused() -> Result<()> {
             service_says(&mut board, service, &with("verify-ca", &other), &[], unknown).await?;
             service_says(&mut board, service, &with("verify-ca", &root), &[], tls).await?;
             // By the environment.
-            service_says(&mut board, service, "", &[("PGSSLMODE", mode), ("PGSSLROOTCERT", &root)], tls).await?;
+            service_says(&mut board, service, "", &[("PGSSLMODE", mode), ("PGSSLROOTCERT", root.as_path())], tls)
+                .await?;
             service_says(&mut board, service, "", &[("PGSSLMODE", mode)], unknown).await?;
             // Encrypted, and not verified.
             service_says(&mut board, service, "sslmode=require", &[], tls).await?;

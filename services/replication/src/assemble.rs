@@ -134,6 +134,12 @@ pub enum Found {
     TooLarge,
 }
 
+impl From<Option<String>> for Found {
+    fn from(value: Option<String>) -> Found {
+        value.map_or(Found::Null, Found::Text)
+    }
+}
+
 struct Transaction {
     lsn: Lsn,
     xid: u32,
@@ -169,20 +175,25 @@ pub struct Assembler {
 impl Assembler {
     /// Starts behind the transaction with commit LSN `through`; `tables` are the catalog's. `accepted` are the shapes of
     /// tables that differ from the catalog even after it was read anew.
-    pub fn new(tables: Arc<[Table]>, through: Lsn, accepted: HashSet<u64>, limits: Limits) -> Self {
+    pub fn new(tables: Arc<[Table]>, through: Lsn, accepted: HashSet<u64>) -> Self {
         Assembler {
             tables,
             relations: HashMap::new(),
             through,
             accepted,
             transaction: None,
-            limits,
+            limits: Limits::of(usize::MAX),
             withdrawn: HashSet::new(),
             left_out: Vec::new(),
             last_table: None,
             pieces: Vec::new(),
             row: Vec::new(),
         }
+    }
+
+    /// With what the broker takes; without, only Millstream's own limits count.
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Assembler { limits, ..self }
     }
 
     /// Commit LSN and id of the open transaction.

@@ -82,7 +82,7 @@ impl Reader {
     ) -> Self {
         Reader {
             wal,
-            assembler: Assembler::new(tables.clone(), through, accepted, limits),
+            assembler: Assembler::new(tables.clone(), through, accepted).with_limits(limits),
             witness,
             tables,
             pool,
@@ -239,10 +239,9 @@ impl Reader {
             }
             Err(source) => return Err(Error::Lookup { source }),
         };
-        let found = |index: usize| match (row.get(2 * index), row.get::<bool, _>(2 * index + 1)) {
-            (_, true) => Found::TooLarge,
-            (Some(text), _) => Found::Text(text),
-            (None, false) => Found::Null,
+        let found = |index: usize| match row.get(2 * index + 1) {
+            true => Found::TooLarge,
+            false => row.get::<Option<String>, _>(2 * index).into(),
         };
         Ok(lookup.columns.iter().enumerate().map(|(index, &column)| (column, found(index))).collect())
     }

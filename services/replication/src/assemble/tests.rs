@@ -8,7 +8,6 @@ const TASKS: u32 = 100;
 const MEMBERS: u32 = 200;
 const NOTICES: u32 = 300;
 const FOREIGN: u32 = 999;
-const LIMITS: Limits = Limits { row: MAX_ROW_BYTES, message: MAX_MESSAGE_BYTES };
 const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<TableScope>) -> Table {
@@ -104,7 +103,7 @@ fn old_full(values: &[&'static str]) -> Option<Old<'static>> {
 
 /// Runs one transaction with commit LSN 0/64 through an assembler.
 fn assemble(rows: Vec<Message<'_>>) -> Vec<Outgoing> {
-    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new(), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new());
     run(&mut assembler, 100, rows)
 }
 
@@ -215,7 +214,7 @@ fn unchanged_large_values() {
 
 #[test]
 fn unchanged_large_values_are_read_for_new_readers() {
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new(), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
     let mut out = Vec::new();
     let nothing = Filled::new();
     let begin = Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 };
@@ -246,7 +245,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
 fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
     let project = |column| TableScope { kind: "project".into(), column: Some(column) };
     let tasks = table(TASKS, "tasks", &["id", "project_id", "other_id", "title"], &[0], vec![project(1), project(2)]);
-    let mut assembler = Assembler::new(Arc::new([tasks]), Lsn::ZERO, HashSet::new(), LIMITS);
+    let mut assembler = Assembler::new(Arc::new([tasks]), Lsn::ZERO, HashSet::new());
     let (mut out, nothing) = (Vec::new(), Filled::new());
     let columns = [("id", true), ("project_id", true), ("other_id", true), ("title", false)];
     let begin = Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 };
@@ -316,7 +315,7 @@ fn the_limit_of_a_row_is_its_json() {
 #[test]
 fn a_broker_that_takes_less_gets_less() {
     let limits = Limits::of(1024 * 1024);
-    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new(), limits);
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new()).with_limits(limits);
     let title: &'static str = Box::leak("x".repeat(limits.row).into_boxed_str());
     let small: &'static str = Box::leak("x".repeat(100_000).into_boxed_str());
     let mut rows = vec![insert(TASKS, &[title, "large", "p1"])];
@@ -331,7 +330,7 @@ fn a_broker_that_takes_less_gets_less() {
 /// Clients lack a row that was too large: when it fits again they need it whole.
 #[test]
 fn withdrawn_rows_are_read_once_they_fit() {
-    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new(), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new());
     run(&mut assembler, 100, vec![insert(TASKS, &["▒", "t1", "p1"])]);
     let mut out = Vec::new();
     let begin = Message::Begin { final_lsn: Lsn(200), at: 5, xid: 7 };
@@ -407,7 +406,7 @@ fn headers_tell_the_transaction() {
 
 #[test]
 fn what_the_stream_holds_is_skipped() {
-    let mut assembler = Assembler::new(tables(), Lsn(100), HashSet::new(), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn(100), HashSet::new());
     assert_eq!(run(&mut assembler, 99, vec![insert(TASKS, &["x", "t1", "p1"])]), []);
     assert_eq!(run(&mut assembler, 100, vec![Message::Truncate { relations: vec![TASKS] }]), []);
     assert_eq!(run(&mut assembler, 101, vec![insert(TASKS, &["x", "t1", "p1"])]).len(), 1);
@@ -429,19 +428,19 @@ fn big_transactions_leave_in_chunks() {
 #[test]
 fn changed_tables_ask_for_a_new_catalog_once() {
     let wider = relation(TASKS, "tasks", &[("id", true), ("project_id", true), ("title", false), ("extra", false)]);
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new(), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
     let mut out = Vec::new();
     let error = assembler.handle(&wider, &Filled::new(), &mut out).unwrap_err();
     let AssembleError::SchemaChanged { table, shape } = error else { panic!("{error}") };
     assert_eq!(table, "tasks");
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]));
     assembler.handle(&wider, &Filled::new(), &mut out).unwrap();
 
     // A column that the relation lacks is not there, rather than null.
     let narrow = relation(TASKS, "tasks", &[("id", true), ("project_id", true)]);
     let error = assembler.handle(&narrow, &Filled::new(), &mut out).unwrap_err();
     let AssembleError::SchemaChanged { shape, .. } = error else { panic!("{error}") };
-    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]), LIMITS);
+    let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::from([shape]));
     for message in [
         Message::Begin { final_lsn: Lsn(9), at: 0, xid: 1 },
         narrow,
@@ -469,7 +468,7 @@ fn nonsense_is_an_error() {
             Message::Insert { relation: TASKS, new: vec![Value::Binary(b"1"); 3] },
         ],
     ] {
-        let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new(), LIMITS);
+        let mut assembler = Assembler::new(tables(), Lsn::ZERO, HashSet::new());
         let failed = messages.iter().any(|message| assembler.handle(message, &nothing, &mut Vec::new()).is_err());
         assert!(failed, "{messages:?}");
     }

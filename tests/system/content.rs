@@ -19,7 +19,7 @@ ALTER TABLE full_rows REPLICA IDENTITY FULL;
 CREATE TABLE moving (id int PRIMARY KEY, scope text NOT NULL, a text);
 CREATE UNIQUE INDEX moving_identity ON moving (id, scope);
 ALTER TABLE moving REPLICA IDENTITY USING INDEX moving_identity;
-CREATE TABLE unseen (id int PRIMARY KEY, owner text NOT NULL, raw bytea);
+CREATE TABLE unseen (id int, owner text, raw bytea, PRIMARY KEY (id, owner));
 CREATE TABLE canary (id int PRIMARY KEY);
 ";
 const CONFIG: &str = r#"
@@ -33,6 +33,7 @@ scope = { kind = "global" }
 scope = { kind = "user", column = "owner" }
 [tables.canary]
 scope = { kind = "global" }
+writable = ["id"]
 write.insert = "true"
 "#;
 /// Replication may need this much more memory, whatever passes: `MAX_WHOLE_BYTES` and what is in the queues.

@@ -113,8 +113,20 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         nats = nats::connect(&args.nats, SERVICE) => nats?,
     };
     let (slot, publication, gauges) = (args.slot, args.publication, Gauges::register());
-    let (report, pass_over) = (Report::register(health.clone()), AtomicBool::new(false));
-    let shared = Shared { config, nats, pool, options, source, slot, publication, health, gauges, report, pass_over };
+    let shared = Shared {
+        report: Report::register(health.clone()),
+        pass_over: AtomicBool::new(false),
+        told: AtomicBool::new(false),
+        config,
+        nats,
+        pool,
+        options,
+        source,
+        slot,
+        publication,
+        health,
+        gauges,
+    };
     let mut backoff = Backoff::dependency();
     let mut faults = Faults::default();
     let mut accepted = HashSet::new();

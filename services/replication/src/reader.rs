@@ -204,15 +204,18 @@ impl Reader {
     async fn fill(&mut self, lookup: &Lookup) -> Result<Filled, Error> {
         let table = &self.tables[lookup.table];
         let limit = self.limits.row;
-        let columns: Vec<String> = lookup
-            .columns
-            .iter()
-            .map(|&column| {
-                let text = table.columns[column].text();
-                let bytes = format!("octet_length({text})");
-                format!("CASE WHEN {bytes} <= {limit} THEN {text} END, coalesce({bytes} > {limit}, false)")
-            })
-            .collect();
+        let (mut inner, mut outer) = (Vec::new(), Vec::new());
+        for (index, &column) in lookup.columns.iter().enumerate() {
+            let column = &table.columns[column];
+            let (name, text) = (&column.sql_name, column.text());
+            let text = match is_stored_as_text(&column.sql_type) {
+                true => format!("CASE WHEN octet_length({name}) <= {limit} THEN {text} END"),
+                false => text,
+            };
+            inner.push(format!("{text} AS t{index}, {name} IS DISTINCT FROM NULL AS p{index}"));
+            let fits = format!("octet_length(t{index}) <= {limit}");
+            outer.push(format!("CASE WHEN {fits} THEN t{index} END, p{index} AND NOT coalesce({fits}, false)"));
+        }
         let fixed: Vec<String> = lookup
             .fixed
             .iter()
@@ -224,7 +227,14 @@ impl Reader {
                 format!("{} {is} ${}::text::{}", column.sql_name, index + 1, column.sql_type)
             })
             .collect();
-        let sql = format!("SELECT {} FROM {} WHERE {}", columns.join(", "), table.sql_name, fixed.join(" AND "));
+        // OFFSET keeps the two levels apart: a long text is made once.
+        let sql = format!(
+            "SELECT {} FROM (SELECT {} FROM {} WHERE {} OFFSET 0) AS found",
+            outer.join(", "),
+            inner.join(", "),
+            table.sql_name,
+            fixed.join(" AND ")
+        );
         // Every name in the statement comes from the catalog; values are bound.
         let mut query = sqlx::query(sqlx::AssertSqlSafe(sql));
         for (_, value) in &lookup.fixed {
@@ -245,4 +255,10 @@ impl Reader {
         };
         Ok(lookup.columns.iter().enumerate().map(|(index, &column)| (column, found(index))).collect())
     }
+}
+
+/// Whether the size of a type's value in store tells, without reading it, how long its text is at least.
+fn is_stored_as_text(sql_type: &str) -> bool {
+    let is_varchar = sql_type.starts_with("character varying(") && sql_type.ends_with(')');
+    is_varchar || matches!(sql_type, "text" | "bytea" | "character varying")
 }

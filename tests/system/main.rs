@@ -9,6 +9,7 @@ mod content;
 mod epochs;
 mod exchanges;
 mod executor;
+mod fair_shares;
 mod growth;
 mod histories;
 mod history;

@@ -225,3 +225,54 @@ async fn shape(client: &Client, postgres: &mut PgConnection) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// A rule that becomes tighter holds for running executors, though nothing has been refused that would make them look.
+#[tokio::test(flavor = "multi_thread")]
+async fn changed_write_rules_reach_running_executors() -> Result<()> {
+    /// Within this time.
+    const REACHED: Duration = Duration::from_secs(5);
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("millstream.toml");
+    let write = |rule: &str| -> Result<()> {
+        let text = format!(
+            "[tables.notes]\nscope = {{ kind = \"global\" }}\nwritable = [\"id\", \"body\", \"size\"]\nwrite.insert = \"{rule}\"\nwrite.update = \"{rule}\"\n"
+        );
+        std::fs::write(file.with_extension("new"), text)?;
+        Ok(std::fs::rename(file.with_extension("new"), &file)?)
+    };
+    write("new.size >= 0")?;
+    let board = Board::with(|builder| builder.app_schema(SCHEMA).seed(SEED).config(&file)).await?;
+    let outcome = async {
+        let client = board.client("a", "alice").await?;
+        let mut id = 1_000;
+        let mut insert = async |size: i64| {
+            id += 1;
+            confirmed(&client, &format!("INSERT INTO notes (id, body, size) VALUES ({id}, 'x', {size})")).await
+        };
+        insert(1).await?;
+        write("new.size >= 100")?;
+        let start = Instant::now();
+        while insert(1).await.is_ok() {
+            ensure!(start.elapsed() < REACHED, "the old rule holds after {:?}", start.elapsed());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        println!("a tighter rule held after {:.1?}", start.elapsed());
+        insert(100).await?;
+        // A file that cannot be used leaves the rules in force, and everybody at work.
+        std::fs::write(&file, "[tables.notes")?;
+        let start = Instant::now();
+        while start.elapsed() < REACHED {
+            insert(100).await.context("beside a file that cannot be used")?;
+            ensure!(insert(99).await.is_err(), "the rule was lost");
+        }
+        write("new.size >= 1000")?;
+        let start = Instant::now();
+        while insert(100).await.is_ok() {
+            ensure!(start.elapsed() < REACHED, "the old rule holds after {:?}", start.elapsed());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        insert(1_000).await
+    }
+    .await;
+    board.explain(outcome)
+}

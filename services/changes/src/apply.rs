@@ -161,7 +161,7 @@ impl<'a> Applier<'a> {
                 }
                 Err(error) => error,
             };
-            if matches!(classify(&error), Fault::Server | Fault::Gone) {
+            if ends_batch(&error) {
                 return Err(failed(error));
             }
             self.raw("ROLLBACK TO SAVEPOINT statement").await?;
@@ -209,7 +209,7 @@ impl<'a> Applier<'a> {
                     continue;
                 }
                 Err(error) => {
-                    if matches!(classify(&error), Fault::Server | Fault::Gone) {
+                    if ends_batch(&error) {
                         return Err(failed(error));
                     }
                     self.raw("ROLLBACK TO SAVEPOINT statement").await?;
@@ -288,7 +288,7 @@ impl<'a> Applier<'a> {
         };
         let strike = |error| Failed::Strike(planned.submission.client_id, planned.submission.seq, error);
         match classify(&error) {
-            Fault::Server => return Err(Failed::Server(error)),
+            Fault::Server => return Err(Failed::at_work(error)),
             Fault::Gone => return Err(strike(error)),
             Fault::Verdict(_) | Fault::Unknown => {}
         }
@@ -451,10 +451,22 @@ fn won(winner: Option<String>) -> Outcome {
     winner.map_or(Outcome::Won, |winner| Outcome::Lost { whole: false, winner })
 }
 
+/// Whether an error of a statement has the transactions of the batch tried one by one, or later: looking for the change at
+/// fault would meet it again. A statement that ran out of time is one of them.
+fn ends_batch(error: &sqlx::Error) -> bool {
+    matches!(classify(error), Fault::Server | Fault::Gone) || is_out_of_time(error)
+}
+
+/// Whether the statement was stopped by its time limit.
+fn is_out_of_time(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state == "57014")
+}
+
 /// An error of a statement that ends the batch.
-fn failed(error: sqlx::Error) -> Failed {
+pub(crate) fn failed(error: sqlx::Error) -> Failed {
     match classify(&error) {
-        Fault::Server => Failed::Server(error),
+        _ if is_out_of_time(&error) => Failed::at_work(error),
+        Fault::Server => Failed::at_work(error),
         Fault::Gone => Failed::Gone(error),
         Fault::Verdict(refusal) => Failed::Isolate { why: refusal.code.to_string(), at: None },
         Fault::Unknown => Failed::Isolate { why: error.to_string(), at: None },

@@ -8,14 +8,14 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use millstream_schemas::stream::{ORIGIN_PREFIX, OriginRecord};
+use millstream_schemas::stream::ORIGIN_PREFIX;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
-use crate::apply::{Applier, bind};
+use crate::apply::{Applier, bind, failed};
 use crate::batch::Item;
-use crate::error::{Fault, classify, keeps_connection};
+use crate::error::keeps_connection;
 use crate::executor::{Failed, Transaction, spans, traceparent};
 use crate::group::Group;
 use crate::ledger::{Client, Ledger};
@@ -149,19 +149,16 @@ impl Transaction<'_> {
             return Some(Err(Failed::Unsure(results, error)));
         }
         let taken_back = error.as_database_error().filter(|error| error.code().is_some_and(|code| code == TAKEN_BACK));
-        match (taken_back.map(|error| error.message()), classify(&error)) {
-            (Some("positions"), _) => Some(Err(Failed::Fenced)),
+        match taken_back.map(|error| error.message()) {
+            Some("positions") => Some(Err(Failed::Fenced)),
             // Nothing is wrong with it: the long way reads time and ledger anew, and finds what was not written, and why.
-            (Some(reason), _) => {
+            Some(reason) => {
                 if reason == "rows" {
                     memory.pause = PAUSE;
                 }
                 None
             }
-            (None, Fault::Server | Fault::Gone) => Some(Err(Failed::Server(error))),
-            (None, Fault::Verdict(_) | Fault::Unknown) => {
-                Some(Err(Failed::Isolate { why: error.to_string(), at: None }))
-            }
+            None => Some(Err(failed(error))),
         }
     }
 
@@ -177,14 +174,14 @@ impl Transaction<'_> {
         let clients: Vec<(Uuid, &Client)> = ledger.changed().collect();
         let number = |value: fn(&Client) -> u64| clients.iter().map(|(_, c)| value(c) as i64).collect::<Vec<_>>();
         let counts = [self.fences.len(), clients.len()].into_iter().chain(groups.iter().map(|group| group.rows.len()));
-        let origin = OriginRecord { clients: settle::origin(plan, ledger), traceparent };
+        let origin = settle::encoded_origin(settle::origin(plan, ledger), traceparent, plan.len())?;
         let mut query = settle::bind_fences(sqlx::query(AssertSqlSafe(sql.clone())), self.stream_epoch, self.fences)
             .bind(clients.iter().map(|(id, _)| *id).collect::<Vec<_>>())
             .bind(clients.iter().map(|(_, client)| client.user_id.as_str()).collect::<Vec<_>>())
             .bind(number(|client| client.stored.unwrap_or_default()))
             .bind(number(|client| client.last))
             .bind(ORIGIN_PREFIX)
-            .bind(settle::encode(&origin)?)
+            .bind(origin)
             .bind(counts.map(|count| count as i64).collect::<Vec<_>>())
             .bind(now as i64);
         for group in groups {

@@ -1,10 +1,14 @@
-//! What waits for a worker, cut into batches. Pure.
+//! What waits for a worker, cut into batches. Pure, but for the time that the caller gives.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
 use millstream_schemas::stream::Submission;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::progress::{Fence, Owned, Progress};
+use crate::turns::{Left, Turns};
 
 /// Most transactions in one Postgres transaction.
 pub(crate) const MAX_TRANSACTIONS: usize = 100;
@@ -14,7 +18,7 @@ pub(crate) const MAX_CHANGES: usize = 1_000;
 /// of the server is slowed down.
 pub(crate) const MAX_SAVEPOINTS: usize = 60;
 
-/// So many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
+/// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
 const WARY: usize = 10;
 
 /// One submission of a message, or a message without any.
@@ -22,31 +26,67 @@ const WARY: usize = 10;
 pub(crate) struct Item {
     /// Partition of the message.
     pub partition: u16,
-    /// Its stream sequence.
+    /// Place in the message.
+    pub index: u32,
+    /// The message's stream sequence.
     pub sequence: u64,
     /// What to do; none for an undecodable message, and for an idle partition that is only moved on.
     pub submission: Option<Submission>,
-    /// The last one of its message: with it the partition's position moves to `sequence`.
+    /// The last one of its message.
     pub last: bool,
-    /// Room in the worker's memory, freed when the message is done with.
+    /// About what it takes in memory.
+    pub bytes: usize,
+    /// Room in the worker's memory, freed when the item is done with.
     #[expect(dead_code, reason = "held, not read")]
-    pub room: Option<Arc<OwnedSemaphorePermit>>,
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
-/// A partition's fence within one Postgres transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fence {
-    pub partition: u16,
-    pub epoch: i64,
-    pub old: u64,
-    pub new: u64,
+impl Item {
+    /// The items of a message, each with its part of the room.
+    pub fn of_message(
+        partition: u16,
+        sequence: u64,
+        submissions: Vec<Submission>,
+        mut room: Option<OwnedSemaphorePermit>,
+    ) -> Vec<Item> {
+        let count = submissions.len();
+        let item = |(index, submission): (usize, Submission)| {
+            let bytes = bytes(&submission);
+            let room = room.as_mut().and_then(|room| room.split(room.num_permits().min(bytes / 1024 + 1)));
+            let last = index + 1 == count;
+            Item { partition, index: index as u32, sequence, submission: Some(submission), last, bytes, room }
+        };
+        match count {
+            0 => vec![Item::empty(partition, sequence)],
+            _ => submissions.into_iter().enumerate().map(item).collect(),
+        }
+    }
+
+    /// Of a message without a submission, and of none, that the partition is moved on over.
+    pub fn empty(partition: u16, sequence: u64) -> Item {
+        Item { partition, index: 0, sequence, submission: None, last: true, bytes: 0, room: None }
+    }
+
+    /// How many changes it holds.
+    pub fn changes(&self) -> usize {
+        self.submission.as_ref().map_or(0, |submission| submission.changes.len())
+    }
+
+    /// Where it is in the stream.
+    pub fn left(&self) -> Left {
+        Left { partition: self.partition, index: self.index, sequence: self.sequence }
+    }
 }
 
-/// A partition that the worker owns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Owned {
-    pub epoch: i64,
-    pub position: u64,
+/// About what a submission takes in memory.
+fn bytes(submission: &Submission) -> usize {
+    let change = |change: &millstream_schemas::Change| {
+        let values = change.key.iter().chain(&change.values).flatten().map(String::len).sum::<usize>();
+        size_of_val(change)
+            + values
+            + (change.columns.len() + change.values.len() + change.key.len()) * size_of::<String>()
+    };
+    size_of::<Item>() + submission.changes.iter().map(change).sum::<usize>()
 }
 
 /// How the next batch is applied.
@@ -62,13 +102,17 @@ pub(crate) enum Mode {
     Single,
 }
 
-/// The worker's queue: items in stream order, and how many of the first are to be applied how.
+/// The worker's queue: a batch, how many of its first items are to be applied how, and behind it what waits for its turn.
 ///
 /// A fast batch that fails is tried again with care. Where one transaction is known not to go with the others, those
-/// before it come first, then it alone.
+/// before it come first, then it alone. While something is known of its items, nothing is added to a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
-    items: VecDeque<Item>,
+    turns: Turns,
+    batch: Vec<Item>,
+    progress: Progress,
+    /// Everything is applied alone.
+    one_by_one: bool,
     /// Batches still to be careful with.
     wary: usize,
     /// The first ones, to be applied before those that are isolated.
@@ -80,53 +124,74 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    /// Adds the items of a message.
+    /// Without turns: in the order in which items come.
+    pub fn in_order() -> Queue {
+        Queue { turns: Turns::in_order(), ..Queue::default() }
+    }
+
+    /// Whether each item is applied alone.
+    pub fn set_one_by_one(&mut self, one_by_one: bool) {
+        self.one_by_one = one_by_one;
+    }
+
+    /// Adds items, those of a partition in the order of the stream.
     pub fn extend(&mut self, items: impl IntoIterator<Item = Item>) {
-        self.items.extend(items);
+        for item in items {
+            self.progress.enter(&item);
+            self.turns.push(item);
+        }
     }
 
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
+        self.batch.is_empty() && self.turns.is_empty()
     }
 
-    /// How many items wait.
-    pub fn len(&self) -> usize {
-        self.items.len()
+    /// Whether there is a batch to apply now.
+    pub fn is_ready(&self) -> bool {
+        !self.batch.is_empty() || self.turns.is_ready()
     }
 
-    /// Whether a full batch waits.
+    /// Whether nothing more should be added.
     pub fn is_full(&self) -> bool {
-        self.items.len() >= MAX_TRANSACTIONS
+        self.turns.is_full()
     }
 
-    /// The next batch and how to apply it.
-    pub fn batch(&mut self) -> (&[Item], Mode) {
+    /// Makes up the next batch: how many of the first [`Queue::items`], and how to apply them.
+    pub fn batch(&mut self) -> (usize, Mode) {
+        if (self.batch.is_empty() || self.ahead + self.isolated + self.single == 0) && self.turns.fill(&mut self.batch)
+        {
+            self.single = 1;
+        }
         let set_wise = if self.wary > 0 { Mode::Careful } else { Mode::Fast };
-        let (mode, limit) = if self.single > 0 {
+        let (mode, limit) = if self.single > 0 || self.one_by_one {
             (Mode::Single, 1)
         } else if self.ahead > 0 {
-            (set_wise, self.ahead.min(MAX_TRANSACTIONS))
+            (set_wise, self.ahead)
         } else if self.isolated > 0 {
             (Mode::Savepoints, self.isolated.min(MAX_SAVEPOINTS))
         } else {
             (set_wise, MAX_TRANSACTIONS)
         };
-        let mut changes = 0;
-        let mut count = 0;
-        for item in self.items.iter().take(limit) {
-            changes += item.submission.as_ref().map_or(0, |submission| submission.changes.len());
-            if count > 0 && changes > MAX_CHANGES {
-                break;
-            }
-            count += 1;
-        }
-        (&self.items.make_contiguous()[..count], mode)
+        (limit.min(self.batch.len()), mode)
+    }
+
+    /// The fences for the first `count` items; every partition of theirs must be in `owned`.
+    pub fn fences(&self, count: usize, owned: &BTreeMap<u16, Owned>) -> Vec<Fence> {
+        self.progress.fences(self.batch.iter().take(count), owned)
+    }
+
+    /// The batch, and what comes right behind it.
+    pub fn items(&self) -> &[Item] {
+        &self.batch
     }
 
     /// The first `count` items are committed, in `mode`.
-    pub fn done(&mut self, count: usize, mode: Mode) {
-        self.items.drain(..count);
+    pub fn done(&mut self, count: usize, mode: Mode, mut committed: impl FnMut(&Submission)) {
+        for item in self.batch.drain(..count) {
+            self.progress.done(item.partition, item.sequence);
+            item.submission.iter().for_each(&mut committed);
+        }
         self.single = self.single.saturating_sub(count);
         let ahead = self.ahead.min(count);
         self.ahead -= ahead;
@@ -143,66 +208,116 @@ impl Queue {
             (Mode::Fast | Mode::Careful, Some(at)) => (self.ahead, self.isolated) = (at, 1),
             (Mode::Fast, None) => self.wary = WARY,
             (Mode::Careful, None) => (self.ahead, self.isolated) = (0, count),
-            (Mode::Savepoints | Mode::Single, _) => self.single = self.single.max(count),
+            (Mode::Savepoints | Mode::Single, _) => self.set_apart(count),
         }
     }
 
     /// Apply the first `count` items in savepoints: one of them ended its backend, and trying once more with others
     /// would do so again.
     pub fn isolate(&mut self, count: usize) {
-        (self.ahead, self.isolated) = (0, self.isolated.max(count.min(self.items.len())));
+        (self.ahead, self.isolated) = (0, self.isolated.max(count).min(self.batch.len()));
+    }
+
+    /// Apply the first `count` items each alone: one of them failed in a way that may be the server's too.
+    pub fn set_apart(&mut self, count: usize) {
+        self.single = self.single.max(count).min(self.batch.len());
+    }
+
+    /// Parks the client of the batch's item `at`, with all that the batch holds of it. The others go on.
+    pub fn park(&mut self, at: usize, until: Instant) {
+        let whose = |item: &Item| item.submission.as_ref().map(|submission| submission.client_id);
+        let Some(client_id) = self.batch.get(at).map(whose) else { return };
+        let (single, ahead, isolated) = (self.single, self.ahead, self.ahead + self.isolated);
+        let (mut items, mut apart) = (Vec::new(), 0);
+        for (index, item) in std::mem::take(&mut self.batch).into_iter().enumerate() {
+            // Without turns the order of all is kept.
+            if whose(&item) != client_id && !self.turns.is_in_order() {
+                self.batch.push(item);
+                continue;
+            }
+            items.push(item);
+            apart += usize::from(index <= at);
+            self.single -= usize::from(index < single);
+            self.ahead -= usize::from(index < ahead);
+            self.isolated -= usize::from((ahead..isolated).contains(&index));
+        }
+        self.turns.park(items, apart, until);
+    }
+
+    /// Clients that were parked until now go on.
+    pub fn wake(&mut self, now: Instant) {
+        self.turns.wake(now);
+    }
+
+    /// When the next parked client goes on.
+    pub fn wakes(&self) -> Option<Instant> {
+        self.turns.wakes()
+    }
+
+    /// How many clients are parked.
+    pub fn parked(&self) -> usize {
+        self.turns.parked()
+    }
+
+    /// What is to be read from the stream again: see [`Turns::wanted`].
+    pub fn wanted(&mut self) -> Option<(Uuid, Left)> {
+        self.turns.wanted()
+    }
+
+    /// What a client left in a message has been read again, with all of the message; if it is still there.
+    pub fn load(&mut self, client_id: Uuid, left: Left, items: Vec<Item>) {
+        let missing = self.turns.load(client_id, left.sequence, items);
+        (0..missing).for_each(|_| self.progress.done(left.partition, left.sequence));
+    }
+
+    /// It could not be read.
+    pub fn fail_to_load(&mut self, client_id: Uuid) {
+        self.turns.fail_to_load(client_id);
     }
 
     /// Drops what the positions say is done, and what belongs to partitions that are not owned any more.
     pub fn retain(&mut self, owned: &BTreeMap<u16, Owned>) {
-        self.items.retain(|item| owned.get(&item.partition).is_some_and(|state| item.sequence > state.position));
+        self.keep(|partition, sequence| owned.get(&partition).is_some_and(|state| sequence > state.position));
+    }
+
+    /// Drops a partition, which is handed over again.
+    pub fn forget(&mut self, partition: u16) {
+        self.keep(|other, _| other != partition);
+    }
+
+    fn keep(&mut self, keep: impl Fn(u16, u64) -> bool) {
+        self.batch.retain(|item| keep(item.partition, item.sequence));
+        self.turns.retain(&keep);
+        self.progress.retain(&keep);
         // How many of the first were to be isolated is not known any more: the next failure will tell.
         (self.ahead, self.isolated, self.single) = (0, 0, 0);
     }
 }
 
-/// The fences for a batch; every partition of the batch must be in `owned`.
-pub(crate) fn fences(items: &[Item], owned: &BTreeMap<u16, Owned>) -> Vec<Fence> {
-    let mut fences: BTreeMap<u16, Fence> = BTreeMap::new();
-    for item in items {
-        let Some(state) = owned.get(&item.partition) else { continue };
-        let fence = fences.entry(item.partition).or_insert(Fence {
-            partition: item.partition,
-            epoch: state.epoch,
-            old: state.position,
-            new: state.position,
-        });
-        if item.last {
-            fence.new = fence.new.max(item.sequence);
-        }
-    }
-    fences.into_values().collect()
-}
-
 #[cfg(test)]
-mod tests {
-    use uuid::Uuid;
+pub(crate) mod tests {
+    use std::time::Duration;
 
     use super::*;
     use crate::validator::tests::change;
 
-    fn message(partition: u16, sequence: u64, sizes: &[usize]) -> Vec<Item> {
-        let item = |submission, last| Item { partition, sequence, submission, last, room: None };
-        if sizes.is_empty() {
-            return vec![item(None, true)];
-        }
-        let submission = |size: usize| Submission {
-            client_id: Uuid::nil(),
+    /// A message of client 0 with transactions of these sizes.
+    pub fn message(partition: u16, sequence: u64, sizes: &[usize]) -> Vec<Item> {
+        Item::of_message(partition, sequence, sizes.iter().map(|size| submission(0, sequence, *size)).collect(), None)
+    }
+
+    pub fn submission(client: u128, seq: u64, size: usize) -> Submission {
+        Submission {
+            client_id: Uuid::from_u128(client),
             user_id: String::new(),
             instance: Uuid::nil(),
             previous: None,
             after: Vec::new(),
-            seq: 1,
+            seq,
             attempt: 1,
             changes: (0..size).map(|_| change(millstream_schemas::Operation::Delete, "1", &[])).collect(),
             traceparent: None,
-        };
-        sizes.iter().enumerate().map(|(n, size)| item(Some(submission(*size)), n + 1 == sizes.len())).collect()
+        }
     }
 
     fn queue(messages: Vec<Vec<Item>>) -> Queue {
@@ -214,7 +329,7 @@ mod tests {
     #[test]
     fn batches_keep_to_both_limits() {
         let check = |sizes: Vec<usize>, expected: usize| {
-            assert_eq!(queue(vec![message(0, 1, &sizes)]).batch().0.len(), expected);
+            assert_eq!(queue(vec![message(0, 1, &sizes)]).batch().0, expected);
         };
         check(vec![1; 250], MAX_TRANSACTIONS);
         check(vec![1; 99], 99);
@@ -225,68 +340,101 @@ mod tests {
     }
 
     #[test]
-    fn positions_move_with_the_last_of_a_message_only() {
-        let owned = BTreeMap::from([(1, Owned { epoch: 5, position: 10 }), (2, Owned { epoch: 6, position: 12 })]);
-        let items: Vec<Item> =
-            [message(1, 11, &[1, 1]), message(2, 13, &[1]), message(1, 14, &[1, 1])].into_iter().flatten().collect();
-        let new = |count: usize| {
-            fences(&items[..count], &owned).iter().map(|f| (f.partition, f.epoch, f.old, f.new)).collect::<Vec<_>>()
-        };
-        assert_eq!(new(1), [(1, 5, 10, 10)]);
-        assert_eq!(new(2), [(1, 5, 10, 11)]);
-        assert_eq!(new(4), [(1, 5, 10, 11), (2, 6, 12, 13)]);
-        assert_eq!(new(5), [(1, 5, 10, 14), (2, 6, 12, 13)]);
-    }
-
-    #[test]
     fn what_does_not_go_with_others_is_cut_out() {
         use Mode::{Careful, Fast, Savepoints};
         let mut queue = queue(vec![message(1, 1, &[1; 300])]);
-        let next = |queue: &mut Queue| (queue.batch().0.len(), queue.batch().1);
         // Something fails: once more, with care, and then for a while.
-        assert_eq!(next(&mut queue), (100, Fast));
+        assert_eq!(queue.batch(), (100, Fast));
         queue.failed(100, Fast, None);
-        assert_eq!(next(&mut queue), (100, Careful));
+        assert_eq!(queue.batch(), (100, Careful));
         queue.failed(100, Careful, Some(70));
         for (count, mode) in [(70, Careful), (1, Savepoints), (100, Careful)] {
-            assert_eq!(next(&mut queue), (count, mode));
-            queue.done(count, mode);
+            assert_eq!(queue.batch(), (count, mode));
+            queue.done(count, mode, |_| {});
         }
         // The first one of a batch.
+        assert_eq!(queue.batch(), (100, Careful));
         queue.failed(100, Careful, Some(0));
-        assert_eq!(next(&mut queue), (1, Savepoints));
-        queue.done(1, Savepoints);
+        assert_eq!(queue.batch(), (1, Savepoints));
+        queue.done(1, Savepoints, |_| {});
         for _ in 2..WARY {
             assert_eq!(queue.batch().1, Careful);
-            queue.done(1, Careful);
+            queue.done(1, Careful, |_| {});
         }
         assert_eq!(queue.batch().1, Fast);
         // Only COMMIT says no.
         queue.wary = 1;
         queue.failed(100, Careful, None);
-        assert_eq!(next(&mut queue), (MAX_SAVEPOINTS, Savepoints));
+        assert_eq!(queue.batch(), (MAX_SAVEPOINTS, Savepoints));
     }
 
     #[test]
     fn isolation_lasts_for_the_failed_batch() {
         let mut queue = queue(vec![message(1, 1, &[1; 90])]);
-        assert_eq!((queue.batch().0.len(), queue.batch().1), (90, Mode::Fast));
+        assert_eq!(queue.batch(), (90, Mode::Fast));
         queue.isolate(90);
         queue.extend(message(1, 2, &[1; 50]));
-        assert_eq!((queue.batch().0.len(), queue.batch().1), (MAX_SAVEPOINTS, Mode::Savepoints));
-        queue.done(MAX_SAVEPOINTS, Mode::Savepoints);
-        assert_eq!((queue.batch().0.len(), queue.batch().1), (30, Mode::Savepoints));
+        assert_eq!(queue.batch(), (MAX_SAVEPOINTS, Mode::Savepoints));
+        queue.done(MAX_SAVEPOINTS, Mode::Savepoints, |_| {});
+        assert_eq!(queue.batch(), (30, Mode::Savepoints));
         queue.failed(30, Mode::Savepoints, None);
-        assert_eq!((queue.batch().0.len(), queue.batch().1), (1, Mode::Single));
-        queue.done(30, Mode::Single);
-        assert_eq!((queue.batch().0.len(), queue.batch().1), (50, Mode::Fast));
+        for _ in 0..30 {
+            assert_eq!(queue.batch(), (1, Mode::Single));
+            queue.done(1, Mode::Single, |_| {});
+        }
+        assert_eq!(queue.batch(), (50, Mode::Fast));
+    }
+
+    /// Of several clients, a message each: client, sequence, sizes.
+    fn clients(messages: &[(u128, u64, &[usize])]) -> Queue {
+        let message = |(client, sequence, sizes): &(u128, u64, &[usize])| {
+            let submissions =
+                sizes.iter().enumerate().map(|(n, size)| submission(*client, n as u64 + 1, *size)).collect();
+            Item::of_message(1, *sequence, submissions, None)
+        };
+        queue(messages.iter().map(message).collect())
+    }
+
+    fn whose(queue: &Queue) -> Vec<(u128, u64)> {
+        let of = |item: &Item| item.submission.as_ref().map(|s| (s.client_id.as_u128(), s.seq));
+        queue.items().iter().filter_map(of).collect()
+    }
+
+    #[test]
+    fn a_parked_client_leaves_the_batch_and_others_stay_as_they_were() {
+        let mut queue = clients(&[(1, 1, &[1, 1]), (2, 2, &[1, 1]), (3, 3, &[1])]);
+        assert_eq!(queue.batch(), (5, Mode::Fast));
+        assert_eq!(whose(&queue), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]);
+        queue.failed(5, Mode::Savepoints, None);
+        queue.done(1, Mode::Single, |_| {});
+        let until = Instant::now() + Duration::from_secs(1);
+        queue.park(0, until);
+        assert_eq!((whose(&queue), queue.parked()), (vec![(3, 1), (1, 2)], 1));
+        for _ in 0..2 {
+            assert_eq!(queue.batch(), (1, Mode::Single));
+            queue.done(1, Mode::Single, |_| {});
+        }
+        assert!(!queue.is_ready() && !queue.is_empty());
+        assert_eq!(queue.wakes(), Some(until));
+        // The position waits with it: message 2 is not done, though 3 is.
+        let owned = BTreeMap::from([(1, Owned { epoch: 1, position: 0 })]);
+        queue.wake(until);
+        assert!(queue.is_ready());
+        assert_eq!(queue.batch(), (1, Mode::Single));
+        assert_eq!(whose(&queue), [(2, 1)]);
+        assert_eq!(queue.fences(1, &owned)[0].new, 1);
+        queue.done(1, Mode::Single, |_| {});
     }
 
     #[test]
     fn lost_and_finished_items_leave() {
         let mut queue = queue(vec![message(1, 5, &[1]), message(2, 6, &[1]), message(1, 7, &[1])]);
+        queue.batch();
+        queue.extend(message(2, 8, &[1]));
         queue.retain(&BTreeMap::from([(1, Owned { epoch: 1, position: 5 })]));
-        let (items, _) = queue.batch();
-        assert_eq!(items.iter().map(|item| item.sequence).collect::<Vec<_>>(), [7]);
+        queue.batch();
+        assert_eq!(queue.items().iter().map(|item| item.sequence).collect::<Vec<_>>(), [7]);
+        queue.forget(1);
+        assert!(queue.is_empty());
     }
 }

@@ -1,10 +1,11 @@
-//! The cursor: reads the owned partitions from the stream, in order, and hands each message to its worker.
+//! A worker's cursor: reads those of the owned partitions that are the worker's from the stream, in order, and hands each
+//! message over. A worker without room holds up its own cursor and no other.
 //!
 //! A throw-away pull consumer without acknowledgements (`AckNone`), started behind what has been handed over. Nothing
 //! depends on its state: on any doubt it is dropped and another one is made.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
@@ -39,9 +40,17 @@ pub(crate) const WORKER_COMMANDS: usize = 1_024;
 /// Payloads that may wait for a worker, in KiB.
 pub(crate) const WORKER_KIB: usize = 16 * 1024;
 
-/// A worker, as the cursor sees it.
-#[derive(Clone, Debug)]
+/// Which of `workers` a partition belongs to.
+pub(crate) fn worker_of(partition: u16, workers: usize) -> usize {
+    usize::from(partition) % workers
+}
+
+/// A worker, as its cursor sees it.
+#[derive(Debug)]
 pub(crate) struct Lane {
+    /// Which one it is, of how many.
+    pub index: usize,
+    pub workers: usize,
     /// Its commands.
     pub commands: mpsc::Sender<Command>,
     /// Its room in memory.
@@ -53,6 +62,31 @@ pub(crate) struct Lane {
 pub(crate) struct Idle {
     pub partition: u16,
     pub sequence: u64,
+}
+
+/// Readiness of the stream: it is there when every cursor reads.
+#[derive(Clone, Debug)]
+pub(crate) struct Reading {
+    health: Health,
+    /// The workers whose cursor does not.
+    missing: Arc<Mutex<BTreeSet<usize>>>,
+}
+
+impl Reading {
+    pub fn new(health: Health, workers: usize) -> Self {
+        Reading { health, missing: Arc::new(Mutex::new((0..workers).collect())) }
+    }
+
+    fn set(&self, worker: usize, reads: bool) {
+        let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        if reads {
+            missing.remove(&worker)
+        } else {
+            missing.insert(worker)
+        };
+        // Under the lock, so that the last word is the right one.
+        self.health.set_ready("stream", missing.is_empty());
+    }
 }
 
 /// Why the cursor ended.
@@ -102,12 +136,12 @@ enum Step {
 pub(crate) struct Consumer {
     stream: Stream,
     stream_epoch: String,
-    lanes: Vec<Lane>,
+    lane: Lane,
     assignment: watch::Receiver<Assignment>,
     idle: mpsc::Receiver<Idle>,
-    health: Health,
+    reading: Reading,
     shutdown: Shutdown,
-    /// Per owned partition: its epoch, and the last sequence that its worker has been handed.
+    /// Per partition of the worker: its epoch, and the last sequence that it has been handed.
     handed: BTreeMap<u16, (i64, u64)>,
     /// Highest sequence seen.
     highest: u64,
@@ -117,19 +151,19 @@ impl Consumer {
     pub fn new(
         stream: Stream,
         stream_epoch: String,
-        lanes: Vec<Lane>,
+        lane: Lane,
         assignment: watch::Receiver<Assignment>,
         idle: mpsc::Receiver<Idle>,
-        health: Health,
+        reading: Reading,
         shutdown: Shutdown,
     ) -> Self {
         Consumer {
             stream,
             stream_epoch,
-            lanes,
+            lane,
             assignment,
             idle,
-            health,
+            reading,
             shutdown,
             handed: BTreeMap::new(),
             highest: 0,
@@ -158,11 +192,11 @@ impl Consumer {
                     CHECK
                 }
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "the cursor is made anew");
+                    tracing::warn!(error = &error as &dyn std::error::Error, "another cursor is made");
                     PAUSE
                 }
             };
-            self.health.set_ready("stream", false);
+            self.reading.set(self.lane.index, false);
             tokio::select! {
                 () = shutdown.requested() => return Ended::Shutdown,
                 () = tokio::time::sleep(pause) => {}
@@ -170,30 +204,28 @@ impl Consumer {
         }
     }
 
-    /// Tells workers what they own now. They had been told of the same partitions before, so only changes are sent.
+    /// Tells the worker what it owns now. It had been told of the same partitions before, so only changes are sent.
     async fn assign(&mut self) -> Result<Assignment, Dropped> {
-        let assignment = self.assignment.borrow_and_update().clone();
+        let mut assignment = self.assignment.borrow_and_update().clone();
+        let (index, workers) = (self.lane.index, self.lane.workers);
+        assignment.owned.retain(|partition, _| worker_of(*partition, workers) == index);
         let gone: Vec<u16> =
             self.handed.keys().copied().filter(|partition| !assignment.owned.contains_key(partition)).collect();
         for partition in gone {
             self.handed.remove(&partition);
-            self.send(partition, Command::Release { partition }).await?;
+            self.send(Command::Release { partition }).await?;
         }
         for (&partition, &state) in &assignment.owned {
             if self.handed.get(&partition).is_none_or(|(epoch, _)| *epoch != state.epoch) {
-                self.send(partition, Command::Own { partition, state }).await?;
+                self.send(Command::Own { partition, state }).await?;
                 self.handed.insert(partition, (state.epoch, state.position));
             }
         }
         Ok(assignment)
     }
 
-    fn lane(&self, partition: u16) -> &Lane {
-        &self.lanes[usize::from(partition) % self.lanes.len()]
-    }
-
-    async fn send(&self, partition: u16, command: Command) -> Result<(), Dropped> {
-        self.lane(partition).commands.send(command).await.map_err(|_| Dropped::WorkerGone)
+    async fn send(&self, command: Command) -> Result<(), Dropped> {
+        self.lane.commands.send(command).await.map_err(|_| Dropped::WorkerGone)
     }
 
     /// Compares the stream with what is known of it.
@@ -214,7 +246,7 @@ impl Consumer {
     async fn tail(&mut self) -> Result<Step, Dropped> {
         let assignment = self.assign().await?;
         if assignment.owned.is_empty() {
-            self.health.set_ready("stream", true);
+            self.reading.set(self.lane.index, true);
             // An error means that the ownership task is gone, and with it this one soon.
             let _ = self.assignment.changed().await;
             return Ok(Step::Again);
@@ -251,7 +283,7 @@ impl Consumer {
             .messages()
             .await
             .map_err(Dropped::Pull)?;
-        self.health.set_ready("stream", true);
+        self.reading.set(self.lane.index, true);
         let mut expected = 1;
         let mut check = tokio::time::interval_at(tokio::time::Instant::now() + CHECK, CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -295,16 +327,15 @@ impl Consumer {
         if self.handed.get(&partition).is_none_or(|(_, handed)| sequence <= *handed) {
             return Ok(());
         }
-        let lane = self.lane(partition).clone();
         let kib = (payload.len() / 1024 + 1).min(WORKER_KIB) as u32;
-        let room = lane.room.acquire_many_owned(kib).await.map_err(|_| Dropped::WorkerGone)?;
-        self.send(partition, Command::Message { partition, sequence, payload, room }).await
+        let room = self.lane.room.clone().acquire_many_owned(kib).await.map_err(|_| Dropped::WorkerGone)?;
+        self.send(Command::Message { partition, sequence, payload, room }).await
     }
 
     async fn advance(&mut self, idle: Idle) -> Result<(), Dropped> {
         let Some((_, handed)) = self.handed.get_mut(&idle.partition) else { return Ok(()) };
         *handed = (*handed).max(idle.sequence);
-        self.send(idle.partition, Command::Advance { partition: idle.partition, sequence: idle.sequence }).await
+        self.send(Command::Advance { partition: idle.partition, sequence: idle.sequence }).await
     }
 }
 
@@ -350,6 +381,18 @@ pub(crate) fn epoch_of(info: &async_nats::jetstream::stream::Info) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_stream_is_ready_when_every_cursor_reads() {
+        let health = Health::new();
+        let reading = Reading::new(health.clone(), 2);
+        for (worker, reads, ready) in
+            [(0, true, false), (1, true, true), (0, false, false), (1, true, false), (0, true, true)]
+        {
+            reading.set(worker, reads);
+            assert_eq!(health.is_ready(), ready, "{worker} {reads}");
+        }
+    }
 
     #[test]
     fn subjects_name_partitions() {

@@ -9,12 +9,14 @@ use millstream_runtime::shutdown::{Shutdown, Trigger};
 use millstream_schemas::stream::{Submission, TransactionResult};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use crate::batch::{Item, Owned};
+use crate::batch::Item;
 use crate::executor::Executor;
 use crate::external::External;
+use crate::model::Source;
+use crate::progress::Owned;
 use crate::worker::{Lost, Shared, Worker};
 
 /// Its partition, under a stream epoch that is its own.
@@ -62,8 +64,11 @@ impl Direct {
         let (lost_sender, lost) = mpsc::channel(1);
         let health = Health::new();
         let external = Arc::new(External::nobody(health.clone()));
-        let shared = Shared { nats: None, external, lost: lost_sender, health, shutdown };
-        let executor = Executor::new(options, config, stream_epoch);
+        let source = Arc::new(Source::new(config, health.clone()));
+        let shared = Shared { nats: None, stream: None, external, lost: lost_sender, health, shutdown };
+        // Nobody tells of changes: the executor finds out when something depends on them.
+        let (_, changed) = watch::channel(());
+        let executor = Executor::new(options, source, changed, stream_epoch);
         let (_, commands) = mpsc::channel(1);
         let mut worker = Worker::new(0, executor, commands, shared);
         worker.own(PARTITION, Owned { epoch: 1, position: 0 });
@@ -83,15 +88,9 @@ impl Direct {
     ) -> Result<Vec<(Uuid, TransactionResult)>, DirectError> {
         let items: Vec<Item> = submissions
             .into_iter()
-            .map(|submission| {
+            .flat_map(|submission| {
                 self.sequence += 1;
-                Item {
-                    partition: PARTITION,
-                    sequence: self.sequence,
-                    submission: Some(submission),
-                    last: true,
-                    room: None,
-                }
+                Item::of_message(PARTITION, self.sequence, vec![submission], None)
             })
             .collect();
         let mut results = Vec::new();

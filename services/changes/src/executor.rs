@@ -6,20 +6,22 @@
 //! [`Failed`]; here everything is rolled back.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use millstream_runtime::telemetry;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, PgConnection, Row};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::apply::Applier;
 use crate::at_once::Memory;
-use crate::batch::{Fence, Item, Mode, Owned};
+use crate::batch::{Item, Mode};
 use crate::error::{Fault, classify, is_drift, keeps_connection};
 use crate::history;
-use crate::model::{Model, ModelError, Origin};
+use crate::model::{Model, ModelError, Origin, Source};
 use crate::plan::{Action, Condemned, Planned, Rejected, depends_on_catalog, plan, predecessors};
+use crate::progress::{Fence, Owned};
 use crate::results::Results;
 use crate::settle;
 use crate::validator::Rejection;
@@ -27,7 +29,8 @@ use crate::validator::Rejection;
 /// Limits of a worker's session. A statement has to end some time; a worker that hangs must not keep its locks.
 const SESSION: [(&str, &str); 11] = [
     ("statement_timeout", "30s"),
-    ("lock_timeout", "5s"),
+    // Whoever is in the way of one client's change must not hold up all others for long: see [`Failed::Busy`].
+    ("lock_timeout", "250ms"),
     ("idle_in_transaction_session_timeout", "10s"),
     ("default_transaction_isolation", "read committed"),
     // Compiling costs more than these short statements.
@@ -43,6 +46,10 @@ const SESSION: [(&str, &str); 11] = [
     // What triggers say for a person at a terminal has no reader here.
     ("client_min_messages", "error"),
 ];
+
+/// Begins a transaction; one that a batch has to itself waits for no lock that is held for longer than others take.
+const BEGIN: &str = "BEGIN";
+const BEGIN_SINGLE: &str = "BEGIN; SET LOCAL lock_timeout = '50ms'";
 
 const POSITIONS: &str = "\
 SELECT partition, epoch, position FROM millstream.partitions
@@ -65,6 +72,9 @@ pub(crate) enum Failed {
     Strike(Uuid, u64, sqlx::Error),
     /// The backend went away while it applied the batch.
     Gone(sqlx::Error),
+    /// A statement for the batch's changes met a lock, a deadlock or a lack of resources: the server's state, or what one of
+    /// the changes does.
+    Busy(sqlx::Error),
     /// Postgres cannot serve now.
     Server(sqlx::Error),
     /// The catalog cannot be read now.
@@ -82,30 +92,57 @@ impl Failed {
     pub fn isolate_at(submission: usize, why: &str) -> Failed {
         Failed::Isolate { why: why.to_owned(), at: Some(submission) }
     }
+
+    /// A fault of the server that a statement for the batch's changes met.
+    pub fn at_work(error: sqlx::Error) -> Failed {
+        if keeps_connection(&error) { Failed::Busy(error) } else { Failed::Server(error) }
+    }
 }
 
 /// A worker's connection and what it knows.
 pub(crate) struct Executor {
     options: PgConnectOptions,
-    config: PathBuf,
+    source: Arc<Source>,
+    /// Tells that the model may be out of date.
+    changed: watch::Receiver<()>,
     stream_epoch: String,
     connection: Option<PgConnection>,
     model: Option<Model>,
+    /// The model is to be made from what is there now.
+    stale: bool,
     memory: Memory,
 }
 
 impl Executor {
     /// Connects when first used.
-    pub fn new(options: PgConnectOptions, config: PathBuf, stream_epoch: String) -> Self {
-        let memory = Memory::default();
-        Executor { options: options.options(SESSION), config, stream_epoch, connection: None, model: None, memory }
+    pub fn new(
+        options: PgConnectOptions,
+        source: Arc<Source>,
+        changed: watch::Receiver<()>,
+        stream_epoch: String,
+    ) -> Self {
+        Executor {
+            options: options.options(SESSION),
+            source,
+            changed,
+            stream_epoch,
+            connection: None,
+            model: None,
+            stale: false,
+            memory: Memory::default(),
+        }
+    }
+
+    /// The connection, to be given back if it can still be used.
+    async fn take_connection(&mut self) -> Result<PgConnection, sqlx::Error> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => self.options.connect().await,
+        }
     }
 
     async fn connect(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
-        let connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.options.connect().await?,
-        };
+        let connection = self.take_connection().await?;
         Ok(self.connection.insert(connection))
     }
 
@@ -117,17 +154,24 @@ impl Executor {
         mode: Mode,
         condemned: &Condemned,
     ) -> Result<Results, Failed> {
-        let (config, stream_epoch) = (self.config.clone(), self.stream_epoch.clone());
-        let (mut model, mut memory) = (self.model.take(), std::mem::take(&mut self.memory));
-        let connection = self.connect().await.map_err(Failed::Server)?;
-        let mut current = match model.take() {
-            Some(model) => model,
-            None => Model::load(connection, &config).await.map_err(Failed::Model)?,
-        };
+        let mut connection = self.take_connection().await.map_err(Failed::Server)?;
+        if self.changed.has_changed().unwrap_or(false) {
+            self.changed.mark_unchanged();
+            self.stale = true;
+        }
+        if self.stale || self.model.is_none() {
+            let renewed = Model::renew(&mut self.model, &mut connection, &self.source).await;
+            if let Err(error) = renewed {
+                // Without the connection, which may be why.
+                return Err(Failed::Model(error));
+            }
+            self.stale = false;
+        }
+        let Some(model) = &mut self.model else { return Err(Failed::Stale) };
         let mut transaction = Transaction {
-            connection,
-            config: &config,
-            stream_epoch: &stream_epoch,
+            connection: &mut connection,
+            source: &self.source,
+            stream_epoch: &self.stream_epoch,
             items,
             fences,
             mode,
@@ -135,46 +179,40 @@ impl Executor {
             spans: None,
         };
         let at_once = match mode {
-            Mode::Fast => transaction.at_once(&mut current, &mut memory).await,
+            Mode::Fast => transaction.at_once(model, &mut self.memory).await,
             Mode::Careful | Mode::Savepoints | Mode::Single => None,
         };
         // It is over with its statement, whichever way.
         let ended = at_once.is_some();
         let mut outcome = match at_once {
             Some(outcome) => outcome,
-            None => transaction.run(&mut current, &mut memory).await,
+            None => transaction.run(model, &mut self.memory).await,
         };
         if let Err(Failed::Isolate { at: Some(at), .. }) = &mut outcome {
             // From an index among submissions to one among items.
             let mut submissions = items.iter().enumerate().filter(|(_, item)| item.submission.is_some());
             *at = submissions.nth(*at).map_or(0, |(index, _)| index);
         }
-        let (keep_model, keep_connection) = match &outcome {
-            Ok(_) | Err(Failed::Fenced | Failed::Condemned(..) | Failed::Ledger) => (true, true),
-            // Drift shows as an error of a statement, whichever way it is treated.
-            Err(Failed::Isolate { .. }) => (true, true),
-            Err(Failed::Stale | Failed::Model(_)) => (false, true),
-            Err(Failed::Strike(_, _, error)) => (!is_drift(error), keeps_connection(error)),
-            Err(Failed::Server(error)) => (true, keeps_connection(error)),
-            Err(Failed::Gone(_) | Failed::Unsure(..)) => (true, false),
+        let keep_connection = match &outcome {
+            Ok(_) | Err(Failed::Fenced | Failed::Condemned(..) | Failed::Ledger | Failed::Isolate { .. }) => true,
+            Err(Failed::Stale | Failed::Model(_)) => true,
+            Err(Failed::Strike(_, _, error) | Failed::Server(error) | Failed::Busy(error)) => keeps_connection(error),
+            Err(Failed::Gone(_) | Failed::Unsure(..)) => false,
         };
-        self.model = Some(current).filter(|_| keep_model);
+        self.stale = match &outcome {
+            Err(Failed::Stale) => true,
+            // Drift shows as an error of a statement, whichever way it is treated.
+            Err(Failed::Strike(_, _, error)) => is_drift(error),
+            _ => false,
+        };
         // It may not be true any more.
         if let Err(Failed::Fenced | Failed::Ledger | Failed::Gone(_) | Failed::Unsure(..)) = &outcome {
-            memory = Memory::default();
+            self.memory = Memory::default();
         }
-        self.memory = memory;
-        if outcome.is_err() && !(keep_connection && (ended || self.rollback().await)) {
-            self.connection = None;
+        if outcome.is_ok() || (keep_connection && (ended || rollback(&mut connection).await)) {
+            self.connection = Some(connection);
         }
         outcome
-    }
-
-    async fn rollback(&mut self) -> bool {
-        match &mut self.connection {
-            Some(connection) => sqlx::raw_sql("ROLLBACK").execute(connection).await.is_ok(),
-            None => false,
-        }
     }
 
     /// What Postgres holds of partitions. Waits for a transaction of a lost connection to end, by its row locks.
@@ -218,10 +256,14 @@ impl Executor {
     }
 }
 
+async fn rollback(connection: &mut PgConnection) -> bool {
+    sqlx::raw_sql("ROLLBACK").execute(connection).await.is_ok()
+}
+
 /// A batch and its connection.
 pub(crate) struct Transaction<'a> {
     pub connection: &'a mut PgConnection,
-    config: &'a Path,
+    source: &'a Source,
     pub stream_epoch: &'a str,
     pub items: &'a [Item],
     pub fences: &'a [Fence],
@@ -233,7 +275,8 @@ pub(crate) struct Transaction<'a> {
 
 impl<'a> Transaction<'a> {
     async fn run(mut self, model: &mut Model, memory: &mut Memory) -> Result<Results, Failed> {
-        sqlx::raw_sql("BEGIN").execute(&mut *self.connection).await.map_err(Failed::Server)?;
+        let begin = if self.mode == Mode::Single { BEGIN_SINGLE } else { BEGIN };
+        sqlx::raw_sql(begin).execute(&mut *self.connection).await.map_err(Failed::Server)?;
         let (mut ledger, now) = settle::fence(self.connection, self.stream_epoch, self.items, self.fences).await?;
         let Model { catalog, statements, origin } = model;
         let items: &'a [Item] = self.items;
@@ -282,7 +325,7 @@ impl<'a> Transaction<'a> {
 
     /// A refusal must not be due to a catalog that is behind the database.
     async fn ensure_current(&mut self, origin: &Origin) -> Result<(), Failed> {
-        match origin.is_current(self.connection, self.config).await {
+        match origin.is_current(self.connection, self.source).await {
             Ok(true) => Ok(()),
             Ok(false) => Err(Failed::Stale),
             Err(error) => Err(Failed::Server(error)),
@@ -300,7 +343,7 @@ impl<'a> Transaction<'a> {
         // Postgres said no: a deferred constraint, most likely. It names no change, so the transaction has to be alone.
         let alone = if let [planned] = plan { Some(planned) } else { None };
         Err(match (classify(&error), alone) {
-            (Fault::Server | Fault::Gone, _) => Failed::Server(error),
+            (Fault::Server | Fault::Gone, _) => Failed::at_work(error),
             (Fault::Verdict(refusal), Some(planned)) => {
                 let submission = planned.submission;
                 let rejection = Rejection::new(submission, submission.changes.len().saturating_sub(1), refusal);

@@ -12,7 +12,8 @@ use millstream_schemas::stream::Submission;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::batch::{Item, MAX_TRANSACTIONS, Owned};
+use crate::batch::{Item, MAX_TRANSACTIONS};
+use crate::progress::Owned;
 use crate::validator::Rejection;
 
 /// Most transactions of a partition that validators are asked about at a time: what fits into a batch.
@@ -176,7 +177,7 @@ mod tests {
             changes: Vec::new(),
             traceparent: None,
         };
-        Item { partition, sequence, submission: Some(submission), last: true, room: None }
+        Item::of_message(partition, sequence, vec![submission], None).remove(0)
     }
 
     fn asked(gate: &mut Gate, now: Instant) -> Vec<(u16, Key)> {

@@ -9,7 +9,7 @@ use millstream_schemas::subject::{PARTITIONS, changes};
 use sqlx::{PgPool, Row};
 use tokio::sync::{mpsc, watch};
 
-use crate::consumer::Idle;
+use crate::consumer::{Idle, worker_of};
 use crate::ownership::Assignment;
 use crate::retention::Retention;
 
@@ -35,7 +35,8 @@ pub(crate) struct Janitor {
     pub stream: Stream,
     pub stream_epoch: String,
     pub assignment: watch::Receiver<Assignment>,
-    pub idle: mpsc::Sender<Idle>,
+    /// One a worker's cursor.
+    pub idle: Vec<mpsc::Sender<Idle>>,
     pub shutdown: Shutdown,
 }
 
@@ -78,7 +79,8 @@ impl Janitor {
         {
             // An idle partition's position would stay behind for ever, and nothing could be purged.
             if self.last_of(partition).await? <= position {
-                let _ = self.idle.send(Idle { partition, sequence: last }).await;
+                // A cursor that waits for its worker hears of it in a later round.
+                let _ = self.idle[worker_of(partition, self.idle.len())].try_send(Idle { partition, sequence: last });
             }
         }
         let behind = positions.iter().map(|(_, position)| *position).min().unwrap_or(0);

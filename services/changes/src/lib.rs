@@ -1,7 +1,7 @@
 //! The validator and executor: from submitted change to committed row.
 //!
-//! `ownership` decides which partitions of the stream are this process's; the `consumer` reads them and hands each
-//! message to one of a few `worker`s; a worker cuts `batch`es and has the `executor` apply each in one Postgres
+//! `ownership` decides which partitions of the stream are this process's. Each of a few `worker`s has a `consumer` that
+//! reads its share of them; a worker cuts `batch`es and has the `executor` apply each in one Postgres
 //! transaction, `at_once` if it can, guarded by the partition's position and the client's `ledger`. The `validator` says
 //! what needs no database, `external` asks validators outside (what waits for them stands at the `gate`), `statement`
 //! holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go out by `results` and,
@@ -25,15 +25,18 @@ mod model;
 mod ownership;
 mod plan;
 mod predicate;
+mod progress;
 // The rules of a batch without a database, for the simulation in `tests`: it runs these, not a copy of them.
 #[doc(hidden)]
 pub mod pure;
+mod reread;
 mod results;
 mod retention;
 mod settle;
 mod statement;
 mod suspects;
 mod traits;
+mod turns;
 mod validator;
 mod worker;
 
@@ -53,10 +56,11 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::consumer::{Consumer, Ended, Lane, WORKER_COMMANDS, WORKER_KIB};
+use crate::consumer::{Consumer, Ended, Lane, Reading, WORKER_COMMANDS, WORKER_KIB};
 use crate::executor::Executor;
 use crate::external::External;
 use crate::janitor::Janitor;
+use crate::model::{Source, Watcher};
 use crate::ownership::{Assignment, Ownership};
 use crate::retention::Retention;
 use crate::worker::{Shared, Worker};
@@ -114,7 +118,8 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         () = shutdown.requested() => return Ok(()),
     };
     let external = Arc::new(External::new(&config, nats.client.clone(), health.clone()));
-    let service = Service { args, options, pool, health, nats, external, shutdown };
+    let source = Arc::new(Source::new(args.config.clone(), health.clone()));
+    let service = Service { args, options, pool, health, nats, external, source, shutdown };
     while let Some(ended) = service.serve().await? {
         match ended {
             Ended::Shutdown => break,
@@ -133,6 +138,7 @@ struct Service {
     health: Health,
     nats: Nats,
     external: Arc<External>,
+    source: Arc<Source>,
     shutdown: Shutdown,
 }
 
@@ -148,9 +154,9 @@ impl Service {
         let (trigger, stop) = Shutdown::manual();
         let (assignment_sender, assignment) = watch::channel(Assignment::default());
         let (lost_sender, lost) = mpsc::channel(NOTICES);
-        let (idle_sender, idle) = mpsc::channel(NOTICES);
         let shared = Shared {
             nats: Some(self.nats.client.clone()),
+            stream: Some(stream.clone()),
             external: self.external.clone(),
             lost: lost_sender,
             health: self.health.clone(),
@@ -158,18 +164,33 @@ impl Service {
         };
 
         let mut tasks: JoinSet<&'static str> = JoinSet::new();
-        let mut lanes = Vec::new();
-        for index in 0..usize::from(self.args.workers) {
+        let mut consumers: JoinSet<Ended> = JoinSet::new();
+        let mut idle_senders = Vec::new();
+        let workers = usize::from(self.args.workers);
+        let (changed, _) = watch::channel(());
+        let reading = Reading::new(self.health.clone(), workers);
+        for index in 0..workers {
             let (commands, receiver) = mpsc::channel(WORKER_COMMANDS);
-            let executor = Executor::new(self.options.clone(), self.args.config.clone(), stream_epoch.clone());
+            let executor =
+                Executor::new(self.options.clone(), self.source.clone(), changed.subscribe(), stream_epoch.clone());
             let worker = Worker::new(index, executor, receiver, shared.clone());
             tasks.spawn(async move {
                 worker.run().await;
                 "worker"
             });
-            lanes.push(Lane { commands, room: Arc::new(Semaphore::new(WORKER_KIB)) });
+            let lane = Lane { index, workers, commands, room: Arc::new(Semaphore::new(WORKER_KIB)) };
+            let (idle_sender, idle) = mpsc::channel(NOTICES);
+            idle_senders.push(idle_sender);
+            let (stream, epoch, assignment) = (stream.clone(), stream_epoch.clone(), assignment.clone());
+            let consumer = Consumer::new(stream, epoch, lane, assignment, idle, reading.clone(), stop.clone());
+            consumers.spawn(consumer.run());
         }
         drop(shared);
+        let watcher = Watcher { pool: self.pool.clone(), source: self.source.clone(), changed, shutdown: stop.clone() };
+        tasks.spawn(async move {
+            watcher.run().await;
+            "watcher"
+        });
         let ownership = Ownership {
             pool: self.pool.clone(),
             member: member.clone(),
@@ -186,25 +207,29 @@ impl Service {
         let janitor = Janitor {
             pool: self.pool.clone(),
             retention: Retention::new(self.pool.clone(), self.args.history_retention_days),
-            stream: stream.clone(),
-            stream_epoch: stream_epoch.clone(),
-            assignment: assignment.clone(),
-            idle: idle_sender,
+            stream,
+            stream_epoch,
+            assignment,
+            idle: idle_senders,
             shutdown: stop.clone(),
         };
         tasks.spawn(async move {
             janitor.run().await;
             "janitor"
         });
-        let consumer = Consumer::new(stream, stream_epoch, lanes, assignment, idle, self.health.clone(), stop.clone());
 
         let outcome = tokio::select! {
             () = self.shutdown.requested() => Ok(Some(Ended::Shutdown)),
-            ended = consumer.run() => Ok(Some(ended)),
+            ended = consumers.join_next() => match ended {
+                Some(Ok(ended)) => Ok(Some(ended)),
+                Some(Err(_)) | None => Err(Error::TaskEnded("consumer")),
+            },
             // Tasks end when they are told to; before that, it is a fault of ours.
             task = tasks.join_next() => Err(Error::TaskEnded(task.and_then(Result::ok).unwrap_or("unknown"))),
         };
         trigger.request();
+        // With them the workers' commands end.
+        consumers.shutdown().await;
         let drained = tokio::time::timeout(DRAIN_DEADLINE, async { while tasks.join_next().await.is_some() {} }).await;
         if drained.is_err() {
             tracing::warn!("work at hand is abandoned; it is rolled back and done again by another executor");

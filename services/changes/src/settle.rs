@@ -8,11 +8,12 @@ use sqlx::query::Query;
 use sqlx::{PgConnection, Postgres, Row};
 use uuid::Uuid;
 
-use crate::batch::{Fence, Item};
+use crate::batch::Item;
 use crate::executor::Failed;
 use crate::history::Record;
 use crate::ledger::{Client, Ledger};
 use crate::plan::{Action, Planned};
+use crate::progress::Fence;
 
 /// Newest losses that the ledger keeps a client.
 pub(crate) const MAX_LOST: usize = 100;
@@ -156,20 +157,17 @@ pub(crate) async fn settle(
             .bind(MAX_INSTANCES)
             .execute(&mut *connection)
             .await
-            .map_err(Failed::Server)?;
+            .map_err(Failed::at_work)?;
     }
-    let origin = OriginRecord { clients: origin(plan, ledger), traceparent };
-    let encoded = encode(&origin)?;
-    if encoded.len() > MAX_ORIGIN_BYTES && plan.len() > 1 {
-        return Err(Failed::isolate_at(plan.len() / 2, "it has too much to tell its clients"));
-    }
+    let clients = origin(plan, ledger);
     let mut lost: Vec<Option<String>> = Vec::with_capacity(changed.len());
-    for entry in &origin.clients {
+    for entry in &clients {
         lost.push(match entry.lost.as_slice() {
             [] => None,
             all => Some(encode(&all[all.len().saturating_sub(MAX_LOST)..])?),
         });
     }
+    let origin = encoded_origin(clients, traceparent, plan.len())?;
     let row = sqlx::query(SETTLE)
         .bind(changed.iter().map(|(id, _)| *id).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.user_id.clone()).collect::<Vec<_>>())
@@ -179,11 +177,11 @@ pub(crate) async fn settle(
         .bind(lost)
         .bind(encode(&records)?)
         .bind(ORIGIN_PREFIX)
-        .bind(encoded)
+        .bind(origin)
         .bind(MAX_LOST as i64)
         .fetch_one(connection)
         .await
-        .map_err(Failed::Server)?;
+        .map_err(Failed::at_work)?;
     let settled: i64 = row.try_get("settled").map_err(Failed::Server)?;
     if settled == changed.len() as i64 { Ok(()) } else { Err(Failed::Ledger) }
 }
@@ -208,7 +206,20 @@ pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> 
     ledger.changed().map(entry).collect()
 }
 
-pub(crate) fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Failed> {
+/// The origin record of a batch of so many submissions. Both ways of committing a batch make it here, within its bound.
+pub(crate) fn encoded_origin(
+    clients: Vec<OriginEntry>,
+    traceparent: Option<String>,
+    submissions: usize,
+) -> Result<String, Failed> {
+    let encoded = encode(&OriginRecord { clients, traceparent })?;
+    if encoded.len() > MAX_ORIGIN_BYTES && submissions > 1 {
+        return Err(Failed::isolate_at(submissions / 2, "it has too much to tell its clients"));
+    }
+    Ok(encoded)
+}
+
+fn encode<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Failed> {
     serde_json::to_string(value).map_err(unencodable)
 }
 

@@ -4,28 +4,37 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_nats::jetstream::stream::Stream;
 use bytes::Bytes;
 use millstream_runtime::backoff::Backoff;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::Code;
-use millstream_schemas::stream::{ChangesMessage, Submission};
+use millstream_schemas::stream::ChangesMessage;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::Instant;
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::batch::{Item, Mode, Owned, Queue, fences};
-use crate::error::Refusal;
+use crate::batch::{Item, Mode, Queue};
+use crate::error::{Refusal, keeps_connection};
 use crate::executor::{Executor, Failed};
 use crate::external::{External, Questions};
 use crate::plan::Condemned;
+use crate::progress::{Fence, Owned};
+use crate::reread::{Payload, Read, Reads};
 use crate::results::Results;
 use crate::validator::Rejection;
 
 /// After so many failures that nobody understands, a transaction is rejected as `internal`.
 const MAX_STRIKES: u32 = 5;
-/// Pause after the first of them; each further one is twice as long, so that what is wrong may pass.
-const STRIKE_PAUSE: Duration = Duration::from_millis(100);
+/// How long a client is parked whose transaction is in trouble; each further time twice as long, up to the second, so
+/// that what is wrong may pass.
+const PARKED: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// After this many clients in a row whose transactions met a lack of resources, each alone, it is the server's.
+const MAX_BUSY: u32 = 3;
+/// Payloads that a worker takes from its cursor before it goes on with its work.
+const TAKE_BYTES: usize = 4 << 20;
 /// Pauses between attempts while Postgres does not serve.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
@@ -76,8 +85,10 @@ pub(crate) struct Lost {
 /// What workers share.
 #[derive(Clone)]
 pub(crate) struct Shared {
-    /// Where results go; none: to whoever makes the worker step.
+    /// Where results go; none: to the caller of [`Worker::settle`].
     pub nats: Option<async_nats::Client>,
+    /// Where messages come from; none: nowhere.
+    pub stream: Option<Stream>,
     /// Asks external validators.
     pub external: Arc<External>,
     pub lost: mpsc::Sender<Lost>,
@@ -95,13 +106,30 @@ pub(crate) struct Worker {
     questions: Questions,
     queue: Queue,
     condemned: Condemned,
-    strikes: HashMap<(Uuid, u64), u32>,
+    troubles: HashMap<(Uuid, u64), Trouble>,
+    /// How many clients in a row met a lack of resources.
+    busy: u32,
+    /// Messages that are read again.
+    reads: Reads,
     backoff: Backoff,
+    /// How many clients are parked, as the operator was told.
+    told: usize,
+}
+
+/// What is known of a transaction that could not be committed.
+#[derive(Debug, Default)]
+struct Trouble {
+    /// How often its client was parked for it.
+    parked: u32,
+    /// How often that was for a failure that nobody understands.
+    strikes: u32,
 }
 
 impl Worker {
     pub fn new(index: usize, executor: Executor, commands: mpsc::Receiver<Command>, shared: Shared) -> Self {
         let questions = Questions::new(shared.external.clone());
+        let reads = Reads::new(shared.stream.clone());
+        let queue = if shared.stream.is_some() { Queue::default() } else { Queue::in_order() };
         Worker {
             index,
             executor,
@@ -109,10 +137,13 @@ impl Worker {
             shared,
             questions,
             owned: BTreeMap::new(),
-            queue: Queue::default(),
+            queue,
             condemned: Condemned::new(),
-            strikes: HashMap::new(),
+            troubles: HashMap::new(),
+            busy: 0,
+            reads,
             backoff: Backoff::new(PAUSES.0, PAUSES.1),
+            told: 0,
         }
     }
 
@@ -120,58 +151,73 @@ impl Worker {
     pub async fn run(mut self) {
         let shutdown = self.shared.shutdown.clone();
         loop {
-            if self.queue.is_empty() {
+            if !self.queue.is_ready() {
                 self.forget();
+                let wakes = self.queue.wakes();
                 tokio::select! {
-                    command = self.commands.recv() => match command {
+                    command = self.commands.recv(), if !self.queue.is_full() => match command {
                         Some(command) => self.take(command).await,
                         None => break,
                     },
+                    Some(read) = self.reads.next() => self.load(read),
                     () = self.questions.ready() => {}
+                    () = tokio::time::sleep_until(wakes.unwrap_or_else(Instant::now)), if wakes.is_some() => {}
                     () = shutdown.requested() => break,
                 }
             }
-            // What is waiting, and never more than that: waiting for a full batch would only add latency.
-            while !self.queue.is_full()
+            // What is waiting, and never more than that: waiting for a full batch would only add latency. All of it, since
+            // clients take turns in the queue only.
+            let mut bytes = 0;
+            while bytes < TAKE_BYTES
+                && !self.queue.is_full()
                 && let Ok(command) = self.commands.try_recv()
             {
+                bytes += if let Command::Message { payload, .. } = &command { payload.len() } else { 0 };
                 self.take(command).await;
             }
             self.proceed();
+            self.read();
             if shutdown.is_requested() {
                 break;
             }
-            if !self.queue.is_empty()
+            if self.queue.is_ready()
                 && let Some(results) = self.step().await
             {
                 self.publish(results).await;
             }
         }
+        self.tell(0);
         self.executor.close().await;
     }
 
     /// Takes a partition over.
     pub fn own(&mut self, partition: u16, state: Owned) {
         self.owned.insert(partition, state);
+        // It is read from that position on, also if it was here before.
+        self.queue.forget(partition);
         self.retain();
     }
 
     /// Works until these items are done with; `isolated`: one by one.
     pub async fn settle(&mut self, items: Vec<Item>, isolated: bool, mut results: impl FnMut(Results)) {
-        let count = items.len();
+        self.queue.set_one_by_one(isolated);
         self.queue.extend(items);
-        if isolated {
-            self.queue.failed(count, Mode::Single, None);
-        }
         while !self.queue.is_empty() {
+            if let Some(wakes) = self.queue.wakes().filter(|_| !self.queue.is_ready()) {
+                tokio::time::sleep_until(wakes).await;
+            }
+            self.queue.wake(Instant::now());
             self.step().await.into_iter().for_each(&mut results);
         }
         self.forget();
     }
 
-    /// What is known of single transactions: they are done, or somebody else's.
+    /// What is known of single transactions, once nothing waits: they are done, or somebody else's.
     fn forget(&mut self) {
-        self.strikes.clear();
+        if !self.queue.is_empty() {
+            return;
+        }
+        self.troubles.clear();
         self.condemned.clear();
         if self.questions.gate.is_empty() {
             self.questions.gate.forget();
@@ -191,12 +237,13 @@ impl Worker {
             }
             Command::Message { partition, sequence, payload, room } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    items(partition, sequence, &payload, room).into_iter().for_each(|item| self.enqueue(item));
+                    let items = items(partition, sequence, &payload, Some(room));
+                    items.into_iter().for_each(|item| self.enqueue(item));
                 }
             }
             Command::Advance { partition, sequence } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    self.enqueue(Item { partition, sequence, submission: None, last: true, room: None });
+                    self.enqueue(Item::empty(partition, sequence));
                 }
             }
         }
@@ -207,7 +254,8 @@ impl Worker {
         self.queue.extend(self.questions.push(item));
     }
 
-    /// Into the queue with what validators have been heard on; what they refuse is condemned.
+    /// Into the queue with what validators have been heard on; what they refuse is condemned. And with what was parked
+    /// until now.
     fn proceed(&mut self) {
         let (queue, condemned) = (&mut self.queue, &mut self.condemned);
         self.questions.proceed(|item, refusal| {
@@ -216,6 +264,31 @@ impl Worker {
             }
             queue.extend([item]);
         });
+        queue.wake(Instant::now());
+        self.tell(self.queue.parked());
+    }
+
+    /// Reads again what clients left in the stream and have room for now.
+    fn read(&mut self) {
+        while let Some(read) = self.reads.done() {
+            self.load(read);
+        }
+        while self.reads.has_room()
+            && let Some((client_id, left)) = self.queue.wanted()
+        {
+            self.reads.begin(client_id, left);
+        }
+    }
+
+    /// Takes in what was read again.
+    fn load(&mut self, Read { client_id, left, payload }: Read) {
+        match payload {
+            Payload::Found(payload) => {
+                self.queue.load(client_id, left, items(left.partition, left.sequence, &payload, None));
+            }
+            Payload::Gone => self.queue.load(client_id, left, Vec::new()),
+            Payload::Failed => self.queue.fail_to_load(client_id),
+        }
     }
 
     /// Drops what is done or somebody else's.
@@ -226,32 +299,15 @@ impl Worker {
 
     /// One attempt at the next batch; gives the results of what is committed.
     async fn step(&mut self) -> Option<Results> {
-        let (items, mode) = self.queue.batch();
-        let fences = fences(items, &self.owned);
-        let count = items.len();
+        let (count, mode) = self.queue.batch();
+        let fences = self.queue.fences(count, &self.owned);
         let span =
             tracing::info_span!("execute", worker = self.index, transactions = count, partitions = fences.len(), ?mode);
+        let items = &self.queue.items()[..count];
         let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
-        let committed = |worker: &mut Self| {
-            for item in worker.queue.batch().0.iter().take(count) {
-                if let Some(submission @ Submission { client_id, seq, .. }) = &item.submission {
-                    worker.questions.gate.settled(submission);
-                    worker.condemned.remove(&(*client_id, *seq));
-                    worker.strikes.remove(&(*client_id, *seq));
-                }
-            }
-            for fence in &fences {
-                if let Some(state) = worker.owned.get_mut(&fence.partition) {
-                    state.position = state.position.max(fence.new);
-                }
-            }
-            worker.queue.done(count, mode);
-            worker.backoff.reset();
-            worker.shared.health.set_ready("postgres", true);
-        };
         match outcome {
             Ok(results) => {
-                committed(self);
+                self.committed(count, mode, &fences);
                 return Some(results);
             }
             Err(Failed::Isolate { why, at }) => {
@@ -273,13 +329,9 @@ impl Worker {
             }
             Err(Failed::Unsure(results, error)) => {
                 tracing::warn!(worker = self.index, %error, "the outcome of a batch is unknown; reading the positions");
-                // Where no position moves (the middle of a large message) the ledger will tell what was done.
-                let single = match (mode, self.queue.batch().0) {
-                    (Mode::Single, [Item { submission: Some(submission), .. }]) => {
-                        Some((submission.client_id, submission.seq))
-                    }
-                    _ => None,
-                };
+                // Where no position moves (the middle of a large message, or one before it waits) the ledger will tell what
+                // was done.
+                let single = self.queue.items().first().filter(|_| mode == Mode::Single).and_then(name);
                 if let Some(stored) = self.recover().await
                     && fences.iter().any(|fence| fence.new != fence.old)
                     && fences.iter().all(|fence| {
@@ -292,12 +344,11 @@ impl Worker {
                 match (mode, single) {
                     (_, Some((client_id, seq))) => self.strike(client_id, seq, &error).await,
                     (Mode::Fast | Mode::Careful, _) => self.queue.isolate(count),
-                    (Mode::Savepoints | Mode::Single, _) => {
-                        self.queue.failed(count.min(self.queue.len()), mode, None);
-                    }
+                    (Mode::Savepoints | Mode::Single, _) => self.queue.failed(count, mode, None),
                 }
             }
             Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,
+            Err(Failed::Busy(error)) => self.busy(count, mode, &error).await,
             Err(Failed::Gone(error)) => {
                 tracing::warn!(worker = self.index, %error, "the connection was lost while a batch was applied");
                 self.recover().await;
@@ -322,6 +373,25 @@ impl Worker {
         None
     }
 
+    /// The first items of the batch are done with.
+    fn committed(&mut self, count: usize, mode: Mode, fences: &[Fence]) {
+        let Worker { queue, questions, condemned, troubles, .. } = self;
+        queue.done(count, mode, |submission| {
+            questions.gate.settled(submission);
+            let name = (submission.client_id, submission.seq);
+            condemned.remove(&name);
+            troubles.remove(&name);
+        });
+        for fence in fences {
+            if let Some(state) = self.owned.get_mut(&fence.partition) {
+                state.position = state.position.max(fence.new);
+            }
+        }
+        self.busy = 0;
+        self.backoff.reset();
+        self.shared.health.set_ready("postgres", true);
+    }
+
     async fn publish(&self, results: Results) {
         let Some(nats) = &self.shared.nats else { return };
         // While the broker is away its connection's queue may be full: results are hints, work is not.
@@ -329,31 +399,65 @@ impl Worker {
         let _ = tokio::time::timeout(PATIENCE, results.publish(nats)).await;
     }
 
+    /// A transaction failed in a way that nobody understands. Its client waits, others do not.
     async fn strike(&mut self, client_id: Uuid, seq: u64, error: &sqlx::Error) {
-        let strikes = self.strikes.entry((client_id, seq)).or_default();
-        *strikes += 1;
-        let (strikes, pause) = (*strikes, STRIKE_PAUSE * (1 << (*strikes - 1)));
+        if !keeps_connection(error) {
+            self.recover().await;
+        }
+        let Some(at) = self.queue.items().iter().position(|item| name(item) == Some((client_id, seq))) else { return };
+        let trouble = self.troubles.entry((client_id, seq)).or_default();
+        trouble.strikes += 1;
+        let strikes = trouble.strikes;
         tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
-        if strikes >= MAX_STRIKES {
-            tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
-            let message = format!("the server failed on it {MAX_STRIKES} times");
-            let of =
-                |item: &Item| item.submission.as_ref().filter(|s| s.client_id == client_id && s.seq == seq).cloned();
-            if let Some(submission) = self.queue.batch().0.iter().find_map(of) {
-                let rejection = Rejection::new(&submission, 0, Refusal::new(Code::Internal, message));
-                self.condemned.insert((client_id, seq), rejection);
+        if strikes < MAX_STRIKES {
+            return self.park(at);
+        }
+        tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
+        let message = format!("the server failed on it {MAX_STRIKES} times");
+        if let Some(submission) = self.queue.items().get(at).and_then(|item| item.submission.as_ref()) {
+            let rejection = Rejection::new(submission, 0, Refusal::new(Code::Internal, message));
+            self.condemned.insert((client_id, seq), rejection);
+        }
+    }
+
+    /// Statements for the first items of the batch met a lock, a deadlock or a lack of resources. Each is tried alone; if
+    /// that does not help, the client waits, for as long as it takes.
+    async fn busy(&mut self, count: usize, mode: Mode, error: &sqlx::Error) {
+        if mode != Mode::Single {
+            tracing::debug!(worker = self.index, %error, "the transactions of a batch are tried one by one");
+            return self.queue.set_apart(count);
+        }
+        let Some((client_id, seq)) = self.queue.items().first().and_then(name) else { return self.pause().await };
+        tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
+        self.park(0);
+        // Locks and deadlocks are between transactions; everything else may be the server's state.
+        let state = error.as_database_error().and_then(|error| error.code());
+        if !state.is_some_and(|state| state.starts_with("40") || state.starts_with("55")) {
+            self.busy += 1;
+            if self.busy >= MAX_BUSY {
+                self.shared.health.set_ready("postgres", false);
+                self.pause().await;
             }
+        }
+    }
+
+    /// Parks the client of the batch's item `at`.
+    fn park(&mut self, at: usize) {
+        let Some(name) = self.queue.items().get(at).and_then(name) else { return };
+        let trouble = self.troubles.entry(name).or_default();
+        let pause = PARKED.0.saturating_mul(1 << trouble.parked.min(16)).min(PARKED.1);
+        trouble.parked += 1;
+        self.queue.park(at, Instant::now() + pause);
+        self.tell(self.queue.parked());
+    }
+
+    /// Tells the operator how many clients are parked.
+    fn tell(&mut self, parked: usize) {
+        if std::mem::replace(&mut self.told, parked) == parked {
             return;
         }
-        self.sleep(pause).await;
-        // The connection may have gone with the failure.
-        let (count, mode) = (self.queue.batch().0.len(), self.queue.batch().1);
-        self.recover().await;
-        // It stays apart from others, also where reading the positions made the queue forget it.
-        match mode {
-            Mode::Single => self.queue.failed(count.min(self.queue.len()), mode, None),
-            Mode::Fast | Mode::Careful | Mode::Savepoints => self.queue.isolate(count),
-        }
+        let note = (parked > 0).then(|| format!("{parked} clients wait for another try of a transaction"));
+        self.shared.health.set_note(&format!("parked by worker {}", self.index), note.as_deref());
     }
 
     async fn pause(&mut self) {
@@ -411,8 +515,12 @@ impl Worker {
     }
 }
 
-fn items(partition: u16, sequence: u64, payload: &[u8], room: OwnedSemaphorePermit) -> Vec<Item> {
-    let room = Some(Arc::new(room));
+/// Which transaction an item is.
+fn name(item: &Item) -> Option<(Uuid, u64)> {
+    item.submission.as_ref().map(|submission| (submission.client_id, submission.seq))
+}
+
+fn items(partition: u16, sequence: u64, payload: &[u8], room: Option<OwnedSemaphorePermit>) -> Vec<Item> {
     let submissions = match serde_json::from_slice::<ChangesMessage>(payload) {
         Ok(message) => message.submissions,
         Err(error) => {
@@ -428,19 +536,5 @@ fn items(partition: u16, sequence: u64, payload: &[u8], room: OwnedSemaphorePerm
             Vec::new()
         }
     };
-    if submissions.is_empty() {
-        return vec![Item { partition, sequence, submission: None, last: true, room }];
-    }
-    let count = submissions.len();
-    submissions
-        .into_iter()
-        .enumerate()
-        .map(|(index, submission)| Item {
-            partition,
-            sequence,
-            submission: Some(submission),
-            last: index + 1 == count,
-            room: room.clone(),
-        })
-        .collect()
+    Item::of_message(partition, sequence, submissions, room)
 }

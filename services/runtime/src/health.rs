@@ -38,7 +38,7 @@ pub struct Health(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     parts: BTreeMap<&'static str, bool>,
-    notes: BTreeMap<String, &'static str>,
+    notes: BTreeMap<String, String>,
 }
 
 impl Health {
@@ -56,10 +56,10 @@ impl Health {
     }
 
     /// Says, or takes back, what an operator should know although the process as a whole does its work.
-    pub fn set_note(&self, about: &str, note: Option<&'static str>) {
+    pub fn set_note(&self, about: &str, note: Option<&str>) {
         let mut state = self.state();
         match note {
-            Some(note) => state.notes.insert(about.to_owned(), note),
+            Some(note) => state.notes.insert(about.to_owned(), note.to_owned()),
             None => state.notes.remove(about),
         };
     }
@@ -78,8 +78,13 @@ impl Health {
     pub fn text(&self) -> String {
         let state = self.state();
         let parts = state.parts.iter().map(|(part, ready)| (*part, if *ready { "ok" } else { "not ready" }));
-        let notes = state.notes.iter().map(|(about, note)| (about.as_str(), *note));
+        let notes = state.notes.iter().map(|(about, note)| (about.as_str(), note.as_str()));
         parts.chain(notes).map(|(about, says)| format!("{about}: {says}\n")).collect()
+    }
+
+    /// A line for each note.
+    pub fn notes(&self) -> String {
+        self.state().notes.iter().map(|(about, note)| format!("{about}: {note}\n")).collect()
     }
 
     /// Routes `/livez` and `/readyz`; the latter names each part, and the notes.

@@ -2,11 +2,13 @@
 
 pub(crate) mod output;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt as _;
-use millstream_client::{Client, Edit, EntryState, Error as SdkError, Outcome, QueueEntry, State, Status, Write};
+use millstream_client::{
+    Client, Edit, EntryState, Error as SdkError, ImportOutcome, Outcome, QueueEntry, Saved, State, Status, Write,
+};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::exit::Exit;
@@ -17,6 +19,10 @@ use crate::token;
 const QUIET: Duration = Duration::from_millis(150);
 /// Transactions in `error` that `status` shows.
 const MAX_FAILED_SHOWN: usize = 20;
+
+/// What to do when the edge refuses the token.
+const NEEDS_AUTH: &str = "the edge wants another token: put it into the file of --token-file, or give it by MILLSTREAM_TOKEN \
+(`millstream token` makes one); what is queued here is kept and sent then";
 
 /// Flags of `millstream client`.
 #[derive(clap::Args)]
@@ -146,6 +152,18 @@ held (waits for an earlier transaction on the same rows)."
         /// Its number
         transaction: u64,
     },
+    /// Record the unsent changes of a store that was damaged again, each transaction as a new one
+    #[command(
+        after_help = "A damaged store is put aside when it is opened, and what was unsent is saved beside it. What does not apply \
+stays in the file, with the reason told; what was recorded is not recorded again. Exit status: 1 if anything was kept."
+    )]
+    Import {
+        /// The file that the damaged store left: <store>.unsent-<time>.json
+        file: PathBuf,
+        /// Also transactions of which changes may be missing
+        #[arg(long)]
+        incomplete: bool,
+    },
 }
 
 fn assignment(text: &str) -> Result<(String, String), &'static str> {
@@ -216,28 +234,60 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
     let wait = Duration::try_from_secs_f64(args.wait).map_err(|_| Error::Flag("--wait must be a number of seconds"))?;
     let mut builder = Client::builder(args.store.clone());
     if !args.offline {
-        builder = builder.edge(args.edge.clone()).token(token(&args)?);
+        let source = TokenSource::of(&args)?;
+        builder = builder.edge(args.edge.clone()).token(source.token()?).token_fn(move || {
+            let token = source.token();
+            async move { Ok(token?) }
+        });
     }
     let client = builder.open().await.map_err(Error::client("cannot open the store"))?;
     let session = Session { client: &client, args: &args, deadline: Instant::now() + wait, wait };
     let outcome = session.run().await;
+    if client.status().borrow().state == State::NeedsAuth {
+        eprintln!("{NEEDS_AUTH}");
+    }
     let closed = client.close().await.map_err(Error::client("cannot close the store"));
     let exit = outcome?;
     closed?;
     Ok(exit)
 }
 
-fn token(args: &Args) -> Result<String, Error> {
-    if let Some(user) = &args.user {
-        let secret = token::Secret { secret_file: None, secret: None, data: args.data.clone() };
-        let secret = secret.read().map_err(Error::Token)?;
-        return token::mint(&secret, user, token::DEFAULT_LIFE).map_err(Error::Token);
+/// Where the session token comes from; asked again when the edge wants another.
+enum TokenSource {
+    /// Made with dev mode's secret.
+    Dev {
+        user: String,
+        data: PathBuf,
+    },
+    File(PathBuf),
+    Given(String),
+}
+
+impl TokenSource {
+    fn of(args: &Args) -> Result<TokenSource, Error> {
+        if let Some(user) = args.user.clone() {
+            return Ok(TokenSource::Dev { user, data: args.data.clone() });
+        }
+        if let Some(path) = args.token_file.clone() {
+            return Ok(TokenSource::File(path));
+        }
+        args.token.clone().filter(|token| !token.is_empty()).map(TokenSource::Given).ok_or(Error::NoUser)
     }
-    if let Some(path) = &args.token_file {
-        let token = std::fs::read_to_string(path).map_err(|source| Error::TokenFile { path: path.clone(), source })?;
-        return Ok(token.trim().to_owned());
+
+    fn token(&self) -> Result<String, Error> {
+        match self {
+            TokenSource::Dev { user, data } => {
+                let secret = token::Secret { secret_file: None, secret: None, data: data.clone() };
+                let secret = secret.read().map_err(Error::Token)?;
+                token::mint(&secret, user, token::DEFAULT_LIFE).map_err(Error::Token)
+            }
+            TokenSource::File(path) => {
+                let file = |source| Error::TokenFile { path: path.clone(), source };
+                Ok(std::fs::read_to_string(path).map_err(file)?.trim().to_owned())
+            }
+            TokenSource::Given(token) => Ok(token.clone()),
+        }
     }
-    args.token.clone().filter(|token| !token.is_empty()).ok_or(Error::NoUser)
 }
 
 struct Session<'a> {
@@ -349,7 +399,11 @@ impl Session<'_> {
         let failed = self.client.failed().await.map_err(Error::client("cannot read the queue"))?;
         let status = self.client.status().borrow().clone();
         output::status(&status, &failed, MAX_FAILED_SHOWN, self.args.output);
-        Ok(if matches!(status.state, State::Error | State::NeedsAuth) { Exit::Failed } else { Exit::Ok })
+        Ok(if matches!(status.state, State::Error | State::NeedsAuth | State::Damaged) {
+            Exit::Failed
+        } else {
+            Exit::Ok
+        })
     }
 
     /// The first entry of a transaction.
@@ -384,6 +438,7 @@ impl Session<'_> {
                 let nulls = set_null.iter().map(|column| edit(column, None));
                 self.client.edit(*transaction, values.chain(nulls).collect()).await.map_err(failed)?
             }
+            Queue::Import { file, incomplete } => return self.import(file, *incomplete).await,
             Queue::Discard { transaction } => {
                 self.client.discard(*transaction).await.map_err(failed)?;
                 output::discarded(*transaction, self.args.output);
@@ -391,6 +446,26 @@ impl Session<'_> {
             }
         };
         self.verdict(&write, None).await
+    }
+
+    async fn import(&self, file: &Path, incomplete: bool) -> Result<Exit, Error> {
+        let action = "cannot record the saved changes";
+        let mut saved = Saved::read(file).map_err(|error| Error::client(action)(error.into()))?;
+        for transaction in &mut saved.transactions {
+            transaction.complete |= incomplete;
+        }
+        self.tables().await?;
+        self.caught_up().await;
+        let imported = self.client.import(saved).await.map_err(Error::client(action))?;
+        tokio::select! {
+            biased;
+            // What is not confirmed by then is sent later.
+            _ = self.client.flush(self.wait) => {}
+            () = self.unreachable() => {}
+        }
+        output::imported(&imported, self.args.output);
+        let kept = imported.iter().any(|imported| matches!(imported.outcome, ImportOutcome::Kept { .. }));
+        Ok(if kept { Exit::Failed } else { Exit::Ok })
     }
 
     /// A new store has no tables before its first connection.
@@ -443,7 +518,7 @@ impl Session<'_> {
 fn unreachable(status: &Status) -> bool {
     match status.state {
         State::Offline => status.retry_at.is_some() || status.last_error.is_some(),
-        State::NeedsAuth | State::Error | State::Closed => true,
+        State::NeedsAuth | State::Error | State::Damaged | State::Closed => true,
         _ => false,
     }
 }

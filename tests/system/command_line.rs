@@ -64,3 +64,70 @@ async fn what_does_not_go_through_says_why_and_the_way_out() -> Result<()> {
     .await;
     board.explain(result)
 }
+
+/// What waits in a store that is damaged is saved, and recorded again by what the message says.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_store_says_where_everything_is_and_goes_on() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let (sent, unsent) = (Uuid::now_v7().to_string(), Uuid::now_v7().to_string());
+        let made = |id: &str| format!("INSERT INTO projects (id, name) VALUES ('{id}', 'p')");
+        says(&board, &["sql", &made(&sent)], 0, &["applied"]).await?;
+        says(&board, &["--offline", "sql", &made(&unsent)], 0, &["queued"]).await?;
+        says(
+            &board,
+            &["--offline", "sql", &format!("UPDATE projects SET name = 'q' WHERE id = '{sent}'")],
+            0,
+            &["queued"],
+        )
+        .await?;
+        let mut bytes = std::fs::read(board.store("alice"))?;
+        bytes[..100].fill(0xa5);
+        std::fs::write(board.store("alice"), &bytes)?;
+        let (code, text) = client(&board, "alice", &["status"]).await?;
+        let told = ["was damaged", "alice.db.damaged-", "2 transactions", "Open the store again", "queue import"];
+        let missing = told.iter().find(|part| !text.contains(**part));
+        ensure!(code == 1 && missing.is_none(), "{code}, without {missing:?}: {text}");
+        let file = text.rsplit(' ').next().context("no file is named")?.trim().to_owned();
+        says(&board, &["sql", "SELECT name FROM projects"], 0, &["p", "(1 row)"]).await?;
+        let taken = ["recorded as transaction 1", "recorded as transaction 2", "(2 saved transactions)"];
+        says(&board, &["queue", "import", &file], 0, &taken).await?;
+        says(&board, &["queue", "list"], 0, &["applied"]).await?;
+        says(&board, &["sql", "SELECT name FROM projects ORDER BY name"], 0, &["(2 rows)"]).await?;
+        says(&board, &["queue", "import", &file], 0, &["was recorded by an earlier import"]).await?;
+        says(&board, &["queue", "import", "no.json"], 1, &["cannot read no.json"]).await?;
+        Ok(())
+    }
+    .await;
+    board.explain(result)
+}
+
+/// The edge does not take the token: the change is kept, and the way out is named.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_is_refused_says_what_to_do_and_loses_nothing() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let id = Uuid::now_v7().to_string();
+        let made = format!("INSERT INTO projects (id, name) VALUES ('{id}', 'p')");
+        says(&board, &["status"], 0, &["connected"]).await?;
+        let file = board.store("token");
+        std::fs::write(&file, "not a token")?;
+        let with_file = |arguments: &[&str]| {
+            let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_services"));
+            command.args(["client", "--edge", &board.stack.edge_url(), "--token-file"]).arg(&file);
+            command.arg("--store").arg(board.store("alice")).args(arguments);
+            command
+        };
+        let output = tokio::time::timeout(PATIENCE, with_file(&["sql", &made]).output()).await??;
+        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        ensure!(output.status.code() == Some(0), "{text}");
+        ensure!(text.contains("queued, 1 row") && text.contains("--token-file"), "{text}");
+        std::fs::write(&file, board.stack.token("alice"))?;
+        let output = tokio::time::timeout(PATIENCE, with_file(&["sql", "SELECT 1"]).output()).await??;
+        ensure!(output.status.code() == Some(0), "{output:?}");
+        says(&board, &["queue", "show", "1"], 0, &["state       applied"]).await?;
+        Ok(())
+    }
+    .await;
+    board.explain(result)
+}

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use millstream_client::{EntryState, FailedWrite, QueueEntry, Rows, SqlValue, Status};
+use millstream_client::{EntryState, FailedWrite, ImportOutcome, Imported, QueueEntry, Rows, SqlValue, Status};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -95,6 +95,23 @@ pub fn discarded(tx: u64, output: Output) {
         Output::Text => print(&format!("discarded (transaction {tx})")),
         Output::Json => print(&json!({"state": "discarded", "tx": tx}).to_string()),
     }
+}
+
+/// Prints what became of saved transactions: a line each, or one JSON array on a line.
+pub fn imported(imported: &[Imported], output: Output) {
+    if output == Output::Json {
+        return print(&to_json(&imported));
+    }
+    for Imported { tx, outcome } in imported {
+        let became = match outcome {
+            ImportOutcome::Recorded { as_tx } => format!("recorded as transaction {as_tx}"),
+            ImportOutcome::Present => "had taken effect".to_owned(),
+            ImportOutcome::Before => "was recorded by an earlier import".to_owned(),
+            ImportOutcome::Kept { reason } => format!("kept in the file: {reason}"),
+        };
+        print(&format!("saved transaction {tx}: {became}"));
+    }
+    print(&format!("({} saved transactions)", imported.len()));
 }
 
 /// Whether an entry waits for a retry, for a person, or behind one that does.

@@ -8,6 +8,8 @@
 
 use std::collections::VecDeque;
 
+use crate::backoff::RETRY_AFTER_CAP_MS;
+
 /// Most entries kept ready in memory.
 pub const READY_ENTRIES: usize = 512;
 /// Most bytes of entries kept ready in memory.
@@ -64,11 +66,14 @@ pub enum Input {
         /// Highest settled `client_seq`.
         seq: u64,
     },
-    /// The edge refused a submission without ending the session.
+    /// The edge refused a submission without ending the session: nothing more is sent for a while, and then everything from
+    /// the first one that is not accepted. The pause outlives the session.
     Refused {
-        /// Not before this (milliseconds).
+        /// The least wait (milliseconds), up to [`RETRY_AFTER_CAP_MS`].
         retry_after_ms: Option<u64>,
     },
+    /// A frame was lost on the way to the socket: send again from the first one that is not accepted.
+    Lost,
     /// Time passed.
     Tick,
 }
@@ -111,6 +116,7 @@ pub struct Outbox {
     loading: bool,
     /// The store had nothing for us: do not ask again before this.
     load_after: Option<u64>,
+    /// The edge refused something: nothing is sent before this, and then from the first one that is not accepted.
     paused_until: Option<u64>,
     accept_progress: u64,
     confirm_progress: u64,
@@ -169,14 +175,12 @@ impl Outbox {
                 self.confirmed = self.confirmed.min(last_seq);
                 self.last = self.last.max(last_seq);
                 self.confirm_stall = CONFIRM_STALL_MS;
-                self.paused_until = None;
                 self.accept_progress = now_ms;
                 self.confirm_progress = now_ms;
                 self.go_back_to(last_seq + 1);
             }
             Input::Disconnected => {
                 self.online = None;
-                self.paused_until = None;
                 self.clear_ready();
             }
             Input::Recorded(entries) => self.recorded(entries),
@@ -216,14 +220,18 @@ impl Outbox {
                 }
             }
             Input::Refused { retry_after_ms } => {
-                // What was in flight behind the refused one is refused too, for the gap: that must not lengthen the pause.
+                // What was in flight behind the refused one is refused too, for the gap, and names no time: that must not
+                // lengthen the pause. Nor may anything shorten it.
                 let until = match (self.paused_until, retry_after_ms) {
                     (Some(until), None) if until > now_ms => until,
-                    (_, wait) => now_ms + wait.unwrap_or(REFUSED_MS),
+                    (until, wait) => {
+                        let wait = wait.unwrap_or(REFUSED_MS).min(RETRY_AFTER_CAP_MS);
+                        until.unwrap_or(0).max(now_ms + wait)
+                    }
                 };
                 self.paused_until = Some(until);
-                self.go_back_to(self.accepted + 1);
             }
+            Input::Lost => self.go_back_to(self.accepted + 1),
             Input::Tick => self.tick(now_ms),
         }
         self.advance(now_ms, &mut outputs);
@@ -280,10 +288,6 @@ impl Outbox {
         if self.online.is_none() {
             return;
         }
-        if self.paused_until.is_some_and(|until| until <= now_ms) {
-            self.paused_until = None;
-            self.accept_progress = now_ms;
-        }
         if self.in_flight() > 0 && now_ms >= self.accept_progress + ACCEPT_STALL_MS {
             self.accept_progress = now_ms;
             self.go_back_to(self.accepted + 1);
@@ -298,8 +302,14 @@ impl Outbox {
 
     fn advance(&mut self, now_ms: u64, outputs: &mut Vec<Output>) {
         let Some(window) = self.online else { return };
-        if self.paused_until.is_some_and(|until| now_ms < until) {
-            return;
+        if let Some(until) = self.paused_until {
+            if now_ms < until {
+                return;
+            }
+            // Only now: what was accepted during the pause is not sent again.
+            self.paused_until = None;
+            self.accept_progress = now_ms;
+            self.go_back_to(self.accepted + 1);
         }
         if self.in_flight() == 0 {
             self.accept_progress = now_ms;

@@ -73,6 +73,55 @@ fn a_refusal_pauses_and_resends_from_the_first_unaccepted() {
     assert_eq!(sent(&outbox.handle(Input::Loaded(entries(2..=3)), 700)), [2, 3]);
 }
 
+/// An edge that has too much to do says how long to wait; whatever else happens meanwhile, nothing is sent before that.
+#[test]
+fn nothing_cuts_a_pause_short() {
+    let mut outbox = Outbox::new(0, 0);
+    outbox.handle(Input::Connected { last_seq: 0, window: 9 }, 0);
+    outbox.handle(Input::Recorded(entries(1..=4)), 0);
+    let none = [] as [u64; 0];
+    assert_eq!(sent(&outbox.handle(Input::Refused { retry_after_ms: Some(60_000) }, 0)), none);
+    let meanwhile = [
+        Input::Refused { retry_after_ms: None },
+        Input::Refused { retry_after_ms: Some(10) },
+        Input::Lost,
+        Input::Recorded(entries(5..=5)),
+        Input::Known { last: 6 },
+        Input::Tick,
+        Input::Disconnected,
+        Input::Connected { last_seq: 0, window: 9 },
+        Input::Confirmed { seq: 1 },
+        Input::Tick,
+    ];
+    for (n, input) in meanwhile.into_iter().enumerate() {
+        assert_eq!(sent(&outbox.handle(input.clone(), 1_000 + n as u64)), none, "{input:?}");
+    }
+    assert_eq!(sent(&outbox.handle(Input::Tick, 59_999)), none, "through both stalls");
+    assert_eq!(sent(&outbox.handle(Input::Tick, 60_000)), [1_001]);
+    assert_eq!(sent(&outbox.handle(Input::Loaded(entries(2..=6)), 60_000)), [2, 3, 4, 5, 6]);
+}
+
+#[test]
+fn what_is_accepted_during_a_pause_is_not_sent_again() {
+    let mut outbox = Outbox::new(0, 0);
+    outbox.handle(Input::Connected { last_seq: 0, window: 9 }, 0);
+    outbox.handle(Input::Recorded(entries(1..=5)), 0);
+    // 4 and 5 are refused while 1 to 3 are on their way to the broker.
+    outbox.handle(Input::Refused { retry_after_ms: Some(500) }, 0);
+    outbox.handle(Input::Accepted { seq: 3 }, 100);
+    assert_eq!(sent(&outbox.handle(Input::Tick, 500)), [1_003]);
+}
+
+#[test]
+fn a_pause_has_a_limit() {
+    let mut outbox = Outbox::new(0, 0);
+    outbox.handle(Input::Connected { last_seq: 0, window: 9 }, 0);
+    outbox.handle(Input::Recorded(entries(1..=1)), 0);
+    outbox.handle(Input::Refused { retry_after_ms: Some(u64::MAX) }, 7);
+    assert_eq!(sent(&outbox.handle(Input::Tick, 7 + RETRY_AFTER_CAP_MS - 1)), [] as [u64; 0]);
+    assert_eq!(sent(&outbox.handle(Input::Tick, 7 + RETRY_AFTER_CAP_MS)), [1_000]);
+}
+
 #[test]
 fn silence_is_answered_by_sending_again() {
     let mut outbox = Outbox::new(0, 0);
@@ -155,7 +204,10 @@ fn simulation() {
                     queue.clear();
                     Input::Disconnected
                 }
-                9 if online => Input::Refused { retry_after_ms: Some(next(100)) },
+                9 if online => match next(3) {
+                    0 => Input::Lost,
+                    _ => Input::Refused { retry_after_ms: Some(next(100)) },
+                },
                 _ => Input::Tick,
             };
             let mut inputs = VecDeque::from([input]);

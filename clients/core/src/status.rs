@@ -15,10 +15,12 @@ pub enum State {
     Connecting,
     /// In session with an edge.
     Connected,
-    /// The edge refused the token; a new one is asked for.
+    /// The edge refused the token, or ended the session because it ran out; another one is wanted.
     NeedsAuth,
     /// The edge refused the client for a reason that waiting alone does not cure; see `last_error`.
     Error,
+    /// The local store is damaged, or its file is gone: nothing works any more; see `last_error`. Close the client and open it again.
+    Damaged,
     /// The client was closed.
     Closed,
 }
@@ -57,7 +59,8 @@ pub struct Download {
 /// The last thing that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LastError {
-    /// A stable code: from the protocol's list, or `socket`, `timeout`, `store`, `token`.
+    /// A stable code: from the protocol's list, or `socket`, `timeout`, `store`, `store_damaged`, `store_moved`,
+    /// `token`.
     pub code: String,
     /// For people.
     pub message: String,

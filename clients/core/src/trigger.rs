@@ -141,6 +141,18 @@ pub fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
+/// SQL that joins operands by an associative operator, as a balanced tree. A plain chain is as deep as it is long, and SQLite
+/// refuses expressions deeper than 1,000: a wide table's would be.
+pub fn joined(operands: &[String], operator: &str) -> String {
+    match operands {
+        [operand] => operand.clone(),
+        _ => {
+            let (left, right) = operands.split_at(operands.len() / 2);
+            format!("({} {operator} {})", joined(left, operator), joined(right, operator))
+        }
+    }
+}
+
 /// SQL that gives the Postgres text form of a stored value.
 pub fn text_expr(kind: Kind, value: &str) -> String {
     match kind {
@@ -195,10 +207,12 @@ pub fn key_expr(table: &TableSchema, prefix: &str) -> String {
 pub fn row_expr(table: &TableSchema, prefix: &str) -> String {
     let parts: Vec<String> = (0..table.columns.len())
         .map(|index| {
-            format!("{} || json_quote({})", name_literal(table, index, ":"), column_text(table, index, prefix))
+            let comma = if index == 0 { "" } else { "," };
+            let name = name_literal(table, index, comma, ":");
+            format!("{name} || json_quote({})", column_text(table, index, prefix))
         })
         .collect();
-    format!("'{{' || {} || '}}'", parts.join(" || ',' || "))
+    format!("'{{' || {} || '}}'", joined(&parts, "||"))
 }
 
 fn column_text(table: &TableSchema, index: usize, prefix: &str) -> String {
@@ -207,9 +221,9 @@ fn column_text(table: &TableSchema, index: usize, prefix: &str) -> String {
 }
 
 /// The column's name as JSON, within an SQL literal.
-fn name_literal(table: &TableSchema, index: usize, suffix: &str) -> String {
+fn name_literal(table: &TableSchema, index: usize, prefix: &str, suffix: &str) -> String {
     let name = serde_json::Value::String(table.columns[index].name.clone()).to_string();
-    literal(&format!("{name}{suffix}"))
+    literal(&format!("{prefix}{name}{suffix}"))
 }
 
 /// A JSON array of those parts whose condition holds: each part is (condition, JSON expression).
@@ -219,7 +233,7 @@ fn json_list(parts: &[(String, String)]) -> String {
     }
     let parts: Vec<String> =
         parts.iter().map(|(when, json)| format!("CASE WHEN {when} THEN ',' || {json} ELSE '' END")).collect();
-    format!("'[' || substr({}, 2) || ']'", parts.join(" || "))
+    format!("'[' || substr({}, 2) || ']'", joined(&parts, "||"))
 }
 
 fn refuse(message: &str, when: &str) -> String {
@@ -279,7 +293,7 @@ fn insert_trigger(table: &TableSchema) -> String {
             continue;
         }
         let when = format!("{} IS NOT NULL", new(index));
-        columns.push((when.clone(), name_literal(table, index, "")));
+        columns.push((when.clone(), name_literal(table, index, "", "")));
         values.push((when, format!("json_quote({})", column_text(table, index, "NEW."))));
     }
     let key = key_expr(table, "NEW.");
@@ -303,7 +317,7 @@ fn update_trigger(table: &TableSchema) -> String {
             let message = format!("column \"{}\" of \"{}\" is not writable", column.name, table.name);
             body += &refuse(&message, &changed(index));
         } else {
-            columns.push((changed(index), name_literal(table, index, "")));
+            columns.push((changed(index), name_literal(table, index, "", "")));
             values.push((changed(index), format!("json_quote({})", column_text(table, index, "NEW."))));
             previous.push((changed(index), format!("json_quote({})", column_text(table, index, "OLD."))));
         }
@@ -312,7 +326,7 @@ fn update_trigger(table: &TableSchema) -> String {
     body += &keep_base(table, &key, &row_expr(table, "OLD."));
     body += &record(table, "update", &key, &json_list(&columns), &json_list(&values), &json_list(&previous));
     let any: Vec<String> = (0..table.columns.len()).map(changed).collect();
-    trigger(table, "update", &format!(" AND ({})", any.join(" OR ")), &body)
+    trigger(table, "update", &format!(" AND ({})", joined(&any, "OR")), &body)
 }
 
 fn delete_trigger(table: &TableSchema) -> String {
@@ -398,6 +412,13 @@ mod tests {
             create_table(&table),
             r#"CREATE TABLE "it's" ("id" INT, "b" INT, "r" REAL, "n" TEXT, "y" BLOB, "l" TEXT, PRIMARY KEY ("id"))"#
         );
+    }
+
+    #[test]
+    fn joined_operands_are_a_balanced_tree() {
+        let letters = |text: &str| text.chars().map(String::from).collect::<Vec<_>>();
+        assert_eq!(joined(&letters("a"), "||"), "a");
+        assert_eq!(joined(&letters("abcde"), "OR"), "((a OR b) OR (c OR (d OR e)))");
     }
 
     #[test]

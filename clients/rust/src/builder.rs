@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,7 +20,8 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::bus::{self, Control, Ended, Faults, Link, Part, Progress, WriterCommand};
 use crate::changes::{ChangesWorker, closed};
 use crate::client::{Client, Inner};
-use crate::sync::SyncWorker;
+use crate::sync::{Auth, SyncWorker};
+use crate::token::Tokens;
 use crate::watch::Readers;
 use crate::writer::{SystemHost, Writer};
 use crate::{Error, Result};
@@ -38,26 +38,6 @@ const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// An error of the app's own.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-type TokenFuture = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
-
-/// Where tokens come from.
-#[derive(Clone)]
-pub(crate) enum Token {
-    None,
-    Fixed(String),
-    Asked(Arc<dyn Fn() -> TokenFuture + Send + Sync>),
-}
-
-impl Token {
-    pub async fn get(&self) -> Result<String, BoxError> {
-        match self {
-            Token::None => Err("no token was given to the client".into()),
-            Token::Fixed(token) => Ok(token.clone()),
-            Token::Asked(ask) => ask().await,
-        }
-    }
-}
-
 /// Gives the trace context of the current span.
 pub(crate) type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 /// Makes the span of an apply, given the trace context of what is applied.
@@ -68,7 +48,7 @@ pub(crate) type ApplySpan = Arc<dyn Fn(Option<&str>) -> tracing::Span + Send + S
 pub struct Builder {
     path: PathBuf,
     edge: Option<String>,
-    token: Token,
+    tokens: Tokens,
     schema: Option<Schema>,
     traceparent: Option<Traceparent>,
     apply_span: Option<ApplySpan>,
@@ -84,7 +64,7 @@ impl Builder {
         Builder {
             path,
             edge: None,
-            token: Token::None,
+            tokens: Tokens::default(),
             schema: None,
             traceparent: None,
             apply_span: None,
@@ -102,19 +82,36 @@ impl Builder {
         self
     }
 
-    /// A token that does not change.
-    pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.token = Token::Fixed(token.into());
+    /// The session token. When it runs out, the status says [`NeedsAuth`](crate::State::NeedsAuth) until
+    /// [`Client::set_token`] brings another, unless [`Builder::token_fn`] does.
+    pub fn token(self, token: impl Into<String>) -> Self {
+        self.tokens.set(token.into());
         self
     }
 
-    /// Asked for a token before each attempt to connect.
+    /// Asked for a token before each attempt to connect; with [`Builder::token`], once that one is refused.
+    ///
+    /// When the edge ends a session because its token ran out, or because an operator ended the user's sessions, the app is
+    /// asked at once and the client connects again. If that gives the same token, or an error, or is refused too, the status
+    /// says [`NeedsAuth`](crate::State::NeedsAuth), and the app is asked again with back-off. Writes are recorded meanwhile.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn log_in(user: &str) -> std::result::Result<String, std::io::Error> { Ok(user.to_owned()) }
+    /// # async fn example() -> Result<Client> {
+    /// Client::builder("app.db")
+    ///     .edge("wss://sync.example.org")
+    ///     .token_fn(|| async { Ok(log_in("alice").await?) })
+    ///     .open()
+    ///     .await
+    /// # }
+    /// ```
     pub fn token_fn<F, Fut>(mut self, ask: F) -> Self
     where
         F: Fn() -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<String, BoxError>> + Send + 'static,
     {
-        self.token = Token::Asked(Arc::new(move || Box::pin(ask())));
+        self.tokens.ask_with(ask);
         self
     }
 
@@ -182,8 +179,13 @@ impl Builder {
             }
             Ok(store)
         };
-        let store = tokio::task::spawn_blocking(open).await.map_err(|_| Error::Closed)??;
-        let info = store.info()?;
+        let mut store = tokio::task::spawn_blocking(open).await.map_err(|_| Error::Closed)??;
+        let info = match store.info() {
+            Ok(info) => info,
+            Err(error) if error.is_damage() => return Err(store.put_aside(error).into()),
+            Err(error) => return Err(error.into()),
+        };
+        let check_due = store.is_check_due();
 
         let (commands, command_queue) = mpsc::channel(bus::WRITER_QUEUE);
         let (changes, change_queue) = mpsc::channel(bus::CHANGES_QUEUE);
@@ -198,8 +200,10 @@ impl Builder {
         // A store holds the rows of one user.
         initial.user_id = info.scopes.iter().find(|scope| scope.kind == USER_KIND).map(|scope| scope.id.to_string());
         let (status, _) = watch::channel(initial);
+        let tokens = Arc::new(self.tokens);
         let (control, control_receiver) = watch::channel(Control { paused: self.paused, ..Control::default() });
         let progress = Arc::new(Progress::default());
+        let readers = Arc::new(Readers::new(self.path.clone(), commands.downgrade()));
 
         let writer = Writer {
             store,
@@ -213,6 +217,8 @@ impl Builder {
             flushing: BTreeMap::new(),
             last_seq: info.last_seq,
             polls: 0,
+            readers: Arc::clone(&readers),
+            lost: None,
         };
         std::thread::Builder::new()
             .name("millstream-writer".into())
@@ -230,7 +236,8 @@ impl Builder {
         let sync_worker = SyncWorker {
             path: self.path.clone(),
             edge: self.edge,
-            token: self.token,
+            tokens: Arc::clone(&tokens),
+            auth: Auth::default(),
             apply_span: self.apply_span,
             writer: commands.clone(),
             changes,
@@ -242,6 +249,10 @@ impl Builder {
             welcomed: None,
             cut: 0,
         };
+        if check_due {
+            // Ends by itself when the client is closed.
+            tokio::spawn(Arc::clone(&readers).check());
+        }
         let tasks: Vec<JoinHandle<()>> = vec![
             tokio::spawn(supervise("changes", changes_worker)),
             tokio::spawn(supervise("sync", sync_worker)),
@@ -250,10 +261,11 @@ impl Builder {
         Ok(Client {
             inner: Arc::new(Inner {
                 writer: commands,
-                readers: Arc::new(Readers::new(self.path)),
+                readers,
                 notices,
                 status,
                 control,
+                tokens,
                 traceparent: self.traceparent,
                 tasks: Mutex::new(tasks),
             }),

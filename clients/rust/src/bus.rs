@@ -15,17 +15,21 @@
 //! gets lost leaves a gap, or `Link::sent` behind what was handed over, and is sent again. [`Faults`] puts this to the test.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::outbox::Entry;
 use millstream_client_core::replica::Work;
-use millstream_client_store::{Applied, Edit, FailedWrite, Info, Meeting, Outcome, QueueEntry, Recorded, Store};
+use millstream_client_store::{
+    Applied, Edit, FailedWrite, Imported, Info, Meeting, Outcome, QueueEntry, Recorded, Saved, Store, StoreError,
+};
 use millstream_schemas::Schema;
 use millstream_schemas::stream::{InstanceSpan, Loss};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::{Error, Result};
 
@@ -115,6 +119,8 @@ pub(crate) struct Job(pub Box<dyn FnOnce(&mut Store) -> Done + Send>);
 pub(crate) struct Done {
     /// What it left in the queue.
     pub recorded: Option<Recorded>,
+    /// It met damage of the store, or the store gone.
+    pub damage: Option<StoreError>,
     /// Answers the app; with an error if the commit failed.
     pub reply: Box<dyn FnOnce(Option<Error>) + Send>,
 }
@@ -154,6 +160,12 @@ pub(crate) enum WriterCommand {
     Info(Reply<Info>),
     /// The position is of no use any more: ask for a snapshot next time.
     ForgetPosition(Reply<()>),
+    /// Record the saved changes of a damaged store.
+    Import(Box<Saved>, Reply<Vec<Imported>>),
+    /// A reading connection met this error, which shows damage.
+    Damaged(StoreError, Reply<Infallible>),
+    /// The whole store was looked through, and is sound.
+    Checked,
     /// Look for other processes' commits and due retries.
     Poll,
     /// Stop.
@@ -188,8 +200,10 @@ pub(crate) struct Link {
     pub accepted: u64,
     /// Submissions that the edge refused in the session.
     pub refusals: u64,
-    /// With the last of them: not before this (milliseconds).
-    pub retry_after_ms: Option<u64>,
+    /// The edge wants no submission before this.
+    pub not_before: Option<Instant>,
+    /// Frames that the bus lost on the way to the socket.
+    pub losses: u64,
 }
 
 /// Frames to the sync worker.
@@ -230,6 +244,8 @@ pub(crate) struct Control {
     pub closed: bool,
     /// Raised: connect now.
     pub kicks: u64,
+    /// Raised: there is another token.
+    pub tokens: u64,
     /// Raised: cut the socket.
     pub cuts: u64,
     /// Raised: start the changes worker anew.

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::Result;
 use crate::bus::{Control, Ended, Link, Part, Progress, Sender, ToChanges, ToSync, WriterCommand};
+use crate::error::chain;
 
 /// What was handed to the sync worker and has not reached the socket after this time was lost on the way.
 const HANDED_TIMEOUT: Duration = Duration::from_secs(2);
@@ -49,7 +50,7 @@ impl Part for ChangesWorker {
         let outbox = match info.await {
             Ok(Ok(info)) => Outbox::new(info.last_seq, info.confirmed_seq),
             Ok(Err(error)) => {
-                tracing::warn!(error.message = %error, "reading the queue failed");
+                tracing::warn!(error.message = %chain(&error), "reading the queue failed");
                 return Ended::Restart;
             }
             Err(_) => return Ended::Closed,
@@ -83,7 +84,7 @@ impl Part for ChangesWorker {
                     let entries = match loaded {
                         Ok(Ok(entries)) => entries,
                         Ok(Err(error)) => {
-                            tracing::warn!(error.message = %error, "reading the queue failed");
+                            tracing::warn!(error.message = %chain(&error), "reading the queue failed");
                             Vec::new()
                         }
                         Err(_) => return Ended::Closed,
@@ -164,7 +165,7 @@ impl Run {
         if link.session != before.session {
             self.sends.clear();
             self.handed = (0, Instant::now());
-            self.link = Link { refusals: 0, ..link };
+            self.link = Link { refusals: 0, losses: 0, ..link };
             if link.online {
                 inputs.push(Input::Connected { last_seq: link.last_seq, window: link.window });
             }
@@ -176,11 +177,13 @@ impl Run {
         if link.online {
             inputs.push(Input::Accepted { seq: link.accepted });
             let lost = self.sends.is_empty() && link.sent < self.handed.0 && self.handed.1.elapsed() > HANDED_TIMEOUT;
-            if link.refusals > self.link.refusals || lost {
+            let refused = link.refusals > self.link.refusals;
+            if refused || lost || link.losses > self.link.losses {
                 self.sends.clear();
                 self.handed = (0, Instant::now());
-                let retry_after_ms = if lost { Some(0) } else { link.retry_after_ms };
-                inputs.push(Input::Refused { retry_after_ms });
+                let wait = link.not_before.map(|at| at.saturating_duration_since(Instant::now()));
+                let retry_after_ms = wait.filter(|wait| !wait.is_zero()).map(|wait| wait.as_millis() as u64 + 1);
+                inputs.push(if refused { Input::Refused { retry_after_ms } } else { Input::Lost });
             }
         }
         self.link = link;

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use millstream_client_core::status::{State, Status};
 use millstream_client_core::trigger;
-use millstream_client_store::{self as store, Edit, FailedWrite, Outcome, QueueEntry, Store, Written};
+use millstream_client_store::{
+    self as store, Edit, FailedWrite, Imported, Outcome, QueueEntry, Saved, Store, StoreError, Written,
+};
 use millstream_schemas::Schema;
 use serde::de::DeserializeOwned;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -18,7 +20,9 @@ use uuid::Uuid;
 
 use crate::builder::{Builder, Traceparent};
 use crate::bus::{Control, Done, Job, Notice, Reply, WriterCommand};
+use crate::error::chain;
 use crate::table::Table;
+use crate::token::Tokens;
 use crate::watch::{Readers, Watch, typed};
 use crate::{Error, IntoParams, Result, Rows};
 
@@ -35,6 +39,7 @@ pub(crate) struct Inner {
     pub status: watch::Sender<Status>,
     /// Its end tells the workers that the client is gone.
     pub control: watch::Sender<Control>,
+    pub tokens: Arc<Tokens>,
     pub traceparent: Option<Traceparent>,
     pub tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -54,9 +59,11 @@ impl Client {
     /// Waits until the tables exist and hold the rows of a first snapshot; at once if they ever did.
     pub async fn ready(&self) -> Result<()> {
         let mut status = self.status();
-        let ready = |status: &Status| (status.has_synced && status.schema.is_some()) || status.state == State::Closed;
-        let state = status.wait_for(ready).await.map_err(|_| Error::Closed)?.state;
-        if state == State::Closed { Err(Error::Closed) } else { Ok(()) }
+        let ended = |status: &Status| matches!(status.state, State::Closed | State::Damaged);
+        let ready = |status: &Status| (status.has_synced && status.schema.is_some()) || ended(status);
+        status.wait_for(ready).await.map_err(|_| Error::Closed)?;
+        // The writer says why.
+        if ended(&status.borrow()) { self.schema().await.and(Err(Error::Closed)) } else { Ok(()) }
     }
 
     /// Executes one statement in a transaction of its own. Returns once the rows and their queue entry are durable; the
@@ -81,6 +88,12 @@ impl Client {
                 // The writer serves others too: a panic of the app's ends this transaction only.
                 catch_unwind(AssertUnwindSafe(|| work(&mut Tx { tx }))).unwrap_or(Err(Error::Panicked))
             });
+            let damage = match &written {
+                Err(Error::Store(error)) if error.is_damage() => Some(StoreError::Inconsistent(chain(error))),
+                Err(Error::Store(error)) => error.lost(),
+                _ if store.has_met_damage() => Some(StoreError::Inconsistent("a statement met damage".into())),
+                _ => None,
+            };
             let (result, recorded) = match written {
                 Ok(Written { value, recorded }) => {
                     (Ok((value, recorded.as_ref().map(|recorded| recorded.tx))), recorded)
@@ -91,10 +104,11 @@ impl Client {
                 // The app may have stopped waiting; its transaction stands all the same.
                 let _ = reply.send(match failed {
                     None => result,
+                    Some(Error::Store(error)) if error.lost().is_some() => Err(Error::Store(error)),
                     Some(error) => result.and(Err(error)),
                 });
             });
-            Done { recorded, reply }
+            Done { recorded, damage, reply }
         };
         let recorded = span.clone();
         async {
@@ -182,6 +196,38 @@ impl Client {
         self.ask(|reply| WriterCommand::Discard(tx, reply)).await
     }
 
+    /// Records the unsent changes of a store that was damaged again, each transaction as a new one, in their order: those that
+    /// [`Error::Store`] with [`StoreError::Damaged`](crate::StoreError::Damaged) says were saved. Best after [`Client::ready`], since
+    /// a change is made to the row as it is here. Tells what became of each; what does not apply stays in the file, and what was
+    /// recorded is not recorded again by another import.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Builder, Client, Error, ImportOutcome, Result, Saved, StoreError};
+    /// # fn settings() -> Builder { Client::builder("app.db").edge("ws://127.0.0.1:4800").token("…") }
+    /// # async fn example() -> Result<Client> {
+    /// let damage = match settings().open().await {
+    ///     Err(Error::Store(StoreError::Damaged(damage))) => damage,
+    ///     opened => return opened,
+    /// };
+    /// // The damaged files are put aside: this opens a fresh store.
+    /// let client = settings().open().await?;
+    /// client.ready().await?;
+    /// if let Ok(aside) = &damage.aside
+    ///     && let Some(saved) = &aside.saved
+    /// {
+    ///     for imported in client.import(Saved::read(saved)?).await? {
+    ///         if let ImportOutcome::Kept { reason } = imported.outcome {
+    ///             eprintln!("transaction {} is still in {}: {reason}", imported.tx, saved.display());
+    ///         }
+    ///     }
+    /// }
+    /// # Ok(client)
+    /// # }
+    /// ```
+    pub async fn import(&self, saved: Saved) -> Result<Vec<Imported>> {
+        self.ask(|reply| WriterCommand::Import(Box::new(saved), reply)).await
+    }
+
     /// The failed transactions: at once, and again whenever they change.
     pub fn watch_failed(&self) -> Watch<Vec<FailedWrite>> {
         let (notices, client) = (self.inner.notices.subscribe(), self.clone());
@@ -213,6 +259,26 @@ impl Client {
             control.paused = false;
             control.kicks += 1;
         });
+    }
+
+    /// The session token from now on: for the next connection, which is made at once if the client waits for one. A session under
+    /// way goes on.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result, State};
+    /// # async fn log_in() -> String { String::new() }
+    /// # async fn example(client: Client) -> Result<()> {
+    /// let mut status = client.status();
+    /// while status.wait_for(|status| status.state == State::NeedsAuth).await.is_ok() {
+    ///     client.set_token(log_in().await);
+    ///     status.wait_for(|status| status.state != State::NeedsAuth).await.ok();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn set_token(&self, token: impl Into<String>) {
+        self.inner.tokens.set(token.into());
+        self.inner.control.send_modify(|control| control.tokens += 1);
     }
 
     /// Cuts the connection, as a bad network would; the client connects again by itself.

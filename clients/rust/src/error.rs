@@ -1,6 +1,6 @@
 //! Errors of the SDK.
 
-use millstream_client_store::StoreError;
+use millstream_client_store::{SavedError, StoreError};
 use millstream_schemas::{Code, Retry};
 use uuid::Uuid;
 
@@ -14,6 +14,9 @@ pub enum Error {
     /// The local store failed, or refused a statement.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A file of saved changes is of no use.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
     /// The server rejected the transaction; its rows show the server's state again.
     #[error("the server rejected transaction {tx}: {code}: {message}")]
     Rejected {
@@ -62,6 +65,29 @@ pub enum Error {
     App(String),
 }
 
+/// Longest text of one error in a chain, in characters: SQLite's quote the statement, which a wide table makes very long.
+const MAX_CAUSE_CHARS: usize = 500;
+
+/// An error and its causes, for the status and the log.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let mut own = error.to_string();
+        if let Some((end, _)) = own.char_indices().nth(MAX_CAUSE_CHARS) {
+            own.truncate(end);
+            own.push('…');
+        }
+        // Some errors repeat their cause in their own text.
+        if !text.ends_with(&own) {
+            text += if text.is_empty() { "" } else { ": " };
+            text += &own;
+        }
+        next = error.source();
+    }
+    text
+}
+
 impl Error {
     /// An error of the app's own, to leave a transaction with.
     pub fn app(message: impl Into<String>) -> Self {
@@ -76,7 +102,10 @@ impl Error {
             Error::Store(StoreError::Statement(_)) => "statement",
             Error::Store(StoreError::NotFailed { .. }) => "not_failed",
             Error::Store(StoreError::Edit { .. }) => "edit",
+            Error::Store(StoreError::Damaged(_)) => "store_damaged",
+            Error::Store(StoreError::Moved) => "store_moved",
             Error::Store(_) => "store",
+            Error::Saved(_) => "saved",
             Error::Rejected { code, .. } => code.as_str(),
             Error::Timeout => "timeout",
             Error::Closed => "closed",
@@ -98,5 +127,22 @@ impl Error {
             Error::Timeout | Error::Commit(_) => true,
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_names_every_cause_up_to_the_limit() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("{0}")]
+        struct Layer(String, #[source] Option<Box<Layer>>);
+        let layer = |text: &str, cause: Option<Layer>| Layer(text.to_owned(), cause.map(Box::new));
+        let error = layer("store", Some(layer("table", Some(layer("too deep", Some(layer("too deep", None)))))));
+        assert_eq!(chain(&error), "store: table: too deep");
+        assert_eq!(chain(&layer(&"ü".repeat(MAX_CAUSE_CHARS), None)), "ü".repeat(MAX_CAUSE_CHARS));
+        assert_eq!(chain(&layer(&"ü".repeat(MAX_CAUSE_CHARS + 1), None)), "ü".repeat(MAX_CAUSE_CHARS) + "…");
     }
 }

@@ -32,6 +32,7 @@ mod params;
 mod rows;
 mod sync;
 mod table;
+mod token;
 mod watch;
 mod writer;
 
@@ -40,7 +41,10 @@ pub use bus::Faults;
 pub use client::{Client, Tx, Worker, Write};
 pub use error::{Error, Result};
 pub use millstream_client_core::status::{Download, LastError, Pending, Role, State, Status};
-pub use millstream_client_store::{Edit, EntryState, FailedWrite, Host, Outcome, QueueEntry, StoreError};
+pub use millstream_client_store::{
+    Aside, Damage, Edit, EntryState, FailedWrite, Host, ImportOutcome, Imported, Outcome, QueueEntry, Saved,
+    SavedError, SavedTransaction, StoreError,
+};
 pub use millstream_schemas::{Change, Code, Operation, Position, Schema, Scope};
 pub use params::{IntoParams, IntoSql};
 pub use rows::Rows;

@@ -1,10 +1,11 @@
 //! The sync worker: the one socket. Connects, authenticates, keeps the session alive, and connects again.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::{FutureExt, SinkExt, StreamExt};
-use millstream_client_core::backoff::Backoff;
+use millstream_client_core::backoff::{Backoff, HEALTHY_MS, RETRY_AFTER_CAP_MS};
 use millstream_client_core::replica::{ProtocolError, Replica, Work};
 use millstream_client_core::status::{LastError, Role, State, Status};
 use millstream_client_store::{Applied, Meeting, StoreError};
@@ -17,24 +18,26 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_tls_with_config};
 
-use crate::builder::{ApplySpan, Token};
+use crate::builder::ApplySpan;
 use crate::bus::{Control, Ended, Link, Part, Sender, ToChanges, ToSync, WriterCommand};
 use crate::changes::{closed, raised};
+use crate::error::chain;
+use crate::token::Tokens;
 use crate::{Error, Result, leader};
 
 /// To connect, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// From `hello` to `welcome`. The edge may have to wait for Postgres.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
-/// For the app to give a token.
-const TOKEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between pings.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// A connection this long silent is dead, or as long as the edge bears silence if that is less: it answers pings.
 const SILENCE: Duration = Duration::from_secs(30);
 /// For a write to the socket to be taken.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
-/// Before a client that the edge refuses for good asks again, in milliseconds.
+/// Code of the error that there is no token to connect with.
+const NO_TOKEN: &str = "token";
+/// Before a client that the edge refuses for good, or whose token it refuses, asks again, in milliseconds.
 const REFUSED_WAIT_MS: u64 = 60_000;
 /// Largest message that is read, in bytes. Edges send frames of [`MAX_FRAME_BYTES`] and a little more for what is around them.
 const MAX_READ_BYTES: usize = 32 * MAX_FRAME_BYTES;
@@ -50,7 +53,8 @@ type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 pub(crate) struct SyncWorker {
     pub path: PathBuf,
     pub edge: Option<String>,
-    pub token: Token,
+    pub tokens: Arc<Tokens>,
+    pub auth: Auth,
     pub apply_span: Option<ApplySpan>,
     pub writer: mpsc::Sender<WriterCommand>,
     pub changes: Sender<ToChanges>,
@@ -65,6 +69,20 @@ pub(crate) struct SyncWorker {
     pub welcomed: Option<Instant>,
     /// Rows that a cut snapshot has staged.
     pub cut: u64,
+}
+
+/// Which token was refused, and what follows from it.
+#[derive(Default)]
+pub(crate) struct Auth {
+    /// The token of the session under way, or of the last one.
+    token: String,
+    /// Another one, that the app gave when this one was refused: for the next attempt.
+    fresh: Option<String>,
+    /// The app was asked for another since a session was healthy or the app set one: so a server that refuses every token is not
+    /// asked in a loop.
+    renewed: bool,
+    /// Tokens that the app has set, as `Control` counts them.
+    set: u64,
 }
 
 /// Why a session ended.
@@ -110,7 +128,7 @@ impl End {
 
     fn error(frame: ErrorFrame) -> End {
         let then = match (frame.code, frame.code.retry()) {
-            (Code::BadToken | Code::TokenExpired, _) => Then::Auth,
+            (code, _) if wants_token(code) => Then::Auth,
             (Code::EpochChanged, _) => Then::Snapshot,
             // Frames that crossed a refusal on the wire were out of order: a new session puts that right.
             (Code::OutOfOrder, _) => Then::Again,
@@ -119,6 +137,11 @@ impl End {
         };
         End { then, code: frame.code.to_string(), message: frame.message, retry_after_ms: frame.retry_after_ms }
     }
+}
+
+/// Whether another token is the remedy.
+fn wants_token(code: Code) -> bool {
+    matches!(code, Code::BadToken | Code::TokenExpired | Code::NeedsAuth)
 }
 
 impl From<ProtocolError> for End {
@@ -131,9 +154,12 @@ impl Part for SyncWorker {
     async fn run(&mut self) -> Ended {
         let mut control = self.control.clone();
         let restarts = control.borrow().sync_restarts;
+        let mut status = self.status.subscribe();
         let ended = tokio::select! {
             ended = self.sync() => ended,
             () = raised(&mut control, |control| control.sync_restarts, restarts) => Ended::Restart,
+            // Nothing works without the store.
+            _ = status.wait_for(|status| status.state == State::Damaged) => Ended::Closed,
         };
         // A session that was cut off has ended.
         if !self.tell(|link| link.online = false).await { Ended::Closed } else { ended }
@@ -160,12 +186,12 @@ impl SyncWorker {
                 return Ended::Closed;
             }
             let before = control.borrow_and_update().clone();
-            self.status.send_modify(|status| {
+            self.tell_status(|status| {
                 status.state = State::Connecting;
                 status.retry_at = None;
             });
             self.welcomed = None;
-            let end = tokio::select! {
+            let mut end = tokio::select! {
                 end = self.session(&edge) => end,
                 () = interrupted(&mut control, &before, true) => End::new(Then::Interrupted, "interrupted", "the app wanted it"),
             };
@@ -180,13 +206,43 @@ impl SyncWorker {
             if let Some(welcomed) = self.welcomed {
                 backoff.connected((welcomed - start).as_millis() as u64);
             }
-            let wait = self.ended(&end, |retry_after| backoff.failed(now(), rand::random(), retry_after));
             let before = control.borrow().clone();
+            if end.then == Then::Auth && end.code != NO_TOKEN {
+                tokio::select! {
+                    renewed = self.renew(end, before.tokens) => end = renewed,
+                    () = closed(&mut control) => return Ended::Closed,
+                }
+            }
+            let wait = self.ended(&end, |retry_after| backoff.failed(now(), rand::random(), retry_after));
             if wait > 0 && !before.closed {
                 tokio::select! {
                     () = sleep(Duration::from_millis(wait)) => {}
                     () = interrupted(&mut control, &before, false) => backoff.reset(),
                 }
+            }
+        }
+    }
+
+    /// The edge refused the token, as `end` says. Once, the app is asked for another, to connect with at once. `set` is how many the
+    /// app has set.
+    async fn renew(&mut self, end: End, set: u64) -> End {
+        self.tokens.refused(&self.auth.token);
+        let healthy = self.welcomed.is_some_and(|since| since.elapsed() >= Duration::from_millis(HEALTHY_MS));
+        if healthy || std::mem::replace(&mut self.auth.set, set) != set {
+            self.auth.renewed = false;
+        }
+        if std::mem::replace(&mut self.auth.renewed, true) {
+            return end;
+        }
+        match self.tokens.get().await {
+            Ok(token) if token != self.auth.token => {
+                self.auth.fresh = Some(token);
+                End { then: Then::Now, ..end }
+            }
+            Ok(_) => end,
+            Err(error) => {
+                let message = format!("{}: {}; and for another token: {}", end.code, end.message, chain(&*error));
+                End::new(Then::Auth, NO_TOKEN, message)
             }
         }
     }
@@ -197,11 +253,24 @@ impl SyncWorker {
         self.changes.send(ToChanges::Link(self.link)).await
     }
 
+    /// Changes the status, unless the store is lost: that stays.
+    fn tell_status(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_if_modified(|status| {
+            let told = status.state != State::Damaged;
+            if told {
+                change(status);
+            }
+            told
+        });
+    }
+
     /// Tells of the end of a session; gives the wait before the next, in milliseconds.
     fn ended(&self, end: &End, mut backoff: impl FnMut(Option<u64>) -> u64) -> u64 {
         let wait = match end.then {
-            Then::Again | Then::Snapshot | Then::Auth => backoff(end.retry_after_ms),
-            Then::Refused => backoff(Some(end.retry_after_ms.unwrap_or(REFUSED_WAIT_MS))),
+            Then::Again | Then::Snapshot => backoff(end.retry_after_ms),
+            // No connection was tried.
+            Then::Auth if end.code == NO_TOKEN => backoff(None),
+            Then::Auth | Then::Refused => backoff(Some(end.retry_after_ms.unwrap_or(REFUSED_WAIT_MS))),
             Then::Now | Then::Interrupted | Then::Gone => 0,
         };
         if matches!(end.then, Then::Now | Then::Interrupted) {
@@ -209,7 +278,7 @@ impl SyncWorker {
         } else {
             tracing::info!(session.end = %end.message, error.code = %end.code, retry.wait_ms = wait, "session ended");
         }
-        self.status.send_modify(|status| {
+        self.tell_status(|status| {
             status.state = match end.then {
                 Then::Auth => State::NeedsAuth,
                 Then::Refused => State::Error,
@@ -229,11 +298,14 @@ impl SyncWorker {
 
     /// One session, from the token to the end.
     async fn session(&mut self, edge: &str) -> End {
-        let token = match timeout(TOKEN_TIMEOUT, self.token.get()).await {
-            Ok(Ok(token)) => token,
-            Ok(Err(error)) => return End::new(Then::Auth, "token", error.to_string()),
-            Err(_) => return End::new(Then::Auth, "token", "the app gave no token in time"),
+        let token = match self.auth.fresh.take() {
+            Some(token) => token,
+            None => match self.tokens.get().await {
+                Ok(token) => token,
+                Err(error) => return End::new(Then::Auth, NO_TOKEN, chain(&*error)),
+            },
         };
+        self.auth.token.clone_from(&token);
         let mut socket = match timeout(CONNECT_TIMEOUT, connect(edge)).await {
             Ok(Ok(socket)) => socket,
             Ok(Err(error)) => return End::socket(error),
@@ -251,7 +323,7 @@ impl SyncWorker {
         self.writer.send(command(reply)).await.map_err(|_| End::gone())?;
         match answer.await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(End::new(Then::Again, "store", error.to_string())),
+            Ok(Err(error)) => Err(End::new(Then::Again, "store", chain(&error))),
             Err(_) => Err(End::gone()),
         }
     }
@@ -308,7 +380,7 @@ impl SyncWorker {
     async fn serve(&mut self, socket: &mut Socket, welcome: Welcome) -> End {
         self.welcomed = Some(Instant::now());
         tracing::info!(session.id = %welcome.session, session.resume = ?welcome.resume, ledger.last_seq = welcome.last_seq, "connected");
-        self.status.send_modify(|status| {
+        self.tell_status(|status| {
             status.state = State::Connected;
             status.reason = None;
             status.user_id = Some(welcome.user_id.clone());
@@ -350,7 +422,7 @@ impl SyncWorker {
                 _ = links.tick() => {
                     // What was asked for again may have been lost again.
                     let gap = u64::from(self.gap);
-                    if self.tell(|link| link.refusals += gap).await { Ok(()) } else { Err(End::gone()) }
+                    if self.tell(|link| link.losses += gap).await { Ok(()) } else { Err(End::gone()) }
                 }
                 _ = ping.tick() => {
                     if reading && heard.elapsed() > silence {
@@ -421,7 +493,7 @@ impl SyncWorker {
             ServerFrame::Accepted { seq } => self.tell(|link| link.accepted = link.accepted.max(seq)).await,
             // A hint that may be lost: nothing depends on it.
             ServerFrame::Results { .. } => return Ok(()),
-            ServerFrame::Error(error) if error.fatal => return Err(End::error(error)),
+            ServerFrame::Error(error) if error.fatal || wants_token(error.code) => return Err(End::error(error)),
             ServerFrame::Error(error) => {
                 tracing::warn!(error.code = %error.code, error.message = %error.message, change.seq = error.seq, "the edge refused a submission");
                 self.status.send_modify(|status| {
@@ -430,7 +502,8 @@ impl SyncWorker {
                 });
                 self.tell(|link| {
                     link.refusals += 1;
-                    link.retry_after_ms = error.retry_after_ms;
+                    let wait = error.retry_after_ms.map(|wait| Duration::from_millis(wait.min(RETRY_AFTER_CAP_MS)));
+                    link.not_before = link.not_before.max(wait.map(|wait| Instant::now() + wait));
                 })
                 .await
             }
@@ -451,8 +524,7 @@ impl SyncWorker {
                     frames.push(Message::text(entry.text));
                 } else if !std::mem::replace(&mut self.gap, true) {
                     // The bus lost one before it: the edge would refuse this and all that follow.
-                    self.link.refusals += 1;
-                    self.link.retry_after_ms = Some(0);
+                    self.link.losses += 1;
                 }
             }
             frame = self.frames.try_recv().ok();
@@ -487,9 +559,8 @@ fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
         // Nothing of the batch was applied, nor its position taken: the next session starts before it. Where the batch
         // itself is at fault it would fail again, so that one starts with a snapshot.
         Some(Err(error)) => {
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
             let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
-            Err(End::new(then, "store", format!("{error}{cause}")))
+            Err(End::new(then, "store", chain(&error)))
         }
         None => Err(End::gone()),
     }
@@ -549,7 +620,7 @@ async fn interrupted(control: &mut watch::Receiver<Control>, before: &Control, s
         control.closed
             || control.paused != before.paused
             || (session && control.cuts != before.cuts)
-            || (!session && control.kicks != before.kicks)
+            || (!session && (control.kicks != before.kicks || control.tokens != before.tokens))
     };
     // An error means that the client is gone.
     let _ = control.wait_for(wants).await;

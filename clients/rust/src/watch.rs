@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_util::stream::{BoxStream, StreamExt, unfold};
-use millstream_client_store::Reader;
-use tokio::sync::{Semaphore, broadcast};
+use millstream_client_store::{Reader, StoreError};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
-use crate::bus::Notice;
+use crate::bus::{Notice, WriterCommand};
+use crate::error::chain;
 use crate::writer::SystemHost;
 use crate::{Error, Result, Rows, SqlValue};
 
@@ -23,11 +24,47 @@ pub(crate) struct Readers {
     path: PathBuf,
     idle: Mutex<Vec<Reader>>,
     permits: Semaphore,
+    /// Whom to tell of damage.
+    writer: mpsc::WeakSender<WriterCommand>,
+    /// Why the store is of no use any more.
+    lost: OnceLock<StoreError>,
 }
 
 impl Readers {
-    pub fn new(path: PathBuf) -> Self {
-        Readers { path, idle: Mutex::new(Vec::new()), permits: Semaphore::new(READERS) }
+    pub fn new(path: PathBuf, writer: mpsc::WeakSender<WriterCommand>) -> Self {
+        let (idle, permits) = (Mutex::new(Vec::new()), Semaphore::new(READERS));
+        Readers { path, idle, permits, writer, lost: OnceLock::new() }
+    }
+
+    /// The store is of no use any more: all queries from now on give this error.
+    pub fn lose(&self, error: StoreError) {
+        let _ = self.lost.set(error);
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn require(&self) -> Result<()> {
+        match self.lost.get().and_then(StoreError::lost) {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Looks through the whole store, unless the client is closed meanwhile.
+    pub async fn check(self: Arc<Self>) {
+        let readers = Arc::clone(&self);
+        let checked = self.with(move |reader| Ok(reader.check(move || readers.permits.is_closed())?)).await;
+        match checked {
+            Ok(true) => self.tell(WriterCommand::Checked).await,
+            Ok(false) => {}
+            Err(error) => tracing::debug!(error.message = %chain(&error), "the store was not checked"),
+        }
+    }
+
+    async fn tell(&self, command: WriterCommand) {
+        if let Some(writer) = self.writer.upgrade() {
+            // It may have been closed.
+            let _ = writer.send(command).await;
+        }
     }
 
     /// No more queries.
@@ -42,6 +79,7 @@ impl Readers {
         work: impl FnOnce(&Reader) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let _permit = self.permits.acquire().await.map_err(|_| Error::Closed)?;
+        self.require()?;
         let readers = Arc::clone(self);
         let run = move || {
             let idle = readers.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -50,13 +88,22 @@ impl Readers {
                 None => Reader::open(&readers.path.to_string_lossy(), Arc::new(SystemHost))?,
             };
             let result = work(&reader);
-            if !readers.permits.is_closed() {
+            if !readers.permits.is_closed() && readers.lost.get().is_none() {
                 readers.idle.lock().unwrap_or_else(PoisonError::into_inner).push(reader);
             }
             result
         };
         // It can only be cancelled by a runtime that is shutting down.
-        tokio::task::spawn_blocking(run).await.map_err(|_| Error::Closed)?
+        let result = tokio::task::spawn_blocking(run).await.map_err(|_| Error::Closed)?;
+        match result {
+            Err(Error::Store(error)) if error.is_damage() => {
+                // The writer puts the store aside, and says what there is to tell.
+                let (reply, answer) = oneshot::channel();
+                self.tell(WriterCommand::Damaged(error, reply)).await;
+                answer.await.map_err(|_| Error::Closed)?.map(|never| match never {})
+            }
+            result => result,
+        }
     }
 
     pub async fn query(self: &Arc<Self>, sql: String, params: Vec<SqlValue>) -> Result<Rows> {

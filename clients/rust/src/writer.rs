@@ -6,13 +6,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use millstream_client_core::replica::Work;
-use millstream_client_core::status::Status;
+use millstream_client_core::status::{State, Status};
 use millstream_client_store::{Applied, Host, Meeting, Outcome, Recorded, Settled, Store, StoreError, Verdict};
 use millstream_schemas::stream::Failure;
 use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
 
 use crate::bus::{Done, Job, Notice, Progress, Reply, Sender, ToChanges, WriterCommand};
+use crate::error::chain;
+use crate::watch::Readers;
 use crate::{Error, Result};
 
 /// Most writes that share a commit.
@@ -51,14 +53,15 @@ pub(crate) struct Writer {
     pub flushing: BTreeMap<u64, Vec<Reply<()>>>,
     pub last_seq: u64,
     pub polls: u64,
+    pub readers: Arc<Readers>,
+    /// Why the store is of no use any more: the answer to everything.
+    pub lost: Option<StoreError>,
 }
 
 impl Writer {
     /// Runs until the client is closed or gone.
     pub fn run(mut self) {
-        if let Err(error) = self.refresh() {
-            self.report(&error);
-        }
+        self.refresh_or_report();
         let mut next = None;
         while let Some(command) = next.take().or_else(|| self.commands.blocking_recv()) {
             match command {
@@ -87,14 +90,26 @@ impl Writer {
             WriterCommand::Write(_) | WriterCommand::Close(_) => {}
             WriterCommand::Settled(tx, reply) => self.settled(tx, reply),
             WriterCommand::Flush(reply) => self.flush(reply),
-            WriterCommand::Schema(reply) => answer(reply, Ok::<_, StoreError>(self.store.schema().cloned())),
-            WriterCommand::Failed(reply) => answer(reply, self.store.failed()),
-            WriterCommand::Transaction(tx, reply) => answer(reply, self.store.transaction(tx)),
-            WriterCommand::Queue(limit, reply) => answer(reply, self.store.entries(limit)),
+            WriterCommand::Schema(reply) => {
+                let schema = self.store.schema().cloned();
+                self.answer(reply, Ok::<_, StoreError>(schema));
+            }
+            WriterCommand::Failed(reply) => {
+                let failed = self.store.failed();
+                self.answer(reply, failed);
+            }
+            WriterCommand::Transaction(tx, reply) => {
+                let entries = self.store.transaction(tx);
+                self.answer(reply, entries);
+            }
+            WriterCommand::Queue(limit, reply) => {
+                let entries = self.store.entries(limit);
+                self.answer(reply, entries);
+            }
             WriterCommand::Retry(tx, edits, reply) => {
                 let result = self.store.edit(tx, &edits).map(drop);
                 self.queue_changed();
-                answer(reply, result);
+                self.answer(reply, result);
             }
             WriterCommand::Discard(tx, reply) => {
                 let result = self.store.discard(tx);
@@ -104,29 +119,51 @@ impl Writer {
                     }
                 }
                 self.queue_changed();
-                answer(reply, result);
+                self.answer(reply, result);
             }
-            WriterCommand::Load { after, limit, reply } => answer(reply, self.store.entries_after(after, limit)),
+            WriterCommand::Load { after, limit, reply } => {
+                let entries = self.store.entries_after(after, limit);
+                self.answer(reply, entries);
+            }
             WriterCommand::Perform(works, reply) => {
                 let result = self.perform(&works);
-                answer(reply, result);
+                self.answer(reply, result);
             }
             WriterCommand::Install(schema, reply) => {
                 let result = self.store.install(&schema);
                 let _ = self.notices.send(Notice::Any);
                 self.refresh_or_report();
-                answer(reply, result);
+                self.answer(reply, result);
             }
             WriterCommand::Meet { last_seq, instances, failed, lost, reply } => {
                 let result =
                     self.store.meet(last_seq, &instances, &failed, &lost).and_then(|met| self.met(met, last_seq));
-                answer(reply, result);
+                self.answer(reply, result);
             }
-            WriterCommand::ForgetPosition(reply) => answer(reply, self.store.forget_position()),
-            WriterCommand::Info(reply) => answer(reply, self.store.info()),
+            WriterCommand::ForgetPosition(reply) => {
+                let forgotten = self.store.forget_position();
+                self.answer(reply, forgotten);
+            }
+            WriterCommand::Info(reply) => {
+                let info = self.store.info();
+                self.answer(reply, info);
+            }
+            WriterCommand::Import(saved, reply) => {
+                let imported = self.store.import(&saved);
+                self.queue_changed();
+                self.answer(reply, imported);
+            }
+            WriterCommand::Damaged(error, reply) => self.answer(reply, Err(error)),
+            WriterCommand::Checked => {
+                if let Err(error) = self.store.checked() {
+                    self.report(error);
+                }
+            }
             WriterCommand::Poll => {
-                if let Err(error) = self.poll() {
-                    self.report(&error);
+                if self.lost.is_none()
+                    && let Err(error) = self.poll()
+                {
+                    self.report(error);
                 }
             }
         }
@@ -159,11 +196,22 @@ impl Writer {
         next
     }
 
-    fn done(&mut self, dones: Vec<Done>, failed: Option<StoreError>) {
-        if let Some(error) = failed {
-            self.report(&error);
+    fn done(&mut self, mut dones: Vec<Done>, failed: Option<StoreError>) {
+        let failed = failed.map(|error| self.examine(error));
+        if let Some(damage) = dones.iter_mut().find_map(|done| done.damage.take()) {
+            self.examine(damage);
+        }
+        if failed.is_some() || self.lost.is_some() {
+            if let (Some(error), None) = (&failed, &self.lost) {
+                self.tell_of(error);
+            }
             for done in dones {
-                (done.reply)(Some(Error::Commit(error.to_string())));
+                let durable = failed.is_none() && done.recorded.is_some();
+                (done.reply)(match (&self.lost, &failed) {
+                    _ if durable => None,
+                    (Some(lost), _) => lost.lost().map(Error::Store),
+                    (None, failed) => failed.as_ref().map(|error| Error::Commit(chain(error))),
+                });
             }
             return;
         }
@@ -240,7 +288,7 @@ impl Writer {
             let verdict = self.store.verdict(tx)?;
             if verdict != Verdict::Open {
                 for reply in self.waiting.remove(&tx).unwrap_or_default() {
-                    answer(reply, outcome(tx, verdict.clone()));
+                    let _ = reply.send(outcome(tx, verdict.clone()));
                 }
             }
         }
@@ -249,13 +297,15 @@ impl Writer {
 
     fn settled(&mut self, tx: u64, reply: Reply<Outcome>) {
         match self.store.verdict(tx) {
-            Ok(Verdict::Open) => self.waiting.entry(tx).or_default().push(reply),
-            verdict => answer(reply, verdict.map_err(Error::from).and_then(|verdict| outcome(tx, verdict))),
+            Ok(Verdict::Open) if self.lost.is_none() => self.waiting.entry(tx).or_default().push(reply),
+            verdict => self.answer(reply, verdict.map_err(Error::from).and_then(|verdict| outcome(tx, verdict))),
         }
     }
 
     fn flush(&mut self, reply: Reply<()>) {
-        if self.last_seq <= self.status.borrow().confirmed_seq {
+        if self.lost.is_some() {
+            self.answer(reply, Ok::<_, Error>(()));
+        } else if self.last_seq <= self.status.borrow().confirmed_seq {
             let _ = reply.send(Ok(()));
         } else {
             self.flushing.entry(self.last_seq).or_default().push(reply);
@@ -337,8 +387,10 @@ impl Writer {
     }
 
     fn refresh_or_report(&mut self) {
-        if let Err(error) = self.refresh() {
-            self.report(&error);
+        if self.lost.is_none()
+            && let Err(error) = self.refresh()
+        {
+            self.report(error);
         }
     }
 
@@ -350,14 +402,69 @@ impl Writer {
         }
     }
 
-    fn report(&self, error: &StoreError) {
-        tracing::error!(error.message = %error, error.cause = ?std::error::Error::source(error), "the store failed");
-        let message = match std::error::Error::source(error) {
-            Some(cause) => format!("{error}: {cause}"),
-            None => error.to_string(),
-        };
+    /// Looks at an error of the store, and gives what the app is to hear: damage ends the store, whatever was being done.
+    fn examine(&mut self, error: StoreError) -> StoreError {
+        if let Some(lost) = self.lost.as_ref().and_then(StoreError::lost) {
+            return lost;
+        }
+        let error = if error.is_damage() { self.store.put_aside(error) } else { error };
+        if let Some(lost) = error.lost() {
+            self.lose(lost);
+        }
+        error
+    }
+
+    /// The store is of no use any more: everybody hears of it.
+    fn lose(&mut self, lost: StoreError) {
+        let again = || lost.lost().map_or(Error::Closed, Error::Store);
+        tracing::error!(error.code = again().code(), error.message = %lost, "the store is lost");
+        if let Some(error) = lost.lost() {
+            self.readers.lose(error);
+        }
+        self.status.send_modify(|status| {
+            let message = lost.to_string();
+            status.state = State::Damaged;
+            status.reason = Some(message.clone());
+            status.retry_at = None;
+            (status.uploading, status.downloading, status.download) = (false, false, None);
+            status.last_error = Some(crate::LastError { code: again().code().to_owned(), message });
+        });
+        for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
+            let _ = reply.send(Err(again()));
+        }
+        for reply in std::mem::take(&mut self.flushing).into_values().flatten() {
+            let _ = reply.send(Err(again()));
+        }
+        self.lost = Some(lost);
+        // Watches ask again, and hear of it too.
+        let _ = self.notices.send(Notice::Any);
+    }
+
+    fn report(&mut self, error: StoreError) {
+        let error = self.examine(error);
+        if self.lost.is_none() {
+            self.tell_of(&error);
+        }
+    }
+
+    fn tell_of(&self, error: &StoreError) {
+        let message = chain(error);
+        tracing::error!(error.message = %message, "the store failed");
         self.status.send_modify(|status| {
             status.last_error = Some(crate::LastError { code: "store".into(), message });
+        });
+    }
+
+    /// Answers, unless the store is lost: then that is the answer. The asker may have gone.
+    fn answer<T, E: Into<Error>>(&mut self, reply: Reply<T>, result: Result<T, E>) {
+        let mut result = result.map_err(Into::into);
+        if let Err(Error::Store(error)) = result {
+            result = Err(self.examine(error).into());
+        }
+        let lost = self.lost.as_ref().and_then(StoreError::lost);
+        let _ = reply.send(match lost {
+            Some(lost) => Err(lost.into()),
+            None => result,
         });
     }
 }
@@ -379,9 +486,4 @@ fn outcome(tx: u64, verdict: Verdict) -> Result<Outcome> {
 fn rejected(tx: u64, failure: Failure) -> Error {
     let Failure { change_id, code, rule, message, .. } = failure;
     Error::Rejected { tx, change_id, code, rule, message }
-}
-
-/// The asker may have gone.
-fn answer<T, E: Into<Error>>(reply: Reply<T>, result: Result<T, E>) {
-    let _ = reply.send(result.map_err(Into::into));
 }

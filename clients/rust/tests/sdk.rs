@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
 
+mod auth;
+mod damage;
 mod edge;
 
 use std::sync::Arc;
@@ -163,6 +165,36 @@ async fn overload_waits_and_keeps_the_order() {
     assert_equal(&client, &edge).await;
 }
 
+/// Nothing of what is refused is sent again before the time that the edge names, over a cut too; then all of it, in order.
+#[tokio::test]
+async fn an_overloaded_edge_is_left_alone_as_long_as_it_asks() {
+    const WAIT: Duration = Duration::from_millis(1_200);
+    for cut in [false, true] {
+        let (edge, directory) = (Edge::start().await, directory());
+        let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();
+        (edge.state().overloaded, edge.state().retry_after_ms) = (1, WAIT.as_millis() as u64);
+        for n in 0..5 {
+            insert(&client, &n.to_string(), "x").await;
+        }
+        client.resume();
+        while edge.state().arrivals.len() < 5 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        if cut {
+            client.drop_connection();
+        }
+        insert(&client, "meanwhile", "x").await;
+        client.flush(PATIENCE).await.unwrap();
+        let arrivals = edge.state().arrivals.clone();
+        let waited = arrivals[5].0 - arrivals[0].0;
+        assert!(waited >= WAIT, "cut: {cut}: again after {waited:?}");
+        assert!(waited < WAIT + Duration::from_secs(1), "cut: {cut}: again after {waited:?}");
+        let again: Vec<u64> = arrivals[5..].iter().map(|(_, seq)| *seq).collect();
+        assert_eq!(again, [1, 2, 3, 4, 5, 6], "cut: {cut}");
+        assert_eq!(edge.state().connections, 1 + usize::from(cut));
+    }
+}
+
 #[tokio::test]
 async fn a_rejection_reaches_its_author_and_the_row_is_back() {
     let (edge, directory) = (Edge::start().await, directory());
@@ -310,9 +342,8 @@ async fn a_refused_token_asks_for_another() {
         .open()
         .await
         .unwrap();
-    until(&client, State::NeedsAuth).await;
-    assert_eq!(client.status().borrow().last_error.as_ref().unwrap().code, "bad_token");
     tokio::time::timeout(PATIENCE, client.ready()).await.unwrap().unwrap();
+    assert_eq!(edge.state().tokens, ["stale", TOKEN]);
     assert_eq!(asked.load(Ordering::Relaxed), 2);
     assert_eq!(client.status().borrow().last_error, None);
 }

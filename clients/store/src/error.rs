@@ -1,7 +1,10 @@
 //! What can go wrong in the store.
 
+use std::sync::Arc;
+
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 
+use crate::damage::Damage;
 use crate::queue::EntryState;
 use crate::write::MAX_TRANSACTION_BYTES;
 
@@ -54,6 +57,21 @@ pub enum StoreError {
         /// Why.
         source: serde_json::Error,
     },
+    /// The store's file is inconsistent in itself.
+    #[error("the store's file is inconsistent: {0}")]
+    Inconsistent(String),
+    /// The store was damaged. Its files were put aside; the message says where they are and what to do.
+    #[error("{0}")]
+    Damaged(Arc<Damage>),
+    /// The store's file is not where it was when it was opened.
+    #[error(
+        "the store's file was moved, removed or replaced while it was open: another process may have found it damaged and put it aside \
+         as <store>.damaged-<time>. Close the client and open the store again"
+    )]
+    Moved,
+    /// A saved transaction does not apply.
+    #[error("{0}")]
+    Import(String),
     /// The server sent rows of a table that the schema does not have.
     #[error("the server sent rows of \"{0}\", which the schema does not have")]
     UnknownTable(String),

@@ -32,6 +32,8 @@ pub(crate) struct Session {
     instance: Mutex<Option<Uuid>>,
     /// The app's statements are being prepared: the guard is up.
     guarded: AtomicBool,
+    /// A statement of the app's met damage.
+    damaged: AtomicBool,
     /// Last stamp given out or seen: the hybrid logical clock, in microseconds.
     stamp: AtomicU64,
     traceparent: Mutex<Option<String>>,
@@ -45,6 +47,7 @@ impl Session {
             seq: AtomicI64::new(0),
             instance: Mutex::new(None),
             guarded: AtomicBool::new(false),
+            damaged: AtomicBool::new(false),
             stamp: AtomicU64::new(0),
             traceparent: Mutex::new(None),
         }
@@ -62,6 +65,18 @@ impl Session {
     pub fn end(&self) {
         self.tx.store(0, Ordering::Relaxed);
         self.guarded.store(false, Ordering::Relaxed);
+    }
+
+    pub fn note_damage(&self) {
+        self.damaged.store(true, Ordering::Relaxed);
+    }
+
+    pub fn has_met_damage(&self) -> bool {
+        self.damaged.load(Ordering::Relaxed)
+    }
+
+    pub fn host(&self) -> &dyn Host {
+        &*self.host
     }
 
     /// Wall-clock time, in microseconds.

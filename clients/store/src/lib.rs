@@ -9,19 +9,24 @@
 //! **Durability**: `journal_mode=WAL, synchronous=FULL`, both asserted at open. A commit is on the disk when it returns.
 
 mod apply;
+mod damage;
 mod error;
 mod functions;
 mod meta;
 mod number;
 mod queue;
 mod read;
+mod salvage;
+mod saved;
 mod schema;
 mod snapshot;
 mod spill;
 mod value;
+mod wal;
 mod write;
 
 use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::{backoff, trigger};
@@ -29,18 +34,21 @@ use millstream_schemas::Schema;
 use rusqlite::Connection;
 
 pub use apply::{Applied, Settled};
+pub use damage::{Aside, Damage};
 pub use error::StoreError;
 pub use functions::Host;
 pub use meta::Info;
 pub use number::Meeting;
 pub use queue::{Edit, EntryState, FailedWrite, Outcome, QueueEntry, Verdict};
 pub use read::{Reader, Table};
+pub use saved::{ImportOutcome, Imported, Saved, SavedError, SavedTransaction};
 pub use write::{MAX_TRANSACTION_BYTES, Recorded, Tx, Written};
 
 // For `fuzz`.
 #[doc(hidden)]
 pub use value::bound;
 
+use damage::FileId;
 use error::During;
 use functions::Session;
 use schema::TableSql;
@@ -49,6 +57,8 @@ use schema::TableSql;
 const BUSY_TIMEOUT_MS: u64 = 10_000;
 /// Most prepared statements kept by a connection.
 const STATEMENTS: usize = 256;
+/// Between looks through the whole store, in microseconds.
+const CHECK_INTERVAL: u64 = 24 * 3600 * 1_000_000;
 
 /// The writing connection.
 pub struct Store {
@@ -65,22 +75,59 @@ pub struct Store {
     marks: Option<(u64, u64)>,
     /// Rejections by business rules before a transaction waits for a person.
     max_attempts: u32,
+    /// Where the store is, and which file that is.
+    place: Option<(PathBuf, FileId)>,
+    /// The whole store has not been looked through for a while, or was not closed.
+    check_due: bool,
 }
 
 impl Store {
-    /// Opens or creates the store at `path`.
+    /// Opens or creates the store at `path`. One that is damaged is put aside, which [`StoreError::Damaged`] tells; the next opening
+    /// makes a new one.
     pub fn open(path: &str, host: Arc<dyn Host>) -> Result<Store, StoreError> {
+        if path.is_empty() || path.starts_with(':') || path.starts_with("file:") {
+            // Names that mean something else to SQLite.
+            return Store::with_connection(Connection::open(path).during("opening the store")?, host);
+        }
+        // As SQLite has it: its own files lie beside what a link leads to, wherever the process goes.
+        let path = std::fs::canonicalize(path).or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.into());
+        let id = FileId::of(&path);
+        match Store::open_sound(&path, id, &host) {
+            Err(error) if error.is_damage() => Err(damage::put_aside(&path, id, error, &*host)),
+            result => result,
+        }
+    }
+
+    fn open_sound(path: &Path, id: Option<FileId>, host: &Arc<dyn Host>) -> Result<Store, StoreError> {
+        let unclean = damage::look(path)?;
         let connection = Connection::open(path).during("opening the store")?;
-        Store::with_connection(connection, host)
+        damage::keep_log(&connection, true)?;
+        let mut store =
+            Store::new(connection, Arc::clone(host), |connection| damage::inspect(connection, path, unclean))?;
+        // The file that was there before: if it was moved meanwhile, the first write finds out.
+        store.place = id.or_else(|| FileId::of(path)).map(|id| (path.to_owned(), id));
+        let checked = store.meta_integer("checked_at")?.unwrap_or(0);
+        store.check_due = unclean || checked.saturating_add(CHECK_INTERVAL) < host.now_micros();
+        damage::keep_log(&store.connection, false)?;
+        Ok(store)
     }
 
     /// Takes over a connection, which must be able to use WAL.
     pub fn with_connection(connection: Connection, host: Arc<dyn Host>) -> Result<Store, StoreError> {
+        Store::new(connection, host, |_| Ok(()))
+    }
+
+    fn new(
+        connection: Connection,
+        host: Arc<dyn Host>,
+        inspect: impl FnOnce(&Connection) -> Result<(), StoreError>,
+    ) -> Result<Store, StoreError> {
         connection
             .busy_timeout(std::time::Duration::from_millis(BUSY_TIMEOUT_MS))
             .during("setting the busy timeout")?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
         require_durability(&connection)?;
+        inspect(&connection)?;
         // `INSERT OR REPLACE` deletes the row that it replaces: only with this does the delete trigger see it.
         connection.pragma_update(None, "recursive_triggers", true).during("setting recursive_triggers")?;
         let upgraded = create_tables(&connection)?;
@@ -108,6 +155,8 @@ impl Store {
             grouped: false,
             marks: None,
             max_attempts: backoff::MAX_ATTEMPTS,
+            place: None,
+            check_due: false,
         };
         store.prepare_identity()?;
         store.schema = store.meta_json("schema")?;
@@ -125,6 +174,37 @@ impl Store {
         self.max_attempts = attempts.max(1);
     }
 
+    /// Whether a [`Reader`] should [check](Reader::check) the whole store.
+    pub fn is_check_due(&self) -> bool {
+        self.check_due
+    }
+
+    /// The whole store was checked, and is sound.
+    pub fn checked(&mut self) -> Result<(), StoreError> {
+        self.check_due = false;
+        let now = self.session.now();
+        self.relaxed(|store| store.set_meta("checked_at", now as i64))
+    }
+
+    /// Whether a statement of the app's met damage, whatever the app made of that.
+    pub fn has_met_damage(&self) -> bool {
+        self.session.has_met_damage()
+    }
+
+    /// Closes the store, for `error` shows that it is damaged, and puts its files aside. Gives what there is to tell; nothing else
+    /// works any more.
+    pub fn put_aside(&mut self, error: StoreError) -> StoreError {
+        let Some((path, id)) = self.place.take() else { return error };
+        // Nothing may be written any more, not by closing either.
+        let closed = damage::keep_log(&self.connection, true)
+            .and_then(|()| Connection::open_in_memory().during("closing the store"))
+            .map(|nothing| drop(std::mem::replace(&mut self.connection, nothing)));
+        match closed {
+            Ok(()) => damage::put_aside(&path, Some(id), error, self.session.host()),
+            Err(_) => error,
+        }
+    }
+
     /// The installed schema.
     pub fn schema(&self) -> Option<&Schema> {
         self.schema.as_ref()
@@ -137,6 +217,7 @@ impl Store {
 
     /// Whether another connection (another process) committed since the last call.
     pub fn changed_elsewhere(&mut self) -> Result<bool, StoreError> {
+        self.require_place()?;
         let version = self.read_data_version()?;
         let changed = version != self.data_version;
         self.data_version = version;

@@ -180,11 +180,22 @@ impl Store {
         self.set_meta(key, encode(value))
     }
 
+    pub(crate) fn has_meta(&self, key: &str) -> Result<bool, StoreError> {
+        Ok(self.meta(key)?.is_some())
+    }
+
     fn meta(&self, key: &str) -> Result<Option<Value>, StoreError> {
         self.connection
             .prepare_cached("SELECT value FROM millstream_meta WHERE key = ?1")
             .and_then(|mut statement| statement.query_row([key], |row| row.get(0)).optional())
             .during("reading a setting")
+    }
+
+    pub(crate) fn meta_integer(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        Ok(match self.meta(key)? {
+            Some(Value::Integer(value)) => Some(value as u64),
+            _ => None,
+        })
     }
 
     pub(crate) fn meta_json<T: serde::de::DeserializeOwned>(&self, key: &'static str) -> Result<Option<T>, StoreError> {
@@ -195,9 +206,10 @@ impl Store {
     }
 
     pub(crate) fn meta_uuid(&self, key: &'static str) -> Result<Option<Uuid>, StoreError> {
-        Ok(match self.meta(key)? {
-            Some(Value::Text(text)) => text.parse().ok(),
-            _ => None,
-        })
+        match self.meta(key)? {
+            // Nothing else is ever stored there: another one must not take its place.
+            Some(Value::Text(text)) => text.parse().map(Some).map_err(|_| StoreError::Inconsistent(key.to_owned())),
+            _ => Ok(None),
+        }
     }
 }

@@ -4,8 +4,9 @@ use millstream_client_core::outbox::Entry;
 use millstream_schemas::frame::Submit;
 use millstream_schemas::stream::{self, Loss};
 use millstream_schemas::{Change, Clocks, Code, Operation, Value};
+use rusqlite::types::Type;
 use rusqlite::{OptionalExtension, Row, params};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::apply::{Applier, operation};
@@ -20,7 +21,7 @@ pub(crate) const FAILED: &str = "state IN ('retry_wait', 'error')";
 pub(crate) const TROUBLED: &str = "state <> 'confirmed' AND (attempts > 0 OR state = 'held')";
 
 /// State of an entry of the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EntryState {
     /// Recorded.
@@ -40,17 +41,23 @@ pub enum EntryState {
 }
 
 impl EntryState {
-    fn parse(word: &str) -> Self {
-        // The table's CHECK admits no other word.
-        match word {
+    /// `None`: a word that the table's CHECK does not admit.
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Some(match word {
             "pending" => EntryState::Pending,
             "sending" => EntryState::Sending,
             "accepted" => EntryState::Accepted,
             "retry_wait" => EntryState::RetryWait,
             "error" => EntryState::Error,
             "held" => EntryState::Held,
-            _ => EntryState::Confirmed,
-        }
+            "confirmed" => EntryState::Confirmed,
+            _ => return None,
+        })
+    }
+
+    /// Whether it has a number and is not settled.
+    pub(crate) fn is_open(self) -> bool {
+        matches!(self, EntryState::Pending | EntryState::Sending | EntryState::Accepted)
     }
 }
 
@@ -177,17 +184,22 @@ struct Raw {
     predecessors: Option<String>,
 }
 
+/// What a damaged store holds in place of an id or a state: it must not pass for another one.
+fn unreadable(column: usize) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(column, Type::Text, "an entry of the queue does not read back".into())
+}
+
 /// A row of [`COLUMNS`]; the JSON texts of key, columns and values are read by [`decoded`].
 fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
-    let id = |text: String| text.parse().unwrap_or_default();
+    let id = |column: usize, text: String| text.parse::<Uuid>().map_err(|_| unreadable(column));
     let unsigned = |value: Option<i64>| value.map(|value| value as u64);
-    let state = EntryState::parse(row.get_ref(11)?.as_str()?);
+    let state = EntryState::parse(row.get_ref(11)?.as_str()?).ok_or_else(|| unreadable(11))?;
     let outcome = Outcome::parse(row.get::<_, Option<String>>(12)?.as_deref());
     let entry = QueueEntry {
         tx: row.get::<_, i64>(0)? as u64,
         seq: unsigned(row.get(1)?),
         change: Change {
-            change_id: id(row.get(3)?),
+            change_id: id(3, row.get(3)?)?,
             table: row.get(4)?,
             op: operation(row.get_ref(6)?.as_str()?),
             key: Vec::new(),
@@ -208,7 +220,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
     };
     let raw = Raw {
         entry,
-        instance: row.get::<_, Option<String>>(2)?.map(id),
+        instance: row.get::<_, Option<String>>(2)?.map(|text| id(2, text)).transpose()?,
         traceparent: row.get(19)?,
         predecessors: row.get(20)?,
     };

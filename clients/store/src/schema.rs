@@ -53,7 +53,7 @@ impl TableSql {
         sql.upsert_changed = if changed.is_empty() {
             sql.upsert.clone()
         } else {
-            format!("{} WHERE {}", sql.upsert, changed.join(" OR "))
+            format!("{} WHERE {}", sql.upsert, trigger::joined(&changed, "OR"))
         };
         sql
     }
@@ -72,17 +72,27 @@ impl TableSql {
 
     /// SQL that inserts rows of these columns, or sets them where the key exists. Parameters in the order of `columns`.
     pub fn upsert_columns(&self, columns: &[usize]) -> String {
-        let names: Vec<String> = columns.iter().map(|&index| quote(&self.table.columns[index].name)).collect();
-        let places: Vec<String> = (1..=columns.len()).map(|place| format!("?{place}")).collect();
         let set: Vec<String> = self.others(columns).map(|column| format!("{column} = excluded.{column}")).collect();
         let action = if set.is_empty() { "NOTHING".to_owned() } else { format!("UPDATE SET {}", set.join(", ")) };
-        format!(
-            "INSERT INTO {} ({}) VALUES ({}) ON CONFLICT ({}) DO {action}",
-            quote(&self.table.name),
-            names.join(", "),
-            places.join(", "),
-            self.key.join(", ")
-        )
+        format!("{} ON CONFLICT ({}) DO {action}", self.insert_columns(columns), self.key.join(", "))
+    }
+
+    /// SQL that inserts a row of these columns. Parameters in their order.
+    pub fn insert_columns(&self, columns: &[usize]) -> String {
+        let names: Vec<String> = columns.iter().map(|&index| quote(&self.table.columns[index].name)).collect();
+        let places: Vec<String> = (1..=columns.len()).map(|place| format!("?{place}")).collect();
+        format!("INSERT INTO {} ({}) VALUES ({})", quote(&self.table.name), names.join(", "), places.join(", "))
+    }
+
+    /// SQL that sets these columns of a row. Parameters in their order, then the key.
+    pub fn set_columns(&self, columns: &[usize]) -> String {
+        let set: Vec<String> = columns
+            .iter()
+            .enumerate()
+            .map(|(place, &index)| format!("{} = ?{}", quote(&self.table.columns[index].name), place + 1))
+            .collect();
+        let by_key = by_key(&self.key, columns.len() + 1);
+        format!("UPDATE {} SET {} WHERE {by_key}", quote(&self.table.name), set.join(", "))
     }
 
     /// SQL that sets these columns where the key exists; nothing to set gives none. Parameters in the order of `columns`.

@@ -5,7 +5,7 @@
 //! rows with changes under way survive: only their confirmed images change.
 
 use millstream_client_core::rebase::Image;
-use millstream_client_core::trigger::{literal, quote};
+use millstream_client_core::trigger::{joined, literal, quote};
 use millstream_schemas::subject::GLOBAL_KIND;
 use millstream_schemas::{Row, Scope, TableChanges, TableOp};
 use rusqlite::params;
@@ -235,7 +235,7 @@ fn held(table: &TableSql, replaced: u8) -> String {
             ),
         })
         .collect();
-    if parts.is_empty() { "0".into() } else { format!("({})", parts.join(" OR ")) }
+    if parts.is_empty() { "0".into() } else { format!("({})", joined(&parts, "OR")) }
 }
 
 fn scopes_of(table: &TableSql, image: &Image) -> Vec<Scope> {

@@ -6,6 +6,7 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, params_from_iter};
 use uuid::Uuid;
 
+use crate::damage::FileId;
 use crate::error::{During, encode};
 use crate::read::{Table, query};
 use crate::{Store, StoreError};
@@ -52,22 +53,36 @@ pub struct Tx<'a> {
 impl Tx<'_> {
     /// Executes one statement; gives the number of rows it changed.
     pub fn execute(&mut self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
-        let mut statement = self.store.connection.prepare_cached(sql).map_err(StoreError::statement)?;
+        self.noted(self.run(sql, params).map_err(StoreError::statement))
+    }
+
+    fn run(&self, sql: &str, params: &[Value]) -> rusqlite::Result<usize> {
+        let mut statement = self.store.connection.prepare_cached(sql)?;
         if statement.column_count() > 0 {
             // `INSERT … RETURNING` gives rows: run it to its end.
-            let mut rows = statement.query(params_from_iter(params)).map_err(StoreError::statement)?;
+            let mut rows = statement.query(params_from_iter(params))?;
             let mut count = 0;
-            while rows.next().map_err(StoreError::statement)?.is_some() {
+            while rows.next()?.is_some() {
                 count += 1;
             }
             return Ok(count);
         }
-        statement.execute(params_from_iter(params)).map_err(StoreError::statement)
+        statement.execute(params_from_iter(params))
+    }
+
+    /// Notes damage, whatever the app makes of the error.
+    fn noted<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(error) = &result
+            && error.is_damage()
+        {
+            self.store.session.note_damage();
+        }
+        result
     }
 
     /// Reads, seeing the transaction's own writes.
     pub fn query(&mut self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
-        query(&self.store.connection, sql, params)
+        self.noted(query(&self.store.connection, sql, params))
     }
 
     /// Runs a part that can fail on its own: its writes and queue entries go when it does.
@@ -127,7 +142,7 @@ impl Store {
     }
 
     /// What the transaction under way left in the queue, within the limits.
-    fn recorded(&self, tx: u64, seq: u64) -> Result<Option<Recorded>, StoreError> {
+    pub(crate) fn recorded(&self, tx: u64, seq: u64) -> Result<Option<Recorded>, StoreError> {
         let (found, at): (i64, Option<i64>) = self
             .connection
             .prepare_cached("SELECT count(*), min(recorded_at) FROM local_changes WHERE tx = ?1")
@@ -178,6 +193,7 @@ impl Store {
     /// they wait for the disk together. None of them is durable before this returns, and all are lost if it fails.
     pub fn group<T>(&mut self, work: impl FnOnce(&mut Store) -> T) -> Result<T, StoreError> {
         self.run_cached(BEGIN, "beginning a transaction")?;
+        self.require_place().map_err(|error| self.abandon(error))?;
         self.grouped = true;
         let value = work(self);
         self.grouped = false;
@@ -200,7 +216,9 @@ impl Store {
             true => ("SAVEPOINT millstream_part", "RELEASE millstream_part", "ROLLBACK TO millstream_part"),
         };
         self.run_cached(begin, "beginning a transaction")?;
-        let result = work(self).and_then(|value| {
+        // Under the lock: whoever moved the file has let it go only now.
+        let in_place = if self.grouped { Ok(()) } else { self.require_place() };
+        let result = in_place.map_err(E::from).and_then(|()| work(self)).and_then(|value| {
             self.run_cached(commit, "committing")?;
             Ok(value)
         });
@@ -229,6 +247,20 @@ impl Store {
         // Without this the app's next write would not be durable: so this failing fails all.
         set(self, "FULL")?;
         result
+    }
+
+    /// The store's file has to be where it was: what is written to one that was put aside is lost.
+    pub(crate) fn require_place(&self) -> Result<(), StoreError> {
+        match &self.place {
+            Some((path, id)) if FileId::of(path) != Some(*id) => Err(StoreError::Moved),
+            _ => Ok(()),
+        }
+    }
+
+    fn abandon(&self, error: StoreError) -> StoreError {
+        // The connection is of no use any more, whether this works or not.
+        let _ = self.run_cached(ROLLBACK, "rolling back");
+        error
     }
 
     fn run_cached(&self, sql: &str, operation: &'static str) -> Result<usize, StoreError> {

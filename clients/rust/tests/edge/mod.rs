@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use futures_util::{SinkExt, StreamExt};
 use millstream_schemas::frame::{
@@ -43,8 +44,18 @@ pub struct State {
     pub cut_after: Option<usize>,
     /// The welcome does not know yet what took effect last, though the rows that follow it confirm that.
     pub late_ledger: bool,
-    /// Refuse the next submissions with `overloaded`, so many times.
+    /// Refuse this many of the next submissions with `overloaded`.
     pub overloaded: usize,
+    /// The wait that these refusals ask for; 0 means 30 ms.
+    pub retry_after_ms: u64,
+    /// Every submission with the time of its arrival, refused ones too.
+    pub arrivals: Vec<(Instant, u64)>,
+    /// The token that is accepted, if it is not [`TOKEN`].
+    pub token: Option<&'static str>,
+    /// The token of each connection.
+    pub tokens: Vec<String>,
+    /// A session ends with this code.
+    pub end_with: Option<Code>,
     /// Frames are sent twice.
     pub twice: bool,
     /// Clients with a position are told `epoch_changed` instead of being brought up to date.
@@ -141,15 +152,10 @@ impl Edge {
         let mut news = self.news.subscribe();
         let mut socket = tokio_tungstenite::accept_async(socket).await.ok()?;
         let ClientFrame::Hello(hello) = next(&mut socket).await? else { panic!("a frame before hello") };
-        if hello.token != TOKEN {
-            let error = ErrorFrame {
-                code: Code::BadToken,
-                message: "who?".into(),
-                seq: None,
-                retry_after_ms: None,
-                fatal: true,
-            };
-            self.send(&mut socket, ServerFrame::Error(error)).await?;
+        self.state().tokens.push(hello.token.clone());
+        let accepted = self.state().token.unwrap_or(TOKEN);
+        if hello.token != accepted {
+            self.send(&mut socket, fatal(Code::BadToken)).await?;
             return None;
         }
         self.state().positions.push(hello.position.map(|position| position.seq));
@@ -167,6 +173,11 @@ impl Edge {
         loop {
             while self.state().deaf {
                 tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+            let end = self.state().end_with.take();
+            if let Some(code) = end {
+                self.send(&mut socket, fatal(code)).await?;
+                return None;
             }
             tokio::select! {
                 () = tokio::time::sleep(std::time::Duration::from_millis(20)) => {}
@@ -267,13 +278,14 @@ impl Edge {
 
     fn submit(&self, hello: &Hello, submit: Submit) -> ServerFrame {
         let mut state = self.state();
+        state.arrivals.push((Instant::now(), submit.seq));
         if state.overloaded > 0 {
             state.overloaded -= 1;
             return ServerFrame::Error(ErrorFrame {
                 code: Code::Overloaded,
                 message: "later".into(),
                 seq: Some(submit.seq),
-                retry_after_ms: Some(30),
+                retry_after_ms: Some(if state.retry_after_ms == 0 { 30 } else { state.retry_after_ms }),
                 fatal: false,
             });
         }
@@ -357,6 +369,10 @@ impl Edge {
         }
         ServerFrame::Accepted { seq: state.ledger.get(&hello.client_id).copied().unwrap_or(0) }
     }
+}
+
+fn fatal(code: Code) -> ServerFrame {
+    ServerFrame::Error(ErrorFrame { code, message: "no".into(), seq: None, retry_after_ms: None, fatal: true })
 }
 
 async fn next(socket: &mut WebSocketStream<TcpStream>) -> Option<ClientFrame> {

@@ -2,9 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
 
+mod damage;
 mod fixture;
 mod identity;
 mod order;
+mod wide;
 
 use std::sync::atomic::Ordering;
 

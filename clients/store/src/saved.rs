@@ -1,0 +1,305 @@
+//! The unsent changes of a damaged store: the file that they are saved in, and how they are recorded again.
+//!
+//! The file is JSON, by the fields of [`Saved`]:
+//!
+//! ```json
+//! {
+//!   "format": 1,
+//!   "client_id": "0198c0de-…",
+//!   "saved_at": 1764392400,
+//!   "unreadable": 0,
+//!   "transactions": [
+//!     {
+//!       "tx": 7, "seq": 9, "state": "pending", "recorded_at": 1764392399123456, "complete": true,
+//!       "changes": [
+//!         {
+//!           "change_id": "0198c0de-…", "table": "tasks", "op": "update", "key": ["0198…"],
+//!           "columns": ["title"], "values": ["Buy milk"], "stamp": 1764392399123457
+//!         }
+//!       ]
+//!     }
+//!   ]
+//! }
+//! ```
+//!
+//! Values are as on the wire: `null`, or the text that Postgres writes for them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use millstream_schemas::{Change, Operation};
+use rusqlite::params;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::apply::Applier;
+use crate::error::{During, encode};
+use crate::queue::EntryState;
+use crate::salvage::Salvage;
+use crate::schema::TableSql;
+use crate::value::Wire;
+use crate::{Recorded, Store, StoreError};
+
+/// The format that this version writes, and the newest that it reads.
+const FORMAT: u32 = 1;
+
+/// The unsent changes of a damaged store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Version of the format: 1.
+    pub format: u32,
+    /// The client that recorded them, if that could be read.
+    pub client_id: Option<Uuid>,
+    /// When they were saved: seconds since 1970.
+    pub saved_at: u64,
+    /// Entries of the queue that were seen and could not be read.
+    pub unreadable: u64,
+    /// The transactions that were not settled, in the order in which they were made.
+    pub transactions: Vec<SavedTransaction>,
+}
+
+/// A transaction of a damaged store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedTransaction {
+    /// Its name in that store.
+    pub tx: u64,
+    /// Its `client_seq` there, if it had one.
+    pub seq: Option<u64>,
+    /// Where it stood. What was under way may have taken effect since.
+    pub state: EntryState,
+    /// When it was recorded: microseconds since 1970.
+    pub recorded_at: u64,
+    /// Nothing is missing, as far as can be told. Others are not recorded again; set this to have it done all the same.
+    pub complete: bool,
+    /// Its changes, in order.
+    pub changes: Vec<Change>,
+}
+
+/// A saved file is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum SavedError {
+    /// It could not be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is something else.
+    #[error("{path} is not a file of saved changes, as a damaged store leaves them in <store>.unsent-<time>.json")]
+    Format {
+        /// The file.
+        path: String,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A newer version of the library wrote it.
+    #[error("{path} has format {found}, this version knows up to {FORMAT}: upgrade the app")]
+    TooNew {
+        /// The file.
+        path: String,
+        /// Its format.
+        found: u32,
+    },
+}
+
+/// What became of a saved transaction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Imported {
+    /// Its name in the damaged store.
+    pub tx: u64,
+    /// What became of it.
+    #[serde(flatten)]
+    pub outcome: ImportOutcome,
+}
+
+/// What became of a saved transaction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum ImportOutcome {
+    /// It is in the queue.
+    Recorded {
+        /// Under this name.
+        as_tx: u64,
+    },
+    /// The rows are as it wants them: it had taken effect.
+    Present,
+    /// An earlier import took it.
+    Before,
+    /// It does not apply. It stays in the file; importing that again tries it again.
+    Kept {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Saved {
+    /// Reads a file.
+    pub fn read(path: impl AsRef<Path>) -> Result<Saved, SavedError> {
+        let name = || path.as_ref().display().to_string();
+        let text = std::fs::read(&path).map_err(|source| SavedError::Read { path: name(), source })?;
+        #[derive(Deserialize)]
+        struct Format {
+            format: u32,
+        }
+        let not_one = |source| SavedError::Format { path: name(), source };
+        let Format { format } = serde_json::from_slice(&text).map_err(not_one)?;
+        if format > FORMAT {
+            return Err(SavedError::TooNew { path: name(), found: format });
+        }
+        serde_json::from_slice(&text).map_err(not_one)
+    }
+
+    pub(crate) fn to_json(&self) -> String {
+        encode(self)
+    }
+
+    /// What is unsettled of what was left of a store.
+    pub(crate) fn of(found: Salvage, saved_at: u64) -> Saved {
+        let Salvage { entries, client_id, confirmed_seq, unreadable, last_id, .. } = found;
+        // Ids rise by one: where one is missing, a change of its neighbours' transactions may be.
+        let known = |id: i64| entries.contains_key(&id);
+        let (first, last) = (entries.keys().next().copied(), entries.keys().next_back().copied());
+        let last = last.max(last_id);
+        let whole = |id: i64| (Some(id) == first || known(id - 1)) && (Some(id) == last || known(id + 1));
+        let mut transactions: BTreeMap<u64, SavedTransaction> = BTreeMap::new();
+        for (&id, entry) in &entries {
+            let settled = entry.state == EntryState::Confirmed
+                || entry.state.is_open() && entry.seq.is_some_and(|seq| Some(seq) <= confirmed_seq);
+            if settled {
+                continue;
+            }
+            let transaction = transactions.entry(entry.tx).or_insert_with(|| SavedTransaction {
+                tx: entry.tx,
+                seq: entry.seq,
+                state: entry.state,
+                recorded_at: entry.recorded_at,
+                complete: true,
+                changes: Vec::new(),
+            });
+            transaction.complete &= whole(id);
+            transaction.changes.push(entry.change.clone());
+        }
+        let transactions = transactions.into_values().collect();
+        Saved { format: FORMAT, client_id, saved_at, unreadable, transactions }
+    }
+}
+
+impl Store {
+    /// Records saved changes again, each transaction as a new one, in their order and with their stamps: what others have changed
+    /// since wins as if they had been sent in time. What an import has taken it does not take again.
+    pub fn import(&mut self, saved: &Saved) -> Result<Vec<Imported>, StoreError> {
+        let mut imported = Vec::with_capacity(saved.transactions.len());
+        let source = saved.client_id.map_or_else(|| saved.saved_at.to_string(), |id| id.to_string());
+        for transaction in &saved.transactions {
+            let name = format!("imported {source} {}", transaction.tx);
+            let outcome = match self.import_one(transaction, &name) {
+                Ok(outcome) => outcome,
+                Err(error) if error.is_retryable() || error.is_damage() || error.lost().is_some() => return Err(error),
+                Err(error) => {
+                    let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+                    ImportOutcome::Kept { reason: format!("{error}{}", cause.unwrap_or_default()) }
+                }
+            };
+            imported.push(Imported { tx: transaction.tx, outcome });
+        }
+        Ok(imported)
+    }
+
+    fn import_one(&mut self, transaction: &SavedTransaction, name: &str) -> Result<ImportOutcome, StoreError> {
+        if !transaction.complete {
+            return Err(StoreError::Import("some of its changes may not have been readable".into()));
+        }
+        self.transact(|store| {
+            if store.has_meta(name)? {
+                return Ok(ImportOutcome::Before);
+            }
+            let tx = store.last_tx()? + 1;
+            let seq = store.last_seq().during("reading the last number")? + 1;
+            store.meet_stamps()?;
+            store.session.begin(tx, seq, None);
+            let mut stamps = Vec::new();
+            let replayed = transaction.changes.iter().try_for_each(|change| {
+                store.replay(change)?;
+                let id: Option<i64> = store
+                    .connection
+                    .prepare_cached("SELECT max(id) FROM local_changes WHERE tx = ?1")
+                    .and_then(|mut statement| statement.query_row([tx as i64], |row| row.get(0)))
+                    .during("looking for what was recorded")?;
+                // A change that changes nothing records nothing.
+                if let Some(id) = id
+                    && stamps.last().is_none_or(|(last, _)| *last < id)
+                {
+                    stamps.push((id, change.stamp));
+                }
+                Ok::<_, StoreError>(())
+            });
+            store.session.end();
+            replayed?;
+            store.keep_stamp()?;
+            for (id, stamp) in stamps {
+                store
+                    .connection
+                    .prepare_cached("UPDATE local_changes SET stamp = ?2 WHERE id = ?1")
+                    .and_then(|mut statement| statement.execute(params![id, stamp as i64]))
+                    .during("keeping when a change was made")?;
+            }
+            store.set_meta(name, tx as i64)?;
+            Ok(match store.recorded(tx, seq)? {
+                Some(Recorded { tx, .. }) => ImportOutcome::Recorded { as_tx: tx },
+                None => ImportOutcome::Present,
+            })
+        })
+    }
+
+    /// Makes a change again, on the row as it is here.
+    fn replay(&self, change: &Change) -> Result<(), StoreError> {
+        let table = self.table(&change.table)?;
+        let refuse =
+            |what: &str| Err(StoreError::Import(format!("{} of {}: {what}", change.op.as_str(), change.table)));
+        if change.key.len() != table.table.key.len() || change.columns.len() != change.values.len() {
+            return refuse("the table has another key by now");
+        }
+        let row = Applier::new(self)?.visible(&table, &encode(&change.key))?;
+        let columns = table.columns(Some(change.columns.as_slice()))?;
+        match (change.op, row) {
+            (Operation::Insert, Some(row)) => {
+                let same = |(column, value): (&String, &Option<String>)| row.get(column) == Some(value);
+                match change.columns.iter().zip(&change.values).all(same) {
+                    true => Ok(()),
+                    false => refuse("the row is there, with other values"),
+                }
+            }
+            (Operation::Insert, None) => {
+                self.run_change(&table, &table.insert_columns(&columns), &columns, change, false)
+            }
+            (Operation::Update, Some(_)) if columns.is_empty() => Ok(()),
+            (Operation::Update, Some(_)) => {
+                self.run_change(&table, &table.set_columns(&columns), &columns, change, true)
+            }
+            (Operation::Update, None) => refuse("the row is not there"),
+            (Operation::Delete, Some(_)) => self.run_change(&table, &table.delete, &[], change, true),
+            (Operation::Delete, None) => Ok(()),
+        }
+    }
+
+    /// Runs a statement whose parameters are the change's values, then its key if that is wanted.
+    fn run_change(
+        &self,
+        table: &TableSql,
+        sql: &str,
+        columns: &[usize],
+        change: &Change,
+        by_key: bool,
+    ) -> Result<(), StoreError> {
+        let mut statement = self.connection.prepare_cached(sql).map_err(StoreError::statement)?;
+        let values = columns.iter().copied().zip(&change.values);
+        let key = table.table.key.iter().copied().zip(&change.key).filter(|_| by_key);
+        for (place, (column, value)) in values.chain(key).enumerate() {
+            let wire = Wire::new(table.kinds[column], value);
+            statement.raw_bind_parameter(place + 1, wire).map_err(StoreError::statement)?;
+        }
+        statement.raw_execute().map(drop).map_err(StoreError::statement)
+    }
+}

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, LazyLock};
 
 use millstream_catalog::Table;
-use millstream_replication::assemble::{Assembler, Filled, Found, Limits, Outgoing, Step};
+use millstream_replication::assemble::{Assembler, Filled, Found, Outgoing, Step};
 use millstream_replication::pgoutput::{self, DecodeError};
 use millstream_schemas::stream::{MAX_MESSAGE_BYTES, OriginEntry, WalPayload};
 use millstream_schemas::subject::WAL_ORIGIN;
@@ -20,7 +20,7 @@ const NAMES: usize = 1024;
 /// Messages, each behind its length (two bytes): what decodes is one whole message, and what is assembled is what edges read.
 pub fn pgoutput(input: &[u8]) {
     static SYNCED: LazyLock<Arc<[Table]>> = LazyLock::new(|| TABLES.as_slice().into());
-    let mut assembler = Assembler::new(SYNCED.clone(), Lsn(10), HashSet::new(), Limits::of(8 << 20));
+    let mut assembler = Assembler::new(SYNCED.clone(), Lsn(10), HashSet::new());
     let (mut out, mut taken, mut produced) = (Vec::new(), 0, 0);
     let mut rest = input;
     while let Some((length, behind)) = rest.split_first_chunk::<2>() {

@@ -31,7 +31,9 @@ const ROWS: usize = 5;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn snapshots_are_exact_under_load() -> Result<()> {
-    let board = Board::start().await?;
+    // Two users take snapshots for all.
+    let board =
+        Board::with(|builder| builder.env_of(Service::Edge, "MILLSTREAM_CONNECTIONS_PER_USER", "1000000")).await?;
     let outcome = run(&board).await;
     board.explain(outcome)
 }
@@ -479,7 +481,8 @@ async fn a_slow_client_takes_a_snapshot_a_stretch_at_a_time() -> Result<()> {
         let (url, connections) = poor_network(&board, 5 << 18, usize::MAX).await?;
         gets_many_tasks(&board, url.clone()).await?.close().await?;
         let stretches = connections.swap(0, Ordering::Relaxed);
-        ensure!((3..=12).contains(&stretches), "{stretches} connections");
+        // What is shared is cut; the rest is read for it alone, and waits in a file.
+        ensure!((2..=12).contains(&stretches), "{stretches} connections");
         println!("{MANY} rows in {stretches} connections of a second");
 
         let bob = board.builder("b", "bob").edge(url).open().await?;

@@ -50,7 +50,7 @@ pub async fn unguarded(connection: &mut PgConnection, table: &Table) -> Result<V
             if !column.writable || is_key {
                 continue;
             }
-            let mut is_looked_at = false;
+            let mut is_looked_at = predicates.iter().any(|predicate| takes_whole_row(predicate));
             for predicate in &predicates {
                 // It cannot be planned without what it looks at.
                 is_looked_at |= compile(connection, table, op, predicate, Some(index)).await?.is_some();
@@ -92,6 +92,21 @@ fn sensitive(table: &Table) -> Vec<(usize, &'static str)> {
         }
     }
     found
+}
+
+/// Whether it seems to take `new` as a whole: a function may look at any column then, and Postgres plans that without one, too.
+fn takes_whole_row(predicate: &str) -> bool {
+    let text = predicate.to_lowercase();
+    let in_word = |char: char| char.is_alphanumeric() || char == '_';
+    text.match_indices("new").any(|(at, new)| {
+        let (before, after) = (&text[..at], &text[at + new.len()..]);
+        // Part of a longer word, a column of that name, or the text 'new'.
+        if before.ends_with(|char| in_word(char) || matches!(char, '.' | '\'')) || after.starts_with(in_word) {
+            return false;
+        }
+        let after = after.trim_start_matches('"').trim_start();
+        after.strip_prefix('.').is_none_or(|column| column.trim_start().starts_with('*'))
+    })
 }
 
 /// Plans a predicate, `without` a column of `new`; what Postgres says if it cannot.
@@ -193,6 +208,22 @@ fn excerpt(predicate: &str, position: usize) -> Option<Excerpt> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whole_rows_are_told_from_columns() {
+        for (predicate, whole) in [
+            ("may_be(new)", true),
+            ("may_be(NEW.*) AND new.a", true),
+            ("row_to_json(\"new\") IS NOT NULL", true),
+            ("new . * IS DISTINCT FROM old.*", true),
+            ("new.a = 1", false),
+            ("\"new\".\"a\" = 1 AND old.new > renewed", false),
+            ("new.state = 'new'", false),
+            ("old.a = 1", false),
+        ] {
+            assert_eq!(takes_whole_row(predicate), whole, "{predicate}");
+        }
+    }
 
     #[test]
     fn positions_are_found_in_the_predicate() {

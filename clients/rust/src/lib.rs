@@ -30,6 +30,7 @@ mod error;
 mod leader;
 mod params;
 mod rows;
+mod socket;
 mod sync;
 mod table;
 mod token;

@@ -6,22 +6,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use millstream_client_core::backoff::{Backoff, HEALTHY_MS, RETRY_AFTER_CAP_MS};
-use millstream_client_core::replica::{ProtocolError, Replica, Work};
+use millstream_client_core::replica::{Replica, Work};
 use millstream_client_core::status::{LastError, Role, State, Status};
 use millstream_client_store::{Applied, Meeting, StoreError};
-use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, MAX_FRAME_BYTES, ServerFrame, Welcome};
-use millstream_schemas::{Code, PROTOCOL_VERSION, Retry};
-use tokio::net::TcpStream;
+use millstream_schemas::PROTOCOL_VERSION;
+use millstream_schemas::frame::{ClientFrame, Hello, ServerFrame, Welcome};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_tls_with_config};
 
 use crate::builder::ApplySpan;
 use crate::bus::{Control, Ended, Link, Part, Sender, ToChanges, ToSync, WriterCommand};
 use crate::changes::{closed, raised};
 use crate::error::chain;
+use crate::socket::{End, Socket, Then, closed_by, connect, decode, flush, wants_token};
 use crate::token::Tokens;
 use crate::{Error, Result, leader};
 
@@ -33,22 +31,16 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// A connection this long silent is dead, or as long as the edge bears silence if that is less: it answers pings.
 const SILENCE: Duration = Duration::from_secs(30);
-/// For a write to the socket to be taken.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// Code of the error that there is no token to connect with.
 const NO_TOKEN: &str = "token";
 /// Before a client that the edge refuses for good, or whose token it refuses, asks again, in milliseconds.
 const REFUSED_WAIT_MS: u64 = 60_000;
-/// Largest message that is read, in bytes. Edges send frames of [`MAX_FRAME_BYTES`] and a little more for what is around them.
-const MAX_READ_BYTES: usize = 32 * MAX_FRAME_BYTES;
 /// Encoded bytes that may wait for the writer before the socket is not read any more.
 const MAX_READY_BYTES: usize = 8 * 1024 * 1024;
 /// Most frames taken from the socket at once, before they go to the writer.
 const DRAIN: usize = 4_096;
 /// Between repetitions of where the connection stands.
 const LINK_INTERVAL: Duration = Duration::from_millis(250);
-
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
 pub(crate) struct SyncWorker {
     pub path: PathBuf,
@@ -83,71 +75,6 @@ pub(crate) struct Auth {
     renewed: bool,
     /// Tokens that the app has set, as `Control` counts them.
     set: u64,
-}
-
-/// Why a session ended.
-#[derive(Debug)]
-struct End {
-    then: Then,
-    code: String,
-    message: String,
-    retry_after_ms: Option<u64>,
-}
-
-/// What follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Then {
-    /// Connect again with back-off.
-    Again,
-    /// Connect again with back-off, for a snapshot.
-    Snapshot,
-    /// Connect again now: the store changed what it says in `hello`.
-    Now,
-    /// Connect again with another token.
-    Auth,
-    /// The edge will not have this client as it is; ask again now and then.
-    Refused,
-    /// The app wanted it.
-    Interrupted,
-    /// The client is gone.
-    Gone,
-}
-
-impl End {
-    fn new(then: Then, code: &str, message: impl Into<String>) -> End {
-        End { then, code: code.to_owned(), message: message.into(), retry_after_ms: None }
-    }
-
-    fn socket(message: impl std::fmt::Display) -> End {
-        End::new(Then::Again, "socket", message.to_string())
-    }
-
-    fn gone() -> End {
-        End::new(Then::Gone, "closed", "the client is closed")
-    }
-
-    fn error(frame: ErrorFrame) -> End {
-        let then = match (frame.code, frame.code.retry()) {
-            (code, _) if wants_token(code) => Then::Auth,
-            (Code::EpochChanged, _) => Then::Snapshot,
-            // Frames that crossed a refusal on the wire were out of order: a new session puts that right.
-            (Code::OutOfOrder, _) => Then::Again,
-            (_, Retry::Automatic) => Then::Again,
-            (_, Retry::Manual | Retry::Never) => Then::Refused,
-        };
-        End { then, code: frame.code.to_string(), message: frame.message, retry_after_ms: frame.retry_after_ms }
-    }
-}
-
-/// Whether another token is the remedy.
-fn wants_token(code: Code) -> bool {
-    matches!(code, Code::BadToken | Code::TokenExpired | Code::NeedsAuth)
-}
-
-impl From<ProtocolError> for End {
-    fn from(error: ProtocolError) -> End {
-        End::new(Then::Again, "protocol", error.to_string())
-    }
 }
 
 impl Part for SyncWorker {
@@ -576,41 +503,6 @@ async fn performed(performing: &mut Option<Performing>) -> Option<Result<Applied
     match performing {
         Some(performing) => (&mut performing.answer).await.ok(),
         None => std::future::pending().await,
-    }
-}
-
-async fn connect(edge: &str) -> Result<Socket, tungstenite::Error> {
-    if edge.starts_with("wss:") {
-        // Fails if the app chose a provider already: then that one is used.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-    }
-    let config = WebSocketConfig::default().max_message_size(Some(MAX_READ_BYTES)).max_frame_size(Some(MAX_READ_BYTES));
-    // Without Nagle's algorithm: a frame must not wait for the acknowledgement of the one before.
-    connect_async_tls_with_config(edge, Some(config), true, None).await.map(|(socket, _)| socket)
-}
-
-async fn flush(socket: &mut Socket, messages: impl IntoIterator<Item = Message>) -> Result<(), End> {
-    let sending = async {
-        for message in messages {
-            socket.feed(message).await?;
-        }
-        socket.flush().await
-    };
-    match timeout(SEND_TIMEOUT, sending).await {
-        Ok(result) => result.map_err(End::socket),
-        Err(_) => Err(End::socket("the edge takes nothing")),
-    }
-}
-
-fn decode(text: &str) -> Result<ServerFrame, End> {
-    serde_json::from_str(text)
-        .map_err(|error| End::new(Then::Again, "protocol", format!("a frame does not read: {error}")))
-}
-
-fn closed_by(frame: Option<tungstenite::protocol::CloseFrame>) -> End {
-    match frame {
-        Some(frame) => End::socket(format_args!("the edge closed the connection: {} {}", frame.code, frame.reason)),
-        None => End::socket("the edge closed the connection"),
     }
 }
 

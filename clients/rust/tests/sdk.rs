@@ -180,6 +180,8 @@ async fn an_overloaded_edge_is_left_alone_as_long_as_it_asks() {
         while edge.state().arrivals.len() < 5 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        // The refusals have arrived.
+        tokio::time::sleep(Duration::from_millis(200)).await;
         if cut {
             client.drop_connection();
         }

@@ -42,6 +42,8 @@ use crate::{Recorded, Store, StoreError};
 
 /// The format that this version writes, and the newest that it reads.
 const FORMAT: u32 = 1;
+/// Imported transactions that share a commit.
+const GROUP: usize = 64;
 
 /// The unsent changes of a damaged store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,28 +194,35 @@ impl Store {
     pub fn import(&mut self, saved: &Saved) -> Result<Vec<Imported>, StoreError> {
         let mut imported = Vec::with_capacity(saved.transactions.len());
         let source = saved.client_id.map_or_else(|| saved.saved_at.to_string(), |id| id.to_string());
-        for transaction in &saved.transactions {
-            let name = format!("imported {source} {}", transaction.tx);
-            let outcome = match self.import_one(transaction, &name) {
-                Ok(outcome) => outcome,
-                Err(error) if error.is_retryable() || error.is_damage() || error.lost().is_some() => return Err(error),
-                Err(error) => {
-                    let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-                    ImportOutcome::Kept { reason: format!("{error}{}", cause.unwrap_or_default()) }
-                }
-            };
-            imported.push(Imported { tx: transaction.tx, outcome });
+        for transactions in saved.transactions.chunks(GROUP) {
+            let outcomes = self.group(|store| -> Result<Vec<ImportOutcome>, StoreError> {
+                transactions.iter().map(|transaction| store.import_or_keep(transaction, &source)).collect()
+            })??;
+            let tx = transactions.iter().map(|transaction| transaction.tx);
+            imported.extend(tx.zip(outcomes).map(|(tx, outcome)| Imported { tx, outcome }));
         }
         Ok(imported)
     }
 
-    fn import_one(&mut self, transaction: &SavedTransaction, name: &str) -> Result<ImportOutcome, StoreError> {
-        if !transaction.complete {
-            return Err(StoreError::Import("some of its changes may not have been readable".into()));
+    /// What does not apply is kept; what the store cannot do now ends the import.
+    fn import_or_keep(&mut self, transaction: &SavedTransaction, source: &str) -> Result<ImportOutcome, StoreError> {
+        match self.import_one(transaction, &format!("imported {source} {}", transaction.tx)) {
+            Err(error) if error.is_retryable() || error.is_damage() || error.lost().is_some() => Err(error),
+            Err(error) => {
+                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+                Ok(ImportOutcome::Kept { reason: format!("{error}{}", cause.unwrap_or_default()) })
+            }
+            taken => taken,
         }
+    }
+
+    fn import_one(&mut self, transaction: &SavedTransaction, name: &str) -> Result<ImportOutcome, StoreError> {
         self.transact(|store| {
             if store.has_meta(name)? {
                 return Ok(ImportOutcome::Before);
+            }
+            if !transaction.complete {
+                return Err(StoreError::Import("some of its changes may not have been readable".into()));
             }
             let tx = store.last_tx()? + 1;
             let seq = store.last_seq().during("reading the last number")? + 1;

@@ -121,7 +121,8 @@ pub(crate) fn classify(error: &sqlx::Error) -> Fault {
 /// server's own are not. Source of the codes: PostgreSQL documentation, Appendix A.
 pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
     let verdict = |code, message: &str| Fault::Verdict(Refusal::by(error.constraint, code, message));
-    let class = error.state.get(..2).unwrap_or("");
+    // Five letters and digits; anything else is no SQLSTATE.
+    let class = error.state.get(..2).filter(|class| class.is_ascii()).unwrap_or("");
     match (class, error.state, error.site) {
         (_, "42501", _) => verdict(Code::PermissionDenied, error.message),
         ("22", _, _) => verdict(Code::InvalidValue, error.message),

@@ -397,7 +397,9 @@ mod tests {
 
     #[test]
     fn a_flood_of_large_transactions_holds_others_up_by_one_of_them() {
-        let mut turns = turns(&[(1, &[900; 20])]);
+        // All of them in memory.
+        let mut turns = Turns::default();
+        message(1, 1, 1, &[900; 20]).into_iter().for_each(|item| turns.push(Item { bytes: 1, ..item }));
         assert_eq!(batch(&mut turns), [(1, 1)], "alone it goes at once");
         for seq in 1..=5 {
             message(2, 50 + seq, seq, &[1]).into_iter().for_each(|item| turns.push(item));

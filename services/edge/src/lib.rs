@@ -96,6 +96,9 @@ pub struct Args {
     /// Most sessions of one user on this edge
     #[arg(long, env = "MILLSTREAM_SESSIONS_PER_USER", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub sessions_per_user: u32,
+    /// Most connections that one user opens at once on this edge; a sixteenth of it more each second
+    #[arg(long, env = "MILLSTREAM_CONNECTIONS_PER_USER", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub connections_per_user: u32,
     /// Most sockets of one address that have not shown a token yet; all clients behind a proxy share its address
     #[arg(long, env = "MILLSTREAM_STRANGERS_PER_ADDRESS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub strangers_per_address: u32,
@@ -205,7 +208,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         verifier: token::Verifier::new(&secret),
         evictions,
         sealer,
-        shares: shares::Shares::new(args.sessions_per_user as usize),
+        shares: shares::Shares::new(args.sessions_per_user as usize, args.connections_per_user),
         strangers: shares::Strangers::new(args.strangers_per_address as usize),
         snapshot_time: Duration::from_secs(args.snapshot_seconds),
         spool: spool::Spool::new(args.spool_dir.clone().unwrap_or_else(std::env::temp_dir)),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-/// Hellos of a user that are taken at once, and how many more a second.
-const HELLOS: Rate = Rate { burst: 128.0, per_second: 8.0 };
+/// Of the hellos of a user that are taken at once, this part is taken more in each second.
+const HELLOS_SHARE: f64 = 1.0 / 16.0;
 /// Changes of a user that are taken at once, and how many more a second.
 const CHANGES: Rate = Rate { burst: 20_000.0, per_second: 2_000.0 };
 /// Bytes of submissions of a user that are taken at once, and how many more a second.
@@ -69,8 +69,9 @@ impl Bucket {
 
 /// All users of an edge.
 pub struct Shares {
-    /// Most sessions of a user.
+    /// Most sessions of a user, and hellos at once.
     sessions: usize,
+    hellos: Rate,
     users: Mutex<Users>,
     large: Arc<Semaphore>,
     small: Arc<Semaphore>,
@@ -129,10 +130,12 @@ pub struct Turn {
 }
 
 impl Shares {
-    /// At most this number of sessions for one user.
-    pub fn new(sessions: usize) -> Shares {
+    /// At most this number of sessions for one user, and of hellos at once.
+    pub fn new(sessions: usize, hellos: u32) -> Shares {
+        let burst = f64::from(hellos);
         Shares {
             sessions,
+            hellos: Rate { burst, per_second: burst * HELLOS_SHARE },
             users: Mutex::default(),
             large: Arc::new(Semaphore::new(LARGE_TURNS)),
             small: Arc::new(Semaphore::new(SMALL_TURNS)),
@@ -154,7 +157,8 @@ impl Shares {
                 state.sessions > 0 || now.saturating_duration_since(state.used) < FORGOTTEN
             });
         }
-        let share = users.shares.entry(user_id.to_owned()).or_insert_with(|| Arc::new(Share::new(now))).clone();
+        let share =
+            users.shares.entry(user_id.to_owned()).or_insert_with(|| Arc::new(Share::new(self.hellos, now))).clone();
         drop(users);
         let mut state = share.state();
         state.used = now;
@@ -192,11 +196,11 @@ impl Shares {
 }
 
 impl Share {
-    fn new(now: Instant) -> Share {
+    fn new(hellos: Rate, now: Instant) -> Share {
         Share {
             state: Mutex::new(State {
                 sessions: 0,
-                hellos: Bucket::full(HELLOS, now),
+                hellos: Bucket::full(hellos, now),
                 changes: Bucket::full(CHANGES, now),
                 bytes: Bucket::full(BYTES, now),
                 used: now,
@@ -348,9 +352,13 @@ mod tests {
         assert!(bucket.wait(start + Duration::from_secs(3_600)).is_some(), "never more than the burst");
     }
 
+    fn one_share() -> Share {
+        Share::new(Rate { burst: 1.0, per_second: 1.0 }, Instant::now())
+    }
+
     #[test]
     fn sessions_and_hellos_of_a_user_are_limited() {
-        let shares = Shares::new(3);
+        let shares = Shares::new(3, 128);
         let places: Vec<Place> = (0..3).map(|_| shares.enter("a").ok().unwrap()).collect();
         assert!(shares.enter("a").is_err());
         assert!(shares.enter("b").is_ok(), "another user's");
@@ -361,10 +369,10 @@ mod tests {
 
     #[test]
     fn changes_and_bytes_have_a_budget() {
-        let share = Share::new(Instant::now());
+        let share = one_share();
         let taken = (0..100).take_while(|_| share.submit(900, 1).is_ok()).count();
         assert!((22..=24).contains(&taken), "{taken} transactions of 900 changes");
-        let share = Share::new(Instant::now());
+        let share = one_share();
         let taken = (0..100).take_while(|_| share.submit(1, 512 << 10).is_ok()).count();
         assert!((32..=34).contains(&taken), "{taken} transactions of 512 KiB");
         assert!(share.submit(1, 1).is_err_and(|wait| wait < Duration::from_secs(1)));
@@ -372,16 +380,16 @@ mod tests {
 
     #[tokio::test]
     async fn small_snapshots_do_not_wait_for_large_ones_nor_users_for_one_user() {
-        let (shares, a, b) = (Shares::new(1), Share::new(Instant::now()), Share::new(Instant::now()));
+        let (shares, a, b) = (Shares::new(1, 128), one_share(), one_share());
         let _first = (shares.try_turn(&a, 100_000).unwrap(), shares.try_turn(&a, 100_000).unwrap());
         assert!(shares.try_turn(&a, 100_000).is_none(), "two of a user at the same time");
         assert!(shares.try_turn(&a, SMALL_ROWS).is_some());
         assert!(shares.try_turn(&b, 100_000).is_some());
-        let others: Vec<Share> = (0..3).map(|_| Share::new(Instant::now())).collect();
+        let others: Vec<Share> = (0..3).map(|_| one_share()).collect();
         let turns: Vec<Turn> = others.iter().flat_map(|user| shares.try_turn(user, 100_000)).collect();
         let more = shares.try_turn(&b, 100_000);
         assert_eq!((turns.len(), more.is_some()), (3, true));
-        assert!(shares.try_turn(&Share::new(Instant::now()), 100_000).is_none(), "six on the edge");
+        assert!(shares.try_turn(&one_share(), 100_000).is_none(), "six on the edge");
     }
 
     #[test]

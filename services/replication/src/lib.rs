@@ -116,7 +116,6 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     let shared = Shared {
         report: Report::register(health.clone()),
         pass_over: AtomicBool::new(false),
-        told: AtomicBool::new(false),
         config,
         nats,
         pool,

@@ -68,8 +68,6 @@ pub struct Shared {
     pub report: Report,
     /// The next session begins a new epoch: behind a transaction that cannot be carried.
     pub pass_over: AtomicBool,
-    /// It was said how the leader lock's connection is made.
-    pub told: AtomicBool,
 }
 
 /// Where a session starts.

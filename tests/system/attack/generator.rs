@@ -135,13 +135,15 @@ impl Batch {
         self.notes += 1;
         let note = format!("step {}", self.notes);
         let users: Vec<String> = self.tales.iter().map(|tale| format!("'{}'", tale.user)).collect();
+        let users = users.join(",");
         let sql = format!(
             "{sql};
              INSERT INTO seen SELECT {}, h.user_id, t.id, t.project_id, t.title
-             FROM held h JOIN tasks t USING (project_id) WHERE h.user_id IN ({});
+             FROM held h JOIN tasks t USING (project_id) WHERE h.user_id IN ({users});
+             INSERT INTO holds SELECT {}, pg_current_xact_id(), user_id, project_id FROM held WHERE user_id IN ({users});
              {}",
             self.positions.len(),
-            users.join(","),
+            self.positions.len(),
             mark(&[format!("observer-{}", self.name)], &note),
         );
         commit(&mut self.postgres, sql).await?;
@@ -244,6 +246,25 @@ impl Batch {
             seen.entry(user.clone()).or_default().extend([id.clone(), title.clone()]);
             held.entry((user, step as usize)).or_default().insert(id, (project, title));
         }
+        // Versions of rows that a transaction itself replaced: to be seen by those who held their scope before it and behind it.
+        let rows = sqlx::query(
+            "SELECT h.user_id, v.id, v.title FROM versions v JOIN holds h USING (xid, project_id)
+             JOIN holds b ON b.user_id = h.user_id AND b.project_id = h.project_id AND b.step = h.step - 1
+             WHERE h.user_id = ANY ($1)",
+        )
+        .bind(&users)
+        .fetch_all(&mut self.postgres)
+        .await?;
+        for row in rows {
+            seen.entry(row.get(0)).or_default().extend([row.get(1), row.get(2)]);
+        }
+        let rows = sqlx::query("SELECT user_id, step, project_id FROM holds WHERE user_id = ANY ($1)")
+            .bind(&users)
+            .fetch_all(&mut self.postgres)
+            .await?;
+        let hold = |row: &sqlx::postgres::PgRow| (row.get(0), row.get::<i32, _>(1) as usize, row.get(2));
+        let holds: BTreeSet<(String, usize, String)> = rows.iter().map(hold).collect();
+        let last = self.positions.len();
         let steps: BTreeMap<Lsn, usize> =
             self.positions.iter().enumerate().map(|(step, position)| (position.lsn, step)).collect();
         let mut all = Vec::new();
@@ -257,7 +278,14 @@ impl Batch {
             for (position, tasks) in taken {
                 if let Some(step) = steps.get(&position.lsn) {
                     let expected = held.get(&(tale.user.clone(), *step)).cloned().unwrap_or_default();
-                    if *tasks != expected {
+                    // A scope that the user lost behind that position may be missing: it was gone before anybody read it.
+                    let is_lost = |project: &String| {
+                        (*step + 1..last).any(|later| !holds.contains(&(tale.user.clone(), later, project.clone())))
+                    };
+                    let is_extra = |(id, row): (&String, &(String, String))| expected.get(id) != Some(row);
+                    let is_missing =
+                        |(id, (project, _)): (&String, &(String, String))| !tasks.contains_key(id) && !is_lost(project);
+                    if tasks.iter().any(is_extra) || expected.iter().any(is_missing) {
                         client.wrong.push(format!("at step {step} it held {tasks:?} instead of {expected:?}"));
                         break;
                     }

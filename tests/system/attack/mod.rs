@@ -76,6 +76,16 @@ CREATE VIEW held AS
           WHERE s.role IN ('engineer', 'boss');
 CREATE TABLE seen (step int NOT NULL, user_id text NOT NULL, id text NOT NULL, project_id text NOT NULL, title text NOT NULL);
 CREATE INDEX ON seen (user_id);
+-- What rows were in between, within transactions; and who held what at the end of each.
+CREATE TABLE versions (xid xid8 NOT NULL, id text NOT NULL, project_id text NOT NULL, title text NOT NULL);
+CREATE TABLE holds (step int NOT NULL, xid xid8 NOT NULL, user_id text NOT NULL, project_id text NOT NULL);
+CREATE INDEX ON holds (user_id);
+CREATE FUNCTION keep_version() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = public AS $$
+BEGIN
+    INSERT INTO versions VALUES (pg_current_xact_id(), NEW.id, NEW.project_id, NEW.title);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER keep_version AFTER INSERT OR UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION keep_version();
 ";
 
 const CONFIG: &str = r#"

@@ -36,8 +36,8 @@ fn seed() -> String {
     }
     // Enough rows for snapshots of several frames, in several tables.
     sql + "INSERT INTO members VALUES ('forger', 'large', 'forger'), ('other', 'large', 'other');
-           INSERT INTO events SELECT DATE '2026-01-01' + n % 100, n, 'large', repeat('x', 100) FROM generate_series(1000, 8000) AS n;
-           INSERT INTO tasks SELECT 'large-' || n, 'large', repeat('y', 100) FROM generate_series(1, 3000) AS n;"
+           INSERT INTO events SELECT DATE '2026-01-01' + n % 100, n, 'large', repeat('x', 100) FROM generate_series(1000, 4000) AS n;
+           INSERT INTO tasks SELECT 'large-' || n, 'large', repeat('y', 100) FROM generate_series(1, 2000) AS n;"
 }
 
 /// Sessions of honest users: each is welcomed, and told of its scopes and rows, and of no others.
@@ -200,7 +200,7 @@ async fn exchanges_with_forged_marks_break_no_other() -> Result<()> {
         let all = forged(&first_and_last, &other);
         let count = all.len();
         let (url, token, start) = (scene.url(), scene.token("forger"), Instant::now());
-        for (n, some) in all.chunks(8).enumerate() {
+        for (n, some) in all.chunks(4).enumerate() {
             let tried = some.iter().map(async |mark| {
                 let mut peer = Peer::connect(&url).await?;
                 let mut frame = millstream_tests::raw::hello(Uuid::now_v7(), &token);

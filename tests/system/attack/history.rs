@@ -78,7 +78,7 @@ const WAYS: [(&str, &str, &str, &str); 12] = [
     ),
     (
         "several ways at once",
-        "INSERT INTO members VALUES ('{u}', '{p}', '{u}'), ('{u}2', '{p}', '{u}', 'owner'); INSERT INTO staff VALUES ('{o}', '{u}', 'boss');
+        "INSERT INTO members VALUES ('{u}', '{p}', '{u}', 'reader'), ('{u}2', '{p}', '{u}', 'owner'); INSERT INTO staff VALUES ('{o}', '{u}', 'boss');
          UPDATE projects SET organisation_id = '{o}' WHERE id = '{p}'",
         "DELETE FROM members WHERE user_id = '{u}'; DELETE FROM staff WHERE user_id = '{u}'",
         "INSERT INTO members VALUES ('{u}2', '{p}', '{u}', 'owner'); INSERT INTO staff VALUES ('{o}', '{u}', 'boss')",

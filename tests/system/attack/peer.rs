@@ -193,8 +193,8 @@ pub struct Held {
     pub removed: u64,
     /// The last snapshot's token and mark.
     pub cut: Option<SnapshotMark>,
-    /// Every position that was taken, with the tasks held there.
-    pub taken: Vec<(Position, Tasks)>,
+    /// Every position that was taken, with the scopes and tasks held there.
+    pub taken: Vec<(Position, BTreeSet<Scope>, Tasks)>,
     pub(super) staged: Vec<Step>,
     pub(super) bracket: Option<(Vec<Scope>, Vec<TableChanges>)>,
 }
@@ -297,7 +297,7 @@ impl Held {
                 }
             }
         }
-        self.taken.push((position, self.tasks.clone()));
+        self.taken.push((position, self.scopes.clone(), self.tasks.clone()));
     }
 
     fn rows(&mut self, changes: Vec<TableChanges>) {

@@ -29,15 +29,12 @@ const CONNECTED: u32 = 20;
 const SCOPES: u32 = 5_000;
 
 fn seed() -> String {
-    let members = scaled(MEMBERS, ALL_MEMBERS);
     format!(
         "INSERT INTO tasks SELECT 'huge-' || n, 'huge', repeat('x', 150) FROM generate_series(1, {ROWS}) AS n;
          INSERT INTO members SELECT 'leaver-' || n, 'huge', 'leaver-' || n FROM generate_series(1, 4) AS n;
          INSERT INTO members VALUES ('slow', 'huge', 'expired-snapshot'), ('writer', 'writers', 'expired-writer'),
              ('reader', 'neighbours', 'expired-reader'), ('other', 'small', 'leaver-2'), ('backlog', 'backlog', 'leaver-3');
-         INSERT INTO tasks VALUES ('small', 'small', 'x');
-         INSERT INTO members SELECT 'crowd-' || n, 'crowd', 'crowd-' || n FROM generate_series(1, {members}) AS n;
-         INSERT INTO members SELECT 'wide-' || n, 'wide-' || n, 'wide' FROM generate_series(1, {SCOPES}) AS n;"
+         INSERT INTO tasks VALUES ('small', 'small', 'x');"
     )
 }
 
@@ -185,11 +182,8 @@ async fn revocations(scene: &Scene) -> Result<()> {
         )
         .await
     };
-    let mut wrong = Vec::new();
     let (a, b, c) = tokio::join!(new, held_before, catching_up);
-    wrong.extend([a, b, c].into_iter().filter_map(Result::err).map(|error| format!("{error:#}")));
-    wrong.extend(in_bulk(scene).await.err().map(|error| format!("{error:#}")));
-    wrong.extend(all_scopes(scene).await.err().map(|error| format!("{error:#}")));
+    let wrong: Vec<String> = [a, b, c].into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
     ensure!(wrong.is_empty(), "{}", wrong.join("; "));
     Ok(())
 }
@@ -252,6 +246,25 @@ async fn all_scopes(scene: &Scene) -> Result<()> {
     println!("  {SCOPES} scopes of one user: lost after {took:.1?}");
     ensure!(took <= RIGHTS, "a user's {SCOPES} scopes took {took:.1?} to be lost");
     Ok(())
+}
+
+/// Tries both, one after the other, and tells of both.
+#[tokio::test(flavor = "multi_thread")]
+async fn rights_of_very_many_end_in_time() -> Result<()> {
+    let members = scaled(MEMBERS, ALL_MEMBERS);
+    let seed = format!(
+        "INSERT INTO members SELECT 'crowd-' || n, 'crowd', 'crowd-' || n FROM generate_series(1, {members}) AS n;
+         INSERT INTO members SELECT 'wide-' || n, 'wide-' || n, 'wide' FROM generate_series(1, {SCOPES}) AS n;"
+    );
+    let scene = Scene::start(&seed).await?;
+    let checked = scene.check("rights of very many", Allow::Pause, async {
+        let ends = [in_bulk(&scene).await, all_scopes(&scene).await];
+        let wrong: Vec<String> = ends.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+        ensure!(wrong.is_empty(), "{}", wrong.join("; "));
+        Ok(())
+    });
+    let checked = checked.await;
+    scene.board.explain(checked)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -37,7 +37,7 @@ async fn send(scene: &Scene, (user, table, form): (&str, &str, String)) -> Resul
         peer.say(frame).await?;
     }
     // A verdict, or a refusal of the frame: nothing else is asked for here.
-    let _ = verdict(&mut peer, 3, Duration::from_secs(5)).await;
+    let _ = verdict(&mut peer, 3, Duration::from_secs(1)).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     Ok(())
 }

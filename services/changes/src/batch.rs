@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use millstream_schemas::stream::Submission;
+use millstream_schemas::stream::{ChangesMessage, Submission};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -42,6 +42,26 @@ pub(crate) struct Item {
 }
 
 impl Item {
+    /// The items of a [`ChangesMessage`].
+    pub fn decode(partition: u16, sequence: u64, payload: &[u8], room: Option<OwnedSemaphorePermit>) -> Vec<Item> {
+        let submissions = match serde_json::from_slice::<ChangesMessage>(payload) {
+            Ok(message) => message.submissions,
+            Err(error) => {
+                // Nobody can be told: it does not say whose it is. The sender never sees it confirmed and sends it again.
+                // (The error's text could quote values.)
+                tracing::error!(
+                    partition,
+                    stream.sequence = sequence,
+                    line = error.line(),
+                    column = error.column(),
+                    "a message cannot be decoded and is passed over"
+                );
+                Vec::new()
+            }
+        };
+        Item::of_message(partition, sequence, submissions, room)
+    }
+
     /// The items of a message, each with its part of the room.
     pub fn of_message(
         partition: u16,
@@ -65,6 +85,11 @@ impl Item {
     /// Of a message without a submission, and of none, that the partition is moved on over.
     pub fn empty(partition: u16, sequence: u64) -> Item {
         Item { partition, index: 0, sequence, submission: None, last: true, bytes: 0, room: None }
+    }
+
+    /// Which transaction it is: client and `client_seq`.
+    pub fn name(&self) -> Option<(Uuid, u64)> {
+        self.submission.as_ref().map(|submission| (submission.client_id, submission.seq))
     }
 
     /// How many changes it holds.
@@ -424,6 +449,96 @@ pub(crate) mod tests {
         assert_eq!(whose(&queue), [(2, 1)]);
         assert_eq!(queue.fences(1, &owned)[0].new, 1);
         queue.done(1, Mode::Single, |_| {});
+    }
+
+    /// Random messages, failures, parking and reading again: each transaction is done once, each client's in order, and no
+    /// position passes what is not done.
+    #[test]
+    fn whatever_happens_order_and_positions_hold() {
+        const CLIENTS: u64 = 9;
+        const MESSAGES: u64 = 60;
+        for seed in 1..=150_u64 {
+            let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            let mut random = |below: u64| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 33) % below
+            };
+            let mut last = [0; CLIENTS as usize];
+            let messages: Vec<(u16, Vec<Submission>)> = (0..MESSAGES)
+                .map(|_| {
+                    let partition = random(3);
+                    let submissions = (0..random(5)).map(|_| {
+                        // A partition's clients; one of them has much to say.
+                        let client = partition + 3 * random(3);
+                        let size = if client == 0 { 900 } else { 1 + random(30) * random(30) };
+                        last[client as usize] += 1;
+                        submission(u128::from(client) + 1, last[client as usize], size as usize)
+                    });
+                    (partition as u16, submissions.collect())
+                })
+                .collect();
+            let items = |sequence: u64| {
+                let (partition, submissions) = &messages[sequence as usize - 1];
+                Item::of_message(*partition, sequence, submissions.clone(), None)
+            };
+            let mut queue = Queue::default();
+            let mut owned: BTreeMap<u16, Owned> = (0..3).map(|p| (p, Owned { epoch: 1, position: 0 })).collect();
+            let mut open: Vec<usize> = messages.iter().map(|(_, submissions)| submissions.len().max(1)).collect();
+            let (mut done, mut handed, mut now) = ([0; CLIENTS as usize], 0, Instant::now());
+            for step in 0.. {
+                assert!(step < 20_000, "{seed}: it does not end");
+                if handed < MESSAGES && random(3) > 0 {
+                    handed += 1;
+                    queue.extend(items(handed));
+                }
+                if let Some((client, left)) = queue.wanted() {
+                    match random(4) {
+                        0 => queue.fail_to_load(client),
+                        _ => queue.load(client, left, items(left.sequence)),
+                    }
+                }
+                now += Duration::from_millis(random(200));
+                queue.wake(now);
+                if !queue.is_ready() {
+                    if handed == MESSAGES && queue.is_empty() {
+                        break;
+                    }
+                    continue;
+                }
+                let (count, mode) = queue.batch();
+                assert!((1..=MAX_TRANSACTIONS).contains(&count), "{seed}: {count}");
+                let at = random(count as u64) as usize;
+                match random(10) {
+                    0 => queue.failed(count, mode, None),
+                    1 => queue.failed(count, mode, Some(at)),
+                    2 => queue.set_apart(count),
+                    3 => queue.isolate(count),
+                    4 | 5 => queue.park(at, now + Duration::from_millis(random(500))),
+                    _ => {
+                        for fence in queue.fences(count, &owned) {
+                            let position = &mut owned.get_mut(&fence.partition).unwrap().position;
+                            assert!(fence.old == *position && fence.new >= fence.old, "{seed}: {fence:?}");
+                            *position = fence.new;
+                        }
+                        queue.items()[..count].iter().for_each(|item| open[item.sequence as usize - 1] -= 1);
+                        queue.done(count, mode, |submission| {
+                            let of_client = &mut done[submission.client_id.as_u128() as usize - 1];
+                            *of_client += 1;
+                            assert_eq!(*of_client, submission.seq, "{seed}: {}", submission.client_id);
+                        });
+                        for (n, open) in open.iter().enumerate().filter(|(_, open)| **open > 0) {
+                            let position = owned[&messages[n].0].position;
+                            assert!(position < n as u64 + 1, "{seed}: {position} passes {n} with {open} items");
+                        }
+                    }
+                }
+            }
+            assert_eq!(done, last, "{seed}");
+            for (partition, owned) in owned {
+                let newest = messages.iter().rposition(|(of, _)| *of == partition).map_or(0, |n| n as u64 + 1);
+                assert_eq!(owned.position, newest, "{seed}: partition {partition}");
+            }
+        }
     }
 
     #[test]

@@ -205,7 +205,9 @@ impl Watcher {
             match found {
                 Ok(found) if before.as_ref() == Some(&found) => {}
                 Ok(found) => {
-                    before = Some(found);
+                    if before.replace(found).is_some() {
+                        tracing::info!("the configuration or the database has changed; the catalog is read again");
+                    }
                     self.changed.send_replace(());
                 }
                 Err(error) => tracing::debug!(%error, "cannot look whether the database has changed"),

@@ -10,7 +10,6 @@ use millstream_runtime::backoff::Backoff;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::Code;
-use millstream_schemas::stream::ChangesMessage;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -237,7 +236,7 @@ impl Worker {
             }
             Command::Message { partition, sequence, payload, room } => {
                 if self.owned.get(&partition).is_some_and(|state| sequence > state.position) {
-                    let items = items(partition, sequence, &payload, Some(room));
+                    let items = Item::decode(partition, sequence, &payload, Some(room));
                     items.into_iter().for_each(|item| self.enqueue(item));
                 }
             }
@@ -284,7 +283,8 @@ impl Worker {
     fn load(&mut self, Read { client_id, left, payload }: Read) {
         match payload {
             Payload::Found(payload) => {
-                self.queue.load(client_id, left, items(left.partition, left.sequence, &payload, None));
+                let items = Item::decode(left.partition, left.sequence, &payload, None);
+                self.queue.load(client_id, left, items);
             }
             Payload::Gone => self.queue.load(client_id, left, Vec::new()),
             Payload::Failed => self.queue.fail_to_load(client_id),
@@ -331,7 +331,7 @@ impl Worker {
                 tracing::warn!(worker = self.index, %error, "the outcome of a batch is unknown; reading the positions");
                 // Where no position moves (the middle of a large message, or one before it waits) the ledger will tell what
                 // was done.
-                let single = self.queue.items().first().filter(|_| mode == Mode::Single).and_then(name);
+                let single = self.queue.items().first().filter(|_| mode == Mode::Single).and_then(Item::name);
                 if let Some(stored) = self.recover().await
                     && fences.iter().any(|fence| fence.new != fence.old)
                     && fences.iter().all(|fence| {
@@ -404,7 +404,7 @@ impl Worker {
         if !keeps_connection(error) {
             self.recover().await;
         }
-        let Some(at) = self.queue.items().iter().position(|item| name(item) == Some((client_id, seq))) else { return };
+        let Some(at) = self.queue.items().iter().position(|item| item.name() == Some((client_id, seq))) else { return };
         let trouble = self.troubles.entry((client_id, seq)).or_default();
         trouble.strikes += 1;
         let strikes = trouble.strikes;
@@ -427,7 +427,7 @@ impl Worker {
             tracing::debug!(worker = self.index, %error, "the transactions of a batch are tried one by one");
             return self.queue.set_apart(count);
         }
-        let Some((client_id, seq)) = self.queue.items().first().and_then(name) else { return self.pause().await };
+        let Some((client_id, seq)) = self.queue.items().first().and_then(Item::name) else { return self.pause().await };
         tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
         self.park(0);
         // Locks and deadlocks are between transactions; everything else may be the server's state.
@@ -443,7 +443,7 @@ impl Worker {
 
     /// Parks the client of the batch's item `at`.
     fn park(&mut self, at: usize) {
-        let Some(name) = self.queue.items().get(at).and_then(name) else { return };
+        let Some(name) = self.queue.items().get(at).and_then(Item::name) else { return };
         let trouble = self.troubles.entry(name).or_default();
         let pause = PARKED.0.saturating_mul(1 << trouble.parked.min(16)).min(PARKED.1);
         trouble.parked += 1;
@@ -513,28 +513,4 @@ impl Worker {
         }
         Some(stored)
     }
-}
-
-/// Which transaction an item is.
-fn name(item: &Item) -> Option<(Uuid, u64)> {
-    item.submission.as_ref().map(|submission| (submission.client_id, submission.seq))
-}
-
-fn items(partition: u16, sequence: u64, payload: &[u8], room: Option<OwnedSemaphorePermit>) -> Vec<Item> {
-    let submissions = match serde_json::from_slice::<ChangesMessage>(payload) {
-        Ok(message) => message.submissions,
-        Err(error) => {
-            // Nobody can be told: it does not say whose it is. The sender never sees it confirmed and sends it again.
-            // (The error's text could quote values.)
-            tracing::error!(
-                partition,
-                stream.sequence = sequence,
-                line = error.line(),
-                column = error.column(),
-                "a message cannot be decoded and is passed over"
-            );
-            Vec::new()
-        }
-    };
-    Item::of_message(partition, sequence, submissions, room)
 }

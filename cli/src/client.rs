@@ -158,7 +158,7 @@ held (waits for an earlier transaction on the same rows)."
 stays in the file, with the reason told; what was recorded is not recorded again. Exit status: 1 if anything was kept."
     )]
     Import {
-        /// The file that the damaged store left: <store>.unsent-<time>.json
+        /// The file that the damaged store left: `STORE.unsent-TIME.json`
         file: PathBuf,
         /// Also transactions of which changes may be missing
         #[arg(long)]

@@ -7,7 +7,10 @@ use millstream_fuzz::TARGETS;
 fn inputs(of: &str, target: &str) -> Vec<(PathBuf, Vec<u8>)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(of).join(target);
     let Ok(files) = std::fs::read_dir(&folder) else { return Vec::new() };
-    files.map(|file| file.unwrap().path()).map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+    files
+        .map(|file| file.expect("a folder that can be listed").path())
+        .map(|path| (path.clone(), std::fs::read(path).expect("a file that can be read")))
+        .collect()
 }
 
 /// A panic's output names the input.

@@ -124,6 +124,7 @@ write = { update = "true", delete = "true" }
 "#;
 
 /// Who may read which rows.
+#[expect(clippy::type_complexity, reason = "a table of cases")]
 const READABLE: [(&str, &str, &[(&str, &[i32])]); 6] = [
     ("news", "n", &[("ann", &[1]), ("tom", &[1]), ("gus", &[1]), ("bob", &[1]), ("off", &[1]), ("eve", &[1])]),
     ("notes", "n", &[("ann", &[1]), ("tom", &[]), ("gus", &[]), ("bob", &[2]), ("off", &[]), ("eve", &[])]),

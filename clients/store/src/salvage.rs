@@ -224,12 +224,12 @@ impl<'a, F: Read + Seek> Reader<'a, F> {
                 if rest <= most { rest } else { least }
             }
         };
-        let Some(bytes) = page.get(at..at + local) else { return None };
+        let bytes = page.get(at..at + local)?;
         let mut payload = bytes.to_vec();
         let mut next = if size > local { u32_at(page, at + local) } else { None };
         while payload.len() < size {
-            let Some(number) = next.filter(|number| *number > 0) else { return None };
-            let Some(overflow) = self.page(number) else { return None };
+            let number = next.filter(|number| *number > 0)?;
+            let overflow = self.page(number)?;
             next = u32_at(&overflow, 0);
             let taken = (size - payload.len()).min(self.page_size - 4);
             payload.extend(&overflow[4..4 + taken]);

@@ -17,13 +17,8 @@ const LOOK: Duration = Duration::from_secs(1);
 type Ended = HashMap<String, f64>;
 
 /// What is known of them.
+#[derive(Default)]
 pub struct Evictions(watch::Sender<Arc<Ended>>);
-
-impl Default for Evictions {
-    fn default() -> Self {
-        Evictions(watch::Sender::default())
-    }
-}
 
 impl Evictions {
     /// Whether a token of this user, issued then, is good no more. One that does not say when counts as old.

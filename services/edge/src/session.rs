@@ -290,7 +290,8 @@ impl Session {
     /// Gives one message to the downlink, reading memberships when it asks for them.
     async fn feed(&mut self, wire: &mut Wire, message: &Message) -> Result<(), End> {
         if !self.is_bound && message.settles(self.client_id).next().is_some() {
-            Box::pin(self.bind(message)).await?;
+            let sees = self.snapshot_that_sees(message.xid, message.lsn()).await?;
+            Box::pin(self.bind(sees)).await?;
         }
         let mut read = false;
         loop {
@@ -313,8 +314,7 @@ impl Session {
     }
 
     /// Somebody's first transaction under this client id was settled: whose was it?
-    async fn bind(&mut self, message: &Message) -> Result<(), End> {
-        let mut snapshot = self.snapshot_that_sees(message.xid, message.lsn()).await?;
+    async fn bind(&mut self, mut snapshot: Snapshot) -> Result<(), End> {
         let ledger = snapshot.ledger(self.client_id, u64::MAX).await.map_err(|error| End::unavailable(&error))?;
         self.is_bound = ledger.user_id.as_ref() == Some(&self.user_id);
         if self.is_bound || ledger.user_id.is_none() { Ok(()) } else { Err(open::another_user()) }
@@ -549,6 +549,10 @@ impl Session {
                     let mut results = vec![result];
                     while let Ok(result) = self.results.try_recv() {
                         results.push(result);
+                    }
+                    if !self.is_bound {
+                        let now = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
+                        Box::pin(self.bind(now)).await?;
                     }
                     if self.is_bound {
                         wire.own(ServerFrame::Results { results }).await?;

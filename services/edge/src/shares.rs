@@ -174,23 +174,28 @@ impl Shares {
         Ok(Place(share))
     }
 
-    fn lane(&self, rows: u64) -> (&Arc<Semaphore>, fn(&Share) -> &Arc<Semaphore>) {
-        if rows <= SMALL_ROWS { (&self.small, |share| &share.small) } else { (&self.large, |share| &share.large) }
+    /// The user's turns and the edge's, for snapshots of this size.
+    fn turns(&self, share: &Share, rows: u64) -> [Arc<Semaphore>; 2] {
+        if rows <= SMALL_ROWS {
+            [share.small.clone(), self.small.clone()]
+        } else {
+            [share.large.clone(), self.large.clone()]
+        }
     }
 
     /// A turn for a snapshot with this number of rows, if there is one at once.
     pub fn try_turn(&self, share: &Share, rows: u64) -> Option<Turn> {
-        let (edge, user) = self.lane(rows);
-        let _user = user(share).clone().try_acquire_owned().ok()?;
-        let _edge = edge.clone().try_acquire_owned().ok()?;
+        let [user, edge] = self.turns(share, rows);
+        let _user = user.try_acquire_owned().ok()?;
+        let _edge = edge.try_acquire_owned().ok()?;
         Some(Turn { _user, _edge })
     }
 
     /// A turn for a snapshot with this number of rows, behind those of the same user and then behind those of others.
     pub async fn turn(&self, share: &Share, rows: u64) -> Option<Turn> {
-        let (edge, user) = self.lane(rows);
-        let _user = user(share).clone().acquire_owned().await.ok()?;
-        let _edge = edge.clone().acquire_owned().await.ok()?;
+        let [user, edge] = self.turns(share, rows);
+        let _user = user.acquire_owned().await.ok()?;
+        let _edge = edge.acquire_owned().await.ok()?;
         Some(Turn { _user, _edge })
     }
 }

@@ -100,6 +100,7 @@ async fn rows_that_grow_in_the_database_are_refused() -> Result<()> {
     let document = format!("[{}]", many(600));
     let doubly = document.replace('"', "\"\"");
     let one = |column: &'static str, value: String| vec![(column, value)];
+    #[expect(clippy::type_complexity, reason = "a table of cases")]
     let variants: Vec<(&str, usize, Vec<(&'static str, String)>)> = vec![
         ("a plain numeric of 500 rows", 500, one("n", number.to_owned())),
         ("a numeric of 900 rows, with a fraction and a sign", 900, one("n", "-1.5E+131070".to_owned())),

@@ -3,7 +3,6 @@
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::StreamExt;
 use millstream_client::{Client, Damage, Error, ImportOutcome, Saved, State, StoreError};

@@ -77,6 +77,8 @@ pub struct Downlink {
     checked: Option<(Lsn, u32)>,
     /// Scopes held, each with the snapshot that its rows came from, if this session sent one.
     scopes: BTreeMap<Scope, Option<Arc<Fence>>>,
+    /// Scopes that the client says it holds and that are not delivered: it is told if they are not the user's.
+    disclaimed: BTreeSet<Scope>,
     /// The snapshot in which memberships were read last.
     authorization: Arc<Fence>,
     /// The open transaction moves memberships that the authorization does not know.
@@ -121,6 +123,7 @@ impl Downlink {
             open,
             listens: BTreeSet::from([Scope::user(user_id), Scope::global()]),
             checked: None,
+            disclaimed: BTreeSet::new(),
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
             authorization,
             reauthorize: false,
@@ -396,6 +399,11 @@ impl Downlink {
         for scope in ended.intersection(scopes) {
             self.scopes.remove(scope);
         }
+        for scope in std::mem::take(&mut self.disclaimed) {
+            if !scopes.contains(&scope) {
+                self.removed(scope, out);
+            }
+        }
         let lost: Vec<Scope> = self.scopes.keys().filter(|scope| !scopes.contains(scope)).cloned().collect();
         for scope in lost {
             self.scopes.remove(&scope);
@@ -416,8 +424,9 @@ impl Downlink {
     }
 
     /// A client's claim to hold a scope does not stand: if the user has it, it comes as a snapshot.
-    pub fn disclaim(&mut self, scope: &Scope) {
-        self.scopes.remove(scope);
+    pub fn disclaim(&mut self, scope: Scope) {
+        self.scopes.remove(&scope);
+        self.disclaimed.insert(scope);
     }
 
     /// Tells the client that it may not hold a scope.

@@ -443,17 +443,18 @@ impl Session {
             }
             None => true,
         };
-        if !goes_on {
-            // From the start, at the stream's end.
-            let confirmed = self.downlink.confirmed();
+        if !goes_on || (self.is_behind() && !claims.is_empty()) {
+            // From the start, at the stream's end: all of it is as of one moment.
+            let (confirmed, held) = (self.downlink.confirmed(), self.downlink.scopes().cloned().collect::<Vec<_>>());
             self.downlink = open::downlink_at_head(&edge, self.client_id, &self.user_id, &self.known, &start.fence)?;
             self.downlink.knows(confirmed);
+            held.into_iter().for_each(|scope| self.downlink.disclaim(scope));
             let mut snapshot = self.read_ledger(self.downlink.cursor()).await?;
             let scopes = self.scopes_in(&mut snapshot).await?;
             self.join(wire, snapshot, scopes).await?;
             return Ok(true);
         }
-        claims.iter().for_each(|scope| self.downlink.disclaim(scope));
+        claims.into_iter().for_each(|scope| self.downlink.disclaim(scope));
         if self.is_behind() {
             let mut snapshot = self.catch_up(wire).await?;
             let scopes = self.scopes_in(&mut snapshot).await?;

@@ -431,6 +431,7 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
              millstream.instances, millstream.changes_history TO {changes}"
         ),
         format!("GRANT EXECUTE ON FUNCTION millstream.take_back(text) TO {changes}"),
+        format!("GRANT EXECUTE ON FUNCTION millstream.has_text(regclass, oid, tid, text) TO {edge}"),
         format!("GRANT SELECT, INSERT, UPDATE ON millstream.epoch TO {replication}"),
     ];
     for schema in schemas {

@@ -160,13 +160,6 @@ pub(crate) struct Edge {
     shutdown: Shutdown,
 }
 
-impl Edge {
-    /// Largest row that the stream can carry, in bytes of its JSON text.
-    fn row_limit(&self) -> usize {
-        row_limit(self.nats.client.max_payload())
-    }
-}
-
 /// Runs until shutdown.
 ///
 /// # Errors

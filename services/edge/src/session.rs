@@ -138,9 +138,7 @@ pub async fn serve(edge: Arc<Edge>, mut wire: Wire, admission: Admission) {
         }
         Err(end) => end,
     };
-    if let End::Fatal(frame) = end
-        && wire.is_whole()
-    {
+    if let End::Fatal(frame) = end {
         let close = match frame.code {
             Code::TooLarge => CloseCode::Size,
             Code::ShuttingDown => CloseCode::Restart,
@@ -151,7 +149,10 @@ pub async fn serve(edge: Arc<Edge>, mut wire: Wire, admission: Admission) {
         };
         let reason = frame.code.as_str();
         let goodbye = async {
-            let _ = wire.send(&[Out::Own(ServerFrame::Error(frame))]).await;
+            // Within a text that was given up half-way, only a control frame can follow.
+            if wire.is_whole() {
+                let _ = wire.send(&[Out::Own(ServerFrame::Error(frame))]).await;
+            }
             let _ = wire.close(close, reason).await;
         };
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;

@@ -15,14 +15,14 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::catalogs::Known;
 use crate::fence::Fence;
-use crate::resume::{Sealer, moment_of};
-use crate::snapshot::{Exporter, Framing, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
+use crate::resume::{Seal, Sealer, moment_of};
+use crate::snapshot::{Exporter, Framing, SNAPSHOT_FRAMES, Snapshot, SnapshotError, Unwritable};
 use crate::tail::Chain;
 
 /// For so long others join a moment.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Most bytes of rows that are kept.
-const MAX_BYTES: usize = 64 << 20;
+const MAX_BYTES: usize = 32 << 20;
 /// Most rows of a scope that are shared, and most scopes of a client: each is read by statements of its own.
 const MAX_ROWS: u64 = 250_000;
 const MAX_SCOPES: usize = 16;
@@ -38,6 +38,7 @@ pub struct Shared {
     pool: PgPool,
     sealer: Sealer,
     row_limit: usize,
+    unwritable: Unwritable,
     newest: tokio::sync::Mutex<Option<Adopted>>,
     /// Scopes that are too large, each with when that was found.
     apart: Mutex<HashMap<Scope, Instant>>,
@@ -92,11 +93,17 @@ impl Shared {
             pool,
             sealer,
             row_limit,
+            unwritable: Unwritable::default(),
             newest: tokio::sync::Mutex::default(),
             apart: Mutex::default(),
             reads,
             room,
         })
+    }
+
+    /// How rows become frames, for everybody.
+    pub fn framing(&self, seal: Seal) -> Framing {
+        Framing { seal, row_limit: self.row_limit, unwritable: self.unwritable.clone() }
     }
 
     /// A snapshot of the moment at which others start, or of a new one.
@@ -181,7 +188,7 @@ impl Shared {
             // Not before: who has been told how many there are gets them.
             part.progress.send_modify(|progress| progress.rows = Some(rows));
             let seal = self.sealer.seal(&moment_of(&snapshot.fence, &known.catalog.version));
-            let framing = Framing { seal, row_limit: self.row_limit };
+            let framing = self.framing(seal);
             let (mut sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
             let keep = async move {
                 while let Some(frame) = frames.recv().await {

@@ -4,11 +4,14 @@
 //! Rows come by `COPY … TO STDOUT`, whose text form is that of the WAL decoder, and are re-framed as they stream: memory
 //! does not grow with the scope.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use millstream_catalog::{Catalog, Column, Members, ScopeColumn, Table};
 use millstream_runtime::lease::Lease;
+use millstream_runtime::postgres::is_about_content;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
 use millstream_schemas::subject::USER_KIND;
@@ -383,11 +386,19 @@ impl Snapshot {
         if let Some(fits) = may_fit(table, framing.row_limit) {
             let _ = write!(sql, " AND {fits}");
         }
+        if framing.unwritable.is_known(&table.name) {
+            let (name, columns) = (literal(&table.sql_name), literal(&columns.join(", ")));
+            let _ = write!(sql, " AND millstream.has_text({name}::regclass, tableoid, ctid, {columns})");
+        }
         let _ = write!(sql, " ORDER BY {key}) TO STDOUT");
         let mut lines = Lines::default();
         let mut frame = RowsFrame::new(&table.name, &table.key, mark, framing);
-        let mut copy = self.lease.copy_out(&sql).await.map_err(query("copy a table's rows"))?;
-        while let Some(chunk) = copy.next().await.map_err(query("copy a table's rows"))? {
+        let failed = |error| {
+            framing.unwritable.note(&table.name, &error);
+            query("copy a table's rows")(error)
+        };
+        let mut copy = self.lease.copy_out(&sql).await.map_err(failed)?;
+        while let Some(chunk) = copy.next().await.map_err(failed)? {
             lines.push(&chunk, |line| frame.row(line));
             if frame.text.len() >= ROWS_FRAME_BYTES && !frames.put(frame.take()).await {
                 return Err(SnapshotError::Gone);
@@ -407,10 +418,48 @@ pub struct Framing {
     pub seal: Seal,
     /// Largest row, in bytes of its JSON text: larger ones are not in the stream either.
     pub row_limit: usize,
+    /// Where rows are tried before they are read.
+    pub unwritable: Unwritable,
 }
 
-/// SQL that says whether a row may be small enough to be sent, without reading large values; none if every row may. (A row of
-/// which the text is over 1 GB cannot even be read.)
+/// Tables with rows that Postgres cannot write as text, because that is over 1 GB or what is stored is damaged. COPY fails at such
+/// a row, so the first snapshot that meets one fails; those after it ask about every row of the table (`millstream.has_text`),
+/// and leave out what cannot be written.
+#[derive(Clone, Default)]
+pub struct Unwritable {
+    found: Arc<Mutex<HashMap<String, Instant>>>,
+}
+
+impl Unwritable {
+    /// For so long after a failure, rows of its table are tried one by one.
+    const TRIED: Duration = Duration::from_secs(3600);
+
+    fn is_known(&self, table: &str) -> bool {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.retain(|_, at| at.elapsed() < Self::TRIED);
+        found.contains_key(table)
+    }
+
+    /// Notes that copying rows of a table has failed, if it did so by its rows.
+    fn note(&self, table: &str, error: &sqlx::Error) {
+        let code = error.as_database_error().and_then(|error| error.code());
+        // The server being short of memory says nothing about a row.
+        let Some(code) = code.filter(|code| is_about_content(code) && !code.starts_with("53")) else { return };
+        tracing::error!(
+            table,
+            sqlstate = %code,
+            "Postgres cannot write a row of the table as text; clients get the table without such rows"
+        );
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(table.to_owned(), Instant::now());
+    }
+}
+
+/// A text in SQL; of names that the catalog gave.
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// SQL that says whether a row may be small enough to be sent, without reading large values; none if every row may.
 fn may_fit(table: &Table, limit: usize) -> Option<String> {
     let size = |column: &Column| {
         let name = &column.sql_name;
@@ -544,7 +593,11 @@ impl<'a> RowsFrame<'a> {
 /// The frames that a table's rows become, of which COPY sends these chunks: see `Snapshot::table`.
 pub fn reframed<'a>(table: &str, key: &[usize], chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<String> {
     let mut lines = Lines::default();
-    let framing = Framing { seal: Sealer::new(b"").seal(""), row_limit: millstream_schemas::stream::MAX_ROW_BYTES };
+    let framing = Framing {
+        seal: Sealer::new(b"").seal(""),
+        row_limit: millstream_schemas::stream::MAX_ROW_BYTES,
+        unwritable: Unwritable::default(),
+    };
     let mut frame = RowsFrame::new(table, key, Mark { scope: None, pass: 0, key: Vec::new() }, &framing);
     let mut frames = Vec::new();
     for chunk in chunks {
@@ -593,7 +646,8 @@ mod tests {
     #[test]
     fn copy_lines_become_rows() {
         let mark = Mark { scope: None, pass: 1, key: Vec::new() };
-        let framing = Framing { seal: Sealer::new(b"secret").seal("moment"), row_limit: 30 };
+        let framing =
+            Framing { seal: Sealer::new(b"secret").seal("moment"), row_limit: 30, unwritable: Unwritable::default() };
         let mut frame = RowsFrame::new("ta\"sks", &[1, 0], mark.clone(), &framing);
         let mut lines = Lines::default();
         for chunk in ["1\tplain\t\\N\n2\tta\\tb\\\\n\\n", "end\t\n", "4\ttoo large by some bytes\t1\n3\t\"q\"\tt", "\n"]

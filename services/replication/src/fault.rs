@@ -1,6 +1,7 @@
 //! Failures of sessions: whether they are about what is in a transaction, so that another try ends as the last one did, and
 //! when such a transaction is passed over. Pure.
 
+use millstream_runtime::postgres::is_about_content;
 use millstream_schemas::Lsn;
 
 use crate::assemble::AssembleError;
@@ -57,14 +58,6 @@ fn content(error: &Error) -> Option<String> {
         Error::Assemble(error) => Some(error.to_string()),
         _ => None,
     }
-}
-
-/// Whether an error with this SQLSTATE comes from the data itself. Not what passes or an operator can mend: connections,
-/// rights, settings, disks, an operator's intervention.
-pub fn is_about_content(code: &str) -> bool {
-    const OUT_OF_MEMORY: &str = "53200";
-    let passes = ["08", "25", "28", "3D", "40", "42", "53", "55", "57", "58", "F0"];
-    code == OUT_OF_MEMORY || !passes.iter().any(|class| code.starts_with(class))
 }
 
 impl ServerError {

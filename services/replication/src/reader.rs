@@ -6,6 +6,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use millstream_catalog::Table;
+use millstream_runtime::postgres::is_about_content;
 use millstream_runtime::telemetry;
 use millstream_schemas::Lsn;
 use sqlx::{PgPool, Row};
@@ -14,7 +15,6 @@ use tracing::Span;
 
 use crate::assemble::{AssembleError, Assembler, Filled, Found, Limits, Lookup, Outgoing, Step};
 use crate::error::Error;
-use crate::fault;
 use crate::left_out::Report;
 use crate::pgoutput::{self, Message};
 use crate::wal::{Event, Wal};
@@ -244,7 +244,7 @@ impl Reader {
             Ok(Some(row)) => row,
             Ok(None) => return Ok(Filled::new()),
             // So large that Postgres itself cannot write it as text.
-            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| fault::is_about_content(&code)) => {
+            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| is_about_content(&code)) => {
                 return Ok(lookup.columns.iter().map(|&column| (column, Found::TooLarge)).collect());
             }
             Err(source) => return Err(Error::Lookup { source }),

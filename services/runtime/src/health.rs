@@ -10,12 +10,17 @@ use axum::routing::get;
 use axum::{Extension, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use crate::shutdown::Shutdown;
 
 /// A connection must have sent its request's headers within this time.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// What the kernel keeps for a client that reads slowly, in bytes (Linux doubles it). What is there cannot be taken back when a
+/// right ends, so it is not left to grow to megabytes.
+const SEND_BUFFER: u32 = 256 * 1024;
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// Where the process answers about its health.
 #[derive(Clone, Debug, clap::Args)]
@@ -106,7 +111,11 @@ impl Health {
 /// # Errors
 /// The address cannot be bound.
 pub async fn serve(listen: SocketAddr, router: Router, shutdown: Shutdown) -> std::io::Result<SocketAddr> {
-    let listener = TcpListener::bind(listen).await?;
+    let socket = if listen.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.set_send_buffer_size(SEND_BUFFER)?;
+    socket.bind(listen)?;
+    let listener = socket.listen(BACKLOG)?;
     let address = listener.local_addr()?;
     tokio::spawn(accept(listener, router, shutdown));
     Ok(address)

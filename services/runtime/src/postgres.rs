@@ -142,6 +142,14 @@ pub fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     None
 }
 
+/// Whether an error with this SQLSTATE comes from the data itself. Not what passes or an operator can mend: connections,
+/// rights, settings, disks, an operator's intervention.
+pub fn is_about_content(code: &str) -> bool {
+    const OUT_OF_MEMORY: &str = "53200";
+    let passes = ["08", "25", "28", "3D", "40", "42", "53", "55", "57", "58", "F0"];
+    code == OUT_OF_MEMORY || !passes.iter().any(|class| code.starts_with(class))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

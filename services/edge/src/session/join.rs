@@ -16,7 +16,7 @@ use crate::message::Message;
 use crate::resume::{Mark, Seal, Token, moment_of};
 use crate::shared::{Apart, Part};
 use crate::shares::Turn;
-use crate::snapshot::{Framing, Snapshot, SnapshotError, begin_frame};
+use crate::snapshot::{Snapshot, SnapshotError, begin_frame};
 
 /// A client that could not go on with a snapshot, but had to begin again, gets this many times as long for it.
 const WHOLE: u32 = 10;
@@ -215,7 +215,7 @@ impl Session {
     ) -> Result<(), End> {
         let (mut writer, mut reader) = self.edge.spool.open(self.place.spool.clone());
         let (known, wanted) = (self.known.clone(), scopes.to_vec());
-        let framing = Framing { seal, row_limit: self.edge.row_limit() };
+        let framing = self.edge.shared.framing(seal);
         let reading = tokio::spawn(async move {
             let read = snapshot.rows(&known.catalog, &wanted, apart, behind, &framing, &mut writer).await;
             drop(turn);

@@ -1,6 +1,7 @@
 //! What waits for a worker, cut into batches. Pure, but for the time that the caller gives.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use millstream_schemas::stream::{ChangesMessage, Submission};
 use tokio::sync::OwnedSemaphorePermit;
@@ -12,14 +13,18 @@ use crate::turns::{Left, Turns};
 
 /// Most transactions in one Postgres transaction.
 pub(crate) const MAX_TRANSACTIONS: usize = 100;
-/// Most changes in one Postgres transaction, unless a single transaction holds more.
-pub(crate) const MAX_CHANGES: usize = 1_000;
+/// Most that the transactions in one Postgres transaction may cost ([`Item::cost`]), unless a single one costs more.
+pub(crate) const MAX_COST: usize = 1_000;
 /// Most transactions in one Postgres transaction where each has a savepoint: from 64 subtransactions on, every snapshot
 /// of the server is slowed down.
 pub(crate) const MAX_SAVEPOINTS: usize = 60;
 
 /// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
-const WARY: usize = 10;
+const WARY: usize = 20;
+/// How long a careful batch may take: others wait for it. Transactions that fail can take long, each tried more than once.
+const CAREFUL: Duration = Duration::from_millis(15);
+/// After one that took longer, so many quick ones have to follow before there are more at once again.
+const PATIENCE: usize = 10;
 
 /// One submission of a message, or a message without any.
 #[derive(Debug)]
@@ -36,6 +41,8 @@ pub(crate) struct Item {
     pub last: bool,
     /// About what it takes in memory.
     pub bytes: usize,
+    /// About what it takes to be applied, in small changes.
+    pub cost: usize,
     /// Room in the worker's memory, freed when the item is done with.
     #[expect(dead_code, reason = "held, not read")]
     pub room: Option<OwnedSemaphorePermit>,
@@ -71,10 +78,10 @@ impl Item {
     ) -> Vec<Item> {
         let count = submissions.len();
         let item = |(index, submission): (usize, Submission)| {
-            let bytes = bytes(&submission);
+            let (bytes, cost) = (bytes(&submission), cost(&submission));
             let room = room.as_mut().and_then(|room| room.split(room.num_permits().min(bytes / 1024 + 1)));
             let last = index + 1 == count;
-            Item { partition, index: index as u32, sequence, submission: Some(submission), last, bytes, room }
+            Item { partition, index: index as u32, sequence, submission: Some(submission), last, bytes, cost, room }
         };
         match count {
             0 => vec![Item::empty(partition, sequence)],
@@ -84,17 +91,12 @@ impl Item {
 
     /// Of a message without a submission, and of none, that the partition is moved on over.
     pub fn empty(partition: u16, sequence: u64) -> Item {
-        Item { partition, index: 0, sequence, submission: None, last: true, bytes: 0, room: None }
+        Item { partition, index: 0, sequence, submission: None, last: true, bytes: 0, cost: 0, room: None }
     }
 
     /// Which transaction it is: client and `client_seq`.
     pub fn name(&self) -> Option<(Uuid, u64)> {
         self.submission.as_ref().map(|submission| (submission.client_id, submission.seq))
-    }
-
-    /// How many changes it holds.
-    pub fn changes(&self) -> usize {
-        self.submission.as_ref().map_or(0, |submission| submission.changes.len())
     }
 
     /// Where it is in the stream.
@@ -114,6 +116,14 @@ fn bytes(submission: &Submission) -> usize {
     size_of::<Item>() + submission.changes.iter().map(change).sum::<usize>()
 }
 
+/// What a transaction takes to be applied, in changes of a small row. Large values cost by their size: they are parsed, checked and
+/// compressed.
+fn cost(submission: &Submission) -> usize {
+    const SMALL_ROW_BYTES: usize = 256;
+    let values = submission.changes.iter().flat_map(|change| change.values.iter().flatten());
+    submission.changes.len().max(values.map(String::len).sum::<usize>() / SMALL_ROW_BYTES)
+}
+
 /// How the next batch is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -127,19 +137,67 @@ pub(crate) enum Mode {
     Single,
 }
 
+/// How long batches take.
+#[derive(Debug)]
+struct Pace {
+    usual: Duration,
+    /// When clients were last told to be slow that had not been, and how many in this second.
+    told: Option<(Instant, u32)>,
+}
+
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace { usual: Duration::from_millis(10), told: None }
+    }
+}
+
+impl Pace {
+    /// Nothing is slow that takes less, nor what takes less than so many times as long as most do: then all is slow.
+    const SLOW: Duration = Duration::from_millis(25);
+    const TIMES: u32 = 3;
+    /// Where more clients than these become slow in a second, it is not for what they do.
+    const MOST: u32 = 4;
+
+    /// Whether this one is slow. It counts, but not for more than twice what is usual.
+    fn is_slow(&mut self, took: Duration) -> bool {
+        let usual = self.usual;
+        self.usual = (usual * 15 + took.min(usual * 2)) / 16;
+        took > Self::SLOW.max(usual * Self::TIMES)
+    }
+
+    /// Whether another client may be told to be slow.
+    fn may_tell(&mut self, now: Instant) -> bool {
+        let (since, told) =
+            self.told.filter(|(since, _)| now.duration_since(*since) < Duration::from_secs(1)).unwrap_or((now, 0));
+        self.told = Some((since, told + 1));
+        told < Self::MOST
+    }
+
+    /// How long a careful batch may take.
+    fn careful(&self) -> Duration {
+        CAREFUL.max(self.usual * 2)
+    }
+}
+
 /// The worker's queue: a batch, how many of its first items are to be applied how, and behind it what waits for its turn.
 ///
-/// A fast batch that fails is tried again with care. Where one transaction is known not to go with the others, those
-/// before it come first, then it alone. While something is known of its items, nothing is added to a batch.
+/// A fast batch that fails is tried again with care, and little by little: careful batches begin with one transaction, and grow
+/// while they are quick, so that whoever waits behind a client with bad changes waits for few of them. Where one transaction is
+/// known not to go with the others, those before it come first, then it alone. While something is known of its items, nothing
+/// is added to a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     turns: Turns,
     batch: Vec<Item>,
     progress: Progress,
+    pace: Pace,
     /// Everything is applied alone.
     one_by_one: bool,
-    /// Batches still to be careful with.
+    /// Batches still to be careful with, and how many transactions they may have.
     wary: usize,
+    at_once: usize,
+    /// Quick batches before there are more at once.
+    slow: usize,
     /// The first ones, to be applied before those that are isolated.
     ahead: usize,
     /// Those behind them, to be applied in savepoints.
@@ -184,11 +242,15 @@ impl Queue {
 
     /// Makes up the next batch: how many of the first [`Queue::items`], and how to apply them.
     pub fn batch(&mut self) -> (usize, Mode) {
-        if (self.batch.is_empty() || self.ahead + self.isolated + self.single == 0) && self.turns.fill(&mut self.batch)
+        let (set_wise, most) = match self.wary {
+            0 => (Mode::Fast, MAX_TRANSACTIONS),
+            _ => (Mode::Careful, self.at_once),
+        };
+        if (self.batch.is_empty() || self.ahead + self.isolated + self.single == 0)
+            && self.turns.fill(&mut self.batch, most)
         {
             self.single = 1;
         }
-        let set_wise = if self.wary > 0 { Mode::Careful } else { Mode::Fast };
         let (mode, limit) = if self.single > 0 || self.one_by_one {
             (Mode::Single, 1)
         } else if self.ahead > 0 {
@@ -196,7 +258,7 @@ impl Queue {
         } else if self.isolated > 0 {
             (Mode::Savepoints, self.isolated.min(MAX_SAVEPOINTS))
         } else {
-            (set_wise, MAX_TRANSACTIONS)
+            (set_wise, most)
         };
         (limit.min(self.batch.len()), mode)
     }
@@ -211,19 +273,25 @@ impl Queue {
         &self.batch
     }
 
-    /// The first `count` items are committed, in `mode`.
-    pub fn done(&mut self, count: usize, mode: Mode, mut committed: impl FnMut(&Submission)) {
-        for item in self.batch.drain(..count) {
-            self.progress.done(item.partition, item.sequence);
-            item.submission.iter().for_each(&mut committed);
-        }
+    /// The first `count` items are committed, in `mode`; that took so long. Gives them.
+    pub fn done(&mut self, count: usize, mode: Mode, took: Duration) -> Vec<Item> {
+        let done: Vec<Item> = self.batch.drain(..count).collect();
+        done.iter().for_each(|item| self.progress.done(item.partition, item.sequence));
         self.single = self.single.saturating_sub(count);
         let ahead = self.ahead.min(count);
         self.ahead -= ahead;
         self.isolated = self.isolated.saturating_sub(count - ahead);
         if mode == Mode::Careful {
             self.wary = self.wary.saturating_sub(1);
+            if took > self.pace.careful() {
+                (self.at_once, self.slow) = ((self.at_once / 2).max(1), PATIENCE);
+            } else if self.slow > 0 {
+                self.slow -= 1;
+            } else {
+                self.at_once = (self.at_once * 2).min(MAX_TRANSACTIONS);
+            }
         }
+        done
     }
 
     /// The first `count` items failed in `mode`: be more careful with them. `at` is the item that does not go with the
@@ -231,7 +299,11 @@ impl Queue {
     pub fn failed(&mut self, count: usize, mode: Mode, at: Option<usize>) {
         match (mode, at) {
             (Mode::Fast | Mode::Careful, Some(at)) => (self.ahead, self.isolated) = (at, 1),
-            (Mode::Fast, None) => self.wary = WARY,
+            (Mode::Fast, None) => {
+                (self.wary, self.at_once, self.ahead, self.isolated) = (WARY, 1, 0, 0);
+                // Whoever else waits has a turn before the rest.
+                self.turns.put_back(self.batch.split_off(1));
+            }
             (Mode::Careful, None) => (self.ahead, self.isolated) = (0, count),
             (Mode::Savepoints | Mode::Single, _) => self.set_apart(count),
         }
@@ -267,6 +339,60 @@ impl Queue {
             self.isolated -= usize::from((ahead..isolated).contains(&index));
         }
         self.turns.park(items, apart, until);
+    }
+
+    /// The next transaction to be applied aside, and how: see [`Turns::take_aside`]. None of a client that has others in the batch.
+    pub fn take_aside(&mut self) -> Option<(Item, Mode)> {
+        let is_here = |id| self.batch.iter().any(|item| item.name().is_some_and(|(client_id, _)| client_id == id));
+        let (item, apart) = self.turns.take_aside(|id| !is_here(id))?;
+        Some((item, if apart { Mode::Single } else { Mode::Fast }))
+    }
+
+    /// Whether something waits to be applied aside.
+    pub fn has_aside(&self) -> bool {
+        self.turns.has_aside()
+    }
+
+    /// What was applied aside is committed.
+    pub fn done_aside(&mut self, item: &Item) {
+        self.drop_aside(item);
+        // It is done with, for its position, in the next batch: an item in its place.
+        self.turns.push(Item::empty(item.partition, item.sequence));
+    }
+
+    /// What was to be applied aside has failed: it is tried apart, at once or after its client was parked until a time.
+    pub fn return_aside(&mut self, item: Item, parked: Option<Instant>) {
+        if let Some((client_id, _)) = item.name() {
+            self.turns.back(client_id, Some(item), parked);
+        }
+    }
+
+    /// Its partition is somebody else's, or was meanwhile.
+    pub fn drop_aside(&mut self, item: &Item) {
+        if let Some((client_id, _)) = item.name() {
+            self.turns.back(client_id, None, None);
+        }
+    }
+
+    /// A batch is about to be done with that took so long; if it is one transaction, others may not wait for its client for a while.
+    pub fn took(&mut self, count: usize, took: Duration, now: Instant) {
+        let client_id = self.batch.first().filter(|_| count == 1).and_then(Item::name).map(|(client_id, _)| client_id);
+        self.measure(client_id, took, now);
+    }
+
+    /// A transaction that was applied aside took so long.
+    pub fn took_aside(&mut self, item: &Item, took: Duration, now: Instant) {
+        self.measure(item.name().map(|(client_id, _)| client_id), took, now);
+    }
+
+    fn measure(&mut self, client_id: Option<Uuid>, took: Duration, now: Instant) {
+        let is_slow = self.pace.is_slow(took);
+        let Some(client_id) = client_id else { return };
+        if !is_slow {
+            self.turns.set_quick(client_id);
+        } else if self.turns.is_slow(client_id, now) || self.pace.may_tell(now) {
+            self.turns.set_slow(client_id, now);
+        }
     }
 
     /// Clients that were parked until now go on.
@@ -358,9 +484,8 @@ pub(crate) mod tests {
         };
         check(vec![1; 250], MAX_TRANSACTIONS);
         check(vec![1; 99], 99);
-        check(vec![400, 400, 400], 2);
-        check(vec![500, 500, 1], 2);
-        check(vec![5_000, 1], 1);
+        check(vec![200; 9], 5);
+        check(vec![199, 200, 200, 200, 200, 2], 5);
         check(vec![], 1);
     }
 
@@ -368,23 +493,43 @@ pub(crate) mod tests {
     fn what_does_not_go_with_others_is_cut_out() {
         use Mode::{Careful, Fast, Savepoints};
         let mut queue = queue(vec![message(1, 1, &[1; 300])]);
-        // Something fails: once more, with care, and then for a while.
+        // Something fails: once more, with care and little by little, and then for a while.
         assert_eq!(queue.batch(), (100, Fast));
         queue.failed(100, Fast, None);
+        for count in [1, 2, 4, 8, 16, 32, 64] {
+            assert_eq!(queue.batch(), (count, Careful));
+            queue.done(count, Careful, Duration::ZERO);
+        }
         assert_eq!(queue.batch(), (100, Careful));
         queue.failed(100, Careful, Some(70));
-        for (count, mode) in [(70, Careful), (1, Savepoints), (100, Careful)] {
+        for (count, mode) in [(70, Careful), (1, Savepoints)] {
             assert_eq!(queue.batch(), (count, mode));
-            queue.done(count, mode, |_| {});
+            queue.done(count, mode, Duration::ZERO);
         }
         // The first one of a batch.
         assert_eq!(queue.batch(), (100, Careful));
         queue.failed(100, Careful, Some(0));
         assert_eq!(queue.batch(), (1, Savepoints));
-        queue.done(1, Savepoints, |_| {});
-        for _ in 2..WARY {
-            assert_eq!(queue.batch().1, Careful);
-            queue.done(1, Careful, |_| {});
+        queue.done(1, Savepoints, Duration::ZERO);
+        // What takes long comes in smaller parts.
+        for count in [100, 50, 25] {
+            queue.extend(message(1, 2, &[1; 100]));
+            assert_eq!(queue.batch(), (count, Careful));
+            queue.done(count, Careful, 3 * CAREFUL);
+        }
+        // After so many batches it is tried without.
+        queue.wary += PATIENCE;
+        for _ in 0..=PATIENCE {
+            queue.extend(message(1, 2, &[1; 100]));
+            assert_eq!(queue.batch(), (12, Careful));
+            queue.done(12, Careful, Duration::ZERO);
+        }
+        assert_eq!(queue.batch(), (24, Careful));
+        while queue.wary > 0 {
+            queue.extend(message(1, 3, &[1; 100]));
+            let (count, mode) = queue.batch();
+            assert_eq!(mode, Careful);
+            queue.done(count, mode, Duration::ZERO);
         }
         assert_eq!(queue.batch().1, Fast);
         // Only COMMIT says no.
@@ -400,12 +545,12 @@ pub(crate) mod tests {
         queue.isolate(90);
         queue.extend(message(1, 2, &[1; 50]));
         assert_eq!(queue.batch(), (MAX_SAVEPOINTS, Mode::Savepoints));
-        queue.done(MAX_SAVEPOINTS, Mode::Savepoints, |_| {});
+        queue.done(MAX_SAVEPOINTS, Mode::Savepoints, Duration::ZERO);
         assert_eq!(queue.batch(), (30, Mode::Savepoints));
         queue.failed(30, Mode::Savepoints, None);
         for _ in 0..30 {
             assert_eq!(queue.batch(), (1, Mode::Single));
-            queue.done(1, Mode::Single, |_| {});
+            queue.done(1, Mode::Single, Duration::ZERO);
         }
         assert_eq!(queue.batch(), (50, Mode::Fast));
     }
@@ -431,13 +576,13 @@ pub(crate) mod tests {
         assert_eq!(queue.batch(), (5, Mode::Fast));
         assert_eq!(whose(&queue), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]);
         queue.failed(5, Mode::Savepoints, None);
-        queue.done(1, Mode::Single, |_| {});
+        queue.done(1, Mode::Single, Duration::ZERO);
         let until = Instant::now() + Duration::from_secs(1);
         queue.park(0, until);
         assert_eq!((whose(&queue), queue.parked()), (vec![(3, 1), (1, 2)], 1));
         for _ in 0..2 {
             assert_eq!(queue.batch(), (1, Mode::Single));
-            queue.done(1, Mode::Single, |_| {});
+            queue.done(1, Mode::Single, Duration::ZERO);
         }
         assert!(!queue.is_ready() && !queue.is_empty());
         assert_eq!(queue.wakes(), Some(until));
@@ -448,7 +593,7 @@ pub(crate) mod tests {
         assert_eq!(queue.batch(), (1, Mode::Single));
         assert_eq!(whose(&queue), [(2, 1)]);
         assert_eq!(queue.fences(1, &owned)[0].new, 1);
-        queue.done(1, Mode::Single, |_| {});
+        queue.done(1, Mode::Single, Duration::ZERO);
     }
 
     /// Random messages, failures, parking and reading again: each transaction is done once, each client's in order, and no
@@ -485,6 +630,15 @@ pub(crate) mod tests {
             let mut owned: BTreeMap<u16, Owned> = (0..3).map(|p| (p, Owned { epoch: 1, position: 0 })).collect();
             let mut open: Vec<usize> = messages.iter().map(|(_, submissions)| submissions.len().max(1)).collect();
             let (mut done, mut handed, mut now) = ([0; CLIENTS as usize], 0, Instant::now());
+            let committed = |done: &mut [u64], open: &mut [usize], item: &Item| {
+                open[item.sequence as usize - 1] -= 1;
+                if let Some((client_id, seq)) = item.name() {
+                    let of_client = &mut done[client_id.as_u128() as usize - 1];
+                    *of_client += 1;
+                    assert_eq!(*of_client, seq, "{seed}: {client_id}");
+                }
+            };
+            let mut aside = None;
             for step in 0.. {
                 assert!(step < 20_000, "{seed}: it does not end");
                 if handed < MESSAGES && random(3) > 0 {
@@ -499,6 +653,22 @@ pub(crate) mod tests {
                 }
                 now += Duration::from_millis(random(200));
                 queue.wake(now);
+                if aside.is_none() && random(2) > 0 {
+                    aside = queue.take_aside();
+                } else if random(3) > 0
+                    && let Some((item, _)) = aside.take()
+                {
+                    match random(5) {
+                        0 => queue.return_aside(item, Some(now + Duration::from_millis(random(500)))),
+                        1 => queue.return_aside(item, None),
+                        _ => {
+                            // It counts once the item in its place is done with.
+                            open[item.sequence as usize - 1] += 1;
+                            committed(&mut done, &mut open, &item);
+                            queue.done_aside(&item);
+                        }
+                    }
+                }
                 if !queue.is_ready() {
                     if handed == MESSAGES && queue.is_empty() {
                         break;
@@ -520,12 +690,10 @@ pub(crate) mod tests {
                             assert!(fence.old == *position && fence.new >= fence.old, "{seed}: {fence:?}");
                             *position = fence.new;
                         }
-                        queue.items()[..count].iter().for_each(|item| open[item.sequence as usize - 1] -= 1);
-                        queue.done(count, mode, |submission| {
-                            let of_client = &mut done[submission.client_id.as_u128() as usize - 1];
-                            *of_client += 1;
-                            assert_eq!(*of_client, submission.seq, "{seed}: {}", submission.client_id);
-                        });
+                        queue
+                            .done(count, mode, Duration::ZERO)
+                            .iter()
+                            .for_each(|item| committed(&mut done, &mut open, item));
                         for (n, open) in open.iter().enumerate().filter(|(_, open)| **open > 0) {
                             let position = owned[&messages[n].0].position;
                             assert!(position < n as u64 + 1, "{seed}: {position} passes {n} with {open} items");

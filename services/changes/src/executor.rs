@@ -133,6 +133,25 @@ impl Executor {
         }
     }
 
+    /// One with a connection of its own.
+    pub fn another(&self) -> Executor {
+        Executor {
+            options: self.options.clone(),
+            source: self.source.clone(),
+            changed: self.changed.clone(),
+            stream_epoch: self.stream_epoch.clone(),
+            connection: None,
+            model: None,
+            stale: false,
+            memory: Memory::default(),
+        }
+    }
+
+    /// Whether a batch is applied without connecting or reading the catalog first.
+    pub fn is_warm(&self) -> bool {
+        self.connection.is_some() && self.model.is_some() && !self.stale && !self.changed.has_changed().unwrap_or(false)
+    }
+
     /// The connection, to be given back if it can still be used.
     async fn take_connection(&mut self) -> Result<PgConnection, sqlx::Error> {
         match self.connection.take() {

@@ -8,6 +8,7 @@
 //! if they are rejections, into `history`. The `janitor` keeps the stream small, `retention` the tables.
 
 mod apply;
+mod aside;
 mod at_once;
 mod batch;
 mod consumer;

@@ -1,4 +1,5 @@
-//! A worker: takes what is waiting, has it executed, and follows the policy on failure. One connection, some partitions.
+//! A worker: takes what is waiting, has it executed, and follows the policy on failure. One connection for batches and one
+//! aside, some partitions.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -10,11 +11,13 @@ use millstream_runtime::backoff::Backoff;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::Code;
+use millstream_schemas::stream::Submission;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use crate::aside::{Aside, Done};
 use crate::batch::{Item, Mode, Queue};
 use crate::error::{Refusal, keeps_connection};
 use crate::executor::{Executor, Failed};
@@ -34,6 +37,9 @@ const PARKED: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 const MAX_BUSY: u32 = 3;
 /// Payloads that a worker takes from its cursor before it goes on with its work.
 const TAKE_BYTES: usize = 4 << 20;
+/// If others were served within this time, the connection aside rests after a transaction as long as that took, up to the second.
+const BESIDE: Duration = Duration::from_millis(250);
+const LONGEST_REST: Duration = Duration::from_millis(500);
 /// Pauses between attempts while Postgres does not serve.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
@@ -98,6 +104,11 @@ pub(crate) struct Shared {
 pub(crate) struct Worker {
     index: usize,
     executor: Executor,
+    aside: Aside,
+    /// When something may be applied aside again.
+    rested: Instant,
+    /// When the last batch with changes was committed.
+    worked: Option<Instant>,
     commands: mpsc::Receiver<Command>,
     shared: Shared,
     owned: BTreeMap<u16, Owned>,
@@ -131,6 +142,9 @@ impl Worker {
         let queue = if shared.stream.is_some() { Queue::default() } else { Queue::in_order() };
         Worker {
             index,
+            aside: Aside::new(executor.another()),
+            rested: Instant::now(),
+            worked: None,
             executor,
             commands,
             shared,
@@ -150,6 +164,7 @@ impl Worker {
     pub async fn run(mut self) {
         let shutdown = self.shared.shutdown.clone();
         loop {
+            self.start_aside();
             if !self.queue.is_ready() {
                 self.forget();
                 let wakes = self.queue.wakes();
@@ -160,6 +175,8 @@ impl Worker {
                     },
                     Some(read) = self.reads.next() => self.load(read),
                     () = self.questions.ready() => {}
+                    done = self.aside.done() => self.done_aside(done).await,
+                    () = tokio::time::sleep_until(self.rested), if self.aside.is_free() && self.queue.has_aside() => {}
                     () = tokio::time::sleep_until(wakes.unwrap_or_else(Instant::now)), if wakes.is_some() => {}
                     () = shutdown.requested() => break,
                 }
@@ -176,9 +193,13 @@ impl Worker {
             }
             self.proceed();
             self.read();
+            if let Some(done) = self.aside.ended().await {
+                self.done_aside(done).await;
+            }
             if shutdown.is_requested() {
                 break;
             }
+            self.start_aside();
             if self.queue.is_ready()
                 && let Some(results) = self.step().await
             {
@@ -186,6 +207,7 @@ impl Worker {
             }
         }
         self.tell(0);
+        self.aside.close().await;
         self.executor.close().await;
     }
 
@@ -297,6 +319,90 @@ impl Worker {
         self.questions.gate.retain(&self.owned);
     }
 
+    /// Starts the next transaction that others are not to wait for.
+    fn start_aside(&mut self) {
+        if self.aside.is_free()
+            && self.rested <= Instant::now()
+            && let Some((item, mode)) = self.queue.take_aside()
+        {
+            let Some(state) = self.owned.get(&item.partition) else { return self.queue.drop_aside(&item) };
+            let known = item.name().and_then(|name| self.condemned.get_key_value(&name));
+            let condemned = known.into_iter().map(|(name, rejection)| (*name, rejection.clone())).collect();
+            self.aside.start(item, state.epoch, mode, condemned);
+        }
+    }
+
+    /// A transaction that was applied aside has ended.
+    async fn done_aside(&mut self, Done { item, epoch, mode, outcome, took }: Done) {
+        let Some((client_id, seq)) = item.name() else { return };
+        let now = Instant::now();
+        // While others are at work, too, it is not all of the machine that it may have.
+        let beside = self.worked.is_some_and(|worked| now.duration_since(worked) < BESIDE);
+        self.rested = now + took.filter(|_| beside).unwrap_or_default().min(LONGEST_REST);
+        if let Some(took) = took {
+            self.queue.took_aside(&item, took, now);
+        }
+        // Where the partition was somebody else's meanwhile, its messages are read again: what is done is a repeat then.
+        let is_ours = self.owned.get(&item.partition).is_some_and(|state| state.epoch == epoch);
+        let (error, is_strike) = match outcome {
+            Ok(results) => {
+                self.settled(&item);
+                if is_ours {
+                    self.queue.done_aside(&item)
+                } else {
+                    self.queue.drop_aside(&item)
+                }
+                return self.publish(results).await;
+            }
+            Err(_) if !is_ours => return self.queue.drop_aside(&item),
+            Err(Failed::Condemned(client_id, seq, rejection)) => {
+                self.condemned.insert((client_id, seq), rejection);
+                return self.queue.return_aside(item, None);
+            }
+            Err(Failed::Strike(_, _, error)) => (error, true),
+            Err(Failed::Unsure(_, error)) => (error, mode == Mode::Single),
+            Err(Failed::Busy(error) | Failed::Gone(error)) => (error, false),
+            Err(Failed::Server(error)) => {
+                self.shared.health.set_ready("postgres", false);
+                (error, false)
+            }
+            Err(Failed::Isolate { .. } | Failed::Stale) => return self.queue.return_aside(item, None),
+            Err(Failed::Model(error)) => {
+                tracing::error!(
+                    worker = self.index,
+                    error = &error as &dyn std::error::Error,
+                    "cannot read the catalog"
+                );
+                self.shared.health.set_ready("postgres", false);
+                let until = now + self.parked_for((client_id, seq));
+                return self.queue.return_aside(item, Some(until));
+            }
+            Err(Failed::Fenced | Failed::Ledger) => {
+                let until = now + self.parked_for((client_id, seq));
+                return self.queue.return_aside(item, Some(until));
+            }
+        };
+        let until = if is_strike && self.is_given_up((client_id, seq), item.submission.as_ref(), &error) {
+            None
+        } else {
+            if !is_strike {
+                tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
+            }
+            Some(now + self.parked_for((client_id, seq)))
+        };
+        self.queue.return_aside(item, until);
+        self.tell(self.queue.parked());
+    }
+
+    /// What was known of a transaction is not needed any more.
+    fn settled(&mut self, item: &Item) {
+        let Some(submission) = &item.submission else { return };
+        self.questions.gate.settled(submission);
+        let name = (submission.client_id, submission.seq);
+        self.condemned.remove(&name);
+        self.troubles.remove(&name);
+    }
+
     /// One attempt at the next batch; gives the results of what is committed.
     async fn step(&mut self) -> Option<Results> {
         let (count, mode) = self.queue.batch();
@@ -304,10 +410,15 @@ impl Worker {
         let span =
             tracing::info_span!("execute", worker = self.index, transactions = count, partitions = fences.len(), ?mode);
         let items = &self.queue.items()[..count];
+        let (start, warm) = (Instant::now(), self.executor.is_warm());
         let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
+        let took = start.elapsed();
         match outcome {
             Ok(results) => {
-                self.committed(count, mode, &fences);
+                if warm {
+                    self.queue.took(count, took, Instant::now());
+                }
+                self.committed(count, mode, took, &fences);
                 return Some(results);
             }
             Err(Failed::Isolate { why, at }) => {
@@ -374,14 +485,13 @@ impl Worker {
     }
 
     /// The first items of the batch are done with.
-    fn committed(&mut self, count: usize, mode: Mode, fences: &[Fence]) {
-        let Worker { queue, questions, condemned, troubles, .. } = self;
-        queue.done(count, mode, |submission| {
-            questions.gate.settled(submission);
-            let name = (submission.client_id, submission.seq);
-            condemned.remove(&name);
-            troubles.remove(&name);
-        });
+    fn committed(&mut self, count: usize, mode: Mode, took: Duration, fences: &[Fence]) {
+        if self.queue.items()[..count].iter().any(|item| item.submission.is_some()) {
+            self.worked = Some(Instant::now());
+        }
+        for item in self.queue.done(count, mode, took) {
+            self.settled(&item);
+        }
         for fence in fences {
             if let Some(state) = self.owned.get_mut(&fence.partition) {
                 state.position = state.position.max(fence.new);
@@ -405,19 +515,29 @@ impl Worker {
             self.recover().await;
         }
         let Some(at) = self.queue.items().iter().position(|item| item.name() == Some((client_id, seq))) else { return };
-        let trouble = self.troubles.entry((client_id, seq)).or_default();
+        let submission = self.queue.items().get(at).and_then(|item| item.submission.clone());
+        if !self.is_given_up((client_id, seq), submission.as_ref(), error) {
+            self.park(at);
+        }
+    }
+
+    /// Counts a failure that nobody understands; whether it was one too many, so that the transaction is refused.
+    fn is_given_up(&mut self, name: (Uuid, u64), submission: Option<&Submission>, error: &sqlx::Error) -> bool {
+        let (client_id, seq) = name;
+        let trouble = self.troubles.entry(name).or_default();
         trouble.strikes += 1;
         let strikes = trouble.strikes;
         tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
         if strikes < MAX_STRIKES {
-            return self.park(at);
+            return false;
         }
         tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
         let message = format!("the server failed on it {MAX_STRIKES} times");
-        if let Some(submission) = self.queue.items().get(at).and_then(|item| item.submission.as_ref()) {
+        if let Some(submission) = submission {
             let rejection = Rejection::new(submission, 0, Refusal::new(Code::Internal, message));
-            self.condemned.insert((client_id, seq), rejection);
+            self.condemned.insert(name, rejection);
         }
+        true
     }
 
     /// Statements for the first items of the batch met a lock, a deadlock or a lack of resources. Each is tried alone; if
@@ -444,11 +564,16 @@ impl Worker {
     /// Parks the client of the batch's item `at`.
     fn park(&mut self, at: usize) {
         let Some(name) = self.queue.items().get(at).and_then(Item::name) else { return };
-        let trouble = self.troubles.entry(name).or_default();
-        let pause = PARKED.0.saturating_mul(1 << trouble.parked.min(16)).min(PARKED.1);
-        trouble.parked += 1;
+        let pause = self.parked_for(name);
         self.queue.park(at, Instant::now() + pause);
         self.tell(self.queue.parked());
+    }
+
+    /// For how long the client of a transaction is parked: each time longer.
+    fn parked_for(&mut self, name: (Uuid, u64)) -> Duration {
+        let trouble = self.troubles.entry(name).or_default();
+        trouble.parked += 1;
+        PARKED.0.saturating_mul(1 << (trouble.parked - 1).min(16)).min(PARKED.1)
     }
 
     /// Tells the operator how many clients are parked.

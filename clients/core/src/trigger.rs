@@ -13,8 +13,9 @@
 
 use millstream_schemas::TableSchema;
 
-/// Version of [`STORE_TABLES`], kept in `PRAGMA user_version`.
-pub const STORE_VERSION: i64 = 2;
+/// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
+/// app's by SQLite's own documentation.
+pub const STORE_VERSION: i64 = 3;
 
 /// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
 pub const UPGRADE_FROM_0: &str = "
@@ -42,6 +43,9 @@ UPDATE local_changes AS entry SET predecessors = (SELECT nullif(json_group_array
     FROM local_changes AS mine WHERE mine.tx = entry.tx) WHERE before IS NOT NULL)
 WHERE id IN (SELECT min(id) FROM local_changes WHERE seq IS NOT NULL AND state <> 'confirmed' GROUP BY tx);
 ";
+
+/// Brings the tables of a store of version 2 up to version 3: the number is the app's from now on.
+pub const UPGRADE_FROM_2: &str = "PRAGMA user_version = 0;";
 
 /// Tables of the store itself.
 ///
@@ -154,15 +158,20 @@ pub fn joined(operands: &[String], operator: &str) -> String {
 }
 
 /// SQL that gives the Postgres text form of a stored value.
+///
+/// `|| ''` takes from a value what it has besides its bytes: what a JSON function gave (`json_set`, `->`) carries a subtype to
+/// wherever it goes within the statement, also through CAST, and `json_quote` would take it for JSON instead of quoting it
+/// (SQLite documentation, "The JSON subtype").
 pub fn text_expr(kind: Kind, value: &str) -> String {
+    let text = format!("(CAST({value} AS TEXT) || '')");
     match kind {
         Kind::Bool => format!(
-            "CASE WHEN {value} IS NULL THEN NULL WHEN {value} IN (1, 't', 'true') THEN 't' WHEN {value} IN (0, 'f', 'false') THEN 'f' ELSE CAST({value} AS TEXT) END"
+            "CASE WHEN {value} IS NULL THEN NULL WHEN {value} IN (1, 't', 'true') THEN 't' WHEN {value} IN (0, 'f', 'false') THEN 'f' ELSE {text} END"
         ),
-        Kind::Integer | Kind::Text => format!("CAST({value} AS TEXT)"),
+        Kind::Integer | Kind::Text => text,
         // SQLite's cast keeps 15 digits: 17 where that is not exact, and whole numbers as Postgres writes them.
         Kind::Real => format!(
-            "CASE WHEN typeof({value}) <> 'real' THEN CAST({value} AS TEXT) \
+            "CASE WHEN typeof({value}) <> 'real' THEN {text} \
              WHEN abs({value}) < 1e15 AND {value} = CAST({value} AS INTEGER) THEN CAST(CAST({value} AS INTEGER) AS TEXT) \
              WHEN CAST(CAST({value} AS TEXT) AS REAL) = {value} THEN CAST({value} AS TEXT) \
              ELSE printf('%!.17g', {value}) END"

@@ -12,7 +12,6 @@ use millstream_client_core::backoff;
 use millstream_client_core::status::Status;
 use millstream_client_store::{Host, Store};
 use millstream_schemas::Schema;
-use millstream_schemas::subject::USER_KIND;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
@@ -21,7 +20,7 @@ use crate::bus::{self, Control, Ended, Faults, Link, Part, Progress, WriterComma
 use crate::changes::{ChangesWorker, closed};
 use crate::client::{Client, Inner};
 use crate::sync::{Auth, SyncWorker};
-use crate::token::Tokens;
+use crate::token::{self, Tokens};
 use crate::watch::Readers;
 use crate::writer::{SystemHost, Writer};
 use crate::{Error, Result};
@@ -165,13 +164,22 @@ impl Builder {
     }
 
     /// Opens the store, creating it if need be, and starts the workers.
+    ///
+    /// A store belongs to one user: the first whose token it is given. What it holds, and what waits in it, is theirs.
+    ///
+    /// # Errors
+    /// The store cannot be used, or belongs to another user than the token's (`identity_mismatch`); nothing in it is changed then.
     pub async fn open(self) -> Result<Client> {
         let path = self.path.clone();
         let schema = self.schema.clone();
         let (max_attempts, host) = (self.max_attempts, Arc::clone(&self.host));
+        let user = self.tokens.given().and_then(|token| token::subject(&token));
         let open = move || -> Result<Store> {
             let mut store = Store::open(&path.to_string_lossy(), host)?;
             store.set_max_attempts(max_attempts);
+            if let Some(user) = user {
+                store.claim(&user)?;
+            }
             if let Some(schema) = schema
                 && store.schema().is_none()
             {
@@ -198,7 +206,7 @@ impl Builder {
         initial.has_synced = info.position.is_some();
         initial.schema = info.schema.clone();
         // A store holds the rows of one user.
-        initial.user_id = info.scopes.iter().find(|scope| scope.kind == USER_KIND).map(|scope| scope.id.to_string());
+        initial.user_id = store.owner()?;
         let (status, _) = watch::channel(initial);
         let tokens = Arc::new(self.tokens);
         let (control, control_receiver) = watch::channel(Control { paused: self.paused, ..Control::default() });

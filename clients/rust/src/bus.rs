@@ -156,6 +156,8 @@ pub(crate) enum WriterCommand {
     Install(Box<Schema>, Reply<bool>),
     /// Compare the server's ledger with the store.
     Meet { last_seq: u64, instances: Vec<InstanceSpan>, failed: Vec<u64>, lost: Vec<Loss>, reply: Reply<Meeting> },
+    /// This user wants to use the store.
+    Claim(String, Reply<()>),
     /// The store's facts.
     Info(Reply<Info>),
     /// The position is of no use any more: ask for a snapshot next time.

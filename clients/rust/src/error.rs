@@ -98,6 +98,9 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Error::Store(StoreError::NotWritable(_)) => "not_writable",
+            Error::Store(StoreError::NotAllowed(_)) => "not_allowed",
+            Error::Store(StoreError::NotUtf8) => "not_utf8",
+            Error::Store(StoreError::Foreign { .. }) => Code::IdentityMismatch.as_str(),
             Error::Store(StoreError::TooManyChanges { .. } | StoreError::TooManyBytes { .. }) => "too_large",
             Error::Store(StoreError::Statement(_)) => "statement",
             Error::Store(StoreError::NotFailed { .. }) => "not_failed",

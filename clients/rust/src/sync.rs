@@ -20,7 +20,7 @@ use crate::bus::{Control, Ended, Link, Part, Sender, ToChanges, ToSync, WriterCo
 use crate::changes::{closed, raised};
 use crate::error::chain;
 use crate::socket::{End, Socket, Then, closed_by, connect, decode, flush, wants_token};
-use crate::token::Tokens;
+use crate::token::{self, Tokens};
 use crate::{Error, Result, leader};
 
 /// To connect, TLS included.
@@ -233,6 +233,12 @@ impl SyncWorker {
             },
         };
         self.auth.token.clone_from(&token);
+        // Before anything is sent: the store may be somebody else's.
+        if let Some(user) = token::subject(&token)
+            && let Err(end) = self.claim(user).await
+        {
+            return end;
+        }
         let mut socket = match timeout(CONNECT_TIMEOUT, connect(edge)).await {
             Ok(Ok(socket)) => socket,
             Ok(Err(error)) => return End::socket(error),
@@ -241,6 +247,20 @@ impl SyncWorker {
         match self.welcome(&mut socket, token).await {
             Ok(welcome) => self.serve(&mut socket, welcome).await,
             Err(end) => end,
+        }
+    }
+
+    /// The store is this user's, or the session ends.
+    async fn claim(&self, user: String) -> Result<(), End> {
+        let (reply, answer) = oneshot::channel();
+        self.writer.send(WriterCommand::Claim(user, reply)).await.map_err(|_| End::gone())?;
+        match answer.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error @ Error::Store(StoreError::Foreign { .. }))) => {
+                Err(End::new(Then::Refused, error.code(), error.to_string()))
+            }
+            Ok(Err(error)) => Err(End::new(Then::Again, "store", chain(&error))),
+            Err(_) => Err(End::gone()),
         }
     }
 
@@ -288,6 +308,7 @@ impl SyncWorker {
             ServerFrame::Error(error) => return Err(End::error(error)),
             _ => return Err(End::new(Then::Again, "protocol", "the edge sent something before its welcome")),
         };
+        self.claim(welcome.user_id.clone()).await?;
         if let Some(schema) = welcome.schema.take() {
             let stale = self.ask(|reply| WriterCommand::Install(Box::new(schema), reply)).await?;
             if stale && info.position.is_some() && !info.resync {

@@ -5,6 +5,8 @@ use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use data_encoding::BASE64URL_NOPAD;
+use serde::Deserialize;
 use tokio::time::timeout;
 
 use crate::builder::BoxError;
@@ -13,6 +15,17 @@ use crate::builder::BoxError;
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(60);
 
 type TokenFuture = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
+
+/// The user that a token says it is for, if it is a JSON Web Token (RFC 7519, `sub`). Only the edge can tell whether that is true.
+pub(crate) fn subject(token: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Claims {
+        sub: String,
+    }
+    let claims = token.split('.').nth(1)?;
+    let claims = BASE64URL_NOPAD.decode(claims.trim_end_matches('=').as_bytes()).ok()?;
+    serde_json::from_slice::<Claims>(&claims).ok().map(|claims| claims.sub)
+}
 
 /// A token that was set, or else one that the app is asked for.
 #[derive(Default)]
@@ -34,6 +47,11 @@ impl Tokens {
     /// This is the token.
     pub fn set(&self, token: String) {
         *self.set.lock().unwrap_or_else(PoisonError::into_inner) = Some(token);
+    }
+
+    /// The token that was set.
+    pub fn given(&self) -> Option<String> {
+        self.set.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The edge refused this token: it is not used again if the app can be asked for another.

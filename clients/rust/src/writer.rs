@@ -144,6 +144,10 @@ impl Writer {
                 let forgotten = self.store.forget_position();
                 self.answer(reply, forgotten);
             }
+            WriterCommand::Claim(user, reply) => {
+                let claimed = self.store.claim(&user);
+                self.answer(reply, claimed);
+            }
             WriterCommand::Info(reply) => {
                 let info = self.store.info();
                 self.answer(reply, info);

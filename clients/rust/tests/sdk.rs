@@ -414,6 +414,40 @@ async fn without_an_edge_the_client_records() {
 }
 
 /// Items 3, 4, 17: messages between the workers are lost and repeated; every change takes effect once, in order.
+/// A token of the right form, with nothing that an edge would look at.
+fn token(user: &str) -> String {
+    let part = |text: &str| data_encoding::BASE64URL_NOPAD.encode(text.as_bytes());
+    format!("{}.{}.x", part(r#"{"alg":"none"}"#), part(&format!(r#"{{"sub":"{user}"}}"#)))
+}
+
+/// What the first person recorded before any upload is theirs, whoever signs in next.
+#[tokio::test]
+async fn a_store_belongs_to_the_first_user_of_whom_it_was_told() {
+    let directory = directory();
+    let edge = Edge::start().await;
+    let open = |user: &str| Client::builder(directory.path().join("one.db")).schema(schema()).token(token(user)).open();
+    // Nothing is in it yet: a token by mistake does no harm.
+    drop(open("nobody").await.unwrap());
+    let alice = open("alice").await.unwrap();
+    insert(&alice, "a", "mine").await;
+    alice.close().await.unwrap();
+    let error = open("bob").await.err().unwrap();
+    assert_eq!(error.code(), "identity_mismatch");
+    assert!(error.to_string().contains("belongs to alice, not to bob"), "{error}");
+    // A token that comes later is no way around it: nothing is sent.
+    let asked =
+        Client::builder(directory.path().join("one.db")).edge(&edge.url).token_fn(|| async { Ok(token("bob")) });
+    let bob = asked.open().await.unwrap();
+    until(&bob, State::Error).await;
+    let reason = bob.status().borrow().reason.clone();
+    assert!(reason.as_ref().is_some_and(|reason| reason.contains("Sign in as alice")), "{reason:?}");
+    bob.close().await.unwrap();
+    assert_eq!(edge.state().connections, 0);
+    let alice = open("alice").await.unwrap();
+    assert_eq!(titles(&alice).await.len(), 1);
+    assert_eq!(alice.queue(9).await.unwrap().len(), 1);
+}
+
 #[tokio::test]
 async fn a_lossy_bus_loses_nothing() {
     for seed in 1..=3 {

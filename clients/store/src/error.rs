@@ -26,6 +26,23 @@ pub enum StoreError {
     /// A trigger refused the app's statement: a key change, or a column that clients may not set.
     #[error("{0}")]
     NotWritable(String),
+    /// The store belongs to another user. What is in it is kept.
+    #[error(
+        "the store belongs to {owner}, not to {user}: what waits in it is {owner}'s, and is kept. Sign in as {owner}, or open another \
+         store for {user}"
+    )]
+    Foreign {
+        /// Whose it is.
+        owner: String,
+        /// Who wanted to use it.
+        user: String,
+    },
+    /// The app's statement would do what only the store may.
+    #[error("not allowed: {0}")]
+    NotAllowed(String),
+    /// A text that was written is not UTF-8.
+    #[error("a text is not valid UTF-8, and Postgres takes no other: keep such bytes in a column of type bytea")]
+    NotUtf8,
     /// The transaction has more changes than one transaction may have.
     #[error("the transaction has {found} changes; the limit is {MAX_TRANSACTION_CHANGES}")]
     TooManyChanges {
@@ -124,6 +141,12 @@ impl StoreError {
             return StoreError::NotWritable(message.to_owned());
         }
         StoreError::Statement(error)
+    }
+
+    /// Whether the guard refused the statement.
+    pub(crate) fn is_refusal(&self) -> bool {
+        let StoreError::Statement(source) = self else { return false };
+        source.sqlite_error_code() == Some(rusqlite::ErrorCode::AuthorizationForStatementDenied)
     }
 
     /// Whether the same may succeed later: another process holds the lock, or the disk is full.

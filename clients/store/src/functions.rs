@@ -1,5 +1,6 @@
 //! SQL functions of the store's connections, and the guard over what the app's statements may do.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -37,6 +38,10 @@ pub(crate) struct Session {
     /// Last stamp given out or seen: the hybrid logical clock, in microseconds.
     stamp: AtomicU64,
     traceparent: Mutex<Option<String>>,
+    /// Names of synced tables, in small letters.
+    synced: Mutex<BTreeSet<String>>,
+    /// Why the guard refused the last statement that it refused.
+    refused: Mutex<Option<String>>,
 }
 
 impl Session {
@@ -50,7 +55,23 @@ impl Session {
             damaged: AtomicBool::new(false),
             stamp: AtomicU64::new(0),
             traceparent: Mutex::new(None),
+            synced: Mutex::default(),
+            refused: Mutex::default(),
         }
+    }
+
+    /// These tables are synced.
+    pub fn set_synced<'a>(&self, tables: impl Iterator<Item = &'a str>) {
+        *self.synced.lock().unwrap_or_else(PoisonError::into_inner) = tables.map(str::to_ascii_lowercase).collect();
+    }
+
+    fn is_synced(&self, table: &str) -> bool {
+        self.synced.lock().unwrap_or_else(PoisonError::into_inner).contains(&table.to_ascii_lowercase())
+    }
+
+    /// Why the guard refused a statement, told once.
+    pub fn take_refused(&self) -> Option<String> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The app's statements follow, as transaction `tx` with the number `seq`.
@@ -162,26 +183,157 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
         .during(operation)
 }
 
-/// The app's statements may not end the transaction, nor write the store's own tables other than through triggers.
+/// PRAGMAs that only tell something, with an argument or without.
+const TELL: [&str; 17] = [
+    "collation_list",
+    "compile_options",
+    "database_list",
+    "foreign_key_check",
+    "foreign_key_list",
+    "function_list",
+    "index_info",
+    "index_list",
+    "index_xinfo",
+    "integrity_check",
+    "module_list",
+    // ANALYZE, where it is due.
+    "optimize",
+    "pragma_list",
+    "quick_check",
+    "table_info",
+    "table_list",
+    "table_xinfo",
+];
+/// PRAGMAs that tell a setting or a count; with an argument they would change it.
+const SETTINGS: [&str; 32] = [
+    "application_id",
+    "auto_vacuum",
+    "automatic_index",
+    "busy_timeout",
+    "cache_size",
+    "cell_size_check",
+    "data_version",
+    "defer_foreign_keys",
+    "encoding",
+    "foreign_keys",
+    "freelist_count",
+    "fullfsync",
+    "ignore_check_constraints",
+    "journal_mode",
+    "journal_size_limit",
+    "legacy_alter_table",
+    "locking_mode",
+    "max_page_count",
+    "mmap_size",
+    "page_count",
+    "page_size",
+    "query_only",
+    "read_uncommitted",
+    "recursive_triggers",
+    "schema_version",
+    "secure_delete",
+    "synchronous",
+    "temp_store",
+    "threads",
+    "trusted_schema",
+    "user_version",
+    "writable_schema",
+];
+/// PRAGMAs that the app may set: SQLite keeps these numbers for it and makes nothing of them, and the last ends with the transaction.
+const OF_THE_APP: [&str; 3] = ["application_id", "user_version", "defer_foreign_keys"];
+
+/// Why a statement of the app's may not do something; none: it may. Transactions, the store's own tables and triggers, the columns
+/// of synced tables, and every PRAGMA that could change what is recorded, or how durably, are the store's.
+fn refusal(context: AuthContext<'_>, is_synced: impl Fn(&str) -> bool) -> Option<String> {
+    let own = |name: &str| {
+        let is_own = trigger::is_reserved(name) && !name.to_ascii_lowercase().starts_with("sqlite_");
+        is_own.then(|| {
+            format!("\"{name}\" is the store's own: it can be read, and the queue has methods for everything else")
+        })
+    };
+    let synced =
+        |name: &str| is_synced(name).then(|| format!("\"{name}\" is synced: the server's schema makes it what it is"));
+    // Such a table or view would stand before the store's of the same name.
+    let is_temporary = context.database_name.is_some_and(|name| name.eq_ignore_ascii_case("temp"));
+    match context.action {
+        AuthAction::Transaction { .. } => Some(
+            "BEGIN, COMMIT and ROLLBACK are the store's: a call is a transaction as a whole; use savepoints within it"
+                .into(),
+        ),
+        AuthAction::Savepoint { savepoint_name, .. } if savepoint_name == "millstream_part" => own(savepoint_name),
+        AuthAction::Attach { .. } | AuthAction::Detach { .. } => {
+            Some("no database can be attached to the store: open it by a connection of its own".into())
+        }
+        AuthAction::Insert { table_name }
+        | AuthAction::Delete { table_name }
+        | AuthAction::Update { table_name, .. } => own(table_name),
+        AuthAction::CreateTable { table_name: name }
+        | AuthAction::CreateVtable { table_name: name, .. }
+        | AuthAction::CreateView { view_name: name } => own(name).or_else(|| synced(name).filter(|_| is_temporary)),
+        AuthAction::CreateTempTable { table_name: name } | AuthAction::CreateTempView { view_name: name } => {
+            own(name).or_else(|| synced(name))
+        }
+        // SQLite does not say what it is renamed to.
+        AuthAction::AlterTable { database_name, .. } if database_name.eq_ignore_ascii_case("temp") => {
+            Some("a temporary table cannot be altered: create it anew".into())
+        }
+        AuthAction::DropTable { table_name }
+        | AuthAction::DropVtable { table_name, .. }
+        | AuthAction::AlterTable { table_name, .. } => own(table_name).or_else(|| synced(table_name)),
+        AuthAction::CreateIndex { index_name, table_name } | AuthAction::DropIndex { index_name, table_name } => {
+            own(table_name).or_else(|| own(index_name))
+        }
+        AuthAction::CreateTrigger { trigger_name, table_name }
+        | AuthAction::CreateTempTrigger { trigger_name, table_name }
+        | AuthAction::DropTrigger { trigger_name, table_name } => own(table_name).or_else(|| own(trigger_name)),
+        AuthAction::Pragma { pragma_name, pragma_value } => {
+            let name = pragma_name.to_ascii_lowercase();
+            let may = TELL.contains(&name.as_str())
+                || (pragma_value.is_none() && SETTINGS.contains(&name.as_str()))
+                || OF_THE_APP.contains(&name.as_str());
+            (!may).then(|| format!("PRAGMA {name} could change what the store records, or how durably"))
+        }
+        // Reading, functions, and what is the app's: its tables, views, indexes and triggers.
+        AuthAction::Read { .. }
+        | AuthAction::Select
+        | AuthAction::Recursive
+        | AuthAction::Function { .. }
+        | AuthAction::Savepoint { .. }
+        | AuthAction::Reindex { .. }
+        | AuthAction::Analyze { .. }
+        | AuthAction::CreateTempIndex { .. }
+        | AuthAction::DropTempIndex { .. }
+        | AuthAction::DropTempTable { .. }
+        | AuthAction::DropTempTrigger { .. }
+        | AuthAction::DropTempView { .. }
+        | AuthAction::DropView { .. } => None,
+        _ => Some("the store does not know what this statement does".into()),
+    }
+}
+
+/// Holds the app's statements to [`refusal`].
 pub(crate) fn guard(connection: &Connection, session: &Arc<Session>) -> Result<(), StoreError> {
     let session = Arc::clone(session);
     let hook = move |context: AuthContext<'_>| {
-        if !session.guarded.load(Ordering::Relaxed) || context.accessor.is_some() {
-            return Authorization::Allow;
-        }
-        let denied = match context.action {
-            AuthAction::Transaction { .. } | AuthAction::Attach { .. } | AuthAction::Detach { .. } => true,
-            AuthAction::Insert { table_name }
-            | AuthAction::Delete { table_name }
-            | AuthAction::Update { table_name, .. }
-            | AuthAction::DropTable { table_name }
-            | AuthAction::AlterTable { table_name, .. } => {
-                trigger::is_reserved(table_name) && !table_name.starts_with("sqlite_")
-            }
-            AuthAction::DropTrigger { trigger_name, .. } => trigger_name.starts_with("millstream_"),
-            _ => false,
+        let refused = match context.accessor {
+            // A trigger or a view. Those of the store may do what it does; the app's do not write its tables, whoever fires them.
+            Some(name) if name.starts_with("millstream_") => None,
+            Some(_) => match context.action {
+                AuthAction::Insert { .. } | AuthAction::Delete { .. } | AuthAction::Update { .. } => {
+                    refusal(context, |_| false)
+                }
+                _ => None,
+            },
+            None if session.guarded.load(Ordering::Relaxed) => refusal(context, |name| session.is_synced(name)),
+            None => None,
         };
-        if denied { Authorization::Deny } else { Authorization::Allow }
+        match refused {
+            None => Authorization::Allow,
+            Some(refusal) => {
+                *session.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(refusal);
+                Authorization::Deny
+            }
+        }
     };
     connection.authorizer(Some(hook)).during("installing the guard")
 }

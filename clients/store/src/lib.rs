@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::{backoff, trigger};
 use millstream_schemas::Schema;
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 
 pub use apply::{Applied, Settled};
 pub use damage::{Aside, Damage};
@@ -242,30 +242,49 @@ impl Store {
 
 /// Creates the store's own tables, or brings those of an older version up to date. True: it did.
 fn create_tables(connection: &Connection) -> Result<bool, StoreError> {
-    let version = || {
+    let exists = |table: &str| {
         connection
-            .pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))
-            .during("reading the store's version")
+            .query_row("SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = ?1)", [table], |row| {
+                row.get::<_, bool>(0)
+            })
+            .during("looking for the store's tables")
     };
-    if version()? == trigger::STORE_VERSION {
+    // None: there is no store in the file yet.
+    let version = || -> Result<Option<i64>, StoreError> {
+        if !exists("millstream_meta")? {
+            return Ok(None);
+        }
+        let format: Option<i64> = connection
+            .query_row("SELECT value FROM millstream_meta WHERE key = 'format'", [], |row| row.get(0))
+            .optional()
+            .during("reading the store's version")?;
+        let old = || connection.pragma_query_value(None, "user_version", |row| row.get(0));
+        format.map_or_else(|| old().during("reading the store's version"), Ok).map(Some)
+    };
+    if version()? == Some(trigger::STORE_VERSION) {
         return Ok(false);
     }
     let upgrade = || -> Result<(), StoreError> {
         // Under the lock: another process may have done it meanwhile.
         let found = version()?;
-        if found > trigger::STORE_VERSION {
+        if let Some(found) = found.filter(|found| *found > trigger::STORE_VERSION) {
             return Err(StoreError::TooNew { found, known: trigger::STORE_VERSION });
         }
-        let old: bool = connection
-            .query_row("SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'local_changes')", [], |row| row.get(0))
-            .during("looking for the store's tables")?;
-        for (version, upgrade) in [(0, trigger::UPGRADE_FROM_0), (1, trigger::UPGRADE_FROM_1)] {
-            if old && found <= version {
+        for (version, upgrade) in
+            [(0, trigger::UPGRADE_FROM_0), (1, trigger::UPGRADE_FROM_1), (2, trigger::UPGRADE_FROM_2)]
+        {
+            if found.is_some_and(|found| found <= version) {
                 connection.execute_batch(upgrade).during("upgrading the store's tables")?;
             }
         }
         connection.execute_batch(trigger::STORE_TABLES).during("creating the store's tables")?;
-        connection.pragma_update(None, "user_version", trigger::STORE_VERSION).during("storing the store's version")
+        connection
+            .execute(
+                "INSERT OR REPLACE INTO millstream_meta (key, value) VALUES ('format', ?1)",
+                [trigger::STORE_VERSION],
+            )
+            .map(drop)
+            .during("storing the store's version")
     };
     connection.execute_batch("BEGIN IMMEDIATE").during("beginning a transaction")?;
     match upgrade() {

@@ -1,6 +1,7 @@
 //! What the store knows of itself: identity, position, scopes.
 
 use millstream_schemas::frame::SnapshotMark;
+use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{Position, Scope};
 use rusqlite::types::Value;
 use rusqlite::{OptionalExtension, ToSql, params};
@@ -49,6 +50,36 @@ impl Store {
                 .during("storing the identity")?;
         }
         Ok(())
+    }
+
+    /// The user whose store it is: the first that it was told of. Older stores know theirs by the scopes that they hold.
+    ///
+    /// # Errors
+    /// SQLite failed.
+    pub fn owner(&self) -> Result<Option<String>, StoreError> {
+        if let Some(Value::Text(owner)) = self.meta("owner")? {
+            return Ok(Some(owner));
+        }
+        Ok(self.scopes()?.into_iter().find(|scope| scope.kind == USER_KIND).map(|scope| scope.id))
+    }
+
+    /// This user wants to use the store: it is theirs from now on, if it is nobody's.
+    ///
+    /// # Errors
+    /// [`StoreError::Foreign`]: it is somebody else's. Nothing is changed.
+    pub fn claim(&mut self, user: &str) -> Result<(), StoreError> {
+        self.transact(|store| match store.owner()? {
+            Some(owner) if owner == user => Ok(()),
+            // Perhaps a token that the edge never took: there is nothing of anybody's here.
+            Some(_) if store.is_pristine()? => store.set_meta("owner", user),
+            Some(owner) => Err(StoreError::Foreign { owner, user: user.to_owned() }),
+            None => store.set_meta("owner", user),
+        })
+    }
+
+    /// Nothing was ever recorded or received.
+    fn is_pristine(&self) -> Result<bool, StoreError> {
+        Ok(self.last_tx()? == 0 && self.scopes()?.is_empty() && !self.has_meta("position")?)
     }
 
     /// The newest stamp that a process of this store has given out or seen. (Stamps rise with the transactions, and an edit

@@ -143,6 +143,7 @@ fn by_key(key: &[String], first: usize) -> String {
 
 impl Store {
     pub(crate) fn index_tables(&mut self) {
+        self.session.set_synced(self.schema.iter().flat_map(|schema| &schema.tables).map(|table| table.name.as_str()));
         self.tables = match &self.schema {
             None => Default::default(),
             Some(schema) => {

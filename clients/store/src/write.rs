@@ -70,14 +70,17 @@ impl Tx<'_> {
         statement.execute(params_from_iter(params))
     }
 
-    /// Notes damage, whatever the app makes of the error.
+    /// Notes damage, whatever the app makes of the error; says why the guard refused.
     fn noted<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
-        if let Err(error) = &result
-            && error.is_damage()
-        {
+        let error = match result {
+            Err(error) => error,
+            ok => return ok,
+        };
+        if error.is_damage() {
             self.store.session.note_damage();
         }
-        result
+        let refused = self.store.session.take_refused();
+        Err(refused.filter(|_| error.is_refusal()).map_or(error, StoreError::NotAllowed))
     }
 
     /// Reads, seeing the transaction's own writes.
@@ -154,7 +157,11 @@ impl Store {
         }
         self.put_behind(tx, seq)?;
         // Also of one that is to be held back: its size must not be found out when its time comes.
-        let entry = self.entries_after(seq - 1, 1)?.pop();
+        let entry = self.entries_after(seq - 1, 1).map_err(|error| match error {
+            StoreError::Sqlite { source: rusqlite::Error::Utf8Error(..), .. } => StoreError::NotUtf8,
+            error => error,
+        });
+        let entry = entry?.pop();
         if let Some(Entry { text, .. }) = &entry
             && text.len() > MAX_TRANSACTION_BYTES
         {

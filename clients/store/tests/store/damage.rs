@@ -12,7 +12,7 @@ use millstream_schemas::{Change, Code, Operation};
 use rusqlite::Connection;
 use uuid::Uuid;
 
-use super::fixture::{FakeHost, Fixture, confirmed, failed, fixture, insert, schema, task, update, upsert};
+use super::fixture::{FakeHost, Fixture, confirmed, failed, fixture, insert, schema, set_format, task, update, upsert};
 
 const PAGE: usize = 4096;
 const FRAME: usize = 24 + PAGE;
@@ -492,7 +492,7 @@ fn what_is_not_damaged_is_left_alone() {
     }
     // A newer format.
     let f = fixture();
-    rusqlite::Connection::open(&f.path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    set_format(&f.path, 99);
     drop(f.store);
     assert!(matches!(Store::open(&f.path, host()), Err(StoreError::TooNew { .. })));
     assert!(Path::new(&f.path).exists());

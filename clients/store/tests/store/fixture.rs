@@ -78,6 +78,12 @@ pub fn schema() -> Schema {
     }
 }
 
+/// Writes the version of the store's tables.
+pub fn set_format(path: &str, format: i64) {
+    let sql = "INSERT OR REPLACE INTO millstream_meta (key, value) VALUES ('format', ?1)";
+    rusqlite::Connection::open(path).unwrap().execute(sql, [format]).unwrap();
+}
+
 pub fn fixture() -> Fixture {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store.db").to_string_lossy().into_owned();

@@ -12,7 +12,8 @@ use millstream_schemas::stream::{self, InstanceSpan, Loss};
 use uuid::Uuid;
 
 use super::fixture::{
-    Fixture, confirmed, entry, failed, failure, fixture, insert, queue, stage, submits, task, told, update, upsert,
+    Fixture, confirmed, entry, failed, failure, fixture, insert, queue, set_format, stage, submits, task, told, update,
+    upsert,
 };
 
 /// What was settled when a transaction got its number is not any more.
@@ -45,7 +46,7 @@ fn a_store_of_the_second_format_is_converted() {
             "DROP INDEX local_changes_live;
              CREATE INDEX local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
              ALTER TABLE local_changes DROP COLUMN predecessors;
-             PRAGMA user_version = 1;",
+             DELETE FROM millstream_meta WHERE key = 'format'; PRAGMA user_version = 1;",
         )
         .unwrap();
     let f = Fixture { store: Store::open(&f.path, f.host.clone()).unwrap(), ..f };
@@ -283,7 +284,7 @@ fn a_store_of_the_older_format_is_converted() {
     let connection = rusqlite::Connection::open(&f.path).unwrap();
     connection
         .execute_batch(
-            "DROP TABLE local_changes; PRAGMA user_version = 0;
+            "DROP TABLE local_changes; DELETE FROM millstream_meta WHERE key = 'format'; PRAGMA user_version = 0;
              CREATE TABLE local_changes (id INTEGER PRIMARY KEY AUTOINCREMENT, tx INTEGER NOT NULL, change_id TEXT NOT NULL UNIQUE,
                  tbl TEXT NOT NULL, key TEXT NOT NULL, op TEXT NOT NULL, columns TEXT NOT NULL, vals TEXT NOT NULL, previous TEXT,
                  stamp INTEGER NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, next_attempt INTEGER,
@@ -332,6 +333,6 @@ fn a_store_of_the_older_format_is_converted() {
     let entries: Vec<Entry> = f.store.entries_after(0, 9).unwrap();
     assert_eq!(entries.len(), 1);
     // A format of the future is left alone.
-    rusqlite::Connection::open(&f.path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    set_format(&f.path, 99);
     assert!(matches!(Store::open(&f.path, f.host.clone()), Err(StoreError::TooNew { found: 99, .. })));
 }

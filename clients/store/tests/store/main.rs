@@ -4,6 +4,7 @@
 
 mod damage;
 mod fixture;
+mod guard;
 mod identity;
 mod order;
 mod wide;
@@ -86,24 +87,6 @@ fn refusals_name_the_column_and_leave_nothing() {
         }
     }
     assert_eq!((f.changes(), f.tasks(), f.bases()), (String::new(), "a|server|0".into(), String::new()));
-}
-
-#[test]
-fn the_store_s_own_tables_and_the_transaction_are_out_of_bounds() {
-    let mut f = fixture();
-    for sql in [
-        "DELETE FROM local_changes",
-        "UPDATE millstream_meta SET value = 1",
-        "COMMIT",
-        "ROLLBACK",
-        "DROP TRIGGER millstream_insert_tasks",
-    ] {
-        assert!(matches!(f.write(&[sql]), Err(StoreError::Statement(_))), "{sql}");
-    }
-    f.write(&["CREATE TABLE notes (id INTEGER PRIMARY KEY, text)", "INSERT INTO notes (text) VALUES ('mine')"])
-        .unwrap();
-    assert_eq!(f.read("SELECT text FROM notes"), "mine");
-    assert_eq!(f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap(), Some(1));
 }
 
 #[test]

@@ -31,6 +31,8 @@ pub struct Peer {
     pub canaries: BTreeSet<String>,
     /// The last pong.
     pub pong: Option<Vec<u8>>,
+    /// Why the other side closed.
+    pub reason: Option<String>,
 }
 
 /// How the ids and titles of watched rows begin.
@@ -71,7 +73,7 @@ impl Peer {
             .max_message_size(Some(MAX_MESSAGE_BYTES))
             .max_frame_size(Some(MAX_MESSAGE_BYTES));
         let (socket, _) = client_async_with_config(url, stream, Some(config)).await?;
-        Ok(Peer { socket, bytes: 0, canaries: BTreeSet::new(), pong: None })
+        Ok(Peer { socket, bytes: 0, canaries: BTreeSet::new(), pong: None, reason: None })
     }
 
     /// Connects and says hello as a new client.
@@ -111,7 +113,11 @@ impl Peer {
                     self.pong = Some(payload.to_vec());
                     return Heard::Silence;
                 }
-                Ok(Some(Ok(Message::Close(_)) | Err(_)) | None) => return Heard::Closed,
+                Ok(Some(Ok(Message::Close(close)))) => {
+                    self.reason = close.map(|close| close.reason.to_string());
+                    return Heard::Closed;
+                }
+                Ok(Some(Err(_)) | None) => return Heard::Closed,
                 Ok(Some(Ok(_))) => {}
             }
         }

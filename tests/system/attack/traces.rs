@@ -99,7 +99,12 @@ async fn trace_contexts_reach_others_whole_or_not_at_all() -> Result<()> {
     let scene = Scene::start("").await?;
     let result = async {
         let mut witness = scene.open("newcomer").await?;
-        while !matches!(witness.next(Duration::from_secs(1)).await, super::peer::Heard::Silence) {}
+        // What was there before. (Neighbours write all the time: it is never silent.)
+        let start = Instant::now();
+        while !matches!(witness.next(Duration::from_secs(1)).await, super::peer::Heard::Text(text) if text.contains("\"snapshot_end\""))
+        {
+            ensure!(start.elapsed() < HEALED, "the witness gets no snapshot");
+        }
         let mut author: Peer = scene.open("neighbour-0").await?;
         for (seq, (name, form)) in (1..).zip(forms()) {
             let id = format!("text-trace-{seq}");

@@ -20,7 +20,7 @@ pub(crate) const MAX_COST: usize = 1_000;
 pub(crate) const MAX_SAVEPOINTS: usize = 60;
 
 /// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
-const WARY: usize = 20;
+const WARY: usize = 10;
 /// How long a careful batch may take: others wait for it. Transactions that fail can take long, each tried more than once.
 const CAREFUL: Duration = Duration::from_millis(15);
 /// After one that took longer, so many quick ones have to follow before there are more at once again.

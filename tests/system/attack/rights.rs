@@ -17,7 +17,7 @@ const LEEWAY: Duration = Duration::from_secs(30);
 /// Life of a token that runs out.
 const LIFE: Duration = Duration::from_secs(3);
 /// Rows of a large scope, of some 200 bytes each.
-const ROWS: u32 = 200_000;
+const ROWS: u32 = 120_000;
 /// How fast a slow client reads, in bytes a second: the large scope takes it half a minute.
 const SLOW: u64 = 1_500_000;
 /// Members of one project, who all lose it in one transaction.

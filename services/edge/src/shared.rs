@@ -22,7 +22,7 @@ use crate::tail::Chain;
 /// For so long others join a moment.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Most bytes of rows that are kept.
-const MAX_BYTES: usize = 56 << 20;
+const MAX_BYTES: usize = 50 << 20;
 /// Most rows of a scope that are shared, and most scopes of a client: each is read by statements of its own.
 const MAX_ROWS: u64 = 250_000;
 const MAX_SCOPES: usize = 16;

@@ -25,6 +25,8 @@ INSERT INTO members VALUES ('author', 'odd', 'author', 'owner');
 const MANY: u64 = 40;
 /// For so long at least.
 const LONG: Duration = Duration::from_secs(3);
+/// Less than a user's share of submitted bytes.
+const MOST_BYTES: usize = 12 << 20;
 
 /// Sends a change of a client in the partition of a neighbour many times over: each gets a word.
 async fn send(scene: &Scene, (column, value, neighbour): (&str, String, usize)) -> Result<()> {
@@ -34,8 +36,9 @@ async fn send(scene: &Scene, (column, value, neighbour): (&str, String, usize)) 
     peer.welcome().await?;
     let mut words = std::collections::BTreeMap::new();
     let (begun, mut sent, mut told) = (Instant::now(), 0, 0);
-    // Again and again, so that there are enough writes of neighbours to speak of one in a hundred.
-    while begun.elapsed() < LONG {
+    // Again and again, so that there are enough writes of neighbours to speak of one in a hundred; but no more than a user may send
+    // at once.
+    while begun.elapsed() < LONG && sent as usize * value.len() < MOST_BYTES {
         for seq in sent + 1..=sent + MANY {
             let id = Uuid::now_v7().to_string();
             let row = insert("docs", &[("id", &id), ("project_id", "odd"), (column, &value)]);

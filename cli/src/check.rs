@@ -137,7 +137,7 @@ impl Problem {
     }
 }
 
-/// What was found.
+/// Problems and warnings that `check` found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
     /// What does not fit.

@@ -459,7 +459,7 @@ impl Session<'_> {
         let imported = self.client.import(saved).await.map_err(Error::client(action))?;
         tokio::select! {
             biased;
-            // What is not confirmed by then is sent later.
+            // The queue keeps the changes that are not confirmed in time, and a later session sends them.
             _ = self.client.flush(self.wait) => {}
             () = self.unreachable() => {}
         }

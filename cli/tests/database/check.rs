@@ -236,7 +236,7 @@ async fn what_does_not_fit_is_named_with_the_remedy() {
 const BOARD: (&str, &str) =
     (include_str!("../../../examples/board/schema.sql"), include_str!("../../../examples/board/millstream.toml"));
 
-/// What is warned of in the board's file with these parts replaced: place, line and message.
+/// The warnings that the board's file gets with these parts replaced: place, line and message of each.
 async fn warned(connection: &mut PgConnection, parts: &[(&str, &str)]) -> Vec<(String, Option<usize>, String)> {
     let mut text = BOARD.1.to_owned();
     for (from, to) in parts {

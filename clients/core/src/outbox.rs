@@ -220,8 +220,8 @@ impl Outbox {
                 }
             }
             Input::Refused { retry_after_ms } => {
-                // What was in flight behind the refused one is refused too, for the gap, and names no time: that must not
-                // lengthen the pause. Nor may anything shorten it.
+                // The server also refuses the transactions in flight behind the refused one, because of the gap, and names no
+                // time for them. Such a refusal must neither lengthen nor shorten the pause.
                 let until = match (self.paused_until, retry_after_ms) {
                     (Some(until), None) if until > now_ms => until,
                     (until, wait) => {

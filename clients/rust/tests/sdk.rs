@@ -420,7 +420,7 @@ fn token(user: &str) -> String {
     format!("{}.{}.x", part(r#"{"alg":"none"}"#), part(&format!(r#"{{"sub":"{user}"}}"#)))
 }
 
-/// What the first person recorded before any upload is theirs, whoever signs in next.
+/// Changes that the first user recorded before any upload stay theirs, also when another user signs in next.
 #[tokio::test]
 async fn a_store_belongs_to_the_first_user_of_whom_it_was_told() {
     let directory = directory();

@@ -22,7 +22,7 @@ pub(crate) struct Read {
     pub payload: Payload,
 }
 
-/// What was found.
+/// The message that a client left in the stream.
 pub(crate) enum Payload {
     Found(Bytes),
     /// The stream does not hold it any more.

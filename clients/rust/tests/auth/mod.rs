@@ -37,7 +37,7 @@ impl Provider {
     }
 }
 
-/// Waits for so long that a loop would show, and gives how many connections there were by then.
+/// Waits long enough for a reconnect loop to show, and gives the number of connections by then.
 async fn connections(edge: &Edge) -> usize {
     tokio::time::sleep(Duration::from_secs(2)).await;
     edge.state().tokens.len()

@@ -512,13 +512,14 @@ pub(crate) mod tests {
         assert_eq!(queue.batch(), (1, Savepoints));
         queue.done(1, Savepoints, Duration::ZERO);
         // What takes long comes in smaller parts.
+        queue.wary = WARY;
         for count in [100, 50, 25] {
             queue.extend(message(1, 2, &[1; 100]));
             assert_eq!(queue.batch(), (count, Careful));
             queue.done(count, Careful, 3 * CAREFUL);
         }
         // After so many batches it is tried without.
-        queue.wary += PATIENCE;
+        queue.wary = 2 * WARY;
         for _ in 0..=PATIENCE {
             queue.extend(message(1, 2, &[1; 100]));
             assert_eq!(queue.batch(), (12, Careful));

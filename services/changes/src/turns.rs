@@ -21,10 +21,14 @@ use crate::batch::{Item, MAX_COST};
 const QUANTUM: usize = 20;
 /// A transaction that costs more is applied aside: others would wait for it.
 const LARGE: usize = 200;
-/// For so long a client's transactions are applied aside after one that took long; and most clients of which that is known.
+/// How long a slow client's transactions are applied aside after the last one that took long.
 const SLOW: Duration = Duration::from_secs(10);
-/// Not after one: what the server was at now and then says nothing about who met it.
-const OFTEN: u32 = 2;
+/// A transaction that took long counts so much, a quick one takes one off, and from so much on a client is slow: not after a single
+/// one, which says more about the server at that moment, but also where slow and quick ones take turns.
+const SLOW_COUNTS: u32 = 2;
+const IS_SLOW: u32 = 3;
+const MOST_SLOW: u32 = 6;
+/// Most clients whose count is kept.
 const MAX_SLOW: usize = 10_000;
 /// Bytes of a client that are kept in memory; more are left in the stream.
 const SHARE_BYTES: usize = 1 << 20;
@@ -80,7 +84,7 @@ pub(crate) struct Turns {
     turns: VecDeque<Owner>,
     /// The same, of which the next item is to be applied aside.
     aside: VecDeque<Owner>,
-    /// Until when clients are slow, if they were so often enough in a row.
+    /// Until when the counts of slow transactions hold, and the counts.
     slow: HashMap<Uuid, (Instant, u32)>,
     parked: BTreeSet<(Instant, Owner)>,
     /// Clients that have room for what they left.
@@ -201,12 +205,16 @@ impl Turns {
 
     /// Whether a client is slow.
     pub fn is_slow(&self, id: Uuid, now: Instant) -> bool {
-        self.slow.get(&id).is_some_and(|(until, times)| *until > now && *times >= OFTEN)
+        self.slow.get(&id).is_some_and(|(until, times)| *until > now && *times >= IS_SLOW)
     }
 
     /// A client's transaction was quick.
     pub fn set_quick(&mut self, id: Uuid) {
-        self.slow.remove(&id);
+        let Some((_, times)) = self.slow.get_mut(&id) else { return };
+        *times -= 1;
+        if *times == 0 {
+            self.slow.remove(&id);
+        }
     }
 
     /// A client's transaction took long: for a while, others do not wait for its.
@@ -216,7 +224,8 @@ impl Turns {
         }
         if self.slow.len() < MAX_SLOW {
             let (until, times) = self.slow.entry(id).or_insert((now, 0));
-            *times = if *until >= now { *times + 1 } else { 1 };
+            let before = if *until >= now { *times } else { 0 };
+            *times = (before + SLOW_COUNTS).min(MOST_SLOW);
             *until = now + SLOW;
         }
     }
@@ -560,9 +569,31 @@ mod tests {
             }
         }
         let aside: Vec<u64> = seen.iter().filter(|(client, _)| *client == 101).map(|(_, seq)| *seq).collect();
-        turns.set_quick(client);
-        assert!(!turns.is_slow(client, Instant::now()));
         assert!(aside.contains(&10) && aside.is_sorted() && seen.contains(&(3, 9)), "{seen:?}");
+    }
+
+    #[test]
+    fn clients_are_slow_by_what_most_of_their_transactions_take() {
+        let (client, start) = (Uuid::from_u128(1), Instant::now());
+        let mut turns = Turns::default();
+        // By turns slow and quick; many quick ones; and after a while.
+        for (slow, expected) in
+            [(true, false), (false, false), (true, true), (false, false), (true, true), (true, true)]
+        {
+            if slow {
+                turns.set_slow(client, start)
+            } else {
+                turns.set_quick(client)
+            }
+            assert_eq!(turns.is_slow(client, start), expected);
+        }
+        (0..MOST_SLOW).for_each(|_| turns.set_quick(client));
+        assert!(!turns.is_slow(client, start) && turns.slow.is_empty());
+        turns.set_quick(client);
+        (0..2).for_each(|_| turns.set_slow(client, start));
+        assert!(turns.is_slow(client, start) && !turns.is_slow(client, start + SLOW));
+        turns.set_slow(client, start + 2 * SLOW);
+        assert!(!turns.is_slow(client, start + 2 * SLOW), "what was long ago does not count");
     }
 
     #[test]

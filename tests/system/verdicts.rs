@@ -127,7 +127,8 @@ async fn the_newer_edit_wins_in_whatever_order_it_arrives() -> Result<()> {
                 let winner_first = (title == "a") == a_first;
                 let loser = if title == "a" { "b" } else { "a" };
                 let expected = if winner_first { "superseded" } else { "applied" };
-                ensure!(verdicts[loser] == expected && verdicts[title.as_str()] == "applied", "{case}: {verdicts:?}");
+                let right = verdicts[loser] == expected && verdicts[title.as_str()] == "applied";
+                ensure!(right, "{case}, a first: {a_first}: {verdicts:?}, and the title is {title}");
                 // One row change for each change that took effect, none for the one that lost.
                 let effects = board.audit().await?.len() - before;
                 ensure!(effects == if winner_first { 1 } else { 2 }, "{case}: {effects} effects");

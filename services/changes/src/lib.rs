@@ -24,6 +24,7 @@ mod janitor;
 mod ledger;
 mod model;
 mod ownership;
+mod pace;
 mod plan;
 mod predicate;
 mod progress;
@@ -170,8 +171,11 @@ impl Service {
         let workers = usize::from(self.args.workers);
         let (changed, _) = watch::channel(());
         let reading = Reading::new(self.health.clone(), workers);
+        // Held so that no worker ends with its cursor, as if it were at fault, where the cursor says why all of them end.
+        let mut held = Vec::new();
         for index in 0..workers {
             let (commands, receiver) = mpsc::channel(WORKER_COMMANDS);
+            held.push(commands.clone());
             let executor =
                 Executor::new(self.options.clone(), self.source.clone(), changed.subscribe(), stream_epoch.clone());
             let worker = Worker::new(index, executor, receiver, shared.clone());
@@ -229,8 +233,9 @@ impl Service {
             task = tasks.join_next() => Err(Error::TaskEnded(task.and_then(Result::ok).unwrap_or("unknown"))),
         };
         trigger.request();
-        // With them the workers' commands end.
+        // With these the workers' commands end.
         consumers.shutdown().await;
+        drop(held);
         let drained = tokio::time::timeout(DRAIN_DEADLINE, async { while tasks.join_next().await.is_some() {} }).await;
         if drained.is_err() {
             tracing::warn!("work at hand is abandoned; it is rolled back and done again by another executor");

@@ -16,4 +16,6 @@ pub use config::{
 };
 pub use growth::Growth;
 pub use load::{CatalogError, layout};
-pub use model::{Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules};
+pub use model::{
+    Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules, literal,
+};

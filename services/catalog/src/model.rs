@@ -314,9 +314,19 @@ pub struct WriteRules {
     pub delete: Option<String>,
 }
 
+/// A text as a literal in SQL.
+pub fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn literals_are_quoted() {
+        assert_eq!(literal("it's"), "'it''s'");
+    }
 
     #[test]
     fn casts_do_not_cut_values() {

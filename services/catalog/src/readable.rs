@@ -3,7 +3,7 @@
 
 use millstream_schemas::subject::USER_KIND;
 
-use crate::model::{Catalog, Column, Members, ScopeColumn, Table};
+use crate::model::{Catalog, Column, Members, ScopeColumn, Table, literal};
 
 /// Who asks.
 const USER: &str = "ARRAY[auth.user_id]";
@@ -37,8 +37,7 @@ impl Catalog {
             let who = match &membership.of {
                 Members::User { column, roles: None } => granting(*column).is_one_of_in(&member, USER),
                 Members::User { column, roles: Some((role, allowed)) } => {
-                    let allowed: Vec<String> =
-                        allowed.iter().map(|role| format!("'{}'", role.replace('\'', "''"))).collect();
+                    let allowed: Vec<String> = allowed.iter().map(|role| literal(role)).collect();
                     format!(
                         "{} AND ({}) COLLATE \"C\" = ANY (ARRAY[{}])",
                         granting(*column).is_one_of_in(&member, USER),

@@ -458,7 +458,7 @@ fn ends_batch(error: &sqlx::Error) -> bool {
 }
 
 /// Whether the statement was stopped by its time limit.
-fn is_out_of_time(error: &sqlx::Error) -> bool {
+pub(crate) fn is_out_of_time(error: &sqlx::Error) -> bool {
     error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state == "57014")
 }
 

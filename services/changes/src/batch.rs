@@ -8,6 +8,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::pace::Pace;
 use crate::progress::{Fence, Owned, Progress};
 use crate::turns::{Left, Turns};
 
@@ -21,8 +22,6 @@ pub(crate) const MAX_SAVEPOINTS: usize = 60;
 
 /// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
 const WARY: usize = 10;
-/// How long a careful batch may take: others wait for it. Transactions that fail can take long, each tried more than once.
-const CAREFUL: Duration = Duration::from_millis(15);
 /// After one that took longer, so many quick ones have to follow before there are more at once again.
 const PATIENCE: usize = 10;
 
@@ -135,48 +134,6 @@ pub(crate) enum Mode {
     Savepoints,
     /// As `Savepoints`, one transaction alone.
     Single,
-}
-
-/// How long batches take.
-#[derive(Debug)]
-struct Pace {
-    usual: Duration,
-    /// When clients were last told to be slow that had not been, and how many in this second.
-    told: Option<(Instant, u32)>,
-}
-
-impl Default for Pace {
-    fn default() -> Pace {
-        Pace { usual: Duration::from_millis(10), told: None }
-    }
-}
-
-impl Pace {
-    /// Nothing is slow that takes less, nor what takes less than so many times as long as most do: then all is slow.
-    const SLOW: Duration = Duration::from_millis(25);
-    const TIMES: u32 = 3;
-    /// Where more clients than these become slow in a second, it is not for what they do.
-    const MOST: u32 = 4;
-
-    /// Whether this one is slow. It counts, but not for more than twice what is usual.
-    fn is_slow(&mut self, took: Duration) -> bool {
-        let usual = self.usual;
-        self.usual = (usual * 15 + took.min(usual * 2)) / 16;
-        took > Self::SLOW.max(usual * Self::TIMES)
-    }
-
-    /// Whether another client may be told to be slow.
-    fn may_tell(&mut self, now: Instant) -> bool {
-        let (since, told) =
-            self.told.filter(|(since, _)| now.duration_since(*since) < Duration::from_secs(1)).unwrap_or((now, 0));
-        self.told = Some((since, told + 1));
-        told < Self::MOST
-    }
-
-    /// How long a careful batch may take.
-    fn careful(&self) -> Duration {
-        CAREFUL.max(self.usual * 2)
-    }
 }
 
 /// The worker's queue: a batch, how many of its first items are to be applied how, and behind it what waits for its turn.
@@ -385,13 +342,18 @@ impl Queue {
         self.measure(item.name().map(|(client_id, _)| client_id), took, now);
     }
 
+    /// A client's transaction was stopped, because it took longer than others may wait.
+    pub fn took_too_long(&mut self, client_id: Uuid, now: Instant) {
+        self.turns.set_slow(client_id, now, true);
+    }
+
     fn measure(&mut self, client_id: Option<Uuid>, took: Duration, now: Instant) {
         let is_slow = self.pace.is_slow(took);
         let Some(client_id) = client_id else { return };
         if !is_slow {
             self.turns.set_quick(client_id);
         } else if self.turns.is_slow(client_id, now) || self.pace.may_tell(now) {
-            self.turns.set_slow(client_id, now);
+            self.turns.set_slow(client_id, now, false);
         }
     }
 
@@ -450,6 +412,7 @@ pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::pace::CAREFUL;
     use crate::validator::tests::change;
 
     /// A message of client 0 with transactions of these sizes.

@@ -26,6 +26,11 @@ use crate::results::Results;
 use crate::settle;
 use crate::validator::Rejection;
 
+/// Longest statement where others wait for it, and longest of a transaction that is tried alone there. What takes longer is applied
+/// aside, with the session's own limit.
+const BRIEF: &str = "2s";
+const BEGIN_SINGLE_BRIEF: &str = "BEGIN; SET LOCAL lock_timeout = '50ms'; SET LOCAL statement_timeout = '500ms'";
+
 /// Limits of a worker's session. A statement has to end some time; a worker that hangs must not keep its locks.
 const SESSION: [(&str, &str); 11] = [
     ("statement_timeout", "30s"),
@@ -107,6 +112,8 @@ pub(crate) struct Executor {
     changed: watch::Receiver<()>,
     stream_epoch: String,
     connection: Option<PgConnection>,
+    /// Others wait for it: see [`BRIEF`].
+    brief: bool,
     model: Option<Model>,
     /// The model is to be made from what is there now.
     stale: bool,
@@ -127,6 +134,7 @@ impl Executor {
             changed,
             stream_epoch,
             connection: None,
+            brief: false,
             model: None,
             stale: false,
             memory: Memory::default(),
@@ -141,10 +149,18 @@ impl Executor {
             changed: self.changed.clone(),
             stream_epoch: self.stream_epoch.clone(),
             connection: None,
+            brief: false,
             model: None,
             stale: false,
             memory: Memory::default(),
         }
+    }
+
+    /// The same for statements that others wait for.
+    pub fn brief(mut self) -> Executor {
+        self.options = self.options.options([("statement_timeout", BRIEF)]);
+        self.brief = true;
+        self
     }
 
     /// Whether a batch is applied without connecting or reading the catalog first.
@@ -179,7 +195,14 @@ impl Executor {
             self.stale = true;
         }
         if self.stale || self.model.is_none() {
+            // Reading the catalog may take long where there are very many tables.
+            let limit = async |connection: &mut PgConnection, reset: &'static str| match self.brief {
+                true => sqlx::raw_sql(reset).execute(connection).await.map(drop).map_err(Failed::Server),
+                false => Ok(()),
+            };
+            limit(&mut connection, "SET statement_timeout = '30s'").await?;
             let renewed = Model::renew(&mut self.model, &mut connection, &self.source).await;
+            limit(&mut connection, "RESET statement_timeout").await?;
             if let Err(error) = renewed {
                 // Without the connection, which may be why.
                 return Err(Failed::Model(error));
@@ -195,6 +218,7 @@ impl Executor {
             fences,
             mode,
             condemned,
+            brief: self.brief,
             spans: None,
         };
         let at_once = match mode {
@@ -288,13 +312,18 @@ pub(crate) struct Transaction<'a> {
     pub fences: &'a [Fence],
     mode: Mode,
     pub condemned: &'a Condemned,
+    brief: bool,
     /// See [`spans`]; one a submission, made by the first attempt.
     pub spans: Option<Vec<tracing::Span>>,
 }
 
 impl<'a> Transaction<'a> {
     async fn run(mut self, model: &mut Model, memory: &mut Memory) -> Result<Results, Failed> {
-        let begin = if self.mode == Mode::Single { BEGIN_SINGLE } else { BEGIN };
+        let begin = match (self.mode, self.brief) {
+            (Mode::Single, true) => BEGIN_SINGLE_BRIEF,
+            (Mode::Single, false) => BEGIN_SINGLE,
+            (Mode::Fast | Mode::Careful | Mode::Savepoints, _) => BEGIN,
+        };
         sqlx::raw_sql(begin).execute(&mut *self.connection).await.map_err(Failed::Server)?;
         let (mut ledger, now) = settle::fence(self.connection, self.stream_epoch, self.items, self.fences).await?;
         let Model { catalog, statements, origin } = model;

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use millstream_catalog::{ConflictPolicy, Table};
+use millstream_catalog::{ConflictPolicy, Table, literal};
 use millstream_schemas::{Clock, Operation};
 use uuid::Uuid;
 
@@ -535,11 +535,6 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// A text in SQL; of names that the catalog gave.
-fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
-}
-
 #[cfg(test)]
 mod tests {
     use millstream_catalog::{Column, Rule};
@@ -642,10 +637,5 @@ mod tests {
         let both = sql(&table, Operation::Update, &[1, 2]);
         assert_eq!(both.matches("new.title <> old.title").count(), 2, "{both}");
         assert_eq!(sql(&table, Operation::Update, &[1]).matches("new.title <> old.title").count(), 1);
-    }
-
-    #[test]
-    fn literals_are_quoted() {
-        assert_eq!(literal("it's"), "'it''s'");
     }
 }

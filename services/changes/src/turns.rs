@@ -217,15 +217,15 @@ impl Turns {
         }
     }
 
-    /// A client's transaction took long: for a while, others do not wait for its.
-    pub fn set_slow(&mut self, id: Uuid, now: Instant) {
+    /// A client's transaction took long, or so long that there is no doubt: for a while, others do not wait for its.
+    pub fn set_slow(&mut self, id: Uuid, now: Instant, no_doubt: bool) {
         if self.slow.len() >= MAX_SLOW {
             self.slow.retain(|_, (until, _)| *until > now);
         }
         if self.slow.len() < MAX_SLOW {
             let (until, times) = self.slow.entry(id).or_insert((now, 0));
             let before = if *until >= now { *times } else { 0 };
-            *times = (before + SLOW_COUNTS).min(MOST_SLOW);
+            *times = if no_doubt { MOST_SLOW } else { (before + SLOW_COUNTS).min(MOST_SLOW) };
             *until = now + SLOW;
         }
     }
@@ -551,9 +551,9 @@ mod tests {
         assert_eq!(turns.take_aside(|_| true).unwrap().0.name(), Some((client, 3)));
         turns.back(client, None, None);
         // Whoever is slow stays aside for a while.
-        turns.set_slow(client, Instant::now());
+        turns.set_slow(client, Instant::now(), false);
         assert!(!turns.is_slow(client, Instant::now()), "once is no reason");
-        turns.set_slow(client, Instant::now());
+        turns.set_slow(client, Instant::now(), false);
         put(&mut turns, 3, 9, &[1]);
         put(&mut turns, 1, 10, &[1]);
         let mut seen = Vec::new();
@@ -581,7 +581,7 @@ mod tests {
             [(true, false), (false, false), (true, true), (false, false), (true, true), (true, true)]
         {
             if slow {
-                turns.set_slow(client, start)
+                turns.set_slow(client, start, false)
             } else {
                 turns.set_quick(client)
             }
@@ -590,9 +590,9 @@ mod tests {
         (0..MOST_SLOW).for_each(|_| turns.set_quick(client));
         assert!(!turns.is_slow(client, start) && turns.slow.is_empty());
         turns.set_quick(client);
-        (0..2).for_each(|_| turns.set_slow(client, start));
+        (0..2).for_each(|_| turns.set_slow(client, start, false));
         assert!(turns.is_slow(client, start) && !turns.is_slow(client, start + SLOW));
-        turns.set_slow(client, start + 2 * SLOW);
+        turns.set_slow(client, start + 2 * SLOW, false);
         assert!(!turns.is_slow(client, start + 2 * SLOW), "what was long ago does not count");
     }
 

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use crate::apply::is_out_of_time;
 use crate::aside::{Aside, Done};
 use crate::batch::{Item, Mode, Queue};
 use crate::error::{Refusal, keeps_connection};
@@ -140,9 +141,12 @@ impl Worker {
         let questions = Questions::new(shared.external.clone());
         let reads = Reads::new(shared.stream.clone());
         let queue = if shared.stream.is_some() { Queue::default() } else { Queue::in_order() };
+        let aside = Aside::new(executor.another());
+        // Without a stream nothing is applied aside.
+        let executor = if shared.stream.is_some() { executor.brief() } else { executor };
         Worker {
             index,
-            aside: Aside::new(executor.another()),
+            aside,
             rested: Instant::now(),
             worked: None,
             executor,
@@ -359,7 +363,12 @@ impl Worker {
                 self.condemned.insert((client_id, seq), rejection);
                 return self.queue.return_aside(item, None);
             }
-            Err(Failed::Strike(_, _, error)) => (error, true),
+            Err(Failed::Strike(_, _, error)) => {
+                if is_out_of_time(&error) {
+                    self.queue.took_too_long(client_id, now);
+                }
+                (error, true)
+            }
             Err(Failed::Unsure(_, error)) => (error, mode == Mode::Single),
             Err(Failed::Busy(error) | Failed::Gone(error)) => (error, false),
             Err(Failed::Server(error)) => {
@@ -515,6 +524,11 @@ impl Worker {
             self.recover().await;
         }
         let Some(at) = self.queue.items().iter().position(|item| item.name() == Some((client_id, seq))) else { return };
+        if is_out_of_time(error) && self.shared.stream.is_some() {
+            tracing::warn!(client.id = %client_id, client.seq = seq, "a transaction takes longer than others may wait; it is tried aside");
+            self.queue.took_too_long(client_id, Instant::now());
+            return self.queue.park(at, Instant::now());
+        }
         let submission = self.queue.items().get(at).and_then(|item| item.submission.clone());
         if !self.is_given_up((client_id, seq), submission.as_ref(), error) {
             self.park(at);

@@ -33,6 +33,7 @@ mod snapshot;
 mod spool;
 mod tail;
 mod token;
+mod unwritable;
 mod watermark;
 
 use std::net::SocketAddr;

@@ -16,8 +16,9 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 use crate::catalogs::Known;
 use crate::fence::Fence;
 use crate::resume::{Seal, Sealer, moment_of};
-use crate::snapshot::{Exporter, Framing, SNAPSHOT_FRAMES, Snapshot, SnapshotError, Unwritable};
+use crate::snapshot::{Exporter, Framing, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
 use crate::tail::Chain;
+use crate::unwritable::Unwritable;
 
 /// For so long others join a moment.
 const WINDOW: Duration = Duration::from_secs(1);

@@ -4,14 +4,11 @@
 //! Rows come by `COPY … TO STDOUT`, whose text form is that of the WAL decoder, and are re-framed as they stream: memory
 //! does not grow with the scope.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
-use millstream_catalog::{Catalog, Column, Members, ScopeColumn, Table};
+use millstream_catalog::{Catalog, Column, Members, ScopeColumn, Table, literal};
 use millstream_runtime::lease::Lease;
-use millstream_runtime::postgres::is_about_content;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
 use millstream_schemas::subject::USER_KIND;
@@ -23,6 +20,7 @@ use uuid::Uuid;
 use crate::fence::{Fence, InvalidFence};
 use crate::resume::{Mark, Seal, Sealer};
 use crate::shared::Adopted;
+use crate::unwritable::Unwritable;
 
 /// A frame of snapshot rows is sent when it has grown to this many bytes.
 const ROWS_FRAME_BYTES: usize = 128 * 1024;
@@ -420,43 +418,6 @@ pub struct Framing {
     pub row_limit: usize,
     /// Where rows are tried before they are read.
     pub unwritable: Unwritable,
-}
-
-/// Tables with rows that Postgres cannot write as text, because that is over 1 GB or what is stored is damaged. COPY fails at such
-/// a row, so the first snapshot that meets one fails; those after it ask about every row of the table (`millstream.has_text`),
-/// and leave out what cannot be written.
-#[derive(Clone, Default)]
-pub struct Unwritable {
-    found: Arc<Mutex<HashMap<String, Instant>>>,
-}
-
-impl Unwritable {
-    /// For so long after a failure, rows of its table are tried one by one.
-    const TRIED: Duration = Duration::from_secs(3600);
-
-    fn is_known(&self, table: &str) -> bool {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.retain(|_, at| at.elapsed() < Self::TRIED);
-        found.contains_key(table)
-    }
-
-    /// Notes that copying rows of a table has failed, if it did so by its rows.
-    fn note(&self, table: &str, error: &sqlx::Error) {
-        let code = error.as_database_error().and_then(|error| error.code());
-        // The server being short of memory says nothing about a row.
-        let Some(code) = code.filter(|code| is_about_content(code) && !code.starts_with("53")) else { return };
-        tracing::error!(
-            table,
-            sqlstate = %code,
-            "Postgres cannot write a row of the table as text; clients get the table without such rows"
-        );
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(table.to_owned(), Instant::now());
-    }
-}
-
-/// A text in SQL; of names that the catalog gave.
-fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
 }
 
 /// SQL that says whether a row may be small enough to be sent, without reading large values; none if every row may.

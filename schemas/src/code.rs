@@ -54,6 +54,8 @@ codes! {
     PermissionDenied = "permission_denied", Manual;
     /// A constraint, trigger, declared rule or external validator refused; the message names it.
     BusinessRule = "business_rule", Automatic;
+    /// A trigger or rule of the database left the row out, without an error: it is as it was.
+    NotWritten = "not_written", Manual;
     /// An earlier transaction of the client that wrote the same row was rejected; this one waits until that one has been
     /// retried or discarded.
     PredecessorFailed = "predecessor_failed", Automatic;

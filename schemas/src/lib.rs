@@ -19,6 +19,7 @@ pub mod code;
 pub mod frame;
 pub mod position;
 pub mod schema;
+pub mod spelling;
 pub mod stream;
 pub mod subject;
 pub mod trace;

@@ -24,6 +24,7 @@ mod requirements;
 mod restarts;
 mod row_security;
 mod schema_changes;
+mod side_effects;
 mod slow;
 mod snapshots;
 mod structure;

@@ -6,9 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use futures_util::TryStreamExt as _;
 use millstream_client::{Client, SqlValue};
+use millstream_schemas::spelling::{Spelling, spelling};
 use millstream_tests::board::{Board, PATIENCE};
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 use uuid::Uuid;
+
+use crate::executor::database::Database;
 
 /// Column, type, and values as SQL expressions.
 const TYPES: [(&str, &str, &[&str]); 39] = [
@@ -231,4 +236,109 @@ async fn run(board: &Board) -> Result<()> {
     }
     shows(&live, &mut postgres).await.context("the author")?;
     shows(&board.client("newer", "bob").await?, &mut postgres).await.context("a snapshot of copies")
+}
+
+/// Types whose spellings `millstream_schemas::spelling` knows, and letters of which texts of them are made.
+const SPELT: [(&str, &[&str]); 16] = [
+    (
+        "uuid",
+        &[
+            "a0eebc99-9c0b-4ef8-bb6d-",
+            "A0EEBC99-9C0B-4EF8-BB6D-",
+            "a0eebc999c0b4ef8bb6d",
+            "6bb9bd380a11",
+            "6BB9-BD38-0A11",
+            "{",
+            "}",
+        ],
+    ),
+    ("integer", &["7", "0", "+", "-", " ", "42", ".", "2147483647"]),
+    ("numeric", &["7", "0", "00", "+", "-", ".", ".", "e", "E2", "e-3", "12", "50", " "]),
+    ("numeric(8,2)", &["7", "0", "00", "-", ".", ".", "e1", "E-1", "12", "50"]),
+    ("numeric(5)", &["7", "0", "-", ".", "e1", "12"]),
+    ("boolean", &["t", "rue", "f", "alse", "yes", "no", "on", "off", "1", "0", " "]),
+    ("date", &["2026", "2024", "1900", "-", "-", "-", "1", "02", "11", "29", "30", "infinity", " "]),
+    ("time", &["8:00", "08:30:15", "23:59:59", "24:00:00", ".5", ".250", ".1234567", ":30", "Z"]),
+    ("time(2)", &["8:00", "08:30:15", ".5", ".250", ".125", ":07"]),
+    (
+        "timestamp",
+        &["2026-11-29", "2024-2-29", "0001-01-01", "T", " ", "8:00", "08:30:15", ".5", "Z", "+02", "-infinity"],
+    ),
+    (
+        "timestamptz",
+        &["2026-11-29", "2026-12-31", "2024-2-28", "T", " ", "0:10", "23:30:15", ".5", "Z", "+02", "-0730", "+05:30"],
+    ),
+    ("timestamptz(3)", &["2026-01-01", "T", " ", "0:10:00", ".5", ".125", ".1255", "Z", "+02", "-13:59"]),
+    ("char(4)", &["a", " ", "ü", "bc"]),
+    ("varchar(4)", &["a", " ", "B"]),
+    ("inet", &["10.0.0.1", "192.168.1.0", "/32", "/24", "2001:DB8::1", "::", "/128", "/64", "0:0"]),
+    ("bytea", &["\\x", "00", "fF", "a", "0A"]),
+];
+
+/// Keys keep their names: where the spelling of a value is foreseen, Postgres gives it back like that.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_spells_values_as_foreseen() -> Result<()> {
+    const VALUES: usize = 1_500;
+    let seed = std::env::var("MILLSTREAM_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let mut random = StdRng::seed_from_u64(seed);
+    // As its output function writes it; null if it is no value of the type.
+    let schema = "CREATE TABLE t (id int PRIMARY KEY);
+        CREATE FUNCTION spelt(value text, sql_type text) RETURNS text LANGUAGE plpgsql AS $$
+        DECLARE spelt text;
+        BEGIN
+            EXECUTE format('SELECT format(''%%s'', $1::text::%s)', sql_type) INTO spelt USING value;
+            RETURN spelt;
+        EXCEPTION WHEN data_exception OR syntax_error THEN RETURN NULL;
+        END $$";
+    let mut database = Database::with(schema, "[tables.t]\nscope = { kind = \"global\" }\n").await;
+    sqlx::raw_sql("SET TimeZone = 'UTC'; SET DateStyle = 'ISO'").execute(&mut database.sql).await?;
+    let (mut foreseen, mut other, mut refused) = (0, 0, 0);
+    for (sql_type, parts) in SPELT {
+        let name: String = sqlx::query_scalar("SELECT format_type(to_regtype($1), -1)")
+            .bind(sql_type)
+            .fetch_one(&mut database.sql)
+            .await?;
+        // With its modifiers, where format_type has them.
+        let full = match sql_type.split_once('(') {
+            Some((_, modifiers)) => match name.split_once(' ').filter(|_| name.starts_with("time")) {
+                Some((before, after)) => format!("{before}({modifiers} {after}"),
+                None => format!("{name}({modifiers}"),
+            },
+            None => name,
+        };
+        let mut known = 0;
+        for _ in 0..VALUES {
+            let text: String =
+                (0..random.random_range(1..9)).map(|_| parts[random.random_range(0..parts.len())]).collect();
+            let given: Option<String> = sqlx::query_scalar("SELECT spelt($1, $2)")
+                .bind(&text)
+                .bind(sql_type)
+                .fetch_one(&mut database.sql)
+                .await?;
+            match (spelling(&full, &text), given) {
+                (Spelling::Known(known), Some(given)) if known != given => {
+                    anyhow::bail!("seed {seed}: {full} '{text}' is '{given}', foreseen '{known}'");
+                }
+                (Spelling::Known(_), Some(given)) => {
+                    known += 1;
+                    foreseen += 1;
+                    other += usize::from(given != text);
+                }
+                // Too long, or out of range.
+                (Spelling::Known(_), None) => refused += 1,
+                // What Postgres writes itself is never taken for something else.
+                (Spelling::Other(_), Some(given)) => {
+                    ensure!(
+                        spelling(&full, &given) == Spelling::Known((&given).into()),
+                        "seed {seed}: {full} '{given}'"
+                    );
+                }
+                (Spelling::Other(_), None) | (Spelling::Any, _) => {}
+            }
+        }
+        ensure!(known > 10, "{full}: only {known} of {VALUES} are values that are understood");
+    }
+    println!("{foreseen} values foreseen, {other} of them spelt otherwise; {refused} refused by Postgres");
+    database.stack.stop().await;
+    Ok(())
 }

@@ -6,12 +6,14 @@
 //!
 //! The triggers are silent while the store itself writes: `millstream_tx()` is null then. They call these functions of
 //! the store's connection: `millstream_tx()`, `millstream_seq()`, `millstream_instance()`, `millstream_uuid()`,
-//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`.
+//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`, and `millstream_spelt(name, type, text)`, which refuses
+//! what Postgres would give back in another spelling.
 //!
 //! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
 //! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
 
-use millstream_schemas::TableSchema;
+use millstream_schemas::spelling::is_spelt;
+use millstream_schemas::{ColumnSchema, TableSchema};
 
 /// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
 /// app's by SQLite's own documentation.
@@ -257,7 +259,8 @@ fn keep_base(table: &TableSchema, key: &str, row: &str) -> String {
     )
 }
 
-fn record(table: &TableSchema, op: &str, key: &str, columns: &str, values: &str, previous: &str) -> String {
+/// `when`: a condition, or nothing.
+fn record(table: &TableSchema, op: &str, key: &str, columns: &str, values: &str, previous: &str, when: &str) -> String {
     // Whoever edits a row has seen its newest change, so the edit is newer, however slow the clock here is.
     let seen = match table.clocks {
         Some(clocks) if op != "insert" => format!("OLD.{}", quote(&table.columns[clocks].name)),
@@ -265,8 +268,8 @@ fn record(table: &TableSchema, op: &str, key: &str, columns: &str, values: &str,
     };
     format!(
         "  INSERT INTO local_changes (tx, seq, instance, change_id, tbl, key, op, columns, vals, previous, stamp, state, traceparent, recorded_at)\n  \
-         VALUES (millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {previous}, \
-         millstream_stamp({seen}), 'pending', millstream_traceparent(), millstream_now());\n",
+         SELECT millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {previous}, \
+         millstream_stamp({seen}), 'pending', millstream_traceparent(), millstream_now(){when};\n",
         literal(&table.name)
     )
 }
@@ -295,6 +298,16 @@ fn insert_trigger(table: &TableSchema) -> String {
         if is_key {
             let message = format!("key column \"{}\" of \"{}\" is null", column.name, table.name);
             body += &refuse(&message, &format!("{} IS NULL", new(index)));
+            if is_spelt(&column.r#type) {
+                let name = literal(&format!("key column \"{}\" of \"{}\"", column.name, table.name));
+                let (sql_type, text) = (literal(&column.r#type), column_text(table, index, "NEW."));
+                // A text is not the bytes that come back for it.
+                let text = match Kind::of(&column.r#type) {
+                    Kind::Bytes => format!("iif(typeof({0}) = 'blob', {text}, {0})", new(index)),
+                    _ => text,
+                };
+                body += &format!("  SELECT millstream_spelt({name}, {sql_type}, {text});\n");
+            }
         } else if !column.writable {
             let message =
                 format!("column \"{}\" of \"{}\" is not writable: the server fills it", column.name, table.name);
@@ -307,8 +320,44 @@ fn insert_trigger(table: &TableSchema) -> String {
     }
     let key = key_expr(table, "NEW.");
     body += &keep_base(table, &key, "NULL");
-    body += &record(table, "insert", &key, &json_list(&columns), &json_list(&values), "NULL");
+    // Its last change in this transaction, and that is a delete: as REPLACE has it. The row was there and is there again, so to
+    // others it changes where it differs; a delete would take with it what refers to the row.
+    let last = format!(
+        "SELECT id, op FROM local_changes INDEXED BY local_changes_live WHERE tbl = {} AND key = {key} AND state <> 'confirmed' \
+         AND tx = millstream_tx() ORDER BY id DESC LIMIT 1",
+        literal(&table.name)
+    );
+    let replaced = format!("(SELECT id FROM ({last}) WHERE op = 'delete')");
+    let when = format!(" WHERE {replaced} IS NULL");
+    body += &record(table, "insert", &key, &json_list(&columns), &json_list(&values), "NULL", &when);
+    body += &replace(table, &replaced, &last);
     trigger(table, "insert", "", &body)
+}
+
+/// Makes a delete the update of what differs between its row and the new one; no change if that is nothing.
+fn replace(table: &TableSchema, replaced: &str, last: &str) -> String {
+    let (mut columns, mut values, mut previous) = (Vec::new(), Vec::new(), Vec::new());
+    let settable = |(index, column): &(usize, &ColumnSchema)| column.writable && !table.key.contains(index);
+    for (index, _) in table.columns.iter().enumerate().filter(settable) {
+        let (old, new) = (old_text(table, index), column_text(table, index, "NEW."));
+        let differs = format!("{old} IS NOT {new}");
+        columns.push((differs.clone(), name_literal(table, index, "", "")));
+        values.push((differs.clone(), format!("json_quote({new})")));
+        previous.push((differs, format!("json_quote({old})")));
+    }
+    format!(
+        "  UPDATE local_changes SET op = 'update', columns = {}, vals = {}, previous = {}, stamp = millstream_stamp(NULL) WHERE id = {replaced};\n  \
+         DELETE FROM local_changes WHERE op = 'update' AND columns = '[]' AND id = (SELECT id FROM ({last}));\n",
+        json_list(&columns),
+        json_list(&values),
+        json_list(&previous)
+    )
+}
+
+/// SQL that gives a column's text of the row that a delete recorded.
+fn old_text(table: &TableSchema, index: usize) -> String {
+    let name = serde_json::Value::String(table.columns[index].name.clone()).to_string();
+    format!("json_extract(previous, {})", literal(&format!("$.{name}")))
 }
 
 fn update_trigger(table: &TableSchema) -> String {
@@ -333,7 +382,7 @@ fn update_trigger(table: &TableSchema) -> String {
     }
     let key = key_expr(table, "OLD.");
     body += &keep_base(table, &key, &row_expr(table, "OLD."));
-    body += &record(table, "update", &key, &json_list(&columns), &json_list(&values), &json_list(&previous));
+    body += &record(table, "update", &key, &json_list(&columns), &json_list(&values), &json_list(&previous), "");
     let any: Vec<String> = (0..table.columns.len()).map(changed).collect();
     trigger(table, "update", &format!(" AND ({})", joined(&any, "OR")), &body)
 }
@@ -341,14 +390,13 @@ fn update_trigger(table: &TableSchema) -> String {
 fn delete_trigger(table: &TableSchema) -> String {
     let key = key_expr(table, "OLD.");
     let row = row_expr(table, "OLD.");
-    let body = keep_base(table, &key, &row) + &record(table, "delete", &key, "'[]'", "'[]'", &row);
+    let body = keep_base(table, &key, &row) + &record(table, "delete", &key, "'[]'", "'[]'", &row, "");
     trigger(table, "delete", "", &body)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use millstream_schemas::ColumnSchema;
     use rusqlite::Connection;
 
     fn table(columns: &[(&str, &str, bool)]) -> TableSchema {

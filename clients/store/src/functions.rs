@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::trigger;
 use millstream_schemas::Clocks;
+use millstream_schemas::spelling::{Spelling, spelling};
 use rusqlite::Connection;
 use rusqlite::functions::FunctionFlags;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
@@ -173,6 +174,21 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
                 s.observe(Clocks::parse(&clocks).newest().stamp);
             }
             Ok(s.next_stamp() as i64)
+        })
+        .during(operation)?;
+    connection
+        .create_scalar_function("millstream_spelt", 3, flags, |context| {
+            let (name, sql_type) = (context.get::<String>(0)?, context.get::<String>(1)?);
+            let Some(text) = context.get::<Option<String>>(2)? else { return Ok(None::<i64>) };
+            let message = match spelling(&sql_type, &text) {
+                Spelling::Known(known) if known == text => return Ok(None),
+                Spelling::Any => return Ok(None),
+                Spelling::Known(known) => {
+                    format!("the server would name this row differently: {name} is '{known}' there, not '{text}'; write it like that")
+                }
+                Spelling::Other(form) => format!("'{text}' is not how {name} is written, as a {sql_type}: write it like '{form}'"),
+            };
+            Err(rusqlite::Error::UserFunctionError(format!("millstream: {message}").into()))
         })
         .during(operation)?;
     let s = Arc::clone(session);

@@ -88,6 +88,9 @@ pub struct TableConfig {
     /// What becomes of the delete of a row that is not there.
     #[serde(default)]
     pub delete_missing: DeleteMissing,
+    /// What becomes of the insert of a row that is there already.
+    #[serde(default)]
+    pub insert_existing: InsertExisting,
     /// Business rules beyond the database's own constraints.
     #[serde(default)]
     pub rules: Vec<RuleConfig>,
@@ -116,6 +119,17 @@ pub enum DeleteMissing {
     Reject,
     /// It is applied: the row is gone, as its author wanted.
     Accept,
+}
+
+/// What becomes of the insert of a row that is there already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InsertExisting {
+    /// It sets its columns in that row, as an update by the same author: by the same rule, and no newer than it is.
+    #[default]
+    Merge,
+    /// It is rejected with `business_rule`, by the primary key.
+    Reject,
 }
 
 /// A business rule: what must hold for a change.

@@ -8,7 +8,7 @@ use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
-use crate::config::{Config, Conflict, DeleteMissing, MembershipConfig, TableConfig};
+use crate::config::{Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, TableConfig};
 use crate::growth;
 use crate::model::{
     Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
@@ -251,6 +251,7 @@ async fn table(
         renamed: declared.renamed.clone(),
         dropped: declared.dropped.clone(),
         delete_missing_accepted: declared.delete_missing == DeleteMissing::Accept,
+        insert_existing_merges: declared.insert_existing == InsertExisting::Merge,
         rules: declared
             .rules
             .iter()

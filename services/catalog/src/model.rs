@@ -70,6 +70,8 @@ pub struct Table {
     pub dropped: Vec<String>,
     /// Whether the delete of a row that is not there is applied rather than rejected.
     pub delete_missing_accepted: bool,
+    /// Whether the insert of a row that is there already updates it rather than being rejected.
+    pub insert_existing_merges: bool,
     /// Business rules, in the order in which they are declared.
     pub rules: Vec<Rule>,
     /// Which changes external validators are asked about.

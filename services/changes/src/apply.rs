@@ -19,7 +19,7 @@ use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 use uuid::Uuid;
 
 use crate::batch::MAX_SAVEPOINTS;
-use crate::error::{Fault, Refusal, classify, may_be_a_value};
+use crate::error::{Fault, Refusal, classify, is_duplicate, may_be_a_value};
 use crate::executor::Failed;
 use crate::explain;
 use crate::group::{Group, Groups, Place};
@@ -123,7 +123,10 @@ impl<'a> Applier<'a> {
             match outcome {
                 Outcome::Won => {}
                 Outcome::Lost { whole, winner } => plan[planned].lose(step, whole, winner),
-                Outcome::Refused(refusal) if plan[planned].submission.changes.len() == 1 => {
+                // What left the row out may have written others.
+                Outcome::Refused(refusal)
+                    if plan[planned].submission.changes.len() == 1 && refusal.code != Code::NotWritten =>
+                {
                     plan[planned].reject(step, refusal);
                 }
                 Outcome::Refused(_) => cut = cut.min(planned),
@@ -216,6 +219,20 @@ impl<'a> Applier<'a> {
                     self.user = None;
                     match rows {
                         [row] => {
+                            let mut error = error;
+                            if is_duplicate(&error, &group.statement.shape.primary_keys) {
+                                error = match self.merge(row, error).await {
+                                    Ok(outcome) => {
+                                        self.raw("RELEASE SAVEPOINT statement").await?;
+                                        outcomes.push(outcome);
+                                        continue;
+                                    }
+                                    Err(error) if ends_batch(&error) => return Err(failed(error)),
+                                    Err(error) => error,
+                                };
+                                self.raw("ROLLBACK TO SAVEPOINT statement").await?;
+                                self.user = None;
+                            }
                             let Some(refusal) = self.refusal(&group.statement, row, false, &error).await? else {
                                 return Err(Failed::isolate_at(at, &error.to_string()));
                             };
@@ -253,15 +270,25 @@ impl<'a> Applier<'a> {
             self.raw("SAVEPOINT change").await?;
             let mut losses = Vec::new();
             let mut refused = None;
-            for (index, step) in planned.steps().iter().enumerate() {
-                match self.apply_one(planned, index, step).await? {
-                    Outcome::Won => {}
-                    Outcome::Lost { whole, winner } => losses.push((index, whole, winner)),
-                    Outcome::Refused(refusal) => {
+            // Anew, once it turns out that a row is there already.
+            let mut merges = false;
+            let mut index = 0;
+            while let Some(step) = planned.steps().get(index) {
+                match self.apply_one(planned, index, step, &mut merges).await? {
+                    Some(Outcome::Won) => {}
+                    Some(Outcome::Lost { whole, winner }) => losses.push((index, whole, winner)),
+                    Some(Outcome::Refused(refusal)) if self.was_taken(&planned.steps()[..index], step, &refusal) => {}
+                    Some(Outcome::Refused(refusal)) => {
                         refused = Some((index, refusal));
                         break;
                     }
+                    None => {
+                        losses.clear();
+                        index = 0;
+                        continue;
+                    }
                 }
+                index += 1;
             }
             match refused {
                 None => {
@@ -279,13 +306,46 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    async fn apply_one(&mut self, planned: &Planned<'_>, index: usize, step: &Step<'_>) -> Result<Outcome, Failed> {
+    /// Whether a delete is refused for a row that is gone with what the same transaction deleted `earlier`.
+    fn was_taken(&mut self, earlier: &[Step<'_>], step: &Step<'_>, refusal: &Refusal) -> bool {
+        if step.op != Operation::Delete || refusal.code != Code::EntityMissing {
+            return false;
+        }
+        let own = self.statements.of(step);
+        earlier.iter().any(|earlier| self.statements.of(earlier).shape.takes_from(&own.shape))
+    }
+
+    /// None if the transaction is to begin anew, by then with `merges`: a row is there already that it inserts.
+    async fn apply_one(
+        &mut self,
+        planned: &Planned<'_>,
+        index: usize,
+        step: &Step<'_>,
+        merges: &mut bool,
+    ) -> Result<Option<Outcome>, Failed> {
         let statement = self.statements.of(step);
         let row = self.row(planned, &planned.submission.user_id, index, step);
-        let error = match self.write(&statement, &[row]).await {
-            Ok(mut outcomes) => return Ok(outcomes.pop().unwrap_or(Outcome::Won)),
+        let may_merge = *merges && !statement.shape.primary_keys.is_empty();
+        if may_merge {
+            self.raw("SAVEPOINT step").await?;
+        }
+        let mut error = match self.write(&statement, &[row]).await {
+            Ok(mut outcomes) => {
+                if may_merge {
+                    self.raw("RELEASE SAVEPOINT step").await?;
+                }
+                return Ok(Some(outcomes.pop().unwrap_or(Outcome::Won)));
+            }
             Err(error) => error,
         };
+        if may_merge && is_duplicate(&error, &statement.shape.primary_keys) {
+            self.raw("ROLLBACK TO SAVEPOINT step; RELEASE SAVEPOINT step").await?;
+            self.user = None;
+            error = match self.merge(&row, error).await {
+                Ok(outcome) => return Ok(Some(outcome)),
+                Err(error) => error,
+            };
+        }
         let strike = |error| Failed::Strike(planned.submission.client_id, planned.submission.seq, error);
         match classify(&error) {
             Fault::Server => return Err(Failed::at_work(error)),
@@ -294,9 +354,34 @@ impl<'a> Applier<'a> {
         }
         self.raw("ROLLBACK TO SAVEPOINT change").await?;
         self.user = None;
+        if !*merges && is_duplicate(&error, &statement.shape.primary_keys) {
+            *merges = true;
+            return Ok(None);
+        }
         let is_same = |earlier: &Step<'_>| earlier.table.oid == step.table.oid && earlier.key == step.key;
         let undone = planned.steps()[..index].iter().any(|earlier| earlier.op == Operation::Insert && is_same(earlier));
-        self.refusal(&statement, &row, undone, &error).await?.map(Outcome::Refused).ok_or_else(|| strike(error))
+        let refusal = self.refusal(&statement, &row, undone, &error).await?;
+        refusal.map(|refusal| Some(Outcome::Refused(refusal))).ok_or_else(|| strike(error))
+    }
+
+    /// An insert that failed with this error, since the row is there already, and has been undone: it sets its columns in that row, as
+    /// an update would. Where its author may not do that, or the row is gone by now, the error stands.
+    async fn merge(&mut self, row: &InputRow<'_>, error: sqlx::Error) -> Result<Outcome, sqlx::Error> {
+        let insert = row.step;
+        let set = insert.columns.iter().zip(&insert.values).filter(|(index, _)| !insert.table.key.contains(index));
+        let (columns, values): (Vec<_>, Vec<_>) = set.map(|(index, value)| (*index, *value)).unzip();
+        if columns.is_empty() {
+            // It says no more than that the row is there.
+            return Ok(Outcome::Won);
+        }
+        let update = Step { op: Operation::Update, columns, values, ..insert.clone() };
+        let statement = self.statements.of(&update);
+        match self.write(&statement, &[InputRow { step: &update, ..*row }]).await?.pop() {
+            Some(Outcome::Refused(Refusal { code: Code::PermissionDenied | Code::EntityMissing, .. })) | None => {
+                Err(error)
+            }
+            Some(outcome) => Ok(outcome),
+        }
     }
 
     /// What the one change is refused for whose statement failed; none if nobody knows. `undone`: its own transaction made the
@@ -372,6 +457,7 @@ impl<'a> Applier<'a> {
         mut sent: Option<u64>,
     ) -> Result<Vec<Outcome>, sqlx::Error> {
         let mut hidden = vec![false; rows.len()];
+        let mut versions = vec![None; rows.len()];
         for _ in 0..RACES {
             let waiting: Vec<usize> = (0..rows.len()).filter(|index| outcomes[*index].is_none()).collect();
             if waiting.is_empty() {
@@ -379,7 +465,7 @@ impl<'a> Applier<'a> {
             }
             let inserted = match sent.take() {
                 Some(inserted) => inserted,
-                None => self.send(statement, rows, &waiting, &mut outcomes).await?,
+                None => self.send(statement, rows, &waiting, &mut outcomes, &mut versions).await?,
             };
             if inserted == waiting.len() as u64 {
                 waiting.iter().for_each(|index| outcomes[*index] = Some(Outcome::Won));
@@ -393,7 +479,15 @@ impl<'a> Applier<'a> {
             let query = bind(query, statement.shape.op, &asked);
             let explained = explain::outcomes(query, self.connection, statement, asked[0].step.table).await?;
             unexplained.iter().zip(&explained).for_each(|(index, explained)| hidden[*index] = explained.hidden);
-            let mut explained: Vec<_> = explained.into_iter().map(|explained| explained.outcome).collect();
+            // A trigger wrote the row instead of its delete.
+            let replaced = |index: usize, now: &Option<String>| {
+                now.is_some() && versions[index].is_some() && versions[index] != *now
+            };
+            let mut explained: Vec<_> = unexplained
+                .iter()
+                .zip(explained)
+                .map(|(index, found)| if replaced(*index, &found.version) { Some(Outcome::Won) } else { found.outcome })
+                .collect();
             // An insert does not tell which rows it made: those that nothing speaks against, if their number is right.
             if inserted > 0 {
                 if explained.iter().filter(|outcome| outcome.is_none()).count() as u64 != inserted {
@@ -413,18 +507,21 @@ impl<'a> Applier<'a> {
                 Code::PermissionDenied,
                 format!("row security does not let them {} {}", op.as_str(), table.name),
             ))),
+            None if statement.shape.cause => Ok(explain::left_out(op, table)),
             None => Err(sqlx::Error::Protocol("a row is neither written nor refused".into())),
         });
         outcomes.collect()
     }
 
-    /// Executes a statement for those rows that wait; gives how many it inserted.
+    /// Executes a statement for those rows that wait; gives how many it inserted. `versions`: of rows as they were before a delete
+    /// that left them.
     async fn send(
         &mut self,
         statement: &Statement,
         rows: &[InputRow<'_>],
         waiting: &[usize],
         outcomes: &mut [Option<Outcome>],
+        versions: &mut [Option<String>],
     ) -> Result<u64, sqlx::Error> {
         let tried: Vec<InputRow<'_>> = waiting.iter().map(|index| rows[*index]).collect();
         let query = bind(sqlx::query(AssertSqlSafe(statement.sql.clone())), statement.shape.op, &tried);
@@ -434,7 +531,10 @@ impl<'a> Applier<'a> {
         for row in query.fetch_all(&mut *self.connection).await? {
             let number: i64 = row.try_get("ms_i")?;
             let place = usize::try_from(number - 1).ok().and_then(|place| waiting.get(place).copied());
-            if let Some(place) = place {
+            let Some(place) = place else { continue };
+            if statement.shape.cause && statement.shape.op == Operation::Delete && !row.try_get("written")? {
+                versions[place] = row.try_get("version")?;
+            } else {
                 outcomes[place] = Some(won(row.try_get("winner")?));
             }
         }

@@ -4,6 +4,8 @@ use millstream_schemas::Code;
 use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
+use crate::traits::PrimaryKey;
+
 /// Why the service ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -165,6 +167,18 @@ pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
         ("0A" | "24" | "25" | "26" | "34" | "3F" | "42" | "", _, Site::Statement) => Fault::Unknown,
         _ => verdict(Code::BusinessRule, error.message),
     }
+}
+
+/// Whether it is that a row with one of these keys is there already.
+pub(crate) fn is_duplicate(error: &sqlx::Error, keys: &[PrimaryKey]) -> bool {
+    let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    error.is_some_and(|error| {
+        let named = error.schema().zip(error.table()).zip(error.constraint());
+        error.code() == "23505"
+            && named.is_some_and(|((schema, table), constraint)| {
+                keys.iter().any(|(s, t, c)| (s.as_str(), t.as_str(), c.as_str()) == (schema, table, constraint))
+            })
+    })
 }
 
 /// Whether the error says that the catalog in memory is behind the database's (a column or table is gone, say).

@@ -28,6 +28,8 @@ pub(crate) struct Explained {
     pub outcome: Option<Outcome>,
     /// That it is there is not the user's to know.
     pub hidden: bool,
+    /// Version of the row, where this transaction made it.
+    pub version: Option<String>,
 }
 
 /// Asks about rows that were not written.
@@ -49,7 +51,7 @@ pub(crate) async fn outcomes(
                 winner: row.try_get("winner")?,
             };
             let hidden = !found.readable;
-            Ok(Explained { outcome: outcome(statement, table, found), hidden })
+            Ok(Explained { outcome: outcome(statement, table, found), hidden, version: row.try_get("version")? })
         })
         .collect()
 }
@@ -60,6 +62,12 @@ pub(crate) fn missing(op: Operation, table: &Table) -> Outcome {
         return Outcome::Won;
     }
     Outcome::Refused(Refusal::new(Code::EntityMissing, format!("{} has no row with this key", table.name)))
+}
+
+/// Of a row that could be written, and was not: neither rules nor rights nor newer changes were against it.
+pub(crate) fn left_out(op: Operation, table: &Table) -> Outcome {
+    let message = format!("a trigger or rule of the database left out the {} of a row of {}", op.as_str(), table.name);
+    Outcome::Refused(Refusal::new(Code::NotWritten, message))
 }
 
 /// In this order: is it there, may they, do the rules hold, is it newer.

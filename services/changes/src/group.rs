@@ -11,11 +11,12 @@ use std::sync::Arc;
 
 use millstream_catalog::Table;
 use millstream_schemas::Operation;
+use millstream_schemas::spelling::{Spelling, is_one_spelling, spelling};
 use uuid::Uuid;
 
 use crate::predicate::Mentions;
 use crate::statement::{InputRow, Statement, Statements};
-use crate::traits::{Traits, Written};
+use crate::traits::{PrimaryKey, Traits, Written};
 use crate::validator::Step;
 
 /// Table, operation and columns of changes, and what they depend on.
@@ -30,6 +31,10 @@ pub(crate) struct Shape {
     pub personal: bool,
     /// Its order with everything else is kept: it may read or write anything, and who writes.
     pub barrier: bool,
+    /// What it sets off may write rows too, which get its clock.
+    pub cause: bool,
+    /// Of an insert that may become an update: the keys by which the row can be there already.
+    pub primary_keys: Vec<PrimaryKey>,
     /// COMMIT decides about it: in a transaction of its own.
     pub deferred: bool,
     /// Its table has constraints by which inserts and deletes of different rows can be in each other's way.
@@ -91,12 +96,18 @@ impl Shape {
             || cascade_triggers
             || mentions.functions
             || reads_view;
+        let cause = barrier || (op == Operation::Delete && traits.sets);
         Shape {
             id,
             op,
-            alone: barrier || refers_to_itself || reads_what_it_writes,
+            alone: cause || refers_to_itself || reads_what_it_writes,
             personal: barrier || traits.settings,
             barrier,
+            cause,
+            primary_keys: match op {
+                Operation::Insert if table.insert_existing_merges => traits.primary_keys.clone(),
+                Operation::Insert | Operation::Update | Operation::Delete => Vec::new(),
+            },
             deferred: traits.deferred,
             ordered: traits.sequences || !traits.unique_columns.is_empty(),
             parents,
@@ -108,6 +119,11 @@ impl Shape {
 
     fn table(&self) -> u32 {
         self.writes[0]
+    }
+
+    /// Whether its deletes take rows away that are of the other's table.
+    pub fn takes_from(&self, other: &Shape) -> bool {
+        self.writes[1..].contains(&other.table())
     }
 
     /// Whether rows with different keys come to the same in any order. Not so where they exclude each other, nor where
@@ -277,15 +293,9 @@ fn key(step: &Step<'_>) -> Option<String> {
 
 /// A value's text in a form that is the same for equal values; none if that is not known of its type.
 fn canonical<'a>(value: &'a str, sql_type: &str) -> Option<Cow<'a, str>> {
-    match sql_type {
-        "text" | "character varying" => Some(Cow::Borrowed(value)),
-        varying if varying.starts_with("character varying(") && varying.ends_with(')') => Some(Cow::Borrowed(value)),
-        "uuid" => {
-            let digits: String = value.chars().filter(char::is_ascii_hexdigit).collect();
-            (digits.len() == 32).then(|| Cow::Owned(digits.to_ascii_lowercase()))
-        }
-        "smallint" | "integer" | "bigint" => Some(Cow::Owned(value.trim().parse::<i64>().ok()?.to_string())),
-        _ => None,
+    match spelling(sql_type, value) {
+        Spelling::Known(text) if is_one_spelling(sql_type) => Some(text),
+        Spelling::Known(_) | Spelling::Other(_) | Spelling::Any => None,
     }
 }
 

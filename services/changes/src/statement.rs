@@ -32,10 +32,12 @@ const WORTH_A_PLAN: u32 = 1;
 #[derive(Debug)]
 pub(crate) struct Statement {
     /// Writes the rows. Updates and deletes give for each row that they wrote its number (1, 2, 3 …) and, where some
-    /// columns lost, the newest clock of those.
+    /// columns lost, the newest clock of those. Deletes that are a [cause](Shape::cause) give `version` of each row that is there,
+    /// and whether it was `written`.
     pub sql: Arc<str>,
     /// Says of rows that were not written, by number: `found`, `readable` (told of those that are not allowed), `allowed`,
-    /// `broken` (index into `rules`), `wins`, and the newest clock that the row has, `winner`.
+    /// `broken` (index into `rules`), `wins`, the newest clock that the row has, `winner`, and its `version` where that was made by
+    /// this transaction.
     pub explain_sql: Arc<str>,
     /// Says whether the rows to update are there and the user may read them, without a look at the values.
     pub readable_sql: Arc<str>,
@@ -123,7 +125,7 @@ impl Statements {
         let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
         let unknown = Traits::unknown(table.oid);
         let traits = self.traits.get(&table.oid).unwrap_or(&unknown);
-        let writer = Writer { table, op, columns, first: 1 };
+        let mut writer = Writer { table, op, columns, first: 1, cause: false };
         let mut mentions = Mentions::default();
         writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
         let reads_view = self.views.iter().any(|view| mentions.names.contains(view));
@@ -131,13 +133,15 @@ impl Statements {
         if op != Operation::Insert {
             mentions.names.extend(Mentions::of(&table.readable).names);
         }
+        let shape = Shape::new(self.made, table, op, columns, traits, mentions, reads_view);
+        writer.cause = shape.cause;
         let statement = Arc::new(Statement {
-            sql: writer.write().into(),
+            sql: if shape.cause && op == Operation::Delete { writer.delete_watched() } else { writer.write() }.into(),
             explain_sql: writer.explain(traits.row_security).into(),
             readable_sql: writer.readable().into(),
             rules: writer.rules().map(|rule| (rule.code.clone(), rule.message.clone())).collect(),
             row_security: traits.row_security,
-            shape: Shape::new(self.made, table, op, columns, traits, mentions, reads_view),
+            shape,
         });
         self.cache.insert(key, statement.clone());
         statement
@@ -197,7 +201,7 @@ impl Statements {
         if combined.text.is_none() {
             let part = |group: &Group<'_>| {
                 let Step { table, op, columns, .. } = group.rows[0].step;
-                let writer = Writer { table, op: *op, columns, first };
+                let writer = Writer { table, op: *op, columns, first, cause: group.statement.shape.cause };
                 first += writer.parameters();
                 let tells = *op != Operation::Insert;
                 Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
@@ -217,6 +221,15 @@ impl Statements {
 /// Who writes, for predicates.
 const AUTH: &str =
     "LATERAL (SELECT millstream_input.ms_user AS user_id, millstream_input.ms_client AS client_id) AS auth";
+/// Tells triggers of Millstream whose clock rows get that are written because of the one at hand: see `migrations/0007_side_effects.sql`.
+const CAUSE: &str =
+    ", LATERAL (SELECT set_config('millstream.clock', millstream_input.ms_clock, true) OFFSET 0) AS millstream_cause";
+/// A version of a row.
+const VERSION: &str = "old.tableoid || ' ' || old.ctid";
+/// Whether a version that is seen is of this transaction: others that are not over are not seen. Ids of its savepoints come after its
+/// own.
+const OWN_VERSION: &str = "CASE WHEN age(old.xmin) <= 0 \
+     THEN pg_xact_status((pg_current_xact_id()::text::bigint - age(old.xmin))::text::xid8) = 'in progress' ELSE false END";
 /// The change's time.
 const AT: &str = "(timestamptz 'epoch' + millstream_input.ms_at * interval '1 microsecond')";
 const CLOCK: &str = "millstream_input.ms_clock COLLATE \"C\"";
@@ -233,6 +246,8 @@ struct Writer<'a> {
     columns: &'a [usize],
     /// Number of its first parameter.
     first: usize,
+    /// See [`Shape::cause`].
+    cause: bool,
 }
 
 impl<'a> Writer<'a> {
@@ -413,14 +428,15 @@ impl<'a> Writer<'a> {
     }
 
     fn write(&self) -> String {
-        let (name, input, guard) = (&self.table.sql_name, self.input(), self.guard());
+        let (name, guard) = (&self.table.sql_name, self.guard());
+        let from = format!("{}, {AUTH}{}", self.input(), if self.cause { CAUSE } else { "" });
         let sql = match self.op {
             Operation::Insert => {
                 let kept = self.kept();
                 let names = self.columns.iter().chain(kept.iter().map(|(index, _)| index)).map(|i| self.column(*i));
                 let values = self.columns.iter().map(|index| format!("new.{}", self.column(*index)));
                 format!(
-                    "INSERT INTO {name} ({})\nSELECT {}\nFROM {input}, {AUTH}, {}\nWHERE {guard}\nORDER BY millstream_input.ms_i",
+                    "INSERT INTO {name} ({})\nSELECT {}\nFROM {from}, {}\nWHERE {guard}\nORDER BY millstream_input.ms_i",
                     names.collect::<Vec<_>>().join(", "),
                     values.chain(kept.iter().map(|(_, value)| value.clone())).collect::<Vec<_>>().join(", "),
                     self.inserted(),
@@ -445,19 +461,39 @@ impl<'a> Writer<'a> {
                     "NULL::text".to_owned()
                 };
                 format!(
-                    "UPDATE {name} AS old SET {}\nFROM {input}, {AUTH}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, {winner} AS winner",
+                    "UPDATE {name} AS old SET {}\nFROM {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, {winner} AS winner",
                     self.columns.iter().map(set).chain(kept).collect::<Vec<_>>().join(", "),
                     self.key(),
                     self.wins(),
                 )
             }
             Operation::Delete => format!(
-                "DELETE FROM {name} AS old USING {input}, {AUTH}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, NULL::text AS winner",
+                "DELETE FROM {name} AS old USING {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, NULL::text AS winner",
                 self.key(),
                 self.wins(),
             ),
         };
-        format!("/* millstream {} */ {sql}", self.op.as_str())
+        format!("{} {sql}", self.mark())
+    }
+
+    /// A delete that tells of the rows that are there which it did not write: a trigger may have written them instead.
+    fn delete_watched(&self) -> String {
+        format!(
+            "{} WITH millstream_before AS MATERIALIZED (SELECT millstream_input.ms_i, {VERSION} AS version\nFROM {} JOIN {} AS old ON {}),\n\
+             millstream_written AS ({})\n\
+             SELECT b.ms_i, w.winner, b.version, w.ms_i IS NOT NULL AS written\n\
+             FROM millstream_before AS b LEFT JOIN millstream_written AS w ON w.ms_i = b.ms_i",
+            self.mark(),
+            self.input(),
+            self.table.sql_name,
+            self.key(),
+            self.write(),
+        )
+    }
+
+    /// A comment, for those who look at what runs.
+    fn mark(&self) -> String {
+        format!("/* millstream {} */", self.op.as_str())
     }
 
     /// `new` of an insert.
@@ -522,10 +558,14 @@ impl<'a> Writer<'a> {
                 )
             }
         };
+        let version = match self.op {
+            Operation::Delete if self.cause => format!("CASE WHEN {OWN_VERSION} THEN {VERSION} END"),
+            Operation::Insert | Operation::Update | Operation::Delete => "NULL::text".to_owned(),
+        };
         // OFFSET 0: or the predicate would be copied to wherever its value is looked at.
         format!(
             "/* millstream explain */ SELECT millstream_input.ms_i, {found} AS found, {readable} AS readable, ms_allowed AS allowed, \
-             {broken} AS broken, CASE WHEN {found} THEN {} ELSE false END AS wins, {winner} AS winner\n\
+             {broken} AS broken, CASE WHEN {found} THEN {} ELSE false END AS wins, {winner} AS winner, {version} AS version\n\
              FROM {} CROSS JOIN {AUTH} {join}\n\
              CROSS JOIN LATERAL (SELECT CASE WHEN {found} THEN {allowed} ELSE false END AS ms_allowed OFFSET 0) AS millstream_guard\n\
              ORDER BY millstream_input.ms_i",
@@ -543,7 +583,7 @@ mod tests {
     use crate::validator::tests::tasks;
 
     fn sql(table: &Table, op: Operation, columns: &[usize]) -> String {
-        Writer { table, op, columns, first: 1 }.write()
+        Writer { table, op, columns, first: 1, cause: false }.write()
     }
 
     fn check(sql: &str, parts: &[&str]) {
@@ -605,13 +645,15 @@ mod tests {
         );
         // No rule: nobody may.
         check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
-        let explain = Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1 }.explain(false);
+        let explain =
+            Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1, cause: false }.explain(false);
         check(
             &explain,
             &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0", "true AS readable"],
         );
         table.readable = "may read".into();
-        let explain = Writer { table: &table, op: Operation::Update, columns: &[2], first: 1 }.explain(false);
+        let explain =
+            Writer { table: &table, op: Operation::Update, columns: &[2], first: 1, cause: false }.explain(false);
         check(&explain, &["(false OR NOT ms_allowed) THEN coalesce(may read, false) ELSE true END AS readable"]);
     }
 

@@ -49,6 +49,10 @@ SELECT jsonb_build_object(
             SELECT FROM pg_depend d
             WHERE d.classid = 'pg_class'::regclass AND d.objid = x.indexrelid AND d.refclassid = 'pg_class'::regclass
               AND d.refobjid = x.indrelid AND d.refobjsubid = a.attnum))),
+    'primary_keys', (
+        SELECT coalesce(jsonb_agg(jsonb_build_array(n.nspname, k.relname, i.relname)), '[]')
+        FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid JOIN pg_class k ON k.oid = x.indrelid JOIN pg_namespace n ON n.oid = k.relnamespace
+        WHERE x.indrelid = ANY (tree.oids) AND x.indisprimary),
     'parents', (
         SELECT coalesce(jsonb_agg(jsonb_build_object('oid', coalesce(pg_partition_root(f.confrelid)::oid, f.confrelid)::bigint, 'to_key', EXISTS (
             SELECT FROM pg_index k WHERE k.indexrelid = f.conindid AND k.indisprimary), 'columns', (
@@ -58,6 +62,8 @@ SELECT jsonb_build_object(
         SELECT coalesce(jsonb_agg(DISTINCT jsonb_build_object('oid', coalesce(pg_partition_root(w.oid)::oid, w.oid)::bigint, 'name', lower(k.relname))), '[]')
         FROM unnest(cascade.oids) AS w(oid) JOIN pg_class k ON k.oid = w.oid OR k.oid = pg_partition_root(w.oid)::oid
         WHERE w.oid <> ALL (tree.oids)),
+    'sets', EXISTS (
+        SELECT FROM pg_constraint f WHERE f.contype = 'f' AND f.confrelid = ANY (cascade.oids) AND f.confdeltype IN ('n', 'd')),
     'cascade_triggers', EXISTS (
         SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (cascade.oids) AND t.tgrelid <> ALL (tree.oids)),
     'deferred', EXISTS (
@@ -105,14 +111,21 @@ pub(crate) struct Traits {
     pub sequences: bool,
     /// Columns under unique or exclusion constraints by which rows with different keys can be in each other's way.
     pub unique_columns: Vec<String>,
+    /// Its primary key and those of its partitions, as an error names them.
+    pub primary_keys: Vec<PrimaryKey>,
     pub parents: Vec<Parent>,
     /// Other tables that a delete writes, directly or not.
     pub cascades: Vec<Written>,
-    /// Those have triggers of the application.
+    /// In some of them it sets columns (`SET NULL`, `SET DEFAULT`).
+    pub sets: bool,
+    /// They have triggers of the application.
     pub cascade_triggers: bool,
     /// A constraint that concerns its rows is looked at by COMMIT only.
     pub deferred: bool,
 }
+
+/// Schema, table and index.
+pub(crate) type PrimaryKey = (String, String, String);
 
 /// A foreign key. Tables stand for their partitions.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -245,6 +245,7 @@ pub(crate) mod tests {
             renamed: Default::default(),
             dropped: Vec::new(),
             delete_missing_accepted: false,
+            insert_existing_merges: false,
             rules: Vec::new(),
             validate: None,
         }

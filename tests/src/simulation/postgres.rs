@@ -54,6 +54,7 @@ pub fn tables() -> Vec<Table> {
             renamed: Default::default(),
             dropped: Vec::new(),
             delete_missing_accepted: false,
+            insert_existing_merges: true,
             rules: vec![],
             validate: None,
         }
@@ -429,26 +430,29 @@ impl Transaction {
             // All that `updated_at` and `client_id` tell.
             (clock.seq, clock.index) = (0, 0);
         }
-        let sets = || change.columns.iter().map(|name| table.column(name).expect("a known column")).zip(&change.values);
         let old = self.state.rows.get(&key).cloned();
+        let merges = change.op == Operation::Insert && old.is_some();
+        let sets = || {
+            let set = change.columns.iter().map(|name| table.column(name).expect("a known column")).zip(&change.values);
+            set.filter(|(column, _)| !merges || !table.key.contains(column))
+        };
         let member = |row: &Row| self.state.is_member(user_id, &row[PROJECT]);
         let denied = (Code::PermissionDenied, "not a member");
         match (change.op, old) {
-            (Operation::Insert, old) => {
+            (Operation::Insert, None) => {
                 let mut values: Row = vec![None; table.columns.len()];
                 sets().for_each(|(column, value)| values[column] = value.clone());
                 if !member(&values) {
                     return Err(denied);
-                }
-                if old.is_some() {
-                    return Err((Code::BusinessRule, "the key is taken"));
                 }
                 self.check_title(&key, &values)?;
                 self.set(key, Some(Stored { values, clocks: BTreeMap::from([(String::new(), clock)]) }.show(number)));
                 Ok(None)
             }
             (_, None) => Err((Code::EntityMissing, "no such row")),
-            (Operation::Update, Some(old)) => {
+            // A row that says no more than that it is there.
+            (Operation::Insert, Some(_)) if sets().next().is_none() => Ok(None),
+            (Operation::Insert | Operation::Update, Some(old)) => {
                 let (mut meant, mut merged, mut lost) = (old.values.clone(), old.clone(), 0);
                 for (column, value) in sets() {
                     meant[column] = value.clone();
@@ -461,9 +465,9 @@ impl Transaction {
                     merged.clocks.insert(if by_row { String::new() } else { name.clone() }, clock);
                 }
                 if !member(&old.values) || !member(&meant) || !member(&merged.values) {
-                    return Err(denied);
+                    return Err(if merges { (Code::BusinessRule, "the key is taken") } else { denied });
                 }
-                if lost == change.columns.len() {
+                if lost == sets().count() {
                     return Ok(Some(true));
                 }
                 self.check_title(&key, &merged.values)?;

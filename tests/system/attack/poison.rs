@@ -35,14 +35,16 @@ async fn send(scene: &Scene, (column, value, neighbour): (&str, String, usize)) 
     peer.say(millstream_tests::raw::hello(id, &scene.token("author"))).await?;
     peer.welcome().await?;
     let mut words = std::collections::BTreeMap::new();
-    let (begun, mut sent, mut told) = (Instant::now(), 0, 0);
+    let (begun, mut sent, mut told, mut bytes) = (Instant::now(), 0, 0, 0);
     // Again and again, so that there are enough writes of neighbours to speak of one in a hundred; but no more than a user may send
     // at once.
-    while begun.elapsed() < LONG && sent as usize * value.len() < MOST_BYTES {
+    while begun.elapsed() < LONG && bytes < MOST_BYTES {
         for seq in sent + 1..=sent + MANY {
             let id = Uuid::now_v7().to_string();
             let row = insert("docs", &[("id", &id), ("project_id", "odd"), (column, &value)]);
-            peer.say(submit(seq, Uuid::nil(), vec![row])).await?;
+            let frame = submit(seq, Uuid::nil(), vec![row]).to_string();
+            bytes += frame.len();
+            peer.text(frame).await?;
         }
         sent += MANY;
         let end = Instant::now() + HEALED + Duration::from_secs(5);

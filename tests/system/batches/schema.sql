@@ -37,13 +37,14 @@ CREATE TABLE tasks (
     title varchar(20) NOT NULL,
     done boolean NOT NULL DEFAULT false,
     points integer NOT NULL DEFAULT 0 CHECK (points >= 0),
+    notes integer NOT NULL DEFAULT 0,
     touched_by text,
     field_clocks jsonb NOT NULL DEFAULT '{}',
     updated_at timestamptz NOT NULL DEFAULT now(),
     client_id uuid
 );
 
--- By column; row security, an identity column, a default that knows the author.
+-- By column; row security, an identity column, a default that knows the author, a row trigger that writes another table.
 CREATE TABLE notes (
     id integer PRIMARY KEY,
     number bigint GENERATED ALWAYS AS IDENTITY,
@@ -96,6 +97,14 @@ BEGIN
     RETURN NEW;
 END $$;
 CREATE TRIGGER check_task BEFORE INSERT OR UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION check_task();
+
+CREATE FUNCTION count_notes() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN UPDATE tasks SET notes = notes + 1 WHERE id = NEW.task_id;
+    ELSE UPDATE tasks SET notes = notes - 1 WHERE id = OLD.task_id; END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER count_notes AFTER INSERT OR DELETE ON notes FOR EACH ROW EXECUTE FUNCTION count_notes();
 
 CREATE FUNCTION log_links() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN

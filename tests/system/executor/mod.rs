@@ -29,7 +29,7 @@ fn is(results: &[(Uuid, TransactionResult)], verdict: Verdict) {
 
 const SEED: &str = "\
 INSERT INTO members VALUES (1, 'ann');
-INSERT INTO projects VALUES (1, 'one');
+INSERT INTO projects VALUES (1, 'one'), (2, 'two');
 INSERT INTO secure VALUES (1, 'ann', 'x'), (2, 'bob', 'x'), (3, 'bob', 'public')";
 
 fn micros() -> u64 {
@@ -62,7 +62,8 @@ async fn refusals_name_what_refused() {
             "projects_name_check",
         ),
         (
-            change("projects", Insert, &[("id", "1")], &[("name", Some("p"))], 0),
+            // That is there, and not theirs to update.
+            change("projects", Insert, &[("id", "2")], &[("name", Some("p"))], 0),
             Code::BusinessRule,
             Some("projects_pkey"),
             "projects_pkey",
@@ -494,5 +495,134 @@ async fn poison_is_given_up_and_spoils_nothing_else() {
     database.sql = sqlx::PgConnection::connect(&database.stack.postgres_url()).await.unwrap();
     let recorded = "SELECT string_agg(concat_ws(' ', code, substring(payload::text FROM 'fails|kills|ends')), ',' ORDER BY at) FROM millstream.changes_history";
     assert_eq!(database.json(recorded).await, "internal fails,internal kills,internal ends");
+    database.stack.stop().await;
+}
+
+/// Two people add the same row: the second one updates it, by the rules for updates and of clocks; what says no more than that the
+/// row is there is content. Alone, in a batch, and within a transaction.
+#[tokio::test]
+async fn the_insert_of_a_row_that_is_there_updates_it() {
+    const TABLES: &str = "
+        CREATE TABLE habits (
+            id text PRIMARY KEY, owner text NOT NULL, n int, note text, code text UNIQUE, field_clocks jsonb NOT NULL DEFAULT '{}',
+            updated_at timestamptz NOT NULL DEFAULT now(), client_id uuid);
+        CREATE TABLE tags (a text, b text, PRIMARY KEY (a, b));
+        CREATE TABLE strict (id text PRIMARY KEY, n int);
+        INSERT INTO strict VALUES ('1', 1);";
+    let mut config =
+        "[tables.habits]\nscope = { kind = \"global\" }\nwritable = [\"id\", \"owner\", \"n\", \"note\", \"code\"]\n\
+        write.insert = \"true\"\nwrite.update = \"old.owner IN (auth.user_id, 'all')\"\n\
+        rules = [{ code = \"negative\", message = \"m\", on = [\"update\"], check = \"new.n >= 0\" }]\n"
+            .to_owned();
+    config += "[tables.tags]\nscope = { kind = \"global\" }\nwritable = [\"a\", \"b\"]\nwrite.insert = \"true\"\n";
+    config += "[tables.strict]\nscope = { kind = \"global\" }\nwritable = [\"id\", \"n\"]\ninsert_existing = \"reject\"\n\
+        write.insert = \"true\"\nwrite.update = \"true\"\n";
+    let mut database = Database::with(TABLES, &config).await;
+    let now = micros();
+    let habit = |id: &str, set: &[(&str, Option<&str>)], stamp| change("habits", Insert, &[("id", id)], set, stamp);
+    for (run, mode) in ["alone", "batch", "transaction"].into_iter().enumerate() {
+        let (mut ann, mut bob) = (Client::new(100 + run as u128, "ann"), Client::new(200 + run as u128, "bob"));
+        let id = |n: usize| format!("{run}-{n}");
+        let all = [("owner", Some("all")), ("n", Some("1")), ("note", Some("first"))];
+        let first = (0..6).map(|n| habit(&id(n), &all, now)).collect();
+        is(&database.each(vec![ann.submit(first)]).await, Verdict::Applied);
+        is(
+            &database.each(vec![ann.submit(vec![habit(&id(6), &[("owner", Some("ann"))], now)])]).await,
+            Verdict::Applied,
+        );
+        let tag = || change("tags", Insert, &[("a", &id(0)), ("b", "x")], &[], now);
+        is(&database.each(vec![ann.submit(vec![tag()])]).await, Verdict::Applied);
+        let cases: Vec<(_, Result<Verdict, (Code, &str)>)> = vec![
+            (habit(&id(0), &[all[0], ("n", Some("2"))], now + 10), Ok(Verdict::Applied)),
+            (habit(&id(1), &[all[0], ("n", Some("2"))], now - 10), Ok(Verdict::Superseded)),
+            (tag(), Ok(Verdict::Applied)),
+            // Somebody else's.
+            (habit(&id(6), &[all[0], ("n", Some("2"))], now + 10), Err((Code::BusinessRule, "habits_pkey"))),
+            // Rules and constraints of an update.
+            (habit(&id(2), &[all[0], ("n", Some("-2"))], now + 10), Err((Code::BusinessRule, "negative"))),
+            (habit(&id(3), &[all[0], ("code", Some("c"))], now + 10), Ok(Verdict::Applied)),
+            (habit(&id(4), &[all[0], ("code", Some("c"))], now + 10), Err((Code::BusinessRule, "habits_code_key"))),
+            (
+                change("strict", Insert, &[("id", "1")], &[("n", Some("2"))], now),
+                Err((Code::BusinessRule, "strict_pkey")),
+            ),
+            // A new row; then the same one again.
+            (habit(&id(9), &[("owner", Some("all")), ("n", Some("1"))], now), Ok(Verdict::Applied)),
+            (habit(&id(9), &[all[0], ("n", Some("3"))], now + 1), Ok(Verdict::Applied)),
+        ];
+        database.sql.execute("UPDATE habits SET code = NULL").await.unwrap();
+        database
+            .sql
+            .execute(sqlx::AssertSqlSafe(format!(
+                "UPDATE habits SET field_clocks = jsonb_build_object('', millstream.clock({now}))"
+            )))
+            .await
+            .unwrap();
+        let submissions: Vec<_> = cases
+            .iter()
+            .map(|(change, _)| {
+                let change = millstream_schemas::Change { change_id: Uuid::new_v4(), ..change.clone() };
+                let other = habit(&format!("{}-extra", change.change_id), &[("owner", Some("all"))], now);
+                bob.submit(if mode == "transaction" { vec![other, change] } else { vec![change] })
+            })
+            .collect();
+        let results =
+            if mode == "batch" { database.batch(submissions).await } else { database.each(submissions).await };
+        assert_eq!(results.len(), cases.len());
+        for ((_, result), (change, expected)) in results.iter().zip(&cases) {
+            let found = match &result.failure {
+                Some(failure) => Err((failure.code, failure.rule.as_deref().unwrap_or_default())),
+                None => Ok(result.verdict),
+            };
+            // Of a transaction of two, one change lost.
+            let expected = match expected {
+                Ok(Verdict::Superseded) if mode == "transaction" => Ok(Verdict::Merged),
+                other => *other,
+            };
+            assert_eq!(found, expected, "{mode}: {change:?}");
+        }
+        let rows = "SELECT string_agg(concat_ws(' ', right(id, 1), owner, n, note), ', ' ORDER BY id) FROM habits WHERE id NOT LIKE '%extra' AND id LIKE $1";
+        let rows: String =
+            sqlx::query_scalar(rows).bind(format!("{run}-%")).fetch_one(&mut database.sql).await.unwrap();
+        assert_eq!(
+            rows,
+            "0 all 2 first, 1 all 1 first, 2 all 1 first, 3 all 1 first, 4 all 1 first, 5 all 1 first, 6 ann, 9 all 3",
+            "{mode}"
+        );
+        // What a refused transaction did besides is undone.
+        let extra =
+            if mode == "transaction" { cases.iter().filter(|(_, expected)| expected.is_ok()).count() } else { 0 };
+        let extras = format!("{extra}");
+        assert_eq!(database.json("SELECT count(*)::text FROM habits WHERE id LIKE '%extra'").await, extras);
+    }
+    database.stack.stop().await;
+}
+
+/// The app deletes children itself, as SQLite without foreign keys has it: what the delete of their parent took is gone.
+#[tokio::test]
+async fn children_that_went_with_their_parent_are_deleted() {
+    const TABLES: &str = "
+        CREATE TABLE lists (id text PRIMARY KEY);
+        CREATE TABLE items (id text PRIMARY KEY, list text REFERENCES lists ON DELETE CASCADE);
+        CREATE TABLE parts (id text PRIMARY KEY, item text REFERENCES items ON DELETE CASCADE);
+        CREATE TABLE others (id text PRIMARY KEY, list text REFERENCES lists ON DELETE CASCADE);
+        INSERT INTO lists VALUES ('l'), ('m');
+        INSERT INTO items VALUES ('i', 'l'), ('j', 'm');
+        INSERT INTO parts VALUES ('p', 'i'), ('q', 'j');";
+    let table = |name: &str| {
+        format!("[tables.{name}]\nscope = {{ kind = \"global\" }}\nwritable = [\"id\"]\nwrite.delete = \"true\"\n")
+    };
+    let mut database = Database::with(TABLES, &["lists", "items", "parts"].map(table).concat()).await;
+    let mut ann = Client::new(1, "ann");
+    let delete = |table: &str, id: &str| change(table, Delete, &[("id", id)], &[], 1);
+    let all = vec![delete("lists", "l"), delete("items", "i"), delete("parts", "p")];
+    is(&database.each(vec![ann.submit(all)]).await, Verdict::Applied);
+    let other_way = vec![delete("parts", "q"), delete("items", "j"), delete("lists", "m")];
+    is(&database.batch(vec![ann.submit(other_way)]).await, Verdict::Applied);
+    // Nothing took this one.
+    let results = database.batch(vec![ann.submit(vec![delete("items", "i")])]).await;
+    refused(&results, Code::EntityMissing, None, "items");
+    let left = "SELECT (SELECT count(*) FROM lists) || ' ' || (SELECT count(*) FROM items) || ' ' || (SELECT count(*) FROM parts)";
+    assert_eq!(database.json(left).await, "0 0 0");
     database.stack.stop().await;
 }

@@ -87,7 +87,7 @@ pub fn schema() -> Schema {
         tables: vec![TableSchema {
             name: "tasks".into(),
             columns: vec![
-                column("id", "uuid", true),
+                column("id", "text", true),
                 column("title", "text", true),
                 column("done", "boolean", true),
                 column("created_at", "timestamp with time zone", false),

@@ -163,8 +163,9 @@ fn goes_on(path: &Path, old: Uuid, damage: &Damage, case: &str) {
     let Some(saved) = saved(damage).0 else { return };
     let imported = store.import(&saved).unwrap();
     assert_eq!(imported.len(), saved.transactions.len(), "{case}");
-    let inserts =
-        |tx: &&SavedTransaction| tx.complete && tx.changes.iter().all(|change| change.op == Operation::Insert);
+    // Nobody can tell that a letter of a table's name is not the one that was written: such a change is kept.
+    let is_insert = |change: &Change| change.op == Operation::Insert && change.table == "tasks";
+    let inserts = |tx: &&SavedTransaction| tx.complete && tx.changes.iter().all(is_insert);
     let applied = saved.transactions.iter().filter(inserts).count();
     let recorded = imported.iter().filter(|i| matches!(i.outcome, ImportOutcome::Recorded { .. })).count();
     assert!(recorded >= applied, "{case}: {recorded} of {applied}: {imported:?}");

@@ -48,8 +48,8 @@ pub fn schema() -> Schema {
             TableSchema {
                 name: "tasks".into(),
                 columns: vec![
-                    column("id", "uuid", true),
-                    column("project_id", "uuid", true),
+                    column("id", "text", true),
+                    column("project_id", "text", true),
                     column("title", "text", true),
                     column("done", "boolean", true),
                     column("position", "double precision", true),
@@ -63,7 +63,7 @@ pub fn schema() -> Schema {
             TableSchema {
                 name: "members".into(),
                 columns: vec![
-                    column("project_id", "uuid", true),
+                    column("project_id", "text", true),
                     column("user_id", "text", true),
                     column("role", "text", true),
                 ],

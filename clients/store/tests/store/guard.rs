@@ -76,7 +76,7 @@ fn no_pragma_changes_what_is_recorded_or_how_durably() {
     assert_eq!(f.read("PRAGMA user_version"), "3");
     // REPLACE still tells of the row that it takes away.
     f.write(&["REPLACE INTO tasks (id, title) VALUES ('a', 'anew')"]).unwrap();
-    assert_eq!(f.read("SELECT op FROM local_changes WHERE tx = 3 ORDER BY id"), "delete\ninsert");
+    assert_eq!(f.read("SELECT op, previous FROM local_changes WHERE tx = 3"), "update|[\"new\"]");
 }
 
 #[test]

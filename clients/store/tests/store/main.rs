@@ -7,6 +7,7 @@ mod fixture;
 mod guard;
 mod identity;
 mod order;
+mod spelling;
 mod wide;
 
 use std::sync::atomic::Ordering;
@@ -56,6 +57,44 @@ fn triggers_record_what_changed_in_text_form() {
     assert!(stamps.is_sorted_by(|a, b| a < b), "the clock stands, stamps do not: {stamps:?}");
 }
 
+/// A delete of the row would take on the server what refers to it, and lose to newer edits as a whole.
+#[test]
+fn replacing_a_row_is_an_update_of_what_differs() {
+    let mut f = fixture();
+    f.apply(vec![upsert(vec![task("a", "p", "server", false), task("b", "p", "server", false)])]);
+    f.write(&["REPLACE INTO tasks (id, project_id, title, done) VALUES ('a', 'p', 'say \"hi\"', 0)"]).unwrap();
+    let first = r#"1|update|["a"]|["title","position"]|["say \"hi\"",null]"#;
+    assert_eq!(f.changes(), first);
+    assert_eq!(f.read("SELECT previous FROM local_changes"), r#"["server","1.5"]"#);
+    // Nothing differs; a new row; one that was made in the same transaction; deleted and made anew by hand.
+    f.write(&["REPLACE INTO tasks (id, project_id, title, done, position) VALUES ('b', 'p', 'server', 0, 1.5)"])
+        .unwrap();
+    assert_eq!(f.changes(), first);
+    f.write(&[
+        "REPLACE INTO tasks (id, title) VALUES ('c', 'new')",
+        "INSERT INTO tasks (id, title) VALUES ('d', 'one')",
+        "INSERT OR REPLACE INTO tasks (id, title) VALUES ('d', 'two')",
+        "DELETE FROM tasks WHERE id = 'b'",
+        "INSERT INTO tasks (id, project_id, title) VALUES ('b', 'q', 'server')",
+        "DELETE FROM tasks WHERE id = 'a'",
+        "REPLACE INTO members VALUES ('p', 'ann', 'owner')",
+        "REPLACE INTO members VALUES ('p', 'ann', 'reader')",
+        "REPLACE INTO members VALUES ('p', 'ann', 'reader')",
+    ])
+    .unwrap();
+    let expected = r#"2|insert|["c"]|["id","title"]|["c","new"]
+2|insert|["d"]|["id","title"]|["d","one"]
+2|update|["d"]|["title"]|["two"]
+2|update|["b"]|["project_id","done","position"]|["q",null,null]
+2|delete|["a"]|[]|[]
+2|insert|["p","ann"]|["project_id","user_id","role"]|["p","ann","owner"]
+2|update|["p","ann"]|["role"]|["reader"]"#;
+    assert_eq!(f.changes(), format!("{first}\n{expected}"));
+    let stamps: Vec<u64> = f.store.pending(1, 10).unwrap()[0].changes.iter().map(|change| change.stamp).collect();
+    assert!(stamps.iter().collect::<std::collections::BTreeSet<_>>().len() == stamps.len(), "{stamps:?}");
+    assert_eq!(f.tasks(), "b|server|-\nc|new|-\nd|two|-");
+}
+
 #[test]
 fn keys_are_recorded_as_the_server_s_are_looked_up() {
     let mut f = fixture();
@@ -90,11 +129,11 @@ fn refusals_name_the_column_and_leave_nothing() {
 }
 
 #[test]
-fn replace_is_a_delete_and_an_insert() {
+fn a_rejected_replace_sets_the_row_back() {
     let mut f = fixture();
     f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
     f.write(&["INSERT OR REPLACE INTO tasks (id, project_id, title) VALUES ('a', 'p', 'mine')"]).unwrap();
-    assert_eq!(f.read("SELECT op FROM local_changes ORDER BY id"), "delete\ninsert");
+    assert_eq!(f.read("SELECT op FROM local_changes ORDER BY id"), "update");
     assert!(f.bases().contains("server"), "the confirmed image survived: {}", f.bases());
     f.apply(vec![failed(1, Code::PermissionDenied)]);
     assert_eq!(f.tasks(), "a|server|0");

@@ -37,7 +37,7 @@ fn row(columns: usize, key: usize, id: &str) -> Row {
     (0..columns).map(|n| Some(value(n).to_owned())).collect()
 }
 
-fn with_schema(schema: &Schema) -> Fixture {
+pub fn with_schema(schema: &Schema) -> Fixture {
     let f = fixture();
     let mut store = Store::open(&format!("{}-wide", f.path), f.host.clone()).unwrap();
     store.install(schema).unwrap();

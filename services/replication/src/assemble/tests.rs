@@ -36,6 +36,7 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         renamed: Default::default(),
         dropped: Vec::new(),
         delete_missing_accepted: false,
+        insert_existing_merges: false,
         rules: Vec::new(),
         validate: None,
     }

@@ -1,0 +1,363 @@
+//! How Postgres spells values: rows are known by the text of their keys, so a key in another spelling is another name.
+//!
+//! Source: PostgreSQL documentation, "Data Types", with `DateStyle = ISO` and `TimeZone = UTC`, as Millstream's own connections have
+//! them.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+
+/// What is known of a text as a value of a type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Spelling<'a> {
+    /// Postgres gives the value back like this.
+    Known(Cow<'a, str>),
+    /// It is not understood here, if it is a value of the type at all; values look like this.
+    Other(&'static str),
+    /// The type is not known here: Postgres may give back something else.
+    Any,
+}
+
+/// How Postgres spells a value of a type (as `format_type` names it) that was written as `text`.
+///
+/// ```
+/// use millstream_schemas::spelling::{Spelling, spelling};
+///
+/// let known = |text: &str| Spelling::Known(text.to_owned().into());
+/// assert_eq!(spelling("integer", "+7"), known("7"));
+/// assert_eq!(spelling("timestamp with time zone", "2026-11-29T09:30:00.500+01:00"), known("2026-11-29 08:30:00.5+00"));
+/// assert_eq!(spelling("uuid", "one"), Spelling::Other("00000000-0000-0000-0000-000000000000"));
+/// assert_eq!(spelling("point", "(1, 2)"), Spelling::Any);
+/// ```
+pub fn spelling<'a>(sql_type: &str, text: &'a str) -> Spelling<'a> {
+    let known = |found: Option<String>, form| match found {
+        Some(found) if found == text => Spelling::Known(Cow::Borrowed(text)),
+        Some(found) => Spelling::Known(Cow::Owned(found)),
+        None => Spelling::Other(form),
+    };
+    let (name, modifiers) = split(sql_type);
+    if ["date", "timestamp without time zone", "timestamp with time zone"].contains(&name.as_ref()) && is_far(text) {
+        return Spelling::Any;
+    }
+    match name.as_ref() {
+        "text" | "character varying" | "citext" => Spelling::Known(Cow::Borrowed(text)),
+        "character" => {
+            let length = modifiers.first().and_then(|n| usize::try_from(*n).ok()).unwrap_or(1);
+            known(Some(format!("{:length$}", text.trim_end_matches(' '))), "")
+        }
+        "uuid" => known(uuid(text), "00000000-0000-0000-0000-000000000000"),
+        "smallint" | "integer" | "bigint" => known(text.trim().parse::<i64>().ok().map(|n| n.to_string()), "42"),
+        "boolean" => known(boolean(text).map(str::to_owned), "true or false"),
+        "numeric" => known(decimal(text, modifiers.get(1).copied().or(modifiers.first().map(|_| 0))), "12.50"),
+        "date" => known(date(text), "2026-11-29"),
+        "timestamp without time zone" => known(timestamp(text, digits(&modifiers), false), "2026-11-29 08:30:00"),
+        "timestamp with time zone" => known(timestamp(text, digits(&modifiers), true), "2026-11-29 08:30:00+00"),
+        "time without time zone" => known(
+            clock_time(text).and_then(|(time, rest)| (rest.is_empty()).then(|| time.text(digits(&modifiers)))?),
+            "08:30:00",
+        ),
+        "inet" => known(inet(text), "192.0.2.1 or 2001:db8::1"),
+        "bytea" => known(text.strip_prefix("\\x").is_some().then(|| text.to_ascii_lowercase()), "\\x00ff"),
+        _ => Spelling::Any,
+    }
+}
+
+/// Whether texts of a type may be spelt in ways that Postgres does not give back, and that is known here.
+pub fn is_spelt(sql_type: &str) -> bool {
+    !matches!(spelling(sql_type, "?"), Spelling::Any | Spelling::Known(Cow::Borrowed("?")))
+}
+
+/// Whether equal values of a type are spelt alike, so that texts can be compared for them.
+pub fn is_one_spelling(sql_type: &str) -> bool {
+    !matches!(sql_type, "numeric" | "citext") && !matches!(spelling(sql_type, "?"), Spelling::Any)
+}
+
+/// Days before the year 1 or after 9999 are rare enough to be left to Postgres.
+fn is_far(text: &str) -> bool {
+    let year = text.bytes().take_while(u8::is_ascii_digit).count();
+    text.trim_end().ends_with("BC") || year > 4
+}
+
+/// The type's name without its modifiers, and these.
+fn split(sql_type: &str) -> (Cow<'_, str>, Vec<i64>) {
+    let Some((before, (inside, after))) =
+        sql_type.split_once('(').and_then(|(before, rest)| Some((before, rest.split_once(')')?)))
+    else {
+        return (Cow::Borrowed(sql_type), Vec::new());
+    };
+    let modifiers = inside.split(',').filter_map(|part| part.trim().parse().ok()).collect();
+    if after.is_empty() {
+        (Cow::Borrowed(before), modifiers)
+    } else {
+        (Cow::Owned(format!("{before}{after}")), modifiers)
+    }
+}
+
+/// Most digits of a second's fraction.
+fn digits(modifiers: &[i64]) -> usize {
+    modifiers.first().and_then(|n| usize::try_from(*n).ok()).unwrap_or(6).min(6)
+}
+
+/// Hexadecimal digits, with hyphens behind any group of four, perhaps in braces.
+fn uuid(text: &str) -> Option<String> {
+    let inner = match text.strip_prefix('{') {
+        Some(rest) => rest.strip_suffix('}')?,
+        None => text,
+    };
+    let mut plain = String::with_capacity(36);
+    let (mut count, mut hyphen) = (0, true);
+    for c in inner.chars() {
+        match c {
+            '-' if !hyphen && count % 4 == 0 && count < 32 => hyphen = true,
+            c if c.is_ascii_hexdigit() && count < 32 => {
+                if [8, 12, 16, 20].contains(&count) {
+                    plain.push('-');
+                }
+                plain.push(c.to_ascii_lowercase());
+                (count, hyphen) = (count + 1, false);
+            }
+            _ => return None,
+        }
+    }
+    (count == 32 && !hyphen).then_some(plain)
+}
+
+fn boolean(text: &str) -> Option<&'static str> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "t" | "true" | "y" | "yes" | "on" | "1" => Some("t"),
+        "f" | "false" | "n" | "no" | "off" | "0" => Some("f"),
+        _ => None,
+    }
+}
+
+/// A number in decimal digits; with `scale` if the type has one. What would have to be rounded is none.
+fn decimal(text: &str, scale: Option<i64>) -> Option<String> {
+    let text = text.trim();
+    if ["NaN", "Infinity", "-Infinity"].contains(&text) {
+        return Some(text.to_owned());
+    }
+    let (negative, unsigned) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let (mantissa, exponent) = match unsigned.split_once(['e', 'E']) {
+        Some((mantissa, exponent)) => (mantissa, exponent.parse::<i32>().ok().filter(|e| e.abs() <= 1_000)?),
+        None => (unsigned, 0),
+    };
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let all = format!("{whole}{fraction}");
+    if all.is_empty() || !all.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    // The point stands behind so many digits.
+    let point = whole.len() as i64 + i64::from(exponent);
+    let padded = format!(
+        "{}{all}{}",
+        "0".repeat((-point).max(0) as usize),
+        "0".repeat((point - all.len() as i64).max(0) as usize)
+    );
+    let (whole, fraction) = padded.split_at(point.max(0) as usize);
+    let whole = whole.trim_start_matches('0');
+    let fraction = match scale {
+        None => fraction.to_owned(),
+        Some(scale) => {
+            let scale = usize::try_from(scale).ok()?;
+            let kept = &fraction[..fraction.len().min(scale)];
+            if fraction[kept.len()..].bytes().any(|b| b != b'0') {
+                return None;
+            }
+            format!("{kept:0<scale$}")
+        }
+    };
+    let zero = whole.is_empty() && fraction.bytes().all(|b| b == b'0');
+    let sign = if negative && !zero { "-" } else { "" };
+    let whole = if whole.is_empty() { "0" } else { whole };
+    Some(if fraction.is_empty() { format!("{sign}{whole}") } else { format!("{sign}{whole}.{fraction}") })
+}
+
+/// A day of the Gregorian calendar, in the years 1 to 9999.
+#[derive(Clone, Copy)]
+struct Day {
+    year: i64,
+    month: i64,
+    day: i64,
+}
+
+impl Day {
+    fn new(year: i64, month: i64, day: i64) -> Option<Day> {
+        let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+        let last = match month {
+            2 if leap => 29,
+            2 => 28,
+            4 | 6 | 9 | 11 => 30,
+            1..=12 => 31,
+            _ => return None,
+        };
+        ((1..=9_999).contains(&year) && (1..=last).contains(&day)).then_some(Day { year, month, day })
+    }
+
+    fn next(self) -> Option<Day> {
+        Day::new(self.year, self.month, self.day + 1)
+            .or_else(|| Day::new(self.year, self.month + 1, 1))
+            .or_else(|| Day::new(self.year + 1, 1, 1))
+    }
+
+    fn previous(self) -> Option<Day> {
+        let last = |year, month| (28..=31).rev().find_map(|day| Day::new(year, month, day));
+        Day::new(self.year, self.month, self.day - 1)
+            .or_else(|| last(self.year, self.month - 1))
+            .or_else(|| last(self.year - 1, 12))
+    }
+
+    fn text(self) -> String {
+        format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
+    }
+}
+
+/// A time of the day.
+struct Time<'a> {
+    seconds: i64,
+    /// Digits behind the point.
+    fraction: &'a str,
+}
+
+impl Time<'_> {
+    /// None if the fraction would have to be rounded.
+    fn text(&self, digits: usize) -> Option<String> {
+        let fraction = self.fraction.trim_end_matches('0');
+        let (hours, minutes, seconds) = (self.seconds / 3_600, self.seconds / 60 % 60, self.seconds % 60);
+        let point = if fraction.is_empty() { "" } else { "." };
+        (fraction.len() <= digits).then(|| format!("{hours:02}:{minutes:02}:{seconds:02}{point}{fraction}"))
+    }
+}
+
+/// A number at the begin of a text, of so many digits, and what is behind it.
+fn number(text: &str, most: usize) -> Option<(i64, &str)> {
+    let end = text.bytes().take(most).take_while(u8::is_ascii_digit).count();
+    Some((text[..end].parse().ok()?, &text[end..]))
+}
+
+fn day(text: &str) -> Option<(Day, &str)> {
+    let (year, rest) = number(text, 4).filter(|(_, rest)| text.len() - rest.len() == 4)?;
+    let (month, rest) = number(rest.strip_prefix('-')?, 2)?;
+    let (day, rest) = number(rest.strip_prefix('-')?, 2)?;
+    Some((Day::new(year, month, day)?, rest))
+}
+
+fn date(text: &str) -> Option<String> {
+    if let Some(end) = endless(text) {
+        return Some(end);
+    }
+    let (day, rest) = day(text.trim())?;
+    rest.is_empty().then(|| day.text())
+}
+
+fn endless(text: &str) -> Option<String> {
+    let text = text.trim().to_ascii_lowercase();
+    ["infinity", "-infinity"].contains(&text.as_str()).then_some(text)
+}
+
+fn clock_time(text: &str) -> Option<(Time<'_>, &str)> {
+    let (hours, rest) = number(text, 2)?;
+    let (minutes, rest) = number(rest.strip_prefix(':')?, 2)?;
+    // Without seconds, a fraction would have Postgres take the two numbers for minutes and seconds.
+    let (seconds, fraction, rest) = match rest.strip_prefix(':') {
+        Some(rest) => {
+            let (seconds, rest) = number(rest, 2)?;
+            let behind = rest.strip_prefix('.');
+            let (fraction, rest) = behind
+                .map_or(("", rest), |digits| digits.split_at(digits.bytes().take_while(u8::is_ascii_digit).count()));
+            (seconds, fraction, rest)
+        }
+        None => (0, "", rest),
+    };
+    (hours < 24 && minutes < 60 && seconds < 60)
+        .then_some((Time { seconds: hours * 3_600 + minutes * 60 + seconds, fraction }, rest))
+}
+
+/// Seconds that a zone is ahead of UTC.
+fn zone(text: &str) -> Option<i64> {
+    let (sign, rest) = match text.split_at_checked(1)? {
+        ("Z" | "z", "") => return Some(0),
+        ("+", rest) => (1, rest),
+        ("-", rest) => (-1, rest),
+        _ => return None,
+    };
+    let (hours, rest) = number(rest, 2)?;
+    let (minutes, rest) = match rest.strip_prefix(':').unwrap_or(rest) {
+        "" => (0, ""),
+        rest => number(rest, 2)?,
+    };
+    (rest.is_empty() && hours < 16 && minutes < 60).then_some(sign * (hours * 3_600 + minutes * 60))
+}
+
+fn timestamp(text: &str, digits: usize, zoned: bool) -> Option<String> {
+    if let Some(end) = endless(text) {
+        return Some(end);
+    }
+    let (mut day, rest) = day(text.trim())?;
+    let (mut time, rest) = match rest.strip_prefix([' ', 'T', 't']) {
+        Some(rest) => clock_time(rest)?,
+        None => (Time { seconds: 0, fraction: "" }, rest),
+    };
+    let ahead = if rest.is_empty() { 0 } else { zone(rest.trim_start())? };
+    // Without a zone in its type, Postgres ignores that of the text.
+    if zoned {
+        time.seconds -= ahead;
+        if time.seconds < 0 {
+            (day, time.seconds) = (day.previous()?, time.seconds + 86_400);
+        } else if time.seconds >= 86_400 {
+            (day, time.seconds) = (day.next()?, time.seconds - 86_400);
+        }
+    }
+    Some(format!("{} {}{}", day.text(), time.text(digits)?, if zoned { "+00" } else { "" }))
+}
+
+/// An address without a network, or with one that is smaller than it.
+fn inet(text: &str) -> Option<String> {
+    let (address, length) = match text.split_once('/') {
+        Some((address, length)) => (address, Some(length.parse::<u8>().ok()?)),
+        None => (text, None),
+    };
+    let address: IpAddr = address.parse().ok()?;
+    let full = if address.is_ipv4() { 32 } else { 128 };
+    match length {
+        Some(length) if length < full => Some(format!("{address}/{length}")),
+        Some(length) if length > full => None,
+        _ => Some(address.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The values of a type are Postgres' own: see `tests/system/types.rs`, which asks Postgres about all of these.
+    #[test]
+    fn what_is_not_understood_is_not_guessed() {
+        for (sql_type, text) in [
+            ("uuid", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a1"),
+            ("uuid", "a0eebc999c-0b4ef8bb6d6bb9bd380a11"),
+            ("uuid", "{a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
+            ("integer", "7.0"),
+            ("integer", "seven"),
+            ("numeric(4,1)", "1.25"),
+            ("numeric", "1e9999"),
+            ("numeric", "1.5 apples"),
+            ("numeric", "."),
+            ("date", "tomorrow"),
+            ("date", "2026-02-29"),
+            ("date", "29.11.2026"),
+            ("timestamp with time zone", "2026-11-29 25:00"),
+            ("timestamp with time zone", "2026-11-29 08:00 Europe/Berlin"),
+            ("timestamp(3) with time zone", "2026-11-29 08:00:00.1234"),
+            ("time without time zone", "noon"),
+            ("inet", "10.1"),
+            ("boolean", "perhaps"),
+        ] {
+            assert!(matches!(spelling(sql_type, text), Spelling::Other(_)), "{text} as {sql_type}");
+        }
+        for sql_type in ["double precision", "point", "jsonb", "integer[]", "my.type"] {
+            assert_eq!(spelling(sql_type, "x"), Spelling::Any, "{sql_type}");
+        }
+    }
+}

@@ -303,7 +303,7 @@ impl Session<'_> {
     async fn run(&self) -> Result<Exit, Error> {
         match &self.args.command {
             Command::Sql { statements } => match statements.as_slice() {
-                [statement] if reads(statement) => self.read(statement).await,
+                [statement] if may_read(statement) => self.read(statement).await,
                 statements => self.write(statements.to_vec()).await,
             },
             Command::Watch { query, times } => self.watch(query, *times).await,
@@ -315,9 +315,14 @@ impl Session<'_> {
     async fn read(&self, statement: &str) -> Result<Exit, Error> {
         self.tables().await?;
         self.caught_up().await;
-        let rows = self.client.query(statement, ()).await.map_err(Error::client("the query failed"))?;
-        output::rows(&rows, self.args.output);
-        Ok(Exit::Ok)
+        match self.client.query(statement, ()).await {
+            Ok(rows) => {
+                output::rows(&rows, self.args.output);
+                Ok(Exit::Ok)
+            }
+            Err(error) if error.is_write() => self.write(vec![statement.to_owned()]).await,
+            Err(error) => Err(Error::client("the query failed")(error)),
+        }
     }
 
     async fn write(&self, statements: Vec<String>) -> Result<Exit, Error> {
@@ -325,15 +330,26 @@ impl Session<'_> {
         let write = self
             .client
             .tx(move |transaction| {
-                let mut rows = 0;
+                let (mut count, mut shown) = (0, None);
                 for statement in &statements {
-                    rows += transaction.execute(statement, ())?;
+                    if may_return(statement) {
+                        let rows = transaction.query(statement, ())?;
+                        count += rows.rows.len();
+                        shown = Some(rows);
+                    } else {
+                        count += transaction.execute(statement, ())?;
+                    }
                 }
-                Ok(rows)
+                Ok((count, shown))
             })
             .await
             .map_err(Error::client("the write failed"))?;
-        self.verdict(&write, Some(*write.value())).await
+        let (count, shown) = write.value();
+        // Of the last statement that has any; as JSON, one document is printed.
+        if let Some(rows) = shown.as_ref().filter(|rows| !rows.columns.is_empty() && self.args.output == Output::Text) {
+            output::rows(rows, self.args.output);
+        }
+        self.verdict(&write, Some(*count)).await
     }
 
     /// Waits for what becomes of a write, while that is of use, and prints it.
@@ -531,17 +547,34 @@ fn why(status: &Status) -> String {
     }
 }
 
-/// Whether a statement only reads, by its first word. `WITH` may begin either.
-fn reads(statement: &str) -> bool {
-    let mut words = statement
-        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
-        .filter(|word| !word.is_empty())
-        .map(str::to_ascii_lowercase);
-    match words.next().as_deref() {
-        Some("select" | "values" | "explain" | "pragma") => true,
-        Some("with") => !words.any(|word| matches!(word.as_str(), "insert" | "update" | "delete" | "replace")),
-        _ => false,
+/// A statement without the comments and blanks that it begins with.
+fn begin(mut statement: &str) -> &str {
+    loop {
+        statement = statement.trim_start();
+        let behind = match (statement.strip_prefix("--"), statement.strip_prefix("/*")) {
+            (Some(comment), _) => comment.split_once('\n'),
+            (_, Some(comment)) => comment.split_once("*/"),
+            (None, None) => return statement,
+        };
+        let Some((_, rest)) = behind else { return "" };
+        statement = rest;
     }
+}
+
+fn begins_with(statement: &str, words: &[&str]) -> bool {
+    let statement = begin(statement);
+    let end = statement.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(statement.len());
+    words.iter().any(|word| statement[..end].eq_ignore_ascii_case(word))
+}
+
+/// Whether a statement may be one that only reads, by its first word; SQLite knows.
+fn may_read(statement: &str) -> bool {
+    begins_with(statement, &["select", "values", "explain", "pragma", "with"])
+}
+
+/// Whether a statement of a transaction may have rows to show: it reads, or has a RETURNING somewhere.
+fn may_return(statement: &str) -> bool {
+    may_read(statement) || statement.to_ascii_lowercase().contains("returning")
 }
 
 fn is_name(text: &str) -> bool {
@@ -553,16 +586,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reading_is_told_from_writing() {
-        let check = |statement: &str, expected: bool| assert_eq!(reads(statement), expected, "{statement}");
+    fn what_may_read_is_asked_first() {
+        let check = |statement: &str, expected: bool| assert_eq!(may_read(statement), expected, "{statement}");
         check("SELECT 1", true);
         check("  select * from tasks", true);
         check("VALUES (1)", true);
-        check("WITH a AS (SELECT 1) SELECT * FROM a", true);
-        check("WITH a AS (SELECT 1) INSERT INTO t SELECT * FROM a", false);
+        check("-- all\n/* open */ SELECT 1", true);
+        check("WITH a AS (SELECT 1) INSERT INTO t SELECT * FROM a", true);
         check("update tasks set done = 1", false);
-        check("DELETE FROM tasks", false);
-        check("", false);
+        check("/* SELECT */ DELETE FROM tasks", false);
+        check("SAVEPOINT s", false);
+        check("selection", false);
+        for empty in ["", "  ", "-- nothing", "/* nothing"] {
+            check(empty, false);
+        }
     }
 
     #[test]

@@ -134,6 +134,7 @@ fn connection() -> Connection {
         r#type: (*sql_type).into(),
         nullable: true,
         writable: true,
+        default: None,
     };
     let table = TableSchema {
         name: "values".into(),

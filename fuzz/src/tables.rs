@@ -54,6 +54,7 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         nullable: true,
         writable: true,
         growth: Growth::default(),
+        default: None,
     };
     let always = || Some("true".to_owned());
     Table {

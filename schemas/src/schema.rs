@@ -56,6 +56,9 @@ pub struct ColumnSchema {
     pub nullable: bool,
     /// Whether clients may set it.
     pub writable: bool,
+    /// The value that it has where an insert names none, in its text form; absent if there is none, or none that is always the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default: Option<String>,
 }
 
 /// How a row's scope is read off it.

@@ -51,6 +51,7 @@ pub fn spelling<'a>(sql_type: &str, text: &'a str) -> Spelling<'a> {
         "date" => known(date(text), "2026-11-29"),
         "timestamp without time zone" => known(timestamp(text, digits(&modifiers), false), "2026-11-29 08:30:00"),
         "timestamp with time zone" => known(timestamp(text, digits(&modifiers), true), "2026-11-29 08:30:00+00"),
+        "time without time zone" if text == "24:00:00" => Spelling::Known(Cow::Borrowed(text)),
         "time without time zone" => known(
             clock_time(text).and_then(|(time, rest)| (rest.is_empty()).then(|| time.text(digits(&modifiers)))?),
             "08:30:00",

@@ -65,6 +65,35 @@ async fn what_does_not_go_through_says_why_and_the_way_out() -> Result<()> {
 }
 
 /// What waits in a store that is damaged is saved, and recorded again by what the message says.
+/// Whatever gives rows shows them, however it begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_that_give_rows_show_them() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let project = Uuid::now_v7().to_string();
+        let made = format!("INSERT INTO projects (id, name) VALUES ('{project}', 'please') RETURNING name");
+        says(&board, &["sql", &made], 0, &["please", "(1 row)", "applied, 1 row (transaction 1)"]).await?;
+        for read in [
+            "/* all */ SELECT name FROM projects",
+            "/* all */ -- of them\nSELECT name FROM projects",
+            "WITH p AS (SELECT replace(name, 'x', 'y') AS name FROM projects) SELECT name FROM p",
+            "WITH p AS (SELECT 'please update' AS what) SELECT what FROM p",
+            "VALUES ('please')",
+        ] {
+            says(&board, &["sql", read], 0, &["please", "(1 row)"]).await?;
+        }
+        let with = "WITH p AS (SELECT id FROM projects) UPDATE projects SET name = 'q' WHERE id IN (SELECT id FROM p)";
+        says(&board, &["sql", with], 0, &["applied, 1 row (transaction 2)"]).await?;
+        let several = ["sql", "UPDATE projects SET name = 'r'", "SELECT name || name FROM projects"];
+        says(&board, &several, 0, &["rr", "applied", "(transaction 3)"]).await?;
+        says(&board, &["sql", "SELECT nothing FROM projects"], 1, &["no such column: nothing"]).await?;
+        says(&board, &["sql", "SAVEPOINT s"], 1, &["savepoint"]).await?;
+        Ok(())
+    }
+    .await;
+    board.explain(result)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_store_says_where_everything_is_and_goes_on() -> Result<()> {
     let board = Board::start().await?;

@@ -1,10 +1,11 @@
 //! Offline writes, and how they meet the rest of the world.
 
 use anyhow::{Context, Result, ensure};
-use millstream_client::State;
+use millstream_client::{Outcome, State};
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::{actual, converged};
 use millstream_tests::workload::{Workload, audit_of, write};
+use uuid::Uuid;
 
 /// Changes made offline.
 const CHANGES: usize = 1_000;
@@ -175,4 +176,34 @@ async fn a_row_that_moved_into_a_granted_scope_arrives() -> Result<()> {
         Ok(())
     };
     board.explain(result.await)
+}
+
+/// What Postgres fills in shows at once, so that a list and a toggle work before the first confirmation.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_made_offline_has_its_defaults_at_once() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let (mut sql, project, id) = (board.postgres().await?, Uuid::now_v7(), Uuid::now_v7());
+        sqlx::query("INSERT INTO projects (id, name) VALUES ($1, 'p')").bind(project).execute(&mut sql).await?;
+        sqlx::query("INSERT INTO members VALUES ($1, 'alice', 'owner')").bind(project).execute(&mut sql).await?;
+        let client = board.client("a", "alice").await?;
+        converged(&board, &client, "alice").await?;
+        client.pause();
+        client.status().wait_for(|status| status.state == State::Offline).await?;
+        let insert = "INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 't')";
+        client.execute(insert, (id, project)).await?;
+        let open = client.query("SELECT id FROM tasks WHERE NOT done", ()).await?;
+        ensure!(open.rows.len() == 1, "the new task is not in the list");
+        let toggled = client.execute("UPDATE tasks SET done = NOT done WHERE id = ?", (id,)).await?;
+        ensure!(*toggled.value() == 1);
+        client.resume();
+        ensure!(toggled.confirmed().await? == Outcome::Applied);
+        let done: bool =
+            sqlx::query_scalar("SELECT done FROM tasks WHERE id = $1").bind(id).fetch_one(&mut sql).await?;
+        ensure!(done, "the toggle was lost");
+        converged(&board, &client, "alice").await?;
+        Ok(())
+    }
+    .await;
+    board.explain(result)
 }

@@ -126,6 +126,20 @@ impl Kind {
         }
     }
 
+    /// A value in Postgres' text form as SQL of SQLite; none if it is none of this kind.
+    fn literal(self, text: &str) -> Option<String> {
+        let is_hex = |digits: &&str| digits.bytes().all(|b| b.is_ascii_hexdigit()) && digits.len().is_multiple_of(2);
+        match self {
+            Kind::Bool => Some(if text == "t" { "1" } else { "0" }.to_owned()),
+            Kind::Integer => text.parse::<i64>().ok().map(|number| number.to_string()),
+            Kind::Real => {
+                text.parse::<f64>().ok().filter(|number| number.is_finite()).map(|number| format!("{number:e}"))
+            }
+            Kind::Bytes => text.strip_prefix("\\x").filter(is_hex).map(|digits| format!("x'{digits}'")),
+            Kind::Text => Some(literal(text)),
+        }
+    }
+
     /// The declared type. `INT`, because `INTEGER` would make a sole key column an alias of the rowid, which SQLite fills in.
     fn declaration(self) -> &'static str {
         match self {
@@ -184,20 +198,23 @@ pub fn text_expr(kind: Kind, value: &str) -> String {
 
 /// SQL of the `CREATE TABLE`.
 pub fn create_table(table: &TableSchema) -> String {
-    let columns: Vec<String> = table
-        .columns
-        .iter()
-        .map(|column| format!("{} {}", quote(&column.name), Kind::of(&column.r#type).declaration()))
-        .collect();
+    let columns: Vec<String> = (0..table.columns.len()).map(|index| declared(table, index)).collect();
     let key: Vec<String> = table.key.iter().map(|&index| quote(&table.columns[index].name)).collect();
     format!("CREATE TABLE {} ({}, PRIMARY KEY ({}))", quote(&table.name), columns.join(", "), key.join(", "))
 }
 
 /// SQL of an `ALTER TABLE … ADD COLUMN`.
 pub fn add_column(table: &TableSchema, column: usize) -> String {
-    let column = &table.columns[column];
-    let declaration = Kind::of(&column.r#type).declaration();
-    format!("ALTER TABLE {} ADD COLUMN {} {declaration}", quote(&table.name), quote(&column.name))
+    format!("ALTER TABLE {} ADD COLUMN {}", quote(&table.name), declared(table, column))
+}
+
+/// A column's name, type and default: what the server would fill in shows at once. Parts of the key have to be given.
+fn declared(table: &TableSchema, index: usize) -> String {
+    let column = &table.columns[index];
+    let kind = Kind::of(&column.r#type);
+    let value = column.default.as_deref().filter(|_| !table.key.contains(&index));
+    let default = value.and_then(|text| kind.literal(text)).map(|literal| format!(" DEFAULT {literal}"));
+    format!("{} {}{}", quote(&column.name), kind.declaration(), default.unwrap_or_default())
 }
 
 /// SQL that drops the triggers of a table, if they exist.
@@ -283,17 +300,21 @@ fn trigger(table: &TableSchema, op: &str, when: &str, body: &str) -> String {
     )
 }
 
-/// SQL of the three triggers of a table.
-pub fn create_triggers(table: &TableSchema) -> String {
-    [insert_trigger(table), update_trigger(table), delete_trigger(table)].join("\n")
+/// SQL of the three triggers of a table. `defaults`: of each column, the SQL of the default that SQLite has for it, if any.
+///
+/// A trigger cannot tell a null that was written from one that was left out. Where SQLite has a default, it was written; else it
+/// is left to the server, which may have a default that SQLite cannot.
+pub fn create_triggers(table: &TableSchema, defaults: &[Option<String>]) -> String {
+    [insert_trigger(table, defaults), update_trigger(table), delete_trigger(table)].join("\n")
 }
 
-fn insert_trigger(table: &TableSchema) -> String {
+fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
     let new = |index: usize| format!("NEW.{}", quote(&table.columns[index].name));
     let mut body = String::new();
     let mut columns = Vec::new();
     let mut values = Vec::new();
     for (index, column) in table.columns.iter().enumerate() {
+        let default = defaults.get(index).and_then(Option::as_deref);
         let is_key = table.key.contains(&index);
         if is_key {
             let message = format!("key column \"{}\" of \"{}\" is null", column.name, table.name);
@@ -311,10 +332,14 @@ fn insert_trigger(table: &TableSchema) -> String {
         } else if !column.writable {
             let message =
                 format!("column \"{}\" of \"{}\" is not writable: the server fills it", column.name, table.name);
-            body += &refuse(&message, &format!("{} IS NOT NULL", new(index)));
+            let filled = default.map(|default| format!(" AND {} IS NOT {default}", new(index))).unwrap_or_default();
+            body += &refuse(&message, &format!("{} IS NOT NULL{filled}", new(index)));
             continue;
         }
-        let when = format!("{} IS NOT NULL", new(index));
+        let when = match default {
+            Some(_) => "true".to_owned(),
+            None => format!("{} IS NOT NULL", new(index)),
+        };
         columns.push((when.clone(), name_literal(table, index, "", "")));
         values.push((when, format!("json_quote({})", column_text(table, index, "NEW."))));
     }
@@ -409,6 +434,7 @@ mod tests {
                     r#type: r#type.into(),
                     nullable: true,
                     writable,
+                    default: None,
                 })
                 .collect(),
             key: vec![0],
@@ -423,7 +449,7 @@ mod tests {
         let connection = Connection::open_in_memory().unwrap();
         connection.execute_batch(STORE_TABLES).unwrap();
         connection.execute_batch(&create_table(&table)).unwrap();
-        connection.execute_batch(&create_triggers(&table)).unwrap();
+        connection.execute_batch(&create_triggers(&table, &[])).unwrap();
         connection.execute_batch(&drop_triggers(&table.name)).unwrap();
     }
 

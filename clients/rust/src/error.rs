@@ -94,6 +94,12 @@ impl Error {
         Error::App(message.into())
     }
 
+    /// Whether a statement was given to a reader, such as [`crate::Client::query`], that writes.
+    pub fn is_write(&self) -> bool {
+        let Error::Store(StoreError::Statement(source)) = self else { return false };
+        source.sqlite_error_code() == Some(rusqlite::ErrorCode::ReadOnly)
+    }
+
     /// A stable word for the kind of error; for a rejection the server's code.
     pub fn code(&self) -> &'static str {
         match self {

@@ -1,9 +1,10 @@
 //! Installing the schema, and the SQL that is made from it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use millstream_client_core::trigger::{self, Kind, quote};
-use millstream_schemas::{Schema, TableSchema, Value};
+use millstream_schemas::{ColumnSchema, Schema, TableSchema, Value};
 
 use crate::error::{During, encode};
 use crate::{Store, StoreError};
@@ -182,7 +183,7 @@ impl Store {
                 stale |= store.install_table(before, table)?;
                 // Rows that a newly synced table has long had come with no transaction.
                 stale |= old.is_some() && before.is_none();
-                store.batch(&trigger::create_triggers(table))?;
+                store.create_triggers(table)?;
             }
             store.set_meta_json("schema", schema)?;
             if stale {
@@ -202,9 +203,23 @@ impl Store {
         self.transact(|store| {
             schema.tables.iter().try_for_each(|table| {
                 store.batch(&trigger::drop_triggers(&table.name))?;
-                store.batch(&trigger::create_triggers(table))
+                store.create_triggers(table)
             })
         })
+    }
+
+    /// By the defaults that the table has here: SQLite cannot change one.
+    fn create_triggers(&self, table: &TableSchema) -> Result<(), StoreError> {
+        let during = "reading the columns of a table";
+        let mut columns =
+            self.connection.prepare("SELECT name, dflt_value FROM pragma_table_info(?1)").during(during)?;
+        let found =
+            columns.query_map([&table.name], |row| Ok((row.get::<_, String>(0)?, row.get::<_, Option<String>>(1)?)));
+        let found: HashMap<String, Option<String>> =
+            found.during(during)?.collect::<rusqlite::Result<_>>().during(during)?;
+        let default = |column: &ColumnSchema| found.get(&column.name).cloned().flatten();
+        let defaults: Vec<Option<String>> = table.columns.iter().map(default).collect();
+        self.batch(&trigger::create_triggers(table, &defaults))
     }
 
     fn batch(&self, sql: &str) -> Result<(), StoreError> {

@@ -5,6 +5,7 @@
 //! - [`Catalog`]: the file resolved against the database, with types, keys and column order
 
 mod config;
+mod defaults;
 mod growth;
 mod load;
 mod model;

@@ -9,10 +9,10 @@ use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
 use crate::config::{Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, TableConfig};
-use crate::growth;
 use crate::model::{
     Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
 };
+use crate::{defaults, growth};
 
 /// Why the configuration does not fit the database.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +147,7 @@ fn version(catalog: &Catalog) -> String {
         }
         for column in &schema.columns {
             layout.update(format!("{}\t{}\n", column.name, column.r#type));
-            rest.update(format!("{}\t{}\n", column.nullable, column.writable));
+            rest.update(format!("{}\t{}\t{:?}\n", column.nullable, column.writable, column.default));
         }
     }
     [layout, rest]
@@ -335,7 +335,8 @@ async fn columns(
 ) -> Result<(Vec<Column>, Vec<i16>), CatalogError> {
     let rows = sqlx::query(
         "SELECT attname::text AS name, quote_ident(attname) AS sql_name, attnum AS number, atttypid::int8 AS type,
-                format_type(atttypid, atttypmod) AS sql_type, attnotnull AS not_null
+                format_type(atttypid, atttypmod) AS sql_type, attnotnull AS not_null,
+                (SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) AS default
          FROM pg_attribute WHERE attrelid = $1::int8::oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
          ORDER BY attnum",
     )
@@ -350,13 +351,16 @@ async fn columns(
     for row in &rows {
         let column: String = row.get("name");
         let writable = writable.get_mut(column.as_str()).map(|seen| *seen = true).is_some();
+        let sql_type: String = row.get("sql_type");
+        let default = row.get::<Option<&str>, _>("default").and_then(|default| defaults::constant(default, &sql_type));
         columns.push(Column {
             sql_name: row.get("sql_name"),
-            sql_type: row.get("sql_type"),
+            sql_type,
             type_oid: u32::try_from(row.get::<i64, _>("type")).unwrap_or_default(),
             growth: growth.get(&row.get::<i16, _>("number")).copied().unwrap_or_default(),
             nullable: !row.get::<bool, _>("not_null"),
             writable,
+            default,
             name: column,
         });
         numbers.push(row.get("number"));

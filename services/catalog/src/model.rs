@@ -122,6 +122,7 @@ impl Table {
                     r#type: column.sql_type.clone(),
                     nullable: column.nullable,
                     writable: column.writable,
+                    default: column.default.clone(),
                 })
                 .collect(),
             key: self.key.clone(),
@@ -151,6 +152,8 @@ pub struct Column {
     pub nullable: bool,
     /// Whether clients may set it (key columns: on insert only).
     pub writable: bool,
+    /// The value that it has where an insert names none, in its text form, if that is always the same.
+    pub default: Option<String>,
 }
 
 impl Column {
@@ -349,6 +352,7 @@ mod tests {
                 sql_type: declared.into(),
                 type_oid: 0,
                 growth: Growth::default(),
+                default: None,
                 nullable: true,
                 writable: true,
             };

@@ -604,6 +604,7 @@ mod tests {
                 sql_type: sql_type.into(),
                 type_oid: 0,
                 growth: Default::default(),
+                default: None,
                 nullable: false,
                 writable: false,
             });

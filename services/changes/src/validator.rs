@@ -219,6 +219,7 @@ pub(crate) mod tests {
             sql_type: sql_type.into(),
             type_oid: 0,
             growth: Growth::default(),
+            default: None,
             nullable: true,
             writable,
         };

@@ -83,6 +83,7 @@ mod tests {
             nullable: true,
             writable: true,
             growth: Growth::default(),
+            default: None,
         };
         Table {
             oid: 1,

@@ -31,6 +31,7 @@ pub fn tables() -> Vec<Table> {
             sql_type: sql_type.into(),
             type_oid: 0,
             growth: Default::default(),
+            default: None,
             nullable: true,
             writable,
         });

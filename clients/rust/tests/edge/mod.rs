@@ -81,6 +81,7 @@ pub fn schema() -> Schema {
         r#type: r#type.into(),
         nullable: true,
         writable,
+        default: None,
     };
     Schema {
         version: "v1".into(),

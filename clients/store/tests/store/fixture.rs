@@ -37,7 +37,7 @@ pub struct Fixture {
 }
 
 pub fn column(name: &str, r#type: &str, writable: bool) -> ColumnSchema {
-    ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable }
+    ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable, default: None }
 }
 
 pub fn schema() -> Schema {

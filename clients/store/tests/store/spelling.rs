@@ -1,7 +1,8 @@
-//! A row keeps its name: keys that Postgres would give back in another spelling are refused when they are written.
+//! A row is what it will be: keys that Postgres would give back in another spelling are refused when they are written, columns that
+//! are left out have their defaults.
 
 use millstream_client_store::StoreError;
-use millstream_schemas::{Schema, TableSchema};
+use millstream_schemas::{ColumnSchema, Schema, TableSchema};
 
 use super::fixture::column;
 use super::wide::with_schema;
@@ -41,4 +42,49 @@ fn keys_are_written_as_postgres_gives_them_back() {
         f.write(&[&format!("UPDATE t SET note = 'y' WHERE id = {taken}")]).unwrap();
         assert_eq!(f.read("SELECT count(*) FROM local_changes"), "2", "{sql_type}: found by its name");
     }
+}
+
+/// What Postgres would fill in is there at once, and a null is one.
+#[test]
+fn left_out_columns_have_their_defaults_and_nulls_are_nulls() {
+    let constant = |name: &str, sql_type: &str, default: &str, writable| ColumnSchema {
+        default: Some(default.into()),
+        ..column(name, sql_type, writable)
+    };
+    let columns = vec![
+        column("id", "text", true),
+        constant("pinned", "boolean", "f", true),
+        constant("priority", "integer", "3", true),
+        constant("note", "text", "it's", true),
+        constant("share", "double precision", "0.1", true),
+        constant("photo", "bytea", "\\x00ff", true),
+        constant("status", "status", "open", false),
+        column("made_at", "timestamp with time zone", true),
+    ];
+    let table = |columns| TableSchema { name: "t".into(), columns, key: vec![0], scopes: Vec::new(), clocks: None };
+    let schema = |version: &str, columns| Schema { version: version.into(), tables: vec![table(columns)] };
+    let mut f = with_schema(&schema("1", columns.clone()));
+    f.write(&["INSERT INTO t (id) VALUES ('a')"]).unwrap();
+    let row = "SELECT id, pinned, priority, note, share, hex(photo), status, made_at FROM t ORDER BY id";
+    assert_eq!(f.read(row), "a|0|3|it's|0.1|00FF|open|-");
+    f.write(&["UPDATE t SET pinned = NOT pinned WHERE NOT pinned", "UPDATE t SET priority = NULL"]).unwrap();
+    f.write(&["INSERT INTO t (id, priority, note, made_at) VALUES ('b', NULL, 'x', NULL)"]).unwrap();
+    let expected = r#"1|insert|["a"]|["id","pinned","priority","note","share","photo"]|["a","f","3","it's","0.1","\\x00ff"]
+2|update|["a"]|["pinned"]|["t"]
+2|update|["a"]|["priority"]|[null]
+3|insert|["b"]|["id","pinned","priority","note","share","photo"]|["b","f",null,"x","0.1","\\x00ff"]"#;
+    assert_eq!(f.changes(), expected);
+    let refused = f.write(&["INSERT INTO t (id, status) VALUES ('c', 'closed')"]).unwrap_err();
+    assert!(refused.to_string().contains("\"status\" of \"t\" is not writable"), "{refused}");
+    f.write(&["INSERT INTO t (id, status) VALUES ('c', 'open')"]).unwrap();
+    // A default that comes later: SQLite cannot have it for a column that is there, so a null is the server's to fill. A new
+    // column has it, also for the rows on hand until the server's come.
+    let mut later = columns;
+    later[7].default = Some("2026-01-01 00:00:00+00".into());
+    later.push(constant("rank", "integer", "7", true));
+    f.store.install(&schema("2", later)).unwrap();
+    f.write(&["INSERT INTO t (id) VALUES ('d')"]).unwrap();
+    assert_eq!(f.read("SELECT id, made_at, rank FROM t ORDER BY id"), "a|-|7\nb|-|7\nc|-|7\nd|-|7");
+    let last = "SELECT columns FROM local_changes ORDER BY id DESC LIMIT 1";
+    assert_eq!(f.read(last), r#"["id","pinned","priority","note","share","photo","rank"]"#);
 }

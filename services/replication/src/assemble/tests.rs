@@ -23,6 +23,7 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
                 sql_type: "text".into(),
                 type_oid: 25,
                 growth: Default::default(),
+                default: None,
                 nullable: true,
                 writable: true,
             })

@@ -320,7 +320,10 @@ impl Session<'_> {
                 output::rows(&rows, self.args.output);
                 Ok(Exit::Ok)
             }
-            Err(error) if error.is_write() => self.write(vec![statement.to_owned()]).await,
+            // Behind WITH there may be either, and what triggers call is not there for a reader.
+            Err(error) if error.is_write() || begins_with(statement, &["with"]) => {
+                self.write(vec![statement.to_owned()]).await
+            }
             Err(error) => Err(Error::client("the query failed")(error)),
         }
     }
@@ -332,12 +335,17 @@ impl Session<'_> {
             .tx(move |transaction| {
                 let (mut count, mut shown) = (0, None);
                 for statement in &statements {
-                    if may_return(statement) {
-                        let rows = transaction.query(statement, ())?;
+                    if !may_return(statement) {
+                        count += transaction.execute(statement, ())?;
+                        continue;
+                    }
+                    let rows = transaction.query(statement, ())?;
+                    if rows.columns.is_empty() {
+                        let changed: Vec<(usize,)> = transaction.query_as("SELECT changes()", ())?;
+                        count += changed.first().map_or(0, |(changed,)| *changed);
+                    } else {
                         count += rows.rows.len();
                         shown = Some(rows);
-                    } else {
-                        count += transaction.execute(statement, ())?;
                     }
                 }
                 Ok((count, shown))
@@ -346,7 +354,7 @@ impl Session<'_> {
             .map_err(Error::client("the write failed"))?;
         let (count, shown) = write.value();
         // Of the last statement that has any; as JSON, one document is printed.
-        if let Some(rows) = shown.as_ref().filter(|rows| !rows.columns.is_empty() && self.args.output == Output::Text) {
+        if let Some(rows) = shown.as_ref().filter(|_| self.args.output == Output::Text) {
             output::rows(rows, self.args.output);
         }
         self.verdict(&write, Some(*count)).await

@@ -298,6 +298,7 @@ async fn postgres_spells_values_as_foreseen() -> Result<()> {
             .bind(sql_type)
             .fetch_one(&mut database.sql)
             .await?;
+        let name = if name == "bpchar" { "character".to_owned() } else { name };
         // With its modifiers, where format_type has them.
         let full = match sql_type.split_once('(') {
             Some((_, modifiers)) => match name.split_once(' ').filter(|_| name.starts_with("time")) {

@@ -271,7 +271,7 @@ const SPELT: [(&str, &[&str]); 16] = [
     ("timestamptz(3)", &["2026-01-01", "T", " ", "0:10:00", ".5", ".125", ".1255", "Z", "+02", "-13:59"]),
     ("char(4)", &["a", " ", "ü", "bc"]),
     ("varchar(4)", &["a", " ", "B"]),
-    ("inet", &["10.0.0.1", "192.168.1.0", "/32", "/24", "2001:DB8::1", "::", "/128", "/64", "0:0"]),
+    ("inet", &["10.0.0.1", "192.168.1.0", "/32", "/24", "2001:DB8::1", "fe80::1:2", "/128", "/64", "0:0"]),
     ("bytea", &["\\x", "00", "fF", "a", "0A"]),
 ];
 
@@ -311,6 +311,8 @@ async fn postgres_spells_values_as_foreseen() -> Result<()> {
         for _ in 0..VALUES {
             let text: String =
                 (0..random.random_range(1..9)).map(|_| parts[random.random_range(0..parts.len())]).collect();
+            // A cast cuts what an assignment refuses.
+            let text: String = if sql_type.contains("char") { text.chars().take(4).collect() } else { text };
             let given: Option<String> = sqlx::query_scalar("SELECT spelt($1, $2)")
                 .bind(&text)
                 .bind(sql_type)

@@ -207,7 +207,10 @@ async fn inserts(connection: &mut PgConnection, table: &Table) -> Result<Vec<Pro
     for row in rows {
         let (name, quoted, always, needed): (String, String, bool, bool) =
             (row.get(0), row.get(1), row.get(2), row.get(3));
-        let writable = table.columns.iter().any(|column| column.name == name && column.writable);
+        let index = table.column(&name);
+        let writable = index.is_some_and(|index| table.columns[index].writable);
+        // Parts of the key have been told of.
+        let needed = needed && !index.is_some_and(|index| table.key.contains(&index));
         let alter = |action: &str| format!("ALTER TABLE {} ALTER COLUMN {quoted} {action}", table.sql_name);
         if writable && always {
             let message = format!("clients cannot set `{name}`: it is GENERATED ALWAYS AS IDENTITY");

@@ -88,9 +88,14 @@ async fn what_does_not_fit_is_named_with_the_remedy() {
     for (text, place, line, says) in [
         (table("nowhere"), "[tables.nowhere]", 17, "table public.nowhere does not exist"),
         (table("view"), "[tables.view]", 17, "not views"),
-        (whole(&CONFIG.replace("\"title\", \"done\"", "\"titel\"")), "[tables.tasks]", 8, "`writable` names `titel`"),
         (
-            whole(&CONFIG.replace("\"id\", \"project_id\", \"title\"", "\"project_id\"")),
+            whole(&CONFIG.replace("\"title\", \"done\"", "\"title\", \"titel\"")),
+            "[tables.tasks]",
+            8,
+            "`writable` names `titel`",
+        ),
+        (
+            whole(&CONFIG.replace("\"id\", \"project_id\", \"title\"", "\"project_id\", \"title\"")),
             "[tables.tasks]",
             8,
             "key column `id`",
@@ -102,7 +107,7 @@ async fn what_does_not_fit_is_named_with_the_remedy() {
             "no column `projekt`",
         ),
         (
-            whole(&CONFIG.replace("\"title\", \"done\"", "\"done\", \"updated_at\"")),
+            whole(&CONFIG.replace("\"title\", \"done\"", "\"title\", \"updated_at\"")),
             "[tables.tasks]",
             8,
             "take it out of `writable`",
@@ -328,6 +333,8 @@ async fn scope_columns_that_no_predicate_looks_at_are_warned_of() {
             &[
                 (&update, &plain),
                 ("\"id\", \"project_id\", \"task_id\", \"body\"", "\"id\", \"body\""),
+                // Of two tables that have the same.
+                (&rule(comments, "insert"), ""),
                 (&rule(comments, "insert"), "")
             ]
         )

@@ -12,8 +12,8 @@
 //! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
 //! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
 
+use millstream_schemas::TableSchema;
 use millstream_schemas::spelling::is_spelt;
-use millstream_schemas::{ColumnSchema, TableSchema};
 
 /// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
 /// app's by SQLite's own documentation.
@@ -336,8 +336,11 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
             body += &refuse(&message, &format!("{} IS NOT NULL{filled}", new(index)));
             continue;
         }
+        let current = column.default.as_deref().and_then(|text| Kind::of(&column.r#type).literal(text));
         let when = match default {
-            Some(_) => "true".to_owned(),
+            Some(default) if Some(default) == current.as_deref() => "true".to_owned(),
+            // Another one than the server has by now.
+            Some(default) => format!("{} IS NOT {default}", new(index)),
             None => format!("{} IS NOT NULL", new(index)),
         };
         columns.push((when.clone(), name_literal(table, index, "", "")));
@@ -345,44 +348,63 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
     }
     let key = key_expr(table, "NEW.");
     body += &keep_base(table, &key, "NULL");
-    // Its last change in this transaction, and that is a delete: as REPLACE has it. The row was there and is there again, so to
-    // others it changes where it differs; a delete would take with it what refers to the row.
-    let last = format!(
-        "SELECT id, op FROM local_changes INDEXED BY local_changes_live WHERE tbl = {} AND key = {key} AND state <> 'confirmed' \
-         AND tx = millstream_tx() ORDER BY id DESC LIMIT 1",
-        literal(&table.name)
-    );
-    let replaced = format!("(SELECT id FROM ({last}) WHERE op = 'delete')");
+    // The transaction's last change is the row's delete: as REPLACE has it. The row was there and is there again, so to others it
+    // changes where it differs; a delete would take with it what refers to the row.
+    let last = "SELECT id, op, tbl, key FROM local_changes WHERE tx = millstream_tx() ORDER BY id DESC LIMIT 1";
+    let replaced =
+        format!("(SELECT id FROM ({last}) WHERE op = 'delete' AND tbl = {} AND key = {key})", literal(&table.name));
     let when = format!(" WHERE {replaced} IS NULL");
     body += &record(table, "insert", &key, &json_list(&columns), &json_list(&values), "NULL", &when);
-    body += &replace(table, &replaced, &last);
+    body += &replace(table, &key, &replaced, last);
     trigger(table, "insert", "", &body)
 }
 
-/// Makes a delete the update of what differs between its row and the new one; no change if that is nothing.
-fn replace(table: &TableSchema, replaced: &str, last: &str) -> String {
+/// Makes a delete the update of what differs between its row and the new one. Where nothing does, it still sets one column, so that
+/// what only the server fills in comes back with the confirmation; a row that has nothing to set is as it was.
+fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String {
     let (mut columns, mut values, mut previous) = (Vec::new(), Vec::new(), Vec::new());
-    let settable = |(index, column): &(usize, &ColumnSchema)| column.writable && !table.key.contains(index);
-    for (index, _) in table.columns.iter().enumerate().filter(settable) {
+    let settable = |index: &usize| table.columns[*index].writable && !table.key.contains(index);
+    let settable: Vec<usize> = (0..table.columns.len()).filter(settable).collect();
+    let Some(&first) = settable.first() else {
+        let name = literal(&table.name);
+        return format!(
+            "  DELETE FROM local_changes WHERE id = {replaced};\n  \
+             DELETE FROM millstream_base WHERE tbl = {name} AND key = {key} AND NOT EXISTS (SELECT 1 FROM local_changes \
+             INDEXED BY local_changes_live WHERE tbl = {name} AND key = {key} AND state <> 'confirmed');\n"
+        );
+    };
+    for &index in &settable {
         let (old, new) = (old_text(table, index), column_text(table, index, "NEW."));
-        let differs = format!("{old} IS NOT {new}");
+        let mut differs = format!("{old} IS NOT {new}");
+        if !table.columns[index].nullable {
+            // Left out: the server's to fill.
+            differs = format!("({differs} AND {new} IS NOT NULL)");
+        }
         columns.push((differs.clone(), name_literal(table, index, "", "")));
         values.push((differs.clone(), format!("json_quote({new})")));
         previous.push((differs, format!("json_quote({old})")));
     }
+    let (old, new) = (old_text(table, first), column_text(table, first, "NEW."));
+    let value = if table.columns[first].nullable { new } else { format!("coalesce({new}, {old})") };
     format!(
         "  UPDATE local_changes SET op = 'update', columns = {}, vals = {}, previous = {}, stamp = millstream_stamp(NULL) WHERE id = {replaced};\n  \
-         DELETE FROM local_changes WHERE op = 'update' AND columns = '[]' AND id = (SELECT id FROM ({last}));\n",
+         UPDATE local_changes SET columns = json_array({}), vals = json_array({value}), previous = json_array({old}) \
+         WHERE op = 'update' AND columns = '[]' AND id = (SELECT id FROM ({last}));\n",
         json_list(&columns),
         json_list(&values),
-        json_list(&previous)
+        json_list(&previous),
+        literal(&table.columns[first].name),
     )
 }
 
 /// SQL that gives a column's text of the row that a delete recorded.
 fn old_text(table: &TableSchema, index: usize) -> String {
-    let name = serde_json::Value::String(table.columns[index].name.clone()).to_string();
-    format!("json_extract(previous, {})", literal(&format!("$.{name}")))
+    let name = &table.columns[index].name;
+    // SQLite's paths know no escapes.
+    if name.contains(['"', '\\']) {
+        return format!("(SELECT value FROM json_each(previous) WHERE key = {})", literal(name));
+    }
+    format!("json_extract(previous, {})", literal(&format!("$.\"{name}\"")))
 }
 
 fn update_trigger(table: &TableSchema) -> String {
@@ -421,6 +443,8 @@ fn delete_trigger(table: &TableSchema) -> String {
 
 #[cfg(test)]
 mod tests {
+    use millstream_schemas::ColumnSchema;
+
     use super::*;
     use rusqlite::Connection;
 

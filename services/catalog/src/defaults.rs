@@ -16,8 +16,8 @@ pub(crate) fn constant(expression: &str, sql_type: &str) -> Option<String> {
             let (value, rest) = bare.split_at(end);
             let rest = if open.is_empty() { rest } else { rest.strip_prefix(')')? };
             match value {
-                "true" => ("t".to_owned(), rest),
-                "false" => ("f".to_owned(), rest),
+                "true" if sql_type == "boolean" => ("t".to_owned(), rest),
+                "false" if sql_type == "boolean" => ("f".to_owned(), rest),
                 number
                     if number.starts_with(|c: char| c.is_ascii_digit() || c == '-')
                         && number.parse::<f64>().is_ok() =>
@@ -81,6 +81,7 @@ mod tests {
                 "timestamp with time zone",
                 Some("2026-01-01 00:00:00+00"),
             ),
+            ("true", "text", None),
             ("now()", "timestamp with time zone", None),
             ("CURRENT_TIMESTAMP", "timestamp with time zone", None),
             ("nextval('s'::regclass)", "bigint", None),

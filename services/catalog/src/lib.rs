@@ -12,8 +12,8 @@ mod model;
 mod readable;
 
 pub use config::{
-    Config, ConfigError, Conflict, DeleteMissing, MembershipConfig, OneOrMany, RolesConfig, RuleConfig, ScopeConfig,
-    TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
+    Config, ConfigError, Conflict, DeleteMissing, InsertExisting, MembershipConfig, OneOrMany, RolesConfig, RuleConfig,
+    ScopeConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
 pub use growth::Growth;
 pub use load::{CatalogError, layout};

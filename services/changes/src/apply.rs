@@ -44,6 +44,8 @@ pub(crate) enum Outcome {
     },
     /// It was refused, and nothing written.
     Refused(Refusal),
+    /// It was refused after a trigger left it out: what that did meanwhile has to be undone.
+    Undone(Refusal),
 }
 
 /// A transaction of Postgres in which changes are applied.
@@ -54,14 +56,23 @@ pub(crate) struct Applier<'a> {
     now: u64,
     /// How many stamps were cut to the bound.
     cut: Cell<u64>,
-    /// Whom `millstream.user_id` names.
+    /// Whom `millstream.user_id` names, and what `millstream.clock` is: see `migrations/0007_side_effects.sql`. None: not known.
     user: Option<String>,
+    clock: Option<String>,
     savepoints: usize,
 }
 
 impl<'a> Applier<'a> {
     pub fn new(connection: &'a mut PgConnection, statements: &'a mut Statements, now: u64) -> Self {
-        Applier { connection, statements, now, cut: Cell::new(0), user: None, savepoints: 0 }
+        Applier {
+            connection,
+            statements,
+            now,
+            cut: Cell::new(0),
+            user: None,
+            clock: Some(String::new()),
+            savepoints: 0,
+        }
     }
 
     fn row<'b>(&self, planned: &Planned<'_>, user_id: &'b str, index: usize, step: &'b Step<'b>) -> InputRow<'b> {
@@ -123,13 +134,10 @@ impl<'a> Applier<'a> {
             match outcome {
                 Outcome::Won => {}
                 Outcome::Lost { whole, winner } => plan[planned].lose(step, whole, winner),
-                // What left the row out may have written others.
-                Outcome::Refused(refusal)
-                    if plan[planned].submission.changes.len() == 1 && refusal.code != Code::NotWritten =>
-                {
+                Outcome::Refused(refusal) if plan[planned].submission.changes.len() == 1 => {
                     plan[planned].reject(step, refusal);
                 }
-                Outcome::Refused(_) => cut = cut.min(planned),
+                Outcome::Refused(_) | Outcome::Undone(_) => cut = cut.min(planned),
             }
         }
         for (index, planned) in plan.iter_mut().enumerate() {
@@ -216,7 +224,7 @@ impl<'a> Applier<'a> {
                         return Err(failed(error));
                     }
                     self.raw("ROLLBACK TO SAVEPOINT statement").await?;
-                    self.user = None;
+                    self.forget();
                     match rows {
                         [row] => {
                             let mut error = error;
@@ -231,7 +239,7 @@ impl<'a> Applier<'a> {
                                     Err(error) => error,
                                 };
                                 self.raw("ROLLBACK TO SAVEPOINT statement").await?;
-                                self.user = None;
+                                self.forget();
                             }
                             let Some(refusal) = self.refusal(&group.statement, row, false, &error).await? else {
                                 return Err(Failed::isolate_at(at, &error.to_string()));
@@ -277,8 +285,9 @@ impl<'a> Applier<'a> {
                 match self.apply_one(planned, index, step, &mut merges).await? {
                     Some(Outcome::Won) => {}
                     Some(Outcome::Lost { whole, winner }) => losses.push((index, whole, winner)),
-                    Some(Outcome::Refused(refusal)) if self.was_taken(&planned.steps()[..index], step, &refusal) => {}
-                    Some(Outcome::Refused(refusal)) => {
+                    Some(Outcome::Refused(refusal) | Outcome::Undone(refusal))
+                        if self.was_taken(&planned.steps()[..index], step, &refusal) => {}
+                    Some(Outcome::Refused(refusal) | Outcome::Undone(refusal)) => {
                         refused = Some((index, refusal));
                         break;
                     }
@@ -297,7 +306,7 @@ impl<'a> Applier<'a> {
                 }
                 Some((index, refusal)) => {
                     self.raw("ROLLBACK TO SAVEPOINT change; RELEASE SAVEPOINT change").await?;
-                    self.user = None;
+                    self.forget();
                     planned.reject(index, refusal);
                     rejected.add(planned);
                 }
@@ -340,7 +349,7 @@ impl<'a> Applier<'a> {
         };
         if may_merge && is_duplicate(&error, &statement.shape.primary_keys) {
             self.raw("ROLLBACK TO SAVEPOINT step; RELEASE SAVEPOINT step").await?;
-            self.user = None;
+            self.forget();
             error = match self.merge(&row, error).await {
                 Ok(outcome) => return Ok(Some(outcome)),
                 Err(error) => error,
@@ -353,7 +362,7 @@ impl<'a> Applier<'a> {
             Fault::Verdict(_) | Fault::Unknown => {}
         }
         self.raw("ROLLBACK TO SAVEPOINT change").await?;
-        self.user = None;
+        self.forget();
         if !*merges && is_duplicate(&error, &statement.shape.primary_keys) {
             *merges = true;
             return Ok(None);
@@ -373,6 +382,9 @@ impl<'a> Applier<'a> {
         if columns.is_empty() {
             // It says no more than that the row is there.
             return Ok(Outcome::Won);
+        }
+        if insert.table.write.update.is_none() {
+            return Err(error);
         }
         let update = Step { op: Operation::Update, columns, values, ..insert.clone() };
         let statement = self.statements.of(&update);
@@ -438,12 +450,23 @@ impl<'a> Applier<'a> {
 
     /// Executes a statement for some rows and tells what became of each.
     async fn write(&mut self, statement: &Statement, rows: &[InputRow<'_>]) -> Result<Vec<Outcome>, sqlx::Error> {
-        if let Some(first) = rows.first().filter(|_| statement.shape.personal)
-            && self.user.as_deref() != Some(first.user_id)
-        {
-            let set = sqlx::query("SELECT set_config('millstream.user_id', $1, true)").bind(first.user_id);
-            set.execute(&mut *self.connection).await?;
-            self.user = Some(first.user_id.to_owned());
+        let Some(first) = rows.first() else { return Ok(Vec::new()) };
+        let clock = if statement.shape.cause { first.clock.to_string() } else { String::new() };
+        let mut set = Vec::new();
+        if statement.shape.personal && self.user.as_deref() != Some(first.user_id) {
+            set.push(("millstream.user_id", first.user_id));
+        }
+        if self.clock.as_deref() != Some(clock.as_str()) {
+            set.push(("millstream.clock", clock.as_str()));
+        }
+        if !set.is_empty() {
+            let (names, values): (Vec<&str>, Vec<&str>) = set.into_iter().unzip();
+            let set = "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s(name, value)";
+            sqlx::query(set).bind(names).bind(values).execute(&mut *self.connection).await?;
+            self.clock = Some(clock);
+            if statement.shape.personal {
+                self.user = Some(first.user_id.to_owned());
+            }
         }
         self.complete(statement, rows, vec![None; rows.len()], None).await
     }
@@ -458,6 +481,7 @@ impl<'a> Applier<'a> {
     ) -> Result<Vec<Outcome>, sqlx::Error> {
         let mut hidden = vec![false; rows.len()];
         let mut versions = vec![None; rows.len()];
+        let mut left_out = vec![false; rows.len()];
         for _ in 0..RACES {
             let waiting: Vec<usize> = (0..rows.len()).filter(|index| outcomes[*index].is_none()).collect();
             if waiting.is_empty() {
@@ -496,21 +520,28 @@ impl<'a> Applier<'a> {
                 explained.iter_mut().for_each(|outcome| *outcome = outcome.take().or(Some(Outcome::Won)));
             }
             for (place, outcome) in unexplained.into_iter().zip(explained) {
+                left_out[place] |= outcome.is_none();
                 outcomes[place] = outcome;
             }
         }
         let (table, op) = (rows[0].step.table, statement.shape.op);
+        // Row security refuses inserts by an error.
+        let hides = statement.row_security && op != Operation::Insert;
         let outcomes = outcomes.into_iter().zip(hidden).map(|(outcome, hidden)| match outcome {
             Some(outcome) => Ok(outcome),
-            None if statement.row_security && hidden => Ok(explain::missing(op, table)),
-            None if statement.row_security => Ok(Outcome::Refused(Refusal::new(
+            None if hides && hidden => Ok(explain::missing(op, table)),
+            None if hides => Ok(Outcome::Refused(Refusal::new(
                 Code::PermissionDenied,
                 format!("row security does not let them {} {}", op.as_str(), table.name),
             ))),
             None if statement.shape.cause => Ok(explain::left_out(op, table)),
             None => Err(sqlx::Error::Protocol("a row is neither written nor refused".into())),
         });
-        outcomes.collect()
+        let undone = |(outcome, left_out): (Result<Outcome, sqlx::Error>, bool)| match outcome {
+            Ok(Outcome::Refused(refusal)) if left_out && statement.shape.cause => Ok(Outcome::Undone(refusal)),
+            outcome => outcome,
+        };
+        outcomes.zip(left_out).map(undone).collect()
     }
 
     /// Executes a statement for those rows that wait; gives how many it inserted. `versions`: of rows as they were before a delete
@@ -532,13 +563,18 @@ impl<'a> Applier<'a> {
             let number: i64 = row.try_get("ms_i")?;
             let place = usize::try_from(number - 1).ok().and_then(|place| waiting.get(place).copied());
             let Some(place) = place else { continue };
-            if statement.shape.cause && statement.shape.op == Operation::Delete && !row.try_get("written")? {
+            if statement.watched && !row.try_get("written")? {
                 versions[place] = row.try_get("version")?;
             } else {
                 outcomes[place] = Some(won(row.try_get("winner")?));
             }
         }
         Ok(0)
+    }
+
+    /// A savepoint was rolled back to, and settings with it.
+    fn forget(&mut self) {
+        (self.user, self.clock) = (None, None);
     }
 
     async fn raw(&mut self, sql: &'static str) -> Result<(), Failed> {

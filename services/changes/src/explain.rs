@@ -192,7 +192,7 @@ mod tests {
             let steps = validate(only(table), &submission).unwrap();
             let statement = Statements::default().of(&steps[0]);
             let found = match outcome(&statement, table, found) {
-                Some(Outcome::Refused(refusal)) => Err((refusal.code, refusal.rule)),
+                Some(Outcome::Refused(refusal) | Outcome::Undone(refusal)) => Err((refusal.code, refusal.rule)),
                 Some(Outcome::Lost { winner, .. }) => Ok(Some(winner)),
                 Some(Outcome::Won) => Ok(Some("won".to_owned())),
                 None => Ok(None),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::RequestErrorKind;
-use millstream_catalog::Config;
+use millstream_catalog::{Config, InsertExisting};
 use millstream_runtime::health::Health;
 use millstream_runtime::telemetry;
 use millstream_schemas::stream::{
@@ -71,8 +71,14 @@ impl External {
     pub fn new(config: &Config, client: async_nats::Client, health: Health) -> Self {
         let tables = config.tables.iter().filter_map(|(name, table)| {
             let validate = table.validate.as_ref()?;
+            let mut on = validate.on.clone();
+            // Where the row is there already, an insert is an update.
+            let merges = table.insert_existing == InsertExisting::Merge && table.write.update.is_some();
+            if merges && on.contains(&Operation::Update) && !on.contains(&Operation::Insert) {
+                on.push(Operation::Insert);
+            }
             let table = Table {
-                on: validate.on.clone(),
+                on,
                 deadline: Duration::from_millis(validate.deadline_ms),
                 room: Semaphore::new(MAX_QUESTIONS),
                 warned: Mutex::new(None),

@@ -43,6 +43,8 @@ pub(crate) struct Shape {
     parents: Vec<Reference>,
     /// Tables that it writes, its own first.
     writes: Vec<u32>,
+    /// Tables from which a delete takes rows away.
+    takes: Vec<u32>,
     /// Their names, and those of its partitions.
     written: HashSet<String>,
     /// What its predicates mention.
@@ -96,7 +98,12 @@ impl Shape {
             || cascade_triggers
             || mentions.functions
             || reads_view;
-        let cause = barrier || (op == Operation::Delete && traits.sets);
+        let sets = match op {
+            Operation::Insert => false,
+            Operation::Update => traits.moves,
+            Operation::Delete => traits.sets,
+        };
+        let cause = barrier || sets;
         Shape {
             id,
             op,
@@ -112,6 +119,7 @@ impl Shape {
             ordered: traits.sequences || !traits.unique_columns.is_empty(),
             parents,
             writes,
+            takes: traits.takes.clone(),
             written,
             reads: mentions.names,
         }
@@ -123,7 +131,7 @@ impl Shape {
 
     /// Whether its deletes take rows away that are of the other's table.
     pub fn takes_from(&self, other: &Shape) -> bool {
-        self.writes[1..].contains(&other.table())
+        self.op == Operation::Delete && self.takes.contains(&other.table())
     }
 
     /// Whether rows with different keys come to the same in any order. Not so where they exclude each other, nor where

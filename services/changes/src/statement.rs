@@ -32,9 +32,10 @@ const WORTH_A_PLAN: u32 = 1;
 #[derive(Debug)]
 pub(crate) struct Statement {
     /// Writes the rows. Updates and deletes give for each row that they wrote its number (1, 2, 3 …) and, where some
-    /// columns lost, the newest clock of those. Deletes that are a [cause](Shape::cause) give `version` of each row that is there,
-    /// and whether it was `written`.
+    /// columns lost, the newest clock of those. Watched ones give `version` of each row that is there, and whether it was `written`.
     pub sql: Arc<str>,
+    /// Deletes instead of which a trigger may write the row.
+    pub watched: bool,
     /// Says of rows that were not written, by number: `found`, `readable` (told of those that are not allowed), `allowed`,
     /// `broken` (index into `rules`), `wins`, the newest clock that the row has, `winner`, and its `version` where that was made by
     /// this transaction.
@@ -125,18 +126,27 @@ impl Statements {
         let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
         let unknown = Traits::unknown(table.oid);
         let traits = self.traits.get(&table.oid).unwrap_or(&unknown);
-        let mut writer = Writer { table, op, columns, first: 1, cause: false };
+        let mut writer = Writer { table, op, columns, first: 1, watched: false };
         let mut mentions = Mentions::default();
         writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
+        // Where the row is there already, it is an update.
+        let merges = op == Operation::Insert && table.insert_existing_merges && table.write.update.is_some();
+        if merges {
+            let update = Writer { op: Operation::Update, ..writer };
+            update.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
+        }
         let reads_view = self.views.iter().any(|view| mentions.names.contains(view));
         // A refusal depends on who is a member by then.
-        if op != Operation::Insert {
+        if op != Operation::Insert || merges {
             mentions.names.extend(Mentions::of(&table.readable).names);
         }
         let shape = Shape::new(self.made, table, op, columns, traits, mentions, reads_view);
-        writer.cause = shape.cause;
+        // Rewrite rules cannot be where a delete is a part of a statement.
+        let watched = shape.cause && op == Operation::Delete && !traits.rules;
+        writer.watched = watched;
         let statement = Arc::new(Statement {
-            sql: if shape.cause && op == Operation::Delete { writer.delete_watched() } else { writer.write() }.into(),
+            sql: if watched { writer.delete_watched() } else { writer.write() }.into(),
+            watched,
             explain_sql: writer.explain(traits.row_security).into(),
             readable_sql: writer.readable().into(),
             rules: writer.rules().map(|rule| (rule.code.clone(), rule.message.clone())).collect(),
@@ -201,7 +211,7 @@ impl Statements {
         if combined.text.is_none() {
             let part = |group: &Group<'_>| {
                 let Step { table, op, columns, .. } = group.rows[0].step;
-                let writer = Writer { table, op: *op, columns, first, cause: group.statement.shape.cause };
+                let writer = Writer { table, op: *op, columns, first, watched: false };
                 first += writer.parameters();
                 let tells = *op != Operation::Insert;
                 Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
@@ -221,14 +231,11 @@ impl Statements {
 /// Who writes, for predicates.
 const AUTH: &str =
     "LATERAL (SELECT millstream_input.ms_user AS user_id, millstream_input.ms_client AS client_id) AS auth";
-/// Tells triggers of Millstream whose clock rows get that are written because of the one at hand: see `migrations/0007_side_effects.sql`.
-const CAUSE: &str =
-    ", LATERAL (SELECT set_config('millstream.clock', millstream_input.ms_clock, true) OFFSET 0) AS millstream_cause";
 /// A version of a row.
 const VERSION: &str = "old.tableoid || ' ' || old.ctid";
 /// Whether a version that is seen is of this transaction: others that are not over are not seen. Ids of its savepoints come after its
 /// own.
-const OWN_VERSION: &str = "CASE WHEN age(old.xmin) <= 0 \
+const OWN_VERSION: &str = "CASE WHEN age(old.xmin) BETWEEN -1000000 AND 0 \
      THEN pg_xact_status((pg_current_xact_id()::text::bigint - age(old.xmin))::text::xid8) = 'in progress' ELSE false END";
 /// The change's time.
 const AT: &str = "(timestamptz 'epoch' + millstream_input.ms_at * interval '1 microsecond')";
@@ -240,14 +247,15 @@ const OWN_PARAMETERS: [(&str, &str); 4] =
     [("ms_user", "text"), ("ms_client", "uuid"), ("ms_clock", "text"), ("ms_at", "bigint")];
 
 /// Makes the texts of a shape.
+#[derive(Clone, Copy)]
 struct Writer<'a> {
     table: &'a Table,
     op: Operation,
     columns: &'a [usize],
     /// Number of its first parameter.
     first: usize,
-    /// See [`Shape::cause`].
-    cause: bool,
+    /// See [`Statement::watched`].
+    watched: bool,
 }
 
 impl<'a> Writer<'a> {
@@ -429,7 +437,7 @@ impl<'a> Writer<'a> {
 
     fn write(&self) -> String {
         let (name, guard) = (&self.table.sql_name, self.guard());
-        let from = format!("{}, {AUTH}{}", self.input(), if self.cause { CAUSE } else { "" });
+        let from = format!("{}, {AUTH}", self.input());
         let sql = match self.op {
             Operation::Insert => {
                 let kept = self.kept();
@@ -559,7 +567,7 @@ impl<'a> Writer<'a> {
             }
         };
         let version = match self.op {
-            Operation::Delete if self.cause => format!("CASE WHEN {OWN_VERSION} THEN {VERSION} END"),
+            Operation::Delete if self.watched => format!("CASE WHEN {OWN_VERSION} THEN {VERSION} END"),
             Operation::Insert | Operation::Update | Operation::Delete => "NULL::text".to_owned(),
         };
         // OFFSET 0: or the predicate would be copied to wherever its value is looked at.
@@ -583,7 +591,7 @@ mod tests {
     use crate::validator::tests::tasks;
 
     fn sql(table: &Table, op: Operation, columns: &[usize]) -> String {
-        Writer { table, op, columns, first: 1, cause: false }.write()
+        Writer { table, op, columns, first: 1, watched: false }.write()
     }
 
     fn check(sql: &str, parts: &[&str]) {
@@ -647,14 +655,14 @@ mod tests {
         // No rule: nobody may.
         check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
         let explain =
-            Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1, cause: false }.explain(false);
+            Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1, watched: false }.explain(false);
         check(
             &explain,
             &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0", "true AS readable"],
         );
         table.readable = "may read".into();
         let explain =
-            Writer { table: &table, op: Operation::Update, columns: &[2], first: 1, cause: false }.explain(false);
+            Writer { table: &table, op: Operation::Update, columns: &[2], first: 1, watched: false }.explain(false);
         check(&explain, &["(false OR NOT ms_allowed) THEN coalesce(may read, false) ELSE true END AS readable"]);
     }
 

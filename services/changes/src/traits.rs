@@ -12,6 +12,7 @@ SELECT jsonb_build_object(
     'partitions', (
         SELECT coalesce(jsonb_agg(lower(k.relname)), '[]') FROM pg_class k WHERE k.oid = ANY (tree.oids) AND k.oid <> c.oid),
     'row_security', c.relrowsecurity,
+    'rules', c.relhasrules,
     'triggers', c.relhasrules
         OR EXISTS (
             SELECT FROM pg_inherits i JOIN pg_class k ON k.oid = i.inhrelid WHERE i.inhparent = c.oid AND NOT k.relispartition)
@@ -62,6 +63,16 @@ SELECT jsonb_build_object(
         SELECT coalesce(jsonb_agg(DISTINCT jsonb_build_object('oid', coalesce(pg_partition_root(w.oid)::oid, w.oid)::bigint, 'name', lower(k.relname))), '[]')
         FROM unnest(cascade.oids) AS w(oid) JOIN pg_class k ON k.oid = w.oid OR k.oid = pg_partition_root(w.oid)::oid
         WHERE w.oid <> ALL (tree.oids)),
+    'moves', EXISTS (
+        SELECT FROM pg_constraint f
+        WHERE f.contype = 'f' AND f.confrelid = ANY (tree.oids) AND f.confupdtype IN ('c', 'n', 'd') AND NOT EXISTS (
+            SELECT FROM pg_index k WHERE k.indrelid = f.confrelid AND k.indisprimary AND f.confkey <@ k.indkey::int2[])),
+    'takes', (
+        WITH RECURSIVE taken(oid) AS (
+            SELECT f.conrelid FROM pg_constraint f WHERE f.contype = 'f' AND f.confdeltype = 'c' AND f.confrelid = ANY (tree.oids)
+            UNION
+            SELECT f.conrelid FROM pg_constraint f JOIN taken t ON f.confrelid = t.oid WHERE f.contype = 'f' AND f.confdeltype = 'c')
+        SELECT coalesce(jsonb_agg(DISTINCT coalesce(pg_partition_root(t.oid)::oid, t.oid)::bigint), '[]') FROM taken t),
     'sets', EXISTS (
         SELECT FROM pg_constraint f WHERE f.contype = 'f' AND f.confrelid = ANY (cascade.oids) AND f.confdeltype IN ('n', 'd')),
     'cascade_triggers', EXISTS (
@@ -101,6 +112,8 @@ pub(crate) struct Traits {
     /// Names of its partitions, in lower case.
     pub partitions: Vec<String>,
     pub row_security: bool,
+    /// It has rewrite rules.
+    pub rules: bool,
     /// It has triggers of the application, rewrite rules, or tables that inherit from it (a key may have two rows there).
     pub triggers: bool,
     /// Defaults or checks call functions of the application.
@@ -118,6 +131,10 @@ pub(crate) struct Traits {
     pub cascades: Vec<Written>,
     /// In some of them it sets columns (`SET NULL`, `SET DEFAULT`).
     pub sets: bool,
+    /// Tables, perhaps its own, from which a delete takes rows away.
+    pub takes: Vec<u32>,
+    /// An update of columns that are not its key sets columns of other tables.
+    pub moves: bool,
     /// They have triggers of the application.
     pub cascade_triggers: bool,
     /// A constraint that concerns its rows is looked at by COMMIT only.

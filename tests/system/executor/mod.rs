@@ -508,7 +508,9 @@ async fn the_insert_of_a_row_that_is_there_updates_it() {
             updated_at timestamptz NOT NULL DEFAULT now(), client_id uuid);
         CREATE TABLE tags (a text, b text, PRIMARY KEY (a, b));
         CREATE TABLE strict (id text PRIMARY KEY, n int);
-        INSERT INTO strict VALUES ('1', 1);";
+        CREATE TABLE once (id text PRIMARY KEY, n int);
+        INSERT INTO strict VALUES ('1', 1);
+        INSERT INTO once VALUES ('1', 1);";
     let mut config =
         "[tables.habits]\nscope = { kind = \"global\" }\nwritable = [\"id\", \"owner\", \"n\", \"note\", \"code\"]\n\
         write.insert = \"true\"\nwrite.update = \"old.owner IN (auth.user_id, 'all')\"\n\
@@ -517,6 +519,7 @@ async fn the_insert_of_a_row_that_is_there_updates_it() {
     config += "[tables.tags]\nscope = { kind = \"global\" }\nwritable = [\"a\", \"b\"]\nwrite.insert = \"true\"\n";
     config += "[tables.strict]\nscope = { kind = \"global\" }\nwritable = [\"id\", \"n\"]\ninsert_existing = \"reject\"\n\
         write.insert = \"true\"\nwrite.update = \"true\"\n";
+    config += "[tables.once]\nscope = { kind = \"global\" }\nwritable = [\"id\", \"n\"]\nwrite.insert = \"true\"\n";
     let mut database = Database::with(TABLES, &config).await;
     let now = micros();
     let habit = |id: &str, set: &[(&str, Option<&str>)], stamp| change("habits", Insert, &[("id", id)], set, stamp);
@@ -546,6 +549,8 @@ async fn the_insert_of_a_row_that_is_there_updates_it() {
                 change("strict", Insert, &[("id", "1")], &[("n", Some("2"))], now),
                 Err((Code::BusinessRule, "strict_pkey")),
             ),
+            // Nobody may update it.
+            (change("once", Insert, &[("id", "1")], &[("n", Some("2"))], now), Err((Code::BusinessRule, "once_pkey"))),
             // A new row; then the same one again.
             (habit(&id(9), &[("owner", Some("all")), ("n", Some("1"))], now), Ok(Verdict::Applied)),
             (habit(&id(9), &[all[0], ("n", Some("3"))], now + 1), Ok(Verdict::Applied)),
@@ -602,11 +607,11 @@ async fn the_insert_of_a_row_that_is_there_updates_it() {
 #[tokio::test]
 async fn children_that_went_with_their_parent_are_deleted() {
     const TABLES: &str = "
-        CREATE TABLE lists (id text PRIMARY KEY);
+        CREATE TABLE lists (id text PRIMARY KEY, parent text REFERENCES lists ON DELETE CASCADE);
         CREATE TABLE items (id text PRIMARY KEY, list text REFERENCES lists ON DELETE CASCADE);
         CREATE TABLE parts (id text PRIMARY KEY, item text REFERENCES items ON DELETE CASCADE);
         CREATE TABLE others (id text PRIMARY KEY, list text REFERENCES lists ON DELETE CASCADE);
-        INSERT INTO lists VALUES ('l'), ('m');
+        INSERT INTO lists VALUES ('l', NULL), ('m', NULL), ('n', NULL), ('o', 'n');
         INSERT INTO items VALUES ('i', 'l'), ('j', 'm');
         INSERT INTO parts VALUES ('p', 'i'), ('q', 'j');";
     let table = |name: &str| {
@@ -619,6 +624,8 @@ async fn children_that_went_with_their_parent_are_deleted() {
     is(&database.each(vec![ann.submit(all)]).await, Verdict::Applied);
     let other_way = vec![delete("parts", "q"), delete("items", "j"), delete("lists", "m")];
     is(&database.batch(vec![ann.submit(other_way)]).await, Verdict::Applied);
+    let own_kind = vec![delete("lists", "n"), delete("lists", "o")];
+    is(&database.batch(vec![ann.submit(own_kind)]).await, Verdict::Applied);
     // Nothing took this one.
     let results = database.batch(vec![ann.submit(vec![delete("items", "i")])]).await;
     refused(&results, Code::EntityMissing, None, "items");

@@ -69,7 +69,8 @@ fn replacing_a_row_is_an_update_of_what_differs() {
     // Nothing differs; a new row; one that was made in the same transaction; deleted and made anew by hand.
     f.write(&["REPLACE INTO tasks (id, project_id, title, done, position) VALUES ('b', 'p', 'server', 0, 1.5)"])
         .unwrap();
-    assert_eq!(f.changes(), first);
+    let nothing = r#"2|update|["b"]|["project_id"]|["p"]"#;
+    assert_eq!(f.changes(), format!("{first}\n{nothing}"), "what only the server fills in comes back with it");
     f.write(&[
         "REPLACE INTO tasks (id, title) VALUES ('c', 'new')",
         "INSERT INTO tasks (id, title) VALUES ('d', 'one')",
@@ -77,22 +78,42 @@ fn replacing_a_row_is_an_update_of_what_differs() {
         "DELETE FROM tasks WHERE id = 'b'",
         "INSERT INTO tasks (id, project_id, title) VALUES ('b', 'q', 'server')",
         "DELETE FROM tasks WHERE id = 'a'",
+        "INSERT INTO tasks (id, title) VALUES ('e', 'between')",
+        "INSERT INTO tasks (id, title) VALUES ('a', 'after it')",
+        "DELETE FROM tasks WHERE id = 'a'",
         "REPLACE INTO members VALUES ('p', 'ann', 'owner')",
         "REPLACE INTO members VALUES ('p', 'ann', 'reader')",
         "REPLACE INTO members VALUES ('p', 'ann', 'reader')",
     ])
     .unwrap();
-    let expected = r#"2|insert|["c"]|["id","title"]|["c","new"]
-2|insert|["d"]|["id","title"]|["d","one"]
-2|update|["d"]|["title"]|["two"]
-2|update|["b"]|["project_id","done","position"]|["q",null,null]
-2|delete|["a"]|[]|[]
-2|insert|["p","ann"]|["project_id","user_id","role"]|["p","ann","owner"]
-2|update|["p","ann"]|["role"]|["reader"]"#;
-    assert_eq!(f.changes(), format!("{first}\n{expected}"));
-    let stamps: Vec<u64> = f.store.pending(1, 10).unwrap()[0].changes.iter().map(|change| change.stamp).collect();
+    let expected = r#"3|insert|["c"]|["id","title"]|["c","new"]
+3|insert|["d"]|["id","title"]|["d","one"]
+3|update|["d"]|["title"]|["two"]
+3|update|["b"]|["project_id","done","position"]|["q",null,null]
+3|delete|["a"]|[]|[]
+3|insert|["e"]|["id","title"]|["e","between"]
+3|insert|["a"]|["id","title"]|["a","after it"]
+3|delete|["a"]|[]|[]
+3|insert|["p","ann"]|["project_id","user_id","role"]|["p","ann","owner"]
+3|update|["p","ann"]|["role"]|["reader"]
+3|update|["p","ann"]|["role"]|["reader"]"#;
+    assert_eq!(f.changes(), format!("{first}\n{nothing}\n{expected}"));
+    let stamps: Vec<u64> = f.store.pending(2, 10).unwrap()[0].changes.iter().map(|change| change.stamp).collect();
     assert!(stamps.iter().collect::<std::collections::BTreeSet<_>>().len() == stamps.len(), "{stamps:?}");
-    assert_eq!(f.tasks(), "b|server|-\nc|new|-\nd|two|-");
+    assert_eq!(f.tasks(), "b|server|-\nc|new|-\nd|two|-\ne|between|-");
+}
+
+#[test]
+fn rows_with_odd_names_are_replaced_too() {
+    let names = ["i.d", "a\"b", "c\\d", "e'f", "g.h", "[0]", "$", "ü 漢", ""];
+    let columns = names.map(|name| column(if name.is_empty() { " " } else { name }, "text", true)).to_vec();
+    let odd = TableSchema { name: "odd".into(), columns, key: vec![0], scopes: Vec::new(), clocks: None };
+    let mut f = wide::with_schema(&millstream_schemas::Schema { version: "1".into(), tables: vec![odd] });
+    f.write(&["INSERT INTO odd VALUES ('k', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a')"]).unwrap();
+    f.write(&["REPLACE INTO odd VALUES ('k', 'b', 'a', 'b', 'b', 'b', 'b', 'b', 'b')"]).unwrap();
+    let changed = r#"["a\"b","e'f","g.h","[0]","$","ü 漢"," "]"#;
+    assert_eq!(f.read("SELECT columns FROM local_changes WHERE op = 'update'"), changed);
+    assert_eq!(f.read("SELECT previous FROM local_changes WHERE op = 'update'"), r#"["a","a","a","a","a","a","a"]"#);
 }
 
 #[test]

@@ -81,10 +81,14 @@ fn left_out_columns_have_their_defaults_and_nulls_are_nulls() {
     // column has it, also for the rows on hand until the server's come.
     let mut later = columns;
     later[7].default = Some("2026-01-01 00:00:00+00".into());
+    // One that is another by now: it shows until the server's comes, and is left to the server.
+    later[2].default = Some("5".into());
     later.push(constant("rank", "integer", "7", true));
     f.store.install(&schema("2", later)).unwrap();
     f.write(&["INSERT INTO t (id) VALUES ('d')"]).unwrap();
     assert_eq!(f.read("SELECT id, made_at, rank FROM t ORDER BY id"), "a|-|7\nb|-|7\nc|-|7\nd|-|7");
     let last = "SELECT columns FROM local_changes ORDER BY id DESC LIMIT 1";
+    assert_eq!(f.read(last), r#"["id","pinned","note","share","photo","rank"]"#);
+    f.write(&["INSERT INTO t (id, priority) VALUES ('e', NULL)"]).unwrap();
     assert_eq!(f.read(last), r#"["id","pinned","priority","note","share","photo","rank"]"#);
 }

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
-/// What is known of a text as a value of a type.
+/// What Millstream knows about the way in which Postgres would write a text back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Spelling<'a> {
     /// Postgres gives the value back like this.
@@ -152,7 +152,7 @@ fn decimal(text: &str, scale: Option<i64>) -> Option<String> {
     if all.is_empty() || !all.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    // The point stands behind so many digits.
+    // Number of digits in front of the decimal point.
     let point = whole.len() as i64 + i64::from(exponent);
     let padded = format!(
         "{}{all}{}",
@@ -234,7 +234,7 @@ impl Time<'_> {
     }
 }
 
-/// A number at the begin of a text, of so many digits, and what is behind it.
+/// Splits a number of at most `most` digits off the front of a text; gives the number and the rest of the text.
 fn number(text: &str, most: usize) -> Option<(i64, &str)> {
     let end = text.bytes().take(most).take_while(u8::is_ascii_digit).count();
     Some((text[..end].parse().ok()?, &text[end..]))

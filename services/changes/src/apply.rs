@@ -324,7 +324,8 @@ impl<'a> Applier<'a> {
         earlier.iter().any(|earlier| self.statements.of(earlier).shape.takes_from(&own.shape))
     }
 
-    /// None if the transaction is to begin anew, by then with `merges`: a row is there already that it inserts.
+    /// Gives none when the step inserts a row that exists already: this method has then set `merges`, and the caller applies the
+    /// transaction from its first step again.
     async fn apply_one(
         &mut self,
         planned: &Planned<'_>,

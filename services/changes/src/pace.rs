@@ -22,7 +22,8 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// Nothing is slow that takes less, nor what takes less than so many times as long as most do: then all is slow.
+    /// A transaction is slow if it takes longer than `SLOW` and longer than `TIMES` the usual time. On a database that is slow as a
+    /// whole, the usual time is long too.
     const SLOW: Duration = Duration::from_millis(25);
     const TIMES: u32 = 3;
     /// Where more clients than these become slow in a second, it is not for what they do.

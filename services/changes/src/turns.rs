@@ -217,7 +217,8 @@ impl Turns {
         }
     }
 
-    /// A client's transaction took long, or so long that there is no doubt: for a while, others do not wait for its.
+    /// Notes that a transaction of the client took long. With `no_doubt`, one such transaction is enough: for a while, the client's
+    /// transactions are applied aside, and other clients do not wait for them.
     pub fn set_slow(&mut self, id: Uuid, now: Instant, no_doubt: bool) {
         if self.slow.len() >= MAX_SLOW {
             self.slow.retain(|_, (until, _)| *until > now);

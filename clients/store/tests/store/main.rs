@@ -66,7 +66,8 @@ fn replacing_a_row_is_an_update_of_what_differs() {
     let first = r#"1|update|["a"]|["title","position"]|["say \"hi\"",null]"#;
     assert_eq!(f.changes(), first);
     assert_eq!(f.read("SELECT previous FROM local_changes"), r#"["server","1.5"]"#);
-    // Nothing differs; a new row; one that was made in the same transaction; deleted and made anew by hand.
+    // The first REPLACE changes nothing. Then come a new row, a row of the same transaction, and a row that the app deletes and
+    // inserts itself.
     f.write(&["REPLACE INTO tasks (id, project_id, title, done, position) VALUES ('b', 'p', 'server', 0, 1.5)"])
         .unwrap();
     let nothing = r#"2|update|["b"]|["project_id"]|["p"]"#;

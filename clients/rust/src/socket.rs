@@ -58,6 +58,11 @@ impl End {
         End::new(Then::Again, "socket", message.to_string())
     }
 
+    /// The connection broke; what had come by it is as good as ever.
+    pub fn of_the_connection(&self) -> bool {
+        self.then == Then::Again && matches!(self.code.as_str(), "socket" | "silent")
+    }
+
     pub fn gone() -> End {
         End::new(Then::Gone, "closed", "the client is closed")
     }

@@ -385,6 +385,9 @@ impl SyncWorker {
                 }
             };
             if let Err(end) = step {
+                if end.of_the_connection() {
+                    self.keep(performing, replica.take()).await;
+                }
                 return end;
             }
             if performing.is_none() {
@@ -402,6 +405,18 @@ impl SyncWorker {
                 (status.downloading, status.download) = now;
                 before != now
             });
+        }
+    }
+
+    /// Applies what had come whole before the connection broke, so that no connection, however short, is for nothing.
+    async fn keep(&self, performing: Option<Performing>, works: Vec<Work>) {
+        let mut earlier = performing;
+        if let Ok(()) = if earlier.is_some() { outcome(performed(&mut earlier).await) } else { Ok(()) }
+            && !works.is_empty()
+            && let Ok(last) = self.perform(works).await
+        {
+            // If it fails, the next session begins before it, and finds out why.
+            let _ = performed(&mut Some(last)).await;
         }
     }
 

@@ -1,6 +1,7 @@
 //! `millstream history`: what failed, as `millstream.changes_history` keeps it; shown, exported, and replayed with its
-//! author's identity.
+//! author's identity. And what cannot be applied now, as `millstream.parked` has it.
 
+mod parked;
 mod replay;
 
 use std::io::{self, Write as _};
@@ -36,7 +37,9 @@ AND ($6::text IS NULL OR h.at >= $6::text::timestamptz)";
   millstream history list --user alice --since 2h
   millstream history show 17
   millstream history replay 17 18                 once their cause is gone; doing it again changes nothing
-  millstream history export --code business_rule > failed.jsonl")]
+  millstream history export --code business_rule > failed.jsonl
+  millstream history parked                       what waits, for a lock or because it fails, and why
+  millstream history reject CLIENT_ID SEQ -m 'the order is closed'")]
 #[command(
     after_help = "Reads the database as its owner. `replay` also needs the NATS key `operator.nk` that `millstream \
 keys` makes, which may submit changes and nothing else. Without DATABASE_URL the stack of `millstream dev` in --data is \
@@ -87,6 +90,18 @@ pub enum Command {
         /// Seconds to wait for each verdict
         #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3_600))]
         wait: u64,
+    },
+    /// The transactions that cannot be applied now, longest first: who waits, for what, since when
+    Parked,
+    /// Reject one of these; its author is told, and may edit it
+    Reject {
+        /// Its client, as `parked` shows it
+        client_id: Uuid,
+        /// Its `client_seq`, as `parked` shows it
+        seq: i64,
+        /// What its author is told
+        #[arg(short, long, default_value = "an operator rejected it, since it could not be applied")]
+        message: String,
     },
     /// All of them, oldest first, one JSON object on each line
     Export {
@@ -149,11 +164,21 @@ pub enum Error {
     #[error("cannot connect to Postgres")]
     Connect(#[source] sqlx::Error),
     /// A query.
-    #[error("cannot read millstream.changes_history")]
+    #[error("cannot read what failed, or what is parked")]
     Query(#[source] sqlx::Error),
     /// No such row.
     #[error("there is no failed transaction {0}; `millstream history list` shows their ids")]
     NotFound(i64),
+    /// No such transaction, or not any more.
+    #[error(
+        "transaction {seq} of client {client_id} is not parked (any more); `millstream history parked` shows those that are"
+    )]
+    NotParked {
+        /// The client.
+        client_id: Uuid,
+        /// `client_seq`.
+        seq: i64,
+    },
     /// What was recorded is not a transaction of this version.
     #[error("the record {id} cannot be replayed by this version")]
     Payload {
@@ -199,6 +224,10 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
     let exit = match &args.command {
         Command::List { filter, limit } => list(&mut connection, filter, *limit, args.output).await?,
         Command::Show { id } => show(&mut connection, *id, args.output).await?,
+        Command::Parked => parked::list(&mut connection, args.output).await?,
+        Command::Reject { client_id, seq, message } => {
+            parked::reject(&mut connection, *client_id, *seq, message).await?
+        }
         Command::Export { filter } => export(&mut connection, filter).await?,
         Command::Replay { ids, wait } => {
             replay::run(&mut connection, &nats, ids, Duration::from_secs(*wait), args.output).await?

@@ -428,7 +428,7 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
         ),
         format!(
             "GRANT SELECT, INSERT, UPDATE, DELETE ON millstream.partitions, millstream.members, millstream.clients, \
-             millstream.instances, millstream.changes_history TO {changes}"
+             millstream.instances, millstream.changes_history, millstream.parked TO {changes}"
         ),
         format!("GRANT EXECUTE ON FUNCTION millstream.take_back(text) TO {changes}"),
         format!("GRANT EXECUTE ON FUNCTION millstream.has_text(regclass, oid, tid, text) TO {edge}"),

@@ -85,6 +85,7 @@ pub fn validator(input: &[u8]) {
         key: vec![Some(n.to_string())],
         columns: Vec::new(),
         values: Vec::new(),
+        adds: Vec::new(),
         stamp: 1,
     };
     let changes = vec![change(1, "notices"), change(2, "tasks"), change(3, "tasks")];

@@ -135,12 +135,14 @@ fn connection() -> Connection {
         nullable: true,
         writable: true,
         default: None,
+        merge: None,
     };
     let table = TableSchema {
         name: "values".into(),
         columns: TYPES.iter().map(column).collect(),
         key: vec![0],
         scopes: Vec::new(),
+        references: Vec::new(),
         clocks: None,
     };
     let schema = Schema { version: String::new(), tables: vec![table] };

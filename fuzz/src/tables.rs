@@ -72,6 +72,7 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         dropped: Vec::new(),
         delete_missing_accepted: false,
         insert_existing_merges: true,
+        references: Vec::new(),
         rules: Vec::new(),
         validate: None,
     }

@@ -52,6 +52,9 @@ pub struct Change {
     /// Their values, in the same order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub values: Row,
+    /// Those of `columns`, of whole numbers, whose value is an amount to add to what the row has, instead of what it becomes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adds: Vec<String>,
     /// When the change was made: microseconds since 1970, from the client's hybrid logical clock.
     pub stamp: u64,
 }

@@ -69,6 +69,8 @@ codes! {
     ColumnNotWritable = "column_not_writable", Manual;
     /// The change is malformed: wrong number of values or key parts, a repeated column, an empty transaction.
     InvalidChange = "invalid_change", Manual;
+    /// An operator of the server refused it by hand, since it could not be applied; the message is theirs.
+    OperatorRejected = "operator_rejected", Manual;
     /// The executor failed on it repeatedly; it is kept in `changes_history` with everything needed to replay it.
     Internal = "internal", Manual;
 

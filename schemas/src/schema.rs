@@ -32,6 +32,10 @@ pub struct TableSchema {
     pub key: Vec<usize>,
     /// The scopes that a row belongs to. A row leaves the client when the client holds none of them.
     pub scopes: Vec<TableScope>,
+    /// The synced tables whose rows its rows refer to by their primary key. A client holds changes of a row back while the creation of
+    /// what it refers to is in trouble.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub references: Vec<Reference>,
     /// Index of the column that holds a row's [`crate::clock::Clocks`], where changes merge by column.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clocks: Option<usize>,
@@ -59,6 +63,31 @@ pub struct ColumnSchema {
     /// The value that it has where an insert names none, in its text form; absent if there is none, or none that is always the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default: Option<String>,
+    /// How concurrent changes of it meet, if both are to count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<Merge>,
+}
+
+/// How concurrent changes of a column meet, where neither may be lost: in any order they come to the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Merge {
+    /// Both are added: an update sends by how much it changed the number ([`crate::Change::adds`]).
+    Add,
+    /// The greater value stays.
+    Max,
+    /// The lesser value stays.
+    Min,
+}
+
+/// A foreign key to the primary key of a synced table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Reference {
+    /// Indexes of the columns that hold it, in the order of the other table's key. A row refers to nothing if one of them is null.
+    pub columns: Vec<usize>,
+    /// Name of the other table.
+    pub table: String,
 }
 
 /// How a row's scope is read off it.

@@ -11,6 +11,7 @@ use millstream_client::{Client, Error};
 use millstream_schemas::subject::CHANGES_STREAM;
 use millstream_tests::board::{Board, PATIENCE};
 use serde_json::Value;
+use sqlx::{Connection as _, Executor as _};
 use uuid::Uuid;
 
 /// `millstream history` as an operator runs it beside `millstream dev`.
@@ -226,5 +227,68 @@ async fn the_history_is_forgotten_when_nobody_asks_any_more() -> Result<()> {
         Ok(())
     }
     .await;
+    board.explain(result)
+}
+
+async fn parked(board: &Board) -> Result<Vec<Value>> {
+    let rows = json(board, &["parked", "--output", "json"], 0).await?;
+    Ok(rows.into_iter().next().and_then(|rows| rows.as_array().cloned()).unwrap_or_default())
+}
+
+/// A transaction that cannot be applied is the operator's to see and to refuse, and nobody else's to wait for.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_sees_what_is_parked_and_can_reject_it() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let (a, b) = (board.client("a", "alice").await?, board.client("b", "alice").await?);
+        let [project, one, two] = [Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7()].map(|id| id.to_string());
+        a.execute("INSERT INTO projects (id, name) VALUES (?1, 'p')", (project.clone(),)).await?.confirmed().await?;
+        for id in [&one, &two] {
+            let sql = "INSERT INTO tasks (id, project_id, title) VALUES (?1, ?2, 'task')";
+            a.execute(sql, (id.clone(), project.clone())).await?.confirmed().await?;
+        }
+        b.flush(PATIENCE).await?;
+        // An admin's transaction that stays open.
+        let mut admin = board.postgres().await?;
+        let mut lock = admin.begin().await?;
+        lock.execute(sqlx::query("SELECT FROM tasks WHERE id = $1::uuid FOR UPDATE").bind(&one)).await?;
+        let write = a.execute("UPDATE tasks SET title = 'mine' WHERE id = ?1", (one.clone(),)).await?;
+        let deadline = Instant::now() + PATIENCE;
+        let row = loop {
+            if let Some(row) = parked(&board).await?.first() {
+                break row.clone();
+            }
+            ensure!(Instant::now() < deadline, "nothing is parked");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        ensure!(row["user_id"] == "alice" && row["table_name"] == "tasks", "{row}");
+        ensure!(row["reason"].as_str().is_some_and(|reason| reason.contains("lock timeout")), "{row}");
+        let client_id = a.client_id().to_string();
+        ensure!(row["client_id"] == client_id.as_str(), "{row}");
+        // Others go on meanwhile.
+        let start = Instant::now();
+        let task = "INSERT INTO tasks (id, project_id, title) VALUES (?1, ?2, 'next')";
+        b.execute(task, (Uuid::now_v7().to_string(), project.clone())).await?.confirmed().await?;
+        ensure!(start.elapsed() < Duration::from_secs(2), "another client waited {:?}", start.elapsed());
+        let seq = row["seq"].to_string();
+        json(&board, &["reject", &client_id, "999999"], 1).await?;
+        let told = history(&board, &["reject", &client_id, &seq, "--message", "closed for today"]).await?;
+        ensure!(told.status.success(), "{told:?}");
+        let error = tokio::time::timeout(PATIENCE, write.confirmed()).await?.err().context("it was applied")?;
+        ensure!(error.to_string().contains("closed for today"), "{error:#}");
+        let failed = a.failed().await?.remove(0);
+        ensure!(failed.code.is_some_and(|code| code.as_str() == "operator_rejected"), "{failed:?}");
+        let deadline = Instant::now() + PATIENCE;
+        while !parked(&board).await?.is_empty() {
+            ensure!(Instant::now() < deadline, "what is done is still called parked");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        lock.rollback().await?;
+        a.retry(failed.tx).await?.confirmed().await?;
+        a.close().await?;
+        b.close().await?;
+        Ok(())
+    };
+    let result = result.await;
     board.explain(result)
 }

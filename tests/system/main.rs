@@ -16,6 +16,7 @@ mod history;
 mod kills;
 mod leaks;
 mod memberships;
+mod merges;
 mod offline;
 mod order;
 mod readable;

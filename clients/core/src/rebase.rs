@@ -1,8 +1,10 @@
 //! The visible row: the confirmed row with the changes that are still under way on top.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use millstream_schemas::{Clock, Clocks, Operation, Value};
+use millstream_schemas::spelling::{Spelling, spelling};
+use millstream_schemas::{Clock, Clocks, ColumnSchema, Merge, Operation, TableSchema, Value};
 
 /// A row by column name, values in Postgres' text form.
 pub type Image = BTreeMap<String, Value>;
@@ -16,33 +18,79 @@ pub struct Pending {
     pub columns: Vec<String>,
     /// Their values.
     pub values: Vec<Value>,
+    /// Those whose value is an amount to add.
+    pub adds: Vec<String>,
     /// Its place in the order of all changes, as far as known.
     pub clock: Clock,
 }
 
 /// What the app sees: `base` (none: the server has no such row) with `pending` on top, in their order.
 ///
-/// `clocks` names the column with the clocks of the base, where the table merges by column: a change that the server will
-/// find older than what it has is not shown over it.
+/// A change that the server will find older than what it has, by the clocks of the base where the table has such, is not shown over
+/// it. What is added, or is the greatest or least, counts whatever is newer.
 ///
 /// An insert over an existing row sets its columns, as an update does (the server's copy of it may have come first). An
 /// update of a row that is gone changes nothing: the server will refuse it, and the row must not come back half-filled.
-pub fn overlay(base: Option<Image>, pending: &[Pending], clocks: Option<&str>) -> Option<Image> {
+pub fn overlay(base: Option<Image>, pending: &[Pending], table: &TableSchema) -> Option<Image> {
+    let clocks = table.clocks.map(|index| &table.columns[index].name);
     let texts = clocks.zip(base.as_ref()).and_then(|(column, base)| base.get(column)?.as_deref());
     let known = texts.map(Clocks::parse).unwrap_or_default();
+    let wins = |change: &Pending, column: &str| known.of(column) <= change.clock;
     pending.iter().fold(base, |row, change| match change.op {
         Operation::Delete if known.newest() > change.clock => row,
         Operation::Delete => None,
-        Operation::Insert => Some(set(row.unwrap_or_default(), change, |column| known.of(column) <= change.clock)),
-        Operation::Update => row.map(|row| set(row, change, |column| known.of(column) <= change.clock)),
+        Operation::Insert => {
+            Some(set(row.unwrap_or_default(), change, |column, _, value| wins(change, column).then(|| value.clone())))
+        }
+        Operation::Update => row.map(|row| {
+            set(row, change, |column, old, value| {
+                let known = table.column(column).map(|index| &table.columns[index]);
+                match known.and_then(|column| column.merge.map(|merge| (merge, column))) {
+                    _ if change.adds.iter().any(|added| added == column) => Some(sum(old, value)),
+                    Some((merge @ (Merge::Max | Merge::Min), column)) => Some(extreme(merge, column, old, value)),
+                    Some((Merge::Add, _)) | None => wins(change, column).then(|| value.clone()),
+                }
+            })
+        }),
     })
 }
 
-fn set(mut row: Image, change: &Pending, wins: impl Fn(&str) -> bool) -> Image {
-    for (column, value) in change.columns.iter().zip(&change.values).filter(|(column, _)| wins(column)) {
-        row.insert(column.clone(), value.clone());
+/// `to`: what a column becomes of what the row has and the change sets; none: it stays.
+fn set(mut row: Image, change: &Pending, to: impl Fn(&str, &Value, &Value) -> Option<Value>) -> Image {
+    for (column, value) in change.columns.iter().zip(&change.values) {
+        if let Some(value) = to(column, row.get(column).unwrap_or(&None), value) {
+            row.insert(column.clone(), value);
+        }
     }
     row
+}
+
+/// A number with an amount added; null as an amount makes it null. What the server will refuse is not added.
+pub fn sum(old: &Value, amount: &Value) -> Value {
+    let amount = amount.as_ref()?;
+    let number = |text: &str| text.parse::<i64>().ok();
+    let sum =
+        number(old.as_deref().unwrap_or("0")).zip(number(amount)).and_then(|(old, amount)| old.checked_add(amount));
+    sum.map_or_else(|| old.clone(), |sum| Some(sum.to_string()))
+}
+
+/// The greater or the lesser of two values; null is neither, but may be set.
+fn extreme(merge: Merge, column: &ColumnSchema, old: &Value, new: &Value) -> Value {
+    let (Some(before), Some(after)) = (old, new) else { return new.clone() };
+    let is_greater = match (before.parse::<i64>(), after.parse::<i64>()) {
+        (Ok(before), Ok(after)) => after > before,
+        // Of times, Postgres' spelling has the order of the values; those far off are shown as they were set.
+        _ => match (spelling(&column.r#type, before), spelling(&column.r#type, after)) {
+            (Spelling::Known(before), Spelling::Known(after)) => sortable(&after) > sortable(&before),
+            _ => return new.clone(),
+        },
+    };
+    if is_greater == (merge == Merge::Max) { new.clone() } else { old.clone() }
+}
+
+/// A time without its zone, which is the same in all.
+fn sortable<'a>(text: &'a Cow<'a, str>) -> &'a str {
+    text.strip_suffix("+00").unwrap_or(text)
 }
 
 #[cfg(test)]
@@ -56,13 +104,64 @@ mod tests {
     fn change(op: Operation, columns: &str, stamp: u64) -> Pending {
         let columns: Image = serde_json::from_str(columns).unwrap();
         let clock = Clock { stamp, ..Clock::default() };
-        Pending { op, columns: columns.keys().cloned().collect(), values: columns.into_values().collect(), clock }
+        let names = columns.keys().cloned().collect();
+        Pending { op, columns: names, values: columns.into_values().collect(), adds: Vec::new(), clock }
+    }
+
+    fn table(columns: &[(&str, &str, Option<Merge>)]) -> TableSchema {
+        let column = |&(name, sql_type, merge): &(&str, &str, Option<Merge>)| ColumnSchema {
+            name: name.into(),
+            r#type: sql_type.into(),
+            nullable: true,
+            writable: true,
+            default: None,
+            merge,
+        };
+        TableSchema {
+            name: "t".into(),
+            columns: columns.iter().map(column).collect(),
+            key: vec![0],
+            scopes: Vec::new(),
+            references: Vec::new(),
+            clocks: None,
+        }
+    }
+
+    #[test]
+    fn what_counts_in_any_order_is_shown_so() {
+        let counted = |merge, sql_type, base: Option<&str>, set: &[Option<&str>]| {
+            let table = table(&[("n", sql_type, Some(merge))]);
+            let adds = if merge == Merge::Add { vec!["n".to_owned()] } else { Vec::new() };
+            let change = |value: &Option<&str>| Pending {
+                values: vec![value.map(str::to_owned)],
+                columns: vec!["n".into()],
+                adds: adds.clone(),
+                ..change(Operation::Update, "{}", 0)
+            };
+            let base = Image::from([("n".to_owned(), base.map(str::to_owned))]);
+            overlay(Some(base), &set.iter().map(change).collect::<Vec<_>>(), &table).unwrap().remove("n").unwrap()
+        };
+        let add = |base, set: &[_]| counted(Merge::Add, "bigint", base, set);
+        assert_eq!(add(Some("10"), &[Some("1"), Some("-3")]).as_deref(), Some("8"));
+        assert_eq!(add(None, &[Some("1")]).as_deref(), Some("1"));
+        assert_eq!(add(Some("10"), &[None]), None);
+        assert_eq!(add(Some("9223372036854775807"), &[Some("1")]).as_deref(), Some("9223372036854775807"));
+        let most = |sql_type, base, new| counted(Merge::Max, sql_type, Some(base), &[Some(new)]).unwrap();
+        let least = |sql_type, base, new| counted(Merge::Min, sql_type, Some(base), &[Some(new)]).unwrap();
+        assert_eq!((most("integer", "9", "10"), least("integer", "9", "10")), ("10".into(), "9".into()));
+        assert_eq!((most("integer", "-9", "-10"), least("integer", "-9", "-10")), ("-9".into(), "-10".into()));
+        let (early, late) = ("2026-11-29 08:30:00+00", "2026-11-29 08:30:00.5+00");
+        assert_eq!(most("timestamp with time zone", early, late), late);
+        assert_eq!(most("timestamp with time zone", late, early), late);
+        assert_eq!(least("timestamp with time zone", late, "2026-11-29T08:29:00Z"), "2026-11-29T08:29:00Z");
+        assert_eq!(counted(Merge::Max, "integer", None, &[Some("-1")]).as_deref(), Some("-1"));
+        assert_eq!(counted(Merge::Max, "integer", Some("1"), &[None]), None);
     }
 
     #[track_caller]
     fn check(base: &str, pending: &[(Operation, &str)], expected: &str) {
         let pending: Vec<_> = pending.iter().map(|(op, columns)| change(*op, columns, 0)).collect();
-        assert_eq!(overlay(image(base), &pending, None), image(expected));
+        assert_eq!(overlay(image(base), &pending, &table(&[])), image(expected));
     }
 
     #[test]
@@ -95,7 +194,11 @@ mod tests {
             Some(base)
         };
         let shown = |pending: &[Pending]| {
-            let row = overlay(base("server"), pending, Some("clocks"))?;
+            let row = overlay(
+                base("server"),
+                pending,
+                &TableSchema { clocks: Some(0), ..table(&[("clocks", "jsonb", None)]) },
+            )?;
             Some((row["a"].clone().unwrap(), row["b"].clone().unwrap()))
         };
         let both = r#"{"a":"mine","b":"mine"}"#;

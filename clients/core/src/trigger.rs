@@ -12,12 +12,12 @@
 //! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
 //! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
 
-use millstream_schemas::TableSchema;
 use millstream_schemas::spelling::is_spelt;
+use millstream_schemas::{Merge, TableSchema};
 
 /// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
 /// app's by SQLite's own documentation.
-pub const STORE_VERSION: i64 = 3;
+pub const STORE_VERSION: i64 = 4;
 
 /// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
 pub const UPGRADE_FROM_0: &str = "
@@ -49,11 +49,15 @@ WHERE id IN (SELECT min(id) FROM local_changes WHERE seq IS NOT NULL AND state <
 /// Brings the tables of a store of version 2 up to version 3: the number is the app's from now on.
 pub const UPGRADE_FROM_2: &str = "PRAGMA user_version = 0;";
 
+/// Brings the tables of a store of version 3, where every value was what a column becomes, up to version 4.
+pub const UPGRADE_FROM_3: &str = "ALTER TABLE local_changes ADD COLUMN adds TEXT;";
+
 /// Tables of the store itself.
 ///
 /// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
 /// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
-/// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any.
+/// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any. `adds` names
+/// the columns whose value is an amount to add, as a JSON array; null: none.
 pub const STORE_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS local_changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -77,7 +81,8 @@ CREATE TABLE IF NOT EXISTS local_changes (
     last_error TEXT,
     outcome TEXT CHECK (outcome IN ('merged', 'superseded')),
     traceparent TEXT,
-    recorded_at INTEGER NOT NULL
+    recorded_at INTEGER NOT NULL,
+    adds TEXT
 );
 CREATE INDEX IF NOT EXISTS local_changes_by_tx ON local_changes (tx);
 CREATE INDEX IF NOT EXISTS local_changes_by_seq ON local_changes (seq) WHERE seq IS NOT NULL;
@@ -276,16 +281,25 @@ fn keep_base(table: &TableSchema, key: &str, row: &str) -> String {
     )
 }
 
+/// What an entry of the queue says of the row's columns, in SQL.
+struct Entry<'a> {
+    columns: &'a str,
+    values: &'a str,
+    adds: &'a str,
+    previous: &'a str,
+}
+
 /// `when`: a condition, or nothing.
-fn record(table: &TableSchema, op: &str, key: &str, columns: &str, values: &str, previous: &str, when: &str) -> String {
+fn record(table: &TableSchema, op: &str, key: &str, entry: &Entry<'_>, when: &str) -> String {
+    let Entry { columns, values, adds, previous } = entry;
     // Whoever edits a row has seen its newest change, so the edit is newer, however slow the clock here is.
     let seen = match table.clocks {
         Some(clocks) if op != "insert" => format!("OLD.{}", quote(&table.columns[clocks].name)),
         _ => "NULL".to_owned(),
     };
     format!(
-        "  INSERT INTO local_changes (tx, seq, instance, change_id, tbl, key, op, columns, vals, previous, stamp, state, traceparent, recorded_at)\n  \
-         SELECT millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {previous}, \
+        "  INSERT INTO local_changes (tx, seq, instance, change_id, tbl, key, op, columns, vals, adds, previous, stamp, state, traceparent, recorded_at)\n  \
+         SELECT millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {adds}, {previous}, \
          millstream_stamp({seen}), 'pending', millstream_traceparent(), millstream_now(){when};\n",
         literal(&table.name)
     )
@@ -354,7 +368,8 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
     let replaced =
         format!("(SELECT id FROM ({last}) WHERE op = 'delete' AND tbl = {} AND key = {key})", literal(&table.name));
     let when = format!(" WHERE {replaced} IS NULL");
-    body += &record(table, "insert", &key, &json_list(&columns), &json_list(&values), "NULL", &when);
+    let entry = Entry { columns: &json_list(&columns), values: &json_list(&values), adds: "NULL", previous: "NULL" };
+    body += &record(table, "insert", &key, &entry, &when);
     body += &replace(table, &key, &replaced, last);
     trigger(table, "insert", "", &body)
 }
@@ -362,10 +377,11 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
 /// Makes a delete the update of what differs between its row and the new one. Where nothing does, it still sets one column, so that
 /// what only the server fills in comes back with the confirmation; a row that has nothing to set is as it was.
 fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String {
-    let (mut columns, mut values, mut previous) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut columns, mut values, mut previous, mut adds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let settable = |index: &usize| table.columns[*index].writable && !table.key.contains(index);
     let settable: Vec<usize> = (0..table.columns.len()).filter(settable).collect();
-    let Some(&first) = settable.first() else {
+    let is_sum = |index: &usize| table.columns[*index].merge == Some(Merge::Add);
+    let Some(&first) = settable.iter().find(|index| !is_sum(index)).or(settable.first()) else {
         let name = literal(&table.name);
         return format!(
             "  DELETE FROM local_changes WHERE id = {replaced};\n  \
@@ -380,21 +396,53 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
             // Left out: the server's to fill.
             differs = format!("({differs} AND {new} IS NOT NULL)");
         }
-        columns.push((differs.clone(), name_literal(table, index, "", "")));
-        values.push((differs.clone(), format!("json_quote({new})")));
+        let name = name_literal(table, index, "", "");
+        let set = set_text(table, index, &format!("CAST({old} AS INTEGER)"));
+        adds.extend(adding(table, index).map(|adding| (format!("{differs} AND {adding}"), name.clone())));
+        columns.push((differs.clone(), name));
+        values.push((differs.clone(), format!("json_quote({set})")));
         previous.push((differs, format!("json_quote({old})")));
     }
     let (old, new) = (old_text(table, first), column_text(table, first, "NEW."));
-    let value = if table.columns[first].nullable { new } else { format!("coalesce({new}, {old})") };
+    let first_name = literal(&table.columns[first].name);
+    let (value, added) = match table.columns[first].nullable {
+        _ if is_sum(&first) => ("'0'".to_owned(), format!("json_array({first_name})")),
+        true => (new, "NULL".to_owned()),
+        false => (format!("coalesce({new}, {old})"), "NULL".to_owned()),
+    };
     format!(
-        "  UPDATE local_changes SET op = 'update', columns = {}, vals = {}, previous = {}, stamp = millstream_stamp(NULL) WHERE id = {replaced};\n  \
-         UPDATE local_changes SET columns = json_array({}), vals = json_array({value}), previous = json_array({old}) \
+        "  UPDATE local_changes SET op = 'update', columns = {}, vals = {}, adds = {}, previous = {}, stamp = millstream_stamp(NULL) WHERE id = {replaced};\n  \
+         UPDATE local_changes SET columns = json_array({first_name}), vals = json_array({value}), adds = {added}, previous = json_array({old}) \
          WHERE op = 'update' AND columns = '[]' AND id = (SELECT id FROM ({last}));\n",
         json_list(&columns),
         json_list(&values),
+        adds_list(&adds),
         json_list(&previous),
-        literal(&table.columns[first].name),
     )
+}
+
+/// SQL that says whether a column's change is recorded as an amount to add; none: it never is. What is no whole number is sent as it is,
+/// for the server to refuse.
+fn adding(table: &TableSchema, index: usize) -> Option<String> {
+    let column = &table.columns[index];
+    (column.merge == Some(Merge::Add)).then(|| format!("typeof(NEW.{}) = 'integer'", quote(&column.name)))
+}
+
+/// SQL that gives what is recorded for a column: its text, or by how much it changed. `old` is what it was.
+fn set_text(table: &TableSchema, index: usize, old: &str) -> String {
+    let text = column_text(table, index, "NEW.");
+    let new = format!("NEW.{}", quote(&table.columns[index].name));
+    match adding(table, index) {
+        Some(adding) => {
+            format!("iif({adding}, CAST({new} - iif(typeof({old}) = 'integer', {old}, 0) AS TEXT), {text})")
+        }
+        None => text,
+    }
+}
+
+/// As [`json_list`]; null if there is nothing.
+fn adds_list(parts: &[(String, String)]) -> String {
+    if parts.is_empty() { "NULL".to_owned() } else { format!("nullif({}, '[]')", json_list(parts)) }
 }
 
 /// SQL that gives a column's text of the row that a delete recorded.
@@ -413,7 +461,7 @@ fn update_trigger(table: &TableSchema) -> String {
         format!("OLD.{name} IS NOT NEW.{name}")
     };
     let mut body = String::new();
-    let (mut columns, mut values, mut previous) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut columns, mut values, mut previous, mut adds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (index, column) in table.columns.iter().enumerate() {
         if table.key.contains(&index) {
             let message = format!("key column \"{}\" of \"{}\" cannot be changed", column.name, table.name);
@@ -422,14 +470,23 @@ fn update_trigger(table: &TableSchema) -> String {
             let message = format!("column \"{}\" of \"{}\" is not writable", column.name, table.name);
             body += &refuse(&message, &changed(index));
         } else {
-            columns.push((changed(index), name_literal(table, index, "", "")));
-            values.push((changed(index), format!("json_quote({})", column_text(table, index, "NEW."))));
+            let (name, old) = (name_literal(table, index, "", ""), format!("OLD.{}", quote(&column.name)));
+            let adding = adding(table, index);
+            adds.extend(adding.map(|adding| (format!("{} AND {adding}", changed(index)), name.clone())));
+            columns.push((changed(index), name));
+            values.push((changed(index), format!("json_quote({})", set_text(table, index, &old))));
             previous.push((changed(index), format!("json_quote({})", column_text(table, index, "OLD."))));
         }
     }
     let key = key_expr(table, "OLD.");
     body += &keep_base(table, &key, &row_expr(table, "OLD."));
-    body += &record(table, "update", &key, &json_list(&columns), &json_list(&values), &json_list(&previous), "");
+    let entry = Entry {
+        columns: &json_list(&columns),
+        values: &json_list(&values),
+        adds: &adds_list(&adds),
+        previous: &json_list(&previous),
+    };
+    body += &record(table, "update", &key, &entry, "");
     let any: Vec<String> = (0..table.columns.len()).map(changed).collect();
     trigger(table, "update", &format!(" AND ({})", joined(&any, "OR")), &body)
 }
@@ -437,7 +494,8 @@ fn update_trigger(table: &TableSchema) -> String {
 fn delete_trigger(table: &TableSchema) -> String {
     let key = key_expr(table, "OLD.");
     let row = row_expr(table, "OLD.");
-    let body = keep_base(table, &key, &row) + &record(table, "delete", &key, "'[]'", "'[]'", &row, "");
+    let entry = Entry { columns: "'[]'", values: "'[]'", adds: "NULL", previous: &row };
+    let body = keep_base(table, &key, &row) + &record(table, "delete", &key, &entry, "");
     trigger(table, "delete", "", &body)
 }
 
@@ -459,10 +517,12 @@ mod tests {
                     nullable: true,
                     writable,
                     default: None,
+                    merge: None,
                 })
                 .collect(),
             key: vec![0],
             scopes: vec![],
+            references: Vec::new(),
             clocks: None,
         }
     }

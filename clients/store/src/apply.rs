@@ -336,8 +336,7 @@ impl<'a> Applier<'a> {
             let pending = self.pending(&name, &key)?;
             let Some(base) = self.base(&name, &key)? else { continue };
             let settled = pending.is_empty();
-            let clocks = table.table.clocks.map(|index| table.table.columns[index].name.as_str());
-            self.show(table, &key, rebase::overlay(base, &pending, clocks))?;
+            self.show(table, &key, rebase::overlay(base, &pending, &table.table))?;
             if settled {
                 self.store
                     .connection
@@ -352,17 +351,17 @@ impl<'a> Applier<'a> {
     /// The unsettled changes of a row, in the order in which they were made. Held ones are among them: the app's edit
     /// stays visible while it waits.
     fn pending(&self, table: &str, key: &str) -> Result<Vec<Pending>, StoreError> {
-        type Found = (String, String, String, i64, Option<i64>);
+        type Found = (String, String, String, i64, Option<i64>, Option<String>);
         let rows: Vec<Found> = self
             .store
             .connection
             .prepare_cached(
-                "SELECT op, columns, vals, stamp, seq FROM local_changes INDEXED BY local_changes_live WHERE tbl = ?1 AND key = ?2 \
+                "SELECT op, columns, vals, stamp, seq, adds FROM local_changes INDEXED BY local_changes_live WHERE tbl = ?1 AND key = ?2 \
                  AND state <> 'confirmed' AND state NOT IN ('retry_wait', 'error') ORDER BY tx, id",
             )
             .and_then(|mut statement| {
                 let row = |row: &rusqlite::Row<'_>| {
-                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?))
                 };
                 statement.query_map([table, key], row)?.collect()
             })
@@ -372,11 +371,12 @@ impl<'a> Applier<'a> {
         }
         let client_id = self.store.meta_uuid("client_id")?.unwrap_or_default();
         rows.into_iter()
-            .map(|(op, columns, values, stamp, seq)| {
+            .map(|(op, columns, values, stamp, seq, adds)| {
                 Ok(Pending {
                     op: operation(&op),
                     columns: parse(&columns, "list of columns")?,
                     values: parse(&values, "list of values")?,
+                    adds: adds.map_or(Ok(Vec::new()), |adds| parse(&adds, "list of sums"))?,
                     // Without a number yet: it will have a higher one than any that the server knows.
                     clock: Clock {
                         stamp: stamp as u64,

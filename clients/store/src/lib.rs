@@ -14,6 +14,7 @@ mod error;
 mod functions;
 mod meta;
 mod number;
+mod parents;
 mod queue;
 mod read;
 mod salvage;
@@ -270,9 +271,9 @@ fn create_tables(connection: &Connection) -> Result<bool, StoreError> {
         if let Some(found) = found.filter(|found| *found > trigger::STORE_VERSION) {
             return Err(StoreError::TooNew { found, known: trigger::STORE_VERSION });
         }
-        for (version, upgrade) in
-            [(0, trigger::UPGRADE_FROM_0), (1, trigger::UPGRADE_FROM_1), (2, trigger::UPGRADE_FROM_2)]
-        {
+        let upgrades =
+            [trigger::UPGRADE_FROM_0, trigger::UPGRADE_FROM_1, trigger::UPGRADE_FROM_2, trigger::UPGRADE_FROM_3];
+        for (version, upgrade) in (0..).zip(upgrades) {
             if found.is_some_and(|found| found <= version) {
                 connection.execute_batch(upgrade).during("upgrading the store's tables")?;
             }

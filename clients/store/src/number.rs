@@ -1,15 +1,17 @@
 //! Which transaction has which number: holding back what must wait, and meeting a server whose ledger is elsewhere.
 //!
 //! A local transaction keeps its name `tx`. Its number `client_seq` says when it is sent: numbers have no gaps, and what is
-//! sent has one. A transaction that writes a row on which an earlier one is in trouble gets none until that one is out of
-//! it; so the changes of one row take effect in the order in which they were made, retries included.
+//! sent has one. A transaction that writes a row on which an earlier one is in trouble, or refers to a row whose creation is, gets none
+//! until that one is out of it; so the changes of one row take effect in the order in which they were made, retries included.
 
+use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 use millstream_schemas::stream::{InstanceSpan, Loss};
 use rusqlite::{OptionalExtension, params};
 use uuid::Uuid;
 
 use crate::apply::Applier;
 use crate::error::{During, encode};
+use crate::parents::MINE;
 use crate::queue::{OPEN, Outcome, TROUBLED};
 use crate::{Store, StoreError};
 
@@ -26,29 +28,29 @@ pub enum Meeting {
 }
 
 impl Store {
-    /// Whether a transaction has to wait for an earlier one on the same rows.
+    /// Whether a transaction has to wait for an earlier one.
     pub(crate) fn is_blocked(&self, tx: u64) -> Result<bool, StoreError> {
-        self.connection
+        let troubled: bool = self
+            .connection
             .prepare_cached(&format!(
-                "SELECT EXISTS (SELECT 1 FROM local_changes INDEXED BY local_changes_troubled WHERE {TROUBLED} AND tx < ?1) \
-                 AND EXISTS (SELECT 1 FROM local_changes mine JOIN local_changes AS e INDEXED BY local_changes_live \
-                 ON e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' \
-                 WHERE mine.tx = ?1 AND e.tx < ?1 AND (e.attempts > 0 OR e.state = 'held'))"
+                "SELECT EXISTS (SELECT 1 FROM local_changes INDEXED BY local_changes_troubled WHERE {TROUBLED} AND tx < ?1)"
             ))
             .and_then(|mut statement| statement.query_row([tx as i64], |row| row.get(0)))
-            .during("looking for an earlier transaction in trouble")
+            .during("looking for transactions in trouble")?;
+        Ok(troubled && self.blocked_by(tx)?.is_some())
     }
 
-    /// The transaction that one is held back for: a rejected one on its rows, else a held one.
+    /// The transaction that one is held back for: a rejected one on its rows or on what they refer to, else a held one.
     pub(crate) fn blocked_by(&self, tx: u64) -> Result<Option<u64>, StoreError> {
+        let parents = self.parents(tx)?;
         self.connection
-            .prepare_cached(
-                "SELECT e.tx FROM local_changes mine JOIN local_changes AS e INDEXED BY local_changes_live \
+            .prepare_cached(&format!(
+                "SELECT e.tx FROM {MINE} AS mine JOIN local_changes AS e INDEXED BY local_changes_live \
                  ON e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' \
-                 WHERE mine.tx = ?1 AND e.tx < ?1 AND (e.attempts > 0 OR e.state = 'held') \
-                 ORDER BY e.state = 'held', e.tx LIMIT 1",
-            )
-            .and_then(|mut statement| statement.query_row([tx as i64], |row| row.get(0)).optional())
+                 WHERE e.tx < ?1 AND (e.op = 'insert' OR NOT mine.refers) AND (e.attempts > 0 OR e.state = 'held') \
+                 ORDER BY e.state = 'held', e.tx LIMIT 1"
+            ))
+            .and_then(|mut statement| statement.query_row(params![tx as i64, parents], |row| row.get(0)).optional())
             .map(|found: Option<i64>| found.map(|tx| tx as u64))
             .during("looking for what a transaction waits for")
     }
@@ -94,25 +96,29 @@ impl Store {
     }
 
     /// Records what a transaction with a new number has to come after: the numbers of the nearest unsettled or failed ones
-    /// before it that wrote its rows. Only of those recorded before it: one that is tried again has a higher number than a
+    /// before it that wrote its rows, or made what they refer to. Only of those recorded before it: one that is tried again has a higher number than a
     /// failed one that was made after it. Those may get other numbers later; under these the server has refused them.
     pub(crate) fn put_behind(&self, tx: u64, seq: u64) -> Result<(), StoreError> {
+        let parents = self.parents(tx)?;
         let mut found: Vec<u64> = self
             .connection
-            .prepare_cached(
+            .prepare_cached(&format!(
                 "SELECT DISTINCT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live \
-                 WHERE e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' AND e.seq < ?2 AND e.tx < ?1) AS before \
-                 FROM local_changes AS mine WHERE mine.tx = ?1",
-            )
+                 WHERE e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' AND e.seq < ?3 AND e.tx < ?1 \
+                 AND (e.op = 'insert' OR NOT mine.refers)) AS before FROM {MINE} AS mine"
+            ))
             .and_then(|mut statement| {
-                statement.query_map([tx as i64, seq as i64], |row| row.get::<_, Option<i64>>(0))?.collect()
+                let row = |row: &rusqlite::Row<'_>| row.get::<_, Option<i64>>(0);
+                statement.query_map(params![tx as i64, parents, seq as i64], row)?.collect()
             })
             .map(|found: Vec<Option<i64>>| found.into_iter().flatten().map(|seq| seq as u64).collect())
             .during("reading earlier transactions")?;
         if found.is_empty() {
             return Ok(());
         }
+        // The newest, if there are more than a transaction may name: with those of other rows, there can be.
         found.sort_unstable();
+        found.drain(..found.len().saturating_sub(MAX_TRANSACTION_CHANGES));
         self.connection
             .prepare_cached(
                 "UPDATE local_changes SET predecessors = ?2 WHERE id = (SELECT min(id) FROM local_changes WHERE tx = ?1)",

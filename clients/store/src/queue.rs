@@ -168,13 +168,13 @@ pub struct Edit {
     pub change_id: Option<Uuid>,
     /// The column, which clients may set; of the key only those of an insert stay as they are.
     pub column: String,
-    /// The value, as Postgres writes it.
+    /// The value, as Postgres writes it; of a column whose changes are added ([`Change::adds`]), the amount.
     pub value: Value,
 }
 
 const COLUMNS: &str = "tx, seq, instance, change_id, tbl, key, op, columns, vals, stamp, previous, state, outcome, attempts, \
                        next_attempt, last_error_code, last_error_rule, last_error, recorded_at, traceparent, \
-                       predecessors";
+                       predecessors, adds";
 
 struct Raw {
     entry: QueueEntry,
@@ -189,8 +189,8 @@ fn unreadable(column: usize) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, Type::Text, "an entry of the queue does not read back".into())
 }
 
-/// A row of [`COLUMNS`]; the JSON texts of key, columns and values are read by [`decoded`].
-fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
+/// A row of [`COLUMNS`]; the JSON texts of key, columns, values and sums are read by [`decoded`].
+fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 4])> {
     let id = |column: usize, text: String| text.parse::<Uuid>().map_err(|_| unreadable(column));
     let unsigned = |value: Option<i64>| value.map(|value| value as u64);
     let state = EntryState::parse(row.get_ref(11)?.as_str()?).ok_or_else(|| unreadable(11))?;
@@ -205,6 +205,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
             key: Vec::new(),
             columns: Vec::new(),
             values: Vec::new(),
+            adds: Vec::new(),
             stamp: row.get::<_, i64>(9)? as u64,
         },
         previous: row.get(10)?,
@@ -224,20 +225,22 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 3])> {
         traceparent: row.get(19)?,
         predecessors: row.get(20)?,
     };
-    Ok((raw, [row.get(5)?, row.get(7)?, row.get(8)?]))
+    let adds: Option<String> = row.get(21)?;
+    Ok((raw, [row.get(5)?, row.get(7)?, row.get(8)?, adds.unwrap_or_else(|| "[]".to_owned())]))
 }
 
-fn decoded((mut raw, [key, columns, values]): (Raw, [String; 3])) -> Result<Raw, StoreError> {
+fn decoded((mut raw, [key, columns, values, adds]): (Raw, [String; 4])) -> Result<Raw, StoreError> {
     raw.entry.change.key = parse(&key, "key")?;
     raw.entry.change.columns = parse(&columns, "list of columns")?;
     raw.entry.change.values = parse(&values, "list of values")?;
+    raw.entry.change.adds = parse(&adds, "list of sums")?;
     Ok(raw)
 }
 
 impl Store {
     fn select(&self, suffix: &str, params: impl rusqlite::Params) -> Result<Vec<Raw>, StoreError> {
         let sql = format!("SELECT {COLUMNS} FROM local_changes {suffix}");
-        let rows: Vec<(Raw, [String; 3])> = self
+        let rows: Vec<(Raw, [String; 4])> = self
             .connection
             .prepare_cached(&sql)
             .and_then(|mut statement| statement.query_map(params, raw)?.collect())

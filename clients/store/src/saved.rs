@@ -27,6 +27,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use millstream_client_core::rebase::{self, Image};
 use millstream_schemas::{Change, Operation};
 use rusqlite::params;
 use serde::{Deserialize, Serialize};
@@ -271,6 +272,7 @@ impl Store {
             return refuse("the table has another key by now");
         }
         let row = Applier::new(self)?.visible(&table, &encode(&change.key))?;
+        let change = &totalled(change, row.as_ref());
         let columns = table.columns(Some(change.columns.as_slice()))?;
         match (change.op, row) {
             (Operation::Insert, Some(row)) => {
@@ -311,4 +313,16 @@ impl Store {
         }
         statement.raw_execute().map(drop).map_err(StoreError::statement)
     }
+}
+
+/// A change with what its columns become in place of amounts.
+fn totalled(change: &Change, row: Option<&Image>) -> Change {
+    let mut change = change.clone();
+    for name in std::mem::take(&mut change.adds) {
+        let place = change.columns.iter().position(|column| *column == name);
+        if let Some((place, row)) = place.zip(row) {
+            change.values[place] = rebase::sum(row.get(&name).unwrap_or(&None), &change.values[place]);
+        }
+    }
+    change
 }

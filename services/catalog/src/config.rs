@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use millstream_schemas::Operation;
 use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
+use millstream_schemas::{Merge, Operation};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -91,6 +91,9 @@ pub struct TableConfig {
     /// What becomes of the insert of a row that is there already.
     #[serde(default)]
     pub insert_existing: InsertExisting,
+    /// Columns of which concurrent changes all count: sums, greatest and least values.
+    #[serde(default)]
+    pub merge: BTreeMap<String, Merge>,
     /// Business rules beyond the database's own constraints.
     #[serde(default)]
     pub rules: Vec<RuleConfig>,

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use millstream_schemas::TableScope;
 use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
+use millstream_schemas::{Merge, Reference, TableScope};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
@@ -68,6 +68,7 @@ impl Catalog {
             tables.extend(table(connection, name, declared, config, &mut found).await?);
         }
         problems.extend(id_types(&tables));
+        references(connection, &mut tables).await?;
         let kinds = config.kinds().unwrap_or_default().into_iter().map(str::to_owned).collect();
         let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
         let mut catalog = Catalog { version: String::new(), tables, kinds, by_name };
@@ -102,6 +103,38 @@ fn id_types(tables: &[Table]) -> Vec<CatalogError> {
         }
     }
     problems
+}
+
+/// Finds the foreign keys between synced tables that refer to a primary key.
+async fn references(connection: &mut PgConnection, tables: &mut [Table]) -> Result<(), CatalogError> {
+    let names: HashMap<i64, String> = tables.iter().map(|table| (table.oid.into(), table.name.clone())).collect();
+    let found = sqlx::query(
+        "SELECT c.conrelid::int8 AS child, c.confrelid::int8 AS parent,
+                (SELECT array_agg(a.attname::text ORDER BY array_position(i.key, k.parent))
+                 FROM unnest(c.conkey, c.confkey) AS k(child, parent)
+                 JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.child) AS columns
+         FROM pg_constraint c
+         JOIN (SELECT indrelid, string_to_array(indkey::text, ' ')::int2[] AS key FROM pg_index WHERE indisprimary) AS i
+              ON i.indrelid = c.confrelid
+         WHERE c.contype = 'f' AND c.conparentid = 0 AND c.conrelid::int8 = ANY ($1) AND c.confrelid::int8 = ANY ($1)
+               AND i.key <@ c.confkey AND c.confkey <@ i.key
+         ORDER BY c.conrelid, c.conname",
+    )
+    .bind(names.keys().copied().collect::<Vec<_>>())
+    .fetch_all(&mut *connection)
+    .await
+    .map_err(CatalogError::Query)?;
+    for row in &found {
+        let (child, parent): (i64, i64) = (row.get("child"), row.get("parent"));
+        let Some(table) = tables.iter_mut().find(|table| i64::from(table.oid) == child) else { continue };
+        let columns: Vec<String> = row.get("columns");
+        // A generated column is not synced.
+        let columns: Option<Vec<usize>> = columns.iter().map(|column| table.column(column)).collect();
+        if let Some((columns, name)) = columns.zip(names.get(&parent)) {
+            table.references.push(Reference { columns, table: name.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// What does not fit in the declaration of one table.
@@ -145,9 +178,13 @@ fn version(catalog: &Catalog) -> String {
         for membership in &table.memberships {
             layout.update(format!("{membership:?}\n"));
         }
+        rest.update(format!("{:?}\n", schema.references));
         for column in &schema.columns {
             layout.update(format!("{}\t{}\n", column.name, column.r#type));
-            rest.update(format!("{}\t{}\t{:?}\n", column.nullable, column.writable, column.default));
+            rest.update(format!(
+                "{}\t{}\t{:?}\t{:?}\n",
+                column.nullable, column.writable, column.default, column.merge
+            ));
         }
     }
     [layout, rest]
@@ -231,6 +268,7 @@ async fn table(
             problems.add(format!("clients may insert, so the key column `{}` must be in `writable`", missing.name));
         }
     }
+    merges(declared, &columns, &key, problems);
     let conflict = conflict(declared.conflict, &columns, problems);
     Ok(Some(Table {
         oid: u32::try_from(oid).unwrap_or_default(),
@@ -241,6 +279,7 @@ async fn table(
         scopes,
         memberships,
         // Once all tables are known.
+        references: Vec::new(),
         readable: String::new(),
         write: WriteRules {
             insert: declared.write.insert.clone(),
@@ -267,6 +306,34 @@ async fn table(
             deadline: Duration::from_millis(validate.deadline_ms),
         }),
     }))
+}
+
+/// The types of which the greatest and least value are known to clients too.
+const ORDERED: [&str; 6] =
+    ["smallint", "integer", "bigint", "date", "timestamp without time zone", "timestamp with time zone"];
+
+/// Columns declared in `merge` have to be ones that clients change, of types with which it can be done.
+fn merges(declared: &TableConfig, columns: &[Column], key: &[usize], problems: &mut Problems<'_>) {
+    for (name, merge) in &declared.merge {
+        let Some(index) = problems.column(columns, name) else { continue };
+        let column = &columns[index];
+        if !column.writable || key.contains(&index) {
+            problems.add(format!("`merge` names `{name}`, which clients cannot change: add it to `writable`"));
+        }
+        let fits = match merge {
+            Merge::Add => column.is_whole_number(),
+            Merge::Max | Merge::Min => ORDERED.contains(&column.sql_type.as_str()),
+        };
+        if !fits {
+            let needs = match merge {
+                Merge::Add => "smallint, integer or bigint",
+                Merge::Max | Merge::Min => {
+                    "smallint, integer, bigint, date, timestamp or timestamptz without a precision"
+                }
+            };
+            problems.add(format!("`merge` of `{name}`: its type is {}, and has to be {needs}", column.sql_type));
+        }
+    }
 }
 
 /// A membership with its columns; none if one is missing.
@@ -361,6 +428,7 @@ async fn columns(
             nullable: !row.get::<bool, _>("not_null"),
             writable,
             default,
+            merge: declared.merge.get(&column).copied(),
             name: column,
         });
         numbers.push(row.get("number"));

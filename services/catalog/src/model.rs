@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use millstream_schemas::subject::USER_KIND;
-use millstream_schemas::{ColumnSchema, Operation, Schema, Scope, TableSchema, TableScope};
+use millstream_schemas::{ColumnSchema, Merge, Operation, Reference, Schema, Scope, TableSchema, TableScope};
 
 use crate::growth::Growth;
 
@@ -58,6 +58,8 @@ pub struct Table {
     pub scopes: Vec<TableScope>,
     /// Memberships that rows of this table grant; such rows are published in the members' scope too.
     pub memberships: Vec<Membership>,
+    /// Foreign keys to the primary keys of synced tables.
+    pub references: Vec<Reference>,
     /// SQL predicate over `old` and `auth`: whether the user may read the row, by its scopes and the memberships. Refusals ask.
     pub readable: String,
     /// Who may write.
@@ -123,10 +125,12 @@ impl Table {
                     nullable: column.nullable,
                     writable: column.writable,
                     default: column.default.clone(),
+                    merge: column.merge,
                 })
                 .collect(),
             key: self.key.clone(),
             scopes,
+            references: self.references.clone(),
             clocks: match self.conflict {
                 ConflictPolicy::Column { clocks, .. } => Some(clocks),
                 ConflictPolicy::Row { .. } | ConflictPolicy::Arrival => None,
@@ -154,9 +158,16 @@ pub struct Column {
     pub writable: bool,
     /// The value that it has where an insert names none, in its text form, if that is always the same.
     pub default: Option<String>,
+    /// How concurrent changes of it meet, if both are to count.
+    pub merge: Option<Merge>,
 }
 
 impl Column {
+    /// Whether amounts can be added to it.
+    pub fn is_whole_number(&self) -> bool {
+        matches!(self.sql_type.as_str(), "smallint" | "integer" | "bigint")
+    }
+
     /// The type to cast text to: without the length, so that a value that is too long is refused by the assignment or missed by
     /// the comparison that follows, instead of being cut by the cast.
     pub fn cast_type(&self) -> String {

@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
-use millstream_schemas::{Clock, Code, Operation};
+use millstream_schemas::{Clock, Code, Merge, Operation};
 use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
@@ -387,7 +387,9 @@ impl<'a> Applier<'a> {
         if insert.table.write.update.is_none() {
             return Err(error);
         }
-        let update = Step { op: Operation::Update, columns, values, ..insert.clone() };
+        let adds =
+            columns.iter().copied().filter(|index| insert.table.columns[*index].merge == Some(Merge::Add)).collect();
+        let update = Step { op: Operation::Update, columns, values, adds, ..insert.clone() };
         let statement = self.statements.of(&update);
         match self.write(&statement, &[InputRow { step: &update, ..*row }]).await?.pop() {
             Some(Outcome::Refused(Refusal { code: Code::PermissionDenied | Code::EntityMissing, .. })) | None => {

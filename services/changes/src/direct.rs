@@ -65,7 +65,15 @@ impl Direct {
         let health = Health::new();
         let external = Arc::new(External::nobody(health.clone()));
         let source = Arc::new(Source::new(config, health.clone()));
-        let shared = Shared { nats: None, stream: None, external, lost: lost_sender, health, shutdown };
+        let shared = Shared {
+            nats: None,
+            stream: None,
+            external,
+            lost: lost_sender,
+            health,
+            parked: Default::default(),
+            shutdown,
+        };
         // Nobody tells of changes: the executor finds out when something depends on them.
         let (_, changed) = watch::channel(());
         let executor = Executor::new(options, source, changed, stream_epoch);

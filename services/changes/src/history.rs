@@ -63,7 +63,7 @@ fn storable(submission: &Submission) -> Cow<'_, Submission> {
         || submission.traceparent.as_deref().is_some_and(nul)
         || submission.changes.iter().any(|change| {
             nul(&change.table)
-                || change.columns.iter().any(|name| nul(name))
+                || change.columns.iter().chain(&change.adds).any(|name| nul(name))
                 || change.key.iter().chain(&change.values).flatten().any(|value| nul(value))
         });
     if !any {
@@ -75,7 +75,7 @@ fn storable(submission: &Submission) -> Cow<'_, Submission> {
     copy.traceparent.iter_mut().for_each(mend);
     for change in &mut copy.changes {
         mend(&mut change.table);
-        change.columns.iter_mut().for_each(mend);
+        change.columns.iter_mut().chain(&mut change.adds).for_each(mend);
         change.key.iter_mut().chain(&mut change.values).flatten().for_each(mend);
     }
     Cow::Owned(copy)
@@ -143,6 +143,8 @@ pub(crate) async fn rejected(
 
 #[cfg(test)]
 mod tests {
+    use millstream_schemas::Change;
+
     use super::*;
     use crate::validator::tests::change;
 
@@ -156,7 +158,10 @@ mod tests {
             after: Vec::new(),
             seq: 1,
             attempt: u32::MAX,
-            changes: vec![change(millstream_schemas::Operation::Update, "a\0", &[("x\0", Some("\0\\u0000"))])],
+            changes: vec![Change {
+                adds: vec!["\0".into()],
+                ..change(millstream_schemas::Operation::Update, "a\0", &[("x\0", Some("\0\\u0000"))])
+            }],
             traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
         };
         let rejection =

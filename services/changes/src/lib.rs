@@ -25,6 +25,7 @@ mod ledger;
 mod model;
 mod ownership;
 mod pace;
+mod parked;
 mod plan;
 mod predicate;
 mod progress;
@@ -64,6 +65,7 @@ use crate::external::External;
 use crate::janitor::Janitor;
 use crate::model::{Source, Watcher};
 use crate::ownership::{Assignment, Ownership};
+use crate::parked::Parked;
 use crate::retention::Retention;
 use crate::worker::{Shared, Worker};
 
@@ -162,6 +164,7 @@ impl Service {
             external: self.external.clone(),
             lost: lost_sender,
             health: self.health.clone(),
+            parked: Parked::default(),
             shutdown: stop.clone(),
         };
 
@@ -190,6 +193,11 @@ impl Service {
             let consumer = Consumer::new(stream, epoch, lane, assignment, idle, reading.clone(), stop.clone());
             consumers.spawn(consumer.run());
         }
+        let (parked, pool, shutdown) = (shared.parked.clone(), self.pool.clone(), stop.clone());
+        tasks.spawn(async move {
+            parked.run(pool, shutdown).await;
+            "parked"
+        });
         drop(shared);
         let watcher = Watcher { pool: self.pool.clone(), source: self.source.clone(), changed, shutdown: stop.clone() };
         tasks.spawn(async move {

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use millstream_catalog::{ConflictPolicy, Table, literal};
-use millstream_schemas::{Clock, Operation};
+use millstream_schemas::{Clock, Merge, Operation};
 use uuid::Uuid;
 
 use crate::at_once;
@@ -64,7 +64,7 @@ pub(crate) struct InputRow<'a> {
 pub(crate) struct Statements {
     traits: HashMap<u32, Traits>,
     views: Vec<String>,
-    cache: HashMap<(u32, Operation, Vec<usize>), Arc<Statement>>,
+    cache: HashMap<(u32, Operation, Vec<usize>, Vec<usize>), Arc<Statement>>,
     conflicts: HashMap<(usize, usize), bool>,
     /// Texts for several groups, by their kind and shapes.
     combined: HashMap<(Kind, Vec<usize>), Combined>,
@@ -113,7 +113,7 @@ impl Statements {
 
     /// The statement for a change.
     pub fn of(&mut self, step: &Step<'_>) -> Arc<Statement> {
-        let key = (step.table.oid, step.op, step.columns.clone());
+        let key = (step.table.oid, step.op, step.columns.clone(), step.adds.clone());
         if let Some(statement) = self.cache.get(&key) {
             return statement.clone();
         }
@@ -126,7 +126,7 @@ impl Statements {
         let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
         let unknown = Traits::unknown(table.oid);
         let traits = self.traits.get(&table.oid).unwrap_or(&unknown);
-        let mut writer = Writer { table, op, columns, first: 1, watched: false };
+        let mut writer = Writer { table, op, columns, adds: &step.adds, first: 1, watched: false };
         let mut mentions = Mentions::default();
         writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
         // Where the row is there already, it is an update.
@@ -210,8 +210,8 @@ impl Statements {
         }
         if combined.text.is_none() {
             let part = |group: &Group<'_>| {
-                let Step { table, op, columns, .. } = group.rows[0].step;
-                let writer = Writer { table, op: *op, columns, first, watched: false };
+                let Step { table, op, columns, adds, .. } = group.rows[0].step;
+                let writer = Writer { table, op: *op, columns, adds, first, watched: false };
                 first += writer.parameters();
                 let tells = *op != Operation::Insert;
                 Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
@@ -252,6 +252,8 @@ struct Writer<'a> {
     table: &'a Table,
     op: Operation,
     columns: &'a [usize],
+    /// Those of `columns` whose value is added.
+    adds: &'a [usize],
     /// Number of its first parameter.
     first: usize,
     /// See [`Statement::watched`].
@@ -282,7 +284,31 @@ impl<'a> Writer<'a> {
     /// The value that the change gives a column.
     fn value(&self, index: usize) -> Option<String> {
         let place = self.columns.iter().position(|set| *set == index)?;
-        Some(self.cast(&format!("ms_v{place}"), index))
+        let (value, old) = (self.cast(&format!("ms_v{place}"), index), self.column(index));
+        let merged = match self.merge(index) {
+            None => return Some(value),
+            Some(Merge::Add) => format!("coalesce(old.{old}, 0::{}) + {value}", self.table.columns[index].cast_type()),
+            Some(Merge::Max) => format!("greatest(old.{old}, {value})"),
+            Some(Merge::Min) => format!("least(old.{old}, {value})"),
+        };
+        Some(format!("CASE WHEN {value} IS NOT NULL THEN {merged} END"))
+    }
+
+    /// How the change of a column meets what the row has, if it counts whatever is newer.
+    fn merge(&self, index: usize) -> Option<Merge> {
+        let declared = self.table.columns[index].merge.filter(|merge| *merge != Merge::Add);
+        let merge = if self.adds.contains(&index) { Some(Merge::Add) } else { declared };
+        merge.filter(|_| self.op == Operation::Update)
+    }
+
+    /// Whether some columns of the change may win and others lose.
+    fn is_parted(&self) -> bool {
+        self.columns.len() > 1
+            && match self.table.conflict {
+                ConflictPolicy::Column { .. } => true,
+                ConflictPolicy::Row { .. } => self.columns.iter().any(|index| self.merge(*index).is_some()),
+                ConflictPolicy::Arrival => false,
+            }
     }
 
     fn keys(&self) -> usize {
@@ -332,8 +358,7 @@ impl<'a> Writer<'a> {
         let on = |row: String| format!("(SELECT {plain} FROM (SELECT {row}) AS new)");
         let old = |index: usize| format!("old.{}", self.column(index));
         let meant = on(self.row(|index| self.value(index).unwrap_or_else(|| old(index))));
-        let ConflictPolicy::Column { .. } = self.table.conflict else { return meant };
-        if self.columns.len() == 1 {
+        if !self.is_parted() {
             return meant;
         }
         // It has to be allowed as its author meant it, and as it is once some columns have lost.
@@ -357,18 +382,35 @@ impl<'a> Writer<'a> {
     }
 
     fn wins_column(&self, index: usize) -> String {
-        format!("{CLOCK} >= {}", self.clock(index))
+        match self.table.conflict {
+            _ if self.merge(index).is_some() => "true".to_owned(),
+            ConflictPolicy::Row { updated_at, client_id } => self.newer(updated_at, client_id),
+            ConflictPolicy::Column { .. } | ConflictPolicy::Arrival => format!("{CLOCK} >= {}", self.clock(index)),
+        }
+    }
+
+    /// The clock of a column whose change counts, whatever is newer: the newer one. What is newer becomes so by a hair: a clock that
+    /// stays says that somebody else than the executor wrote the column (`keep_clocks` in `migrations`).
+    fn counted_clock(&self, index: usize) -> String {
+        let clock = self.clock(index);
+        format!(
+            "CASE WHEN {CLOCK} > {clock} OR ({clock}) !~ '[0-9]{{4}}$' THEN millstream_input.ms_clock \
+             ELSE left({clock}, -4) || lpad(least(right({clock}, 4)::int + 1, 9999)::text, 4, '0') END"
+        )
     }
 
     fn wins_columns(&self, operator: &str) -> String {
-        self.columns.iter().map(|index| self.wins_column(*index)).collect::<Vec<_>>().join(operator)
+        let mut wins: Vec<String> = self.columns.iter().map(|index| self.wins_column(*index)).collect();
+        // Of a row that is newer as a whole, all columns say the same.
+        wins.dedup();
+        wins.join(operator)
     }
 
     /// Whether the change is newer than (some of) what it writes over.
     fn wins(&self) -> String {
         match (self.table.conflict, self.op) {
             (ConflictPolicy::Arrival, _) | (_, Operation::Insert) => "true".to_owned(),
-            (ConflictPolicy::Column { .. }, Operation::Update) => format!("({})", self.wins_columns(" OR ")),
+            (_, Operation::Update) => format!("({})", self.wins_columns(" OR ")),
             (ConflictPolicy::Column { clocks, .. }, Operation::Delete) => self.newest(clocks),
             (ConflictPolicy::Row { updated_at, client_id }, _) => self.newer(updated_at, client_id),
         }
@@ -388,20 +430,33 @@ impl<'a> Writer<'a> {
         format!("({AT}, millstream_input.ms_client) >= (old.{updated_at}, coalesce(old.{client_id}, {NOBODY}))")
     }
 
+    /// The row's time and client, as text.
+    fn row_clock(&self, updated_at: usize, client_id: usize) -> String {
+        format!("concat_ws(' ', old.{}, old.{})", self.column(updated_at), self.column(client_id))
+    }
+
     /// Columns that Millstream keeps, with what the operation sets them to.
     fn kept(&self) -> Vec<(usize, String)> {
         let client = || "millstream_input.ms_client".to_owned();
         let (clocks, updated_at, client_id) = match self.table.conflict {
             ConflictPolicy::Arrival => return Vec::new(),
             ConflictPolicy::Row { updated_at, client_id } => {
-                return vec![(updated_at, AT.to_owned()), (client_id, client())];
+                let (mut at, mut by) = (AT.to_owned(), client());
+                // As of a column whose change counts.
+                if self.columns.iter().any(|index| self.merge(*index).is_some()) {
+                    let newer = self.newer(updated_at, client_id);
+                    let later = format!("old.{} + interval '1 microsecond'", self.column(updated_at));
+                    at = format!("CASE WHEN {newer} THEN {at} ELSE {later} END");
+                    by = format!("CASE WHEN {newer} THEN {by} ELSE old.{} END", self.column(client_id));
+                }
+                return vec![(updated_at, at), (client_id, by)];
             }
             ConflictPolicy::Column { clocks, updated_at, client_id } => (clocks, updated_at, client_id),
         };
         let insert = self.op == Operation::Insert;
         let written = match self.columns {
             _ if insert => "jsonb_build_object('', millstream_input.ms_clock)".to_owned(),
-            [one] => format!(
+            [one] if self.merge(*one).is_none() => format!(
                 "old.{} || jsonb_build_object({}, millstream_input.ms_clock)",
                 self.column(clocks),
                 literal(&self.table.columns[*one].name)
@@ -409,6 +464,9 @@ impl<'a> Writer<'a> {
             many => {
                 let won = |index: &usize| {
                     let name = literal(&self.table.columns[*index].name);
+                    if self.merge(*index).is_some() {
+                        return format!("{name}, {}", self.counted_clock(*index));
+                    }
                     format!("{name}, CASE WHEN {} THEN millstream_input.ms_clock END", self.wins_column(*index))
                 };
                 let won: Vec<String> = many.iter().map(won).collect();
@@ -451,10 +509,10 @@ impl<'a> Writer<'a> {
                 )
             }
             Operation::Update => {
-                let merges = matches!(self.table.conflict, ConflictPolicy::Column { .. }) && self.columns.len() > 1;
+                let parted = self.is_parted();
                 let set = |index: &usize| {
                     let (column, value) = (self.column(*index), self.value(*index).unwrap_or_default());
-                    if merges {
+                    if parted && self.merge(*index).is_none() {
                         format!("{column} = CASE WHEN {} THEN {value} ELSE old.{column} END", self.wins_column(*index))
                     } else {
                         format!("{column} = {value}")
@@ -462,11 +520,19 @@ impl<'a> Writer<'a> {
                 };
                 let kept = self.kept().into_iter().map(|(index, value)| format!("{} = {value}", self.column(index)));
                 // In RETURNING, `old` is the row as it is now: a column has the change's clock, or the one it lost to.
-                let winner = if merges {
-                    let clocks: Vec<String> = self.columns.iter().map(|index| self.clock(*index)).collect();
-                    format!("nullif(greatest({}), millstream_input.ms_clock)", clocks.join(", "))
-                } else {
-                    "NULL::text".to_owned()
+                let contested: Vec<usize> =
+                    self.columns.iter().copied().filter(|index| parted && self.merge(*index).is_none()).collect();
+                let winner = match self.table.conflict {
+                    _ if contested.is_empty() => "NULL::text".to_owned(),
+                    ConflictPolicy::Row { updated_at, client_id } => format!(
+                        "CASE WHEN NOT {} THEN {} END",
+                        self.newer(updated_at, client_id),
+                        self.row_clock(updated_at, client_id)
+                    ),
+                    ConflictPolicy::Column { .. } | ConflictPolicy::Arrival => {
+                        let clocks: Vec<String> = contested.iter().map(|index| self.clock(*index)).collect();
+                        format!("nullif(greatest({}), millstream_input.ms_clock)", clocks.join(", "))
+                    }
                 };
                 format!(
                     "UPDATE {name} AS old SET {}\nFROM {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, {winner} AS winner",
@@ -553,9 +619,7 @@ impl<'a> Writer<'a> {
                     self.column(clocks)
                 )
             }
-            (ConflictPolicy::Row { updated_at, client_id }, _) => {
-                format!("concat_ws(' ', old.{}, old.{})", self.column(updated_at), self.column(client_id))
-            }
+            (ConflictPolicy::Row { updated_at, client_id }, _) => self.row_clock(updated_at, client_id),
         };
         let readable = match self.op {
             Operation::Insert => "true".to_owned(),
@@ -591,7 +655,7 @@ mod tests {
     use crate::validator::tests::tasks;
 
     fn sql(table: &Table, op: Operation, columns: &[usize]) -> String {
-        Writer { table, op, columns, first: 1, watched: false }.write()
+        Writer { table, op, columns, adds: &[], first: 1, watched: false }.write()
     }
 
     fn check(sql: &str, parts: &[&str]) {
@@ -612,6 +676,7 @@ mod tests {
                 sql_type: sql_type.into(),
                 type_oid: 0,
                 growth: Default::default(),
+                merge: None,
                 default: None,
                 nullable: false,
                 writable: false,
@@ -655,14 +720,16 @@ mod tests {
         // No rule: nobody may.
         check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
         let explain =
-            Writer { table: &table, op: Operation::Insert, columns: &[0, 1], first: 1, watched: false }.explain(false);
+            Writer { table: &table, op: Operation::Insert, columns: &[0, 1], adds: &[], first: 1, watched: false }
+                .explain(false);
         check(
             &explain,
             &["WHEN NOT coalesce((\nlength(new.title) > 2 -- letters\n), false) THEN 0", "true AS readable"],
         );
         table.readable = "may read".into();
         let explain =
-            Writer { table: &table, op: Operation::Update, columns: &[2], first: 1, watched: false }.explain(false);
+            Writer { table: &table, op: Operation::Update, columns: &[2], adds: &[], first: 1, watched: false }
+                .explain(false);
         check(&explain, &["(false OR NOT ms_allowed) THEN coalesce(may read, false) ELSE true END AS readable"]);
     }
 
@@ -682,6 +749,37 @@ mod tests {
         check(&sql(&table, Operation::Delete, &[]), &["NOT EXISTS (SELECT FROM jsonb_each_text(old.field_clocks)"]);
         table.conflict = ConflictPolicy::Row { updated_at: 5, client_id: 6 };
         check(&sql(&table, Operation::Delete, &[]), &[">= (old.updated_at, coalesce(old.client_id, "]);
+        // What counts in any order.
+        table = merging();
+        table.columns[3].sql_type = "integer".into();
+        let add = |table: &Table, columns: &[usize]| {
+            Writer { table, op: Operation::Update, columns, adds: &[3], first: 1, watched: false }.write()
+        };
+        let counted = "\"secret\" = CASE WHEN millstream_input.ms_v0::integer IS NOT NULL THEN \
+                       coalesce(old.\"secret\", 0::integer) + millstream_input.ms_v0::integer END";
+        check(
+            &add(&table, &[3]),
+            &[counted, "'secret', CASE WHEN millstream_input.ms_clock", "AND (true)", "NULL::text AS winner"],
+        );
+        let both = add(&table, &[1, 3]);
+        check(&both, &["THEN millstream_input.ms_v0::character varying ELSE old.\"title\" END", "OR true)"]);
+        assert_eq!(both.matches("old.\"secret\" END").count(), 0, "{both}");
+        table.conflict = ConflictPolicy::Row { updated_at: 5, client_id: 6 };
+        let row = add(&table, &[1, 3]);
+        check(
+            &row,
+            &[
+                "ELSE old.\"title\" END",
+                "ELSE old.updated_at + interval '1 microsecond' END",
+                "AS winner",
+                "concat_ws(",
+            ],
+        );
+        table.columns[3].merge = Some(Merge::Max);
+        check(
+            &sql(&table, Operation::Update, &[3]),
+            &["THEN greatest(old.\"secret\", millstream_input.ms_v0::integer) END"],
+        );
         // A rule has to hold for what is meant and for what comes of it.
         table = merging();
         table.write.update = Some("new.title <> old.title".into());

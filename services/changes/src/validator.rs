@@ -48,6 +48,8 @@ pub(crate) struct Step<'a> {
     pub columns: Vec<usize>,
     /// Their values.
     pub values: Vec<Option<&'a str>>,
+    /// Indexes of those whose value is added to what the row has.
+    pub adds: Vec<usize>,
     /// The row's key; no part is null.
     pub key: &'a [Value],
     /// When it was made, by its client's clock.
@@ -139,6 +141,7 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         let name = &table.columns[pair[0].0].name;
         return Err((Code::InvalidChange, format!("{}.{name} is set twice", table.name)));
     }
+    let adds = adds(table, change, &set)?;
     match change.op {
         Operation::Insert => {
             for (part, value) in table.key.iter().zip(&change.key) {
@@ -186,7 +189,32 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
-    Ok(Some(Step { table, op: change.op, columns, values, key: &change.key, stamp: change.stamp }))
+    Ok(Some(Step { table, op: change.op, columns, values, adds, key: &change.key, stamp: change.stamp }))
+}
+
+/// The columns, among those that are set, whose value is added.
+fn adds(table: &Table, change: &Change, set: &[(usize, Option<&str>)]) -> Result<Vec<usize>, (Code, String)> {
+    let mut adds = Vec::with_capacity(change.adds.len());
+    for name in &change.adds {
+        let column = table.column(table.renamed.get(name).unwrap_or(name));
+        let column = column.filter(|column| set.iter().any(|(set, _)| set == column));
+        let Some(column) = column.filter(|column| change.op == Operation::Update && !adds.contains(column)) else {
+            if table.dropped.contains(name) {
+                continue;
+            }
+            let message =
+                format!("`adds` names {:?}, which the change does not set, or not once in an update", shown(name));
+            return Err((Code::InvalidChange, message));
+        };
+        if !table.columns[column].is_whole_number() {
+            let message =
+                format!("nothing can be added to {}.{name}: it is no smallint, integer or bigint", table.name);
+            return Err((Code::InvalidChange, message));
+        }
+        adds.push(column);
+    }
+    adds.sort_unstable();
+    Ok(adds)
 }
 
 /// The predicate that guards an operation.
@@ -220,6 +248,7 @@ pub(crate) mod tests {
             type_oid: 0,
             growth: Growth::default(),
             default: None,
+            merge: None,
             nullable: true,
             writable,
         };
@@ -247,6 +276,7 @@ pub(crate) mod tests {
             dropped: Vec::new(),
             delete_missing_accepted: false,
             insert_existing_merges: false,
+            references: Vec::new(),
             rules: Vec::new(),
             validate: None,
         }
@@ -265,6 +295,7 @@ pub(crate) mod tests {
             key: vec![Some(key.into())],
             columns: set.iter().map(|(name, _)| (*name).into()).collect(),
             values: set.iter().map(|(_, value)| value.map(Into::into)).collect(),
+            adds: Vec::new(),
             stamp: 1,
         }
     }

@@ -23,6 +23,7 @@ use crate::batch::{Item, Mode, Queue};
 use crate::error::{Refusal, keeps_connection};
 use crate::executor::{Executor, Failed};
 use crate::external::{External, Questions};
+use crate::parked::Parked;
 use crate::plan::Condemned;
 use crate::progress::{Fence, Owned};
 use crate::reread::{Payload, Read, Reads};
@@ -99,6 +100,8 @@ pub(crate) struct Shared {
     pub external: Arc<External>,
     pub lost: mpsc::Sender<Lost>,
     pub health: Health,
+    /// What the operator sees of transactions that cannot be applied now.
+    pub parked: Parked,
     pub shutdown: Shutdown,
 }
 
@@ -329,6 +332,7 @@ impl Worker {
             && self.rested <= Instant::now()
             && let Some((item, mode)) = self.queue.take_aside()
         {
+            self.condemned.extend(self.refused(std::slice::from_ref(&item)));
             let Some(state) = self.owned.get(&item.partition) else { return self.queue.drop_aside(&item) };
             let known = item.name().and_then(|name| self.condemned.get_key_value(&name));
             let condemned = known.into_iter().map(|(name, rejection)| (*name, rejection.clone())).collect();
@@ -397,7 +401,9 @@ impl Worker {
             if !is_strike {
                 tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
             }
-            Some(now + self.parked_for((client_id, seq)))
+            let pause = self.parked_for((client_id, seq));
+            self.note(item.submission.as_ref(), &error);
+            Some(now + pause)
         };
         self.queue.return_aside(item, until);
         self.tell(self.queue.parked());
@@ -409,7 +415,27 @@ impl Worker {
         self.questions.gate.settled(submission);
         let name = (submission.client_id, submission.seq);
         self.condemned.remove(&name);
-        self.troubles.remove(&name);
+        if self.troubles.remove(&name).is_some() {
+            self.shared.parked.settled(name);
+        }
+    }
+
+    /// Names a transaction that was tried in vain to the operator.
+    fn note(&self, submission: Option<&Submission>, error: &sqlx::Error) {
+        let Some(submission) = submission else { return };
+        let tries = self.troubles.get(&(submission.client_id, submission.seq)).map_or(1, |trouble| trouble.parked);
+        self.shared.parked.note(submission, tries, error);
+    }
+
+    /// Those of these that an operator has refused.
+    fn refused(&self, items: &[Item]) -> Condemned {
+        let submissions = items.iter().filter_map(|item| item.submission.as_ref());
+        let refused = submissions.filter_map(|submission| {
+            let name = (submission.client_id, submission.seq);
+            let refusal = self.troubles.get(&name).and_then(|_| self.shared.parked.refusal(name))?;
+            Some((name, Rejection::new(submission, 0, refusal)))
+        });
+        if self.troubles.is_empty() { Condemned::new() } else { refused.collect() }
     }
 
     /// One attempt at the next batch; gives the results of what is committed.
@@ -418,6 +444,7 @@ impl Worker {
         let fences = self.queue.fences(count, &self.owned);
         let span =
             tracing::info_span!("execute", worker = self.index, transactions = count, partitions = fences.len(), ?mode);
+        self.condemned.extend(self.refused(&self.queue.items()[..count]));
         let items = &self.queue.items()[..count];
         let (start, warm) = (Instant::now(), self.executor.is_warm());
         let outcome = self.executor.execute(items, &fences, mode, &self.condemned).instrument(span).await;
@@ -531,7 +558,7 @@ impl Worker {
         }
         let submission = self.queue.items().get(at).and_then(|item| item.submission.clone());
         if !self.is_given_up((client_id, seq), submission.as_ref(), error) {
-            self.park(at);
+            self.park(at, error);
         }
     }
 
@@ -563,7 +590,7 @@ impl Worker {
         }
         let Some((client_id, seq)) = self.queue.items().first().and_then(Item::name) else { return self.pause().await };
         tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
-        self.park(0);
+        self.park(0, error);
         // Locks and deadlocks are between transactions; everything else may be the server's state.
         let state = error.as_database_error().and_then(|error| error.code());
         if !state.is_some_and(|state| state.starts_with("40") || state.starts_with("55")) {
@@ -576,9 +603,10 @@ impl Worker {
     }
 
     /// Parks the client of the batch's item `at`.
-    fn park(&mut self, at: usize) {
+    fn park(&mut self, at: usize, error: &sqlx::Error) {
         let Some(name) = self.queue.items().get(at).and_then(Item::name) else { return };
         let pause = self.parked_for(name);
+        self.note(self.queue.items()[at].submission.as_ref(), error);
         self.queue.park(at, Instant::now() + pause);
         self.tell(self.queue.parked());
     }

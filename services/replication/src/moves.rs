@@ -104,6 +104,7 @@ mod tests {
             dropped: Vec::new(),
             delete_missing_accepted: false,
             insert_existing_merges: false,
+            references: Vec::new(),
             rules: Vec::new(),
             validate: None,
         }

@@ -31,6 +31,7 @@ pub fn tables() -> Vec<Table> {
             sql_type: sql_type.into(),
             type_oid: 0,
             growth: Default::default(),
+            merge: None,
             default: None,
             nullable: true,
             writable,
@@ -56,6 +57,7 @@ pub fn tables() -> Vec<Table> {
             dropped: Vec::new(),
             delete_missing_accepted: false,
             insert_existing_merges: true,
+            references: Vec::new(),
             rules: vec![],
             validate: None,
         }

@@ -537,7 +537,11 @@ impl Generator {
     }
 
     fn update(&mut self, table: &str, key: &[&dyn ToString], set: &[(&str, String)]) -> Change {
-        self.make(table, Operation::Update, key.iter().map(|part| part.to_string()), set)
+        let mut change = self.make(table, Operation::Update, key.iter().map(|part| part.to_string()), set);
+        if set.iter().any(|(column, _)| *column == "points") && self.rng.random_bool(0.4) {
+            change.adds = vec!["points".to_owned()];
+        }
+        change
     }
 
     fn delete(&mut self, table: &str, key: &[&dyn ToString]) -> Change {
@@ -558,6 +562,7 @@ impl Generator {
             key: key.map(Some).collect(),
             columns: set.iter().map(|(column, _)| (*column).to_owned()).collect(),
             values: set.iter().map(|(_, value)| Some(value.clone())).collect(),
+            adds: Vec::new(),
             stamp: self.stamp(),
         }
     }

@@ -199,6 +199,7 @@ impl Workload {
             key: vec![Some(row.to_string())],
             columns: set.iter().map(|(column, _)| (*column).to_owned()).collect(),
             values: set.iter().map(|(_, value)| Some(value.clone())).collect(),
+            adds: Vec::new(),
             stamp: self.stamp,
         }
     }

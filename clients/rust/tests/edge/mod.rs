@@ -82,6 +82,7 @@ pub fn schema() -> Schema {
         nullable: true,
         writable,
         default: None,
+        merge: None,
     };
     Schema {
         version: "v1".into(),
@@ -95,6 +96,7 @@ pub fn schema() -> Schema {
             ],
             key: vec![0],
             scopes: vec![TableScope { kind: "global".into(), column: None }],
+            references: Vec::new(),
             clocks: None,
         }],
     }

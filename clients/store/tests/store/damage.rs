@@ -550,6 +550,7 @@ fn change(op: Operation, id: &str, columns: &[(&str, &str)], stamp: u64) -> Chan
         key: vec![Some(id.into())],
         columns: columns.iter().map(|(name, _)| (*name).to_owned()).collect(),
         values: columns.iter().map(|(_, value)| Some((*value).to_owned())).collect(),
+        adds: Vec::new(),
         stamp,
     }
 }

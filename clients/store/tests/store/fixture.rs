@@ -37,7 +37,7 @@ pub struct Fixture {
 }
 
 pub fn column(name: &str, r#type: &str, writable: bool) -> ColumnSchema {
-    ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable, default: None }
+    ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable, default: None, merge: None }
 }
 
 pub fn schema() -> Schema {
@@ -58,6 +58,7 @@ pub fn schema() -> Schema {
                 ],
                 key: vec![0],
                 scopes: project,
+                references: Vec::new(),
                 clocks: None,
             },
             TableSchema {
@@ -72,6 +73,7 @@ pub fn schema() -> Schema {
                     TableScope { kind: "project".into(), column: Some(0) },
                     TableScope { kind: "user".into(), column: Some(1) },
                 ],
+                references: Vec::new(),
                 clocks: None,
             },
         ],

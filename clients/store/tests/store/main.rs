@@ -7,6 +7,7 @@ mod fixture;
 mod guard;
 mod identity;
 mod order;
+mod parents;
 mod spelling;
 mod wide;
 
@@ -108,7 +109,14 @@ fn replacing_a_row_is_an_update_of_what_differs() {
 fn rows_with_odd_names_are_replaced_too() {
     let names = ["i.d", "a\"b", "c\\d", "e'f", "g.h", "[0]", "$", "ü 漢", ""];
     let columns = names.map(|name| column(if name.is_empty() { " " } else { name }, "text", true)).to_vec();
-    let odd = TableSchema { name: "odd".into(), columns, key: vec![0], scopes: Vec::new(), clocks: None };
+    let odd = TableSchema {
+        name: "odd".into(),
+        columns,
+        key: vec![0],
+        scopes: Vec::new(),
+        references: Vec::new(),
+        clocks: None,
+    };
     let mut f = wide::with_schema(&millstream_schemas::Schema { version: "1".into(), tables: vec![odd] });
     f.write(&["INSERT INTO odd VALUES ('k', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a')"]).unwrap();
     f.write(&["REPLACE INTO odd VALUES ('k', 'b', 'a', 'b', 'b', 'b', 'b', 'b', 'b')"]).unwrap();
@@ -390,6 +398,7 @@ fn a_new_schema_keeps_rows_and_queue() {
         columns: vec![column("id", "bigint", true)],
         key: vec![0],
         scopes: vec![],
+        references: Vec::new(),
         clocks: None,
     });
     assert!(f.store.install(&newer).unwrap(), "the rows of a newly synced table come with a snapshot");

@@ -32,7 +32,14 @@ const CASES: [(&str, &str, &str, &str); 12] = [
 fn keys_are_written_as_postgres_gives_them_back() {
     for (sql_type, other, named, taken) in CASES {
         let columns = vec![column("id", sql_type, true), column("note", "text", true)];
-        let table = TableSchema { name: "t".into(), columns, key: vec![0], scopes: Vec::new(), clocks: None };
+        let table = TableSchema {
+            name: "t".into(),
+            columns,
+            key: vec![0],
+            scopes: Vec::new(),
+            references: Vec::new(),
+            clocks: None,
+        };
         let mut f = with_schema(&Schema { version: "1".into(), tables: vec![table] });
         let refused = f.write(&[&format!("INSERT INTO t VALUES ({other}, 'x')")]).unwrap_err();
         let StoreError::NotWritable(message) = &refused else { panic!("{sql_type}: {refused}") };
@@ -61,7 +68,14 @@ fn left_out_columns_have_their_defaults_and_nulls_are_nulls() {
         constant("status", "status", "open", false),
         column("made_at", "timestamp with time zone", true),
     ];
-    let table = |columns| TableSchema { name: "t".into(), columns, key: vec![0], scopes: Vec::new(), clocks: None };
+    let table = |columns| TableSchema {
+        name: "t".into(),
+        columns,
+        key: vec![0],
+        scopes: Vec::new(),
+        references: Vec::new(),
+        clocks: None,
+    };
     let schema = |version: &str, columns| Schema { version: version.into(), tables: vec![table(columns)] };
     let mut f = with_schema(&schema("1", columns.clone()));
     f.write(&["INSERT INTO t (id) VALUES ('a')"]).unwrap();

@@ -24,7 +24,14 @@ fn wide(columns: usize, key: usize, writable: bool) -> Schema {
     let kind = |n: usize| if n <= key { "text" } else { KINDS[n % KINDS.len()].0 };
     let columns = (0..columns).map(|n| column(&format!("c{n:04}"), kind(n), writable || n <= key)).collect();
     let scopes = vec![TableScope { kind: "project".into(), column: Some(key) }];
-    let table = TableSchema { name: "wide".into(), columns, key: (0..key).collect(), scopes, clocks: None };
+    let table = TableSchema {
+        name: "wide".into(),
+        columns,
+        key: (0..key).collect(),
+        scopes,
+        references: Vec::new(),
+        clocks: None,
+    };
     Schema { version: "w".into(), tables: vec![table] }
 }
 

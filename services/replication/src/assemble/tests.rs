@@ -23,6 +23,7 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
                 sql_type: "text".into(),
                 type_oid: 25,
                 growth: Default::default(),
+                merge: None,
                 default: None,
                 nullable: true,
                 writable: true,
@@ -38,6 +39,7 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         dropped: Vec::new(),
         delete_missing_accepted: false,
         insert_existing_merges: false,
+        references: Vec::new(),
         rules: Vec::new(),
         validate: None,
     }

@@ -1,0 +1,188 @@
+//! Changes that refer to a row wait for the transaction that makes it, and counted columns send by how much they changed.
+
+use millstream_client_core::replica::Step;
+use millstream_schemas::{Code, ColumnSchema, Merge, Reference, Schema, TableOp, TableSchema};
+use uuid::Uuid;
+
+use crate::fixture::*;
+
+/// Projects, tasks in them, and comments on tasks by a key of two columns.
+fn family() -> Fixture {
+    let mut f = fixture();
+    let table = |name: &str, columns: &[(&str, &str)], key: &[usize], references: &[(&[usize], &str)]| TableSchema {
+        name: name.into(),
+        columns: columns.iter().map(|(name, r#type)| column(name, r#type, true)).collect(),
+        key: key.to_vec(),
+        scopes: Vec::new(),
+        references: references
+            .iter()
+            .map(|(columns, table)| Reference { columns: columns.to_vec(), table: (*table).into() })
+            .collect(),
+        clocks: None,
+    };
+    let tables = vec![
+        table("projects", &[("id", "uuid"), ("name", "text")], &[0], &[]),
+        table("tasks", &[("id", "text"), ("project_id", "uuid"), ("title", "text")], &[0], &[(&[1], "projects")]),
+        table("days", &[("task", "text"), ("day", "integer")], &[0, 1], &[(&[0], "tasks")]),
+        table("notes", &[("id", "text"), ("day", "integer"), ("task", "text")], &[0], &[(&[2, 1], "days")]),
+    ];
+    f.store.install(&Schema { version: "2".into(), tables }).unwrap();
+    f
+}
+
+const P: &str = "00000000-0000-0000-0000-00000000000a";
+
+fn project(f: &mut Fixture) {
+    f.write(&[&format!("INSERT INTO projects VALUES ('{P}', 'p')")]).unwrap();
+}
+
+fn refused(seq: u64, code: Code) -> millstream_schemas::stream::Failure {
+    failure(seq, Uuid::nil(), code)
+}
+
+#[test]
+fn what_refers_to_a_row_comes_after_its_creation() {
+    let mut f = family();
+    project(&mut f);
+    // In whichever spelling the app refers to it.
+    f.write(&[&format!("INSERT INTO tasks VALUES ('t', '{}', 'x')", P.to_uppercase())]).unwrap();
+    f.write(&["INSERT INTO days VALUES ('t', 7)"]).unwrap();
+    f.write(&["INSERT INTO notes VALUES ('n', 7, 't')"]).unwrap();
+    // It does not touch what refers to something.
+    f.write(&["UPDATE tasks SET title = 'y' WHERE id = 't'"]).unwrap();
+    f.write(&["INSERT INTO tasks VALUES ('free', NULL, 'x')"]).unwrap();
+    let chain = vec![
+        entry(1, P, &[]),
+        entry(2, "t", &[1]),
+        entry(3, "t", &[2]),
+        entry(4, "n", &[3]),
+        entry(5, "t", &[2]),
+        entry(6, "free", &[]),
+    ];
+    assert_eq!(queue(&f), chain);
+}
+
+#[test]
+fn children_wait_for_their_parent_sent_or_not_stay_visible_and_follow() {
+    let mut f = family();
+    project(&mut f);
+    f.write(&[&format!("INSERT INTO tasks VALUES ('sent', '{P}', 'x')")]).unwrap();
+    f.apply(vec![told(2, vec![refused(1, Code::BusinessRule), refused(2, Code::PredecessorFailed)])]);
+    f.write(&[&format!("INSERT INTO tasks VALUES ('unsent', '{P}', 'x')")]).unwrap();
+    f.write(&["INSERT INTO days VALUES ('unsent', 1)"]).unwrap();
+    f.write(&["INSERT INTO tasks VALUES ('free', NULL, 'x')"]).unwrap();
+    assert_eq!(states(&f), "1|1|retry_wait|1\n2|-|held|0\n3|-|held|0\n4|-|held|0\n5|3|pending|0");
+    assert_eq!(f.read("SELECT id FROM tasks ORDER BY id"), "free\nsent\nunsent");
+    let waits = |f: &Fixture, tx| f.store.transaction(tx).unwrap()[0].waits_for;
+    assert_eq!((waits(&f, 2), waits(&f, 3), waits(&f, 4)), (Some(1), Some(1), Some(3)));
+    let edit = millstream_client_store::Edit { change_id: None, column: "name".into(), value: Some("Cellar".into()) };
+    f.store.edit(1, &[edit]).unwrap();
+    assert_eq!(
+        queue(&f),
+        [
+            entry(3, "free", &[]),
+            entry(4, P, &[]),
+            entry(5, "sent", &[4]),
+            entry(6, "unsent", &[4]),
+            entry(7, "unsent", &[6])
+        ]
+    );
+    // Again in vain: they wait again, and one that is discarded waits for nothing.
+    let codes = [
+        (4, Code::PermissionDenied),
+        (5, Code::PredecessorFailed),
+        (6, Code::PredecessorFailed),
+        (7, Code::PredecessorFailed),
+    ];
+    f.apply(vec![told(7, codes.map(|(seq, code)| refused(seq, code)).to_vec())]);
+    assert_eq!(states(&f), "1|4|error|1\n2|-|held|0\n3|-|held|0\n4|-|held|0\n5|3|confirmed|0");
+    f.store.discard(1).unwrap();
+    assert_eq!(queue(&f).len(), 3);
+}
+
+#[test]
+fn a_row_that_the_server_has_is_waited_for_by_nobody() {
+    let mut f = family();
+    let row = vec![Some(P.to_owned()), Some("theirs".to_owned())];
+    f.apply(vec![Step::Rows(vec![changes("projects", TableOp::Upsert, vec![row.clone()])])]);
+    f.write(&[&format!("UPDATE projects SET name = 'mine' WHERE id = '{P}'")]).unwrap();
+    f.apply(vec![told(1, vec![refused(1, Code::PermissionDenied)])]);
+    f.write(&[&format!("INSERT INTO tasks VALUES ('t', '{P}', 'x')")]).unwrap();
+    assert_eq!(states(&f), "1|1|error|1\n2|2|pending|0");
+    // Made here, refused, and there all the same.
+    let other = "00000000-0000-0000-0000-00000000000b";
+    f.write(&[&format!("INSERT INTO projects VALUES ('{other}', 'p')")]).unwrap();
+    f.apply(vec![
+        Step::Rows(vec![changes("projects", TableOp::Upsert, vec![vec![Some(other.into()), Some("theirs".into())]])]),
+        told(3, vec![refused(3, Code::BusinessRule)]),
+    ]);
+    f.write(&[&format!("INSERT INTO tasks VALUES ('u', '{other}', 'x')")]).unwrap();
+    assert_eq!(queue(&f), [entry(4, "u", &[])]);
+}
+
+fn counters() -> Fixture {
+    let mut f = fixture();
+    let count = |name: &str, merge| ColumnSchema { merge: Some(merge), ..column(name, "bigint", true) };
+    let tables = vec![TableSchema {
+        name: "counters".into(),
+        columns: vec![
+            column("id", "text", true),
+            count("n", Merge::Add),
+            count("most", Merge::Max),
+            column("title", "text", true),
+        ],
+        key: vec![0],
+        scopes: Vec::new(),
+        references: Vec::new(),
+        clocks: None,
+    }];
+    f.store.install(&Schema { version: "2".into(), tables }).unwrap();
+    f.apply(vec![server("10", "5")]);
+    f
+}
+
+fn server(n: &str, most: &str) -> Step {
+    let row = vec![Some("a".to_owned()), Some(n.to_owned()), Some(most.to_owned()), None];
+    Step::Rows(vec![changes("counters", TableOp::Upsert, vec![row])])
+}
+
+#[test]
+fn a_sum_sends_by_how_much_it_changed_and_shows_what_comes_of_it() {
+    let mut f = counters();
+    let shown = |f: &Fixture| f.read("SELECT n, most, title FROM counters");
+    f.write(&["UPDATE counters SET n = n + 1, most = max(most, 7), title = 'x'"]).unwrap();
+    f.write(&["UPDATE counters SET n = n - 3"]).unwrap();
+    let sent: Vec<_> = submits(&f).into_iter().map(|submit| submit.changes[0].clone()).collect();
+    let values = |values: &[&str]| values.iter().map(|text| Some((*text).to_owned())).collect::<Vec<_>>();
+    assert_eq!(
+        (&sent[0].columns[..], &sent[0].adds[..]),
+        (&["n", "most", "title"].map(String::from)[..], &["n".to_owned()][..])
+    );
+    assert_eq!((&sent[0].values, &sent[1].values), (&values(&["1", "7", "x"]), &values(&["-3"])));
+    assert_eq!(shown(&f), "8|7|x");
+    // Another client's change comes in between, and counts too.
+    f.apply(vec![server("20", "9")]);
+    assert_eq!(shown(&f), "18|9|x");
+    f.apply(vec![server("21", "9"), confirmed(1)]);
+    assert_eq!(shown(&f), "18|9|-");
+    f.apply(vec![server("18", "9"), confirmed(2)]);
+    assert_eq!(shown(&f), "18|9|-");
+}
+
+#[test]
+fn a_replaced_row_adds_the_difference_and_what_is_no_number_is_sent_as_it_is() {
+    let mut f = counters();
+    let last = |f: &Fixture| f.read("SELECT op, columns, vals, adds FROM local_changes ORDER BY id DESC LIMIT 1");
+    f.write(&["REPLACE INTO counters VALUES ('a', 12, 5, NULL)"]).unwrap();
+    assert_eq!(last(&f), r#"update|["n"]|["2"]|["n"]"#);
+    f.write(&["REPLACE INTO counters VALUES ('a', 12, 5, NULL)"]).unwrap();
+    assert_eq!(last(&f), r#"update|["most"]|["5"]|-"#);
+    f.write(&["UPDATE counters SET n = 'many'"]).unwrap();
+    assert_eq!(last(&f), r#"update|["n"]|["many"]|-"#);
+    f.write(&["UPDATE counters SET n = 3"]).unwrap();
+    assert_eq!(last(&f), r#"update|["n"]|["3"]|["n"]"#);
+    f.write(&["UPDATE counters SET n = NULL"]).unwrap();
+    assert_eq!(last(&f), r#"update|["n"]|[null]|-"#);
+    f.write(&["INSERT INTO counters (id, n) VALUES ('b', 4)"]).unwrap();
+    assert_eq!(last(&f), r#"insert|["id","n"]|["b","4"]|-"#);
+}

@@ -59,12 +59,15 @@ pub(crate) struct InputRow<'a> {
     pub clock: Clock,
 }
 
+/// What a statement is for: the table, the operation, the columns that are set, and those that are added to.
+type Name = (u32, Operation, Vec<usize>, Vec<usize>);
+
 /// The texts made so far.
 #[derive(Debug, Default)]
 pub(crate) struct Statements {
     traits: HashMap<u32, Traits>,
     views: Vec<String>,
-    cache: HashMap<(u32, Operation, Vec<usize>, Vec<usize>), Arc<Statement>>,
+    cache: HashMap<Name, Arc<Statement>>,
     conflicts: HashMap<(usize, usize), bool>,
     /// Texts for several groups, by their kind and shapes.
     combined: HashMap<(Kind, Vec<usize>), Combined>,

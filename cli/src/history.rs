@@ -169,6 +169,9 @@ pub enum Error {
     /// No such row.
     #[error("there is no failed transaction {0}; `millstream history list` shows their ids")]
     NotFound(i64),
+    /// It would count twice.
+    #[error("{0} adds to a number: its author's client still has it, and both would count; let the author retry it")]
+    Adds(i64),
     /// No such transaction, or not any more.
     #[error(
         "transaction {seq} of client {client_id} is not parked (any more); `millstream history parked` shows those that are"

@@ -86,6 +86,7 @@ pub fn validator(input: &[u8]) {
         columns: Vec::new(),
         values: Vec::new(),
         adds: Vec::new(),
+        gone: false,
         stamp: 1,
     };
     let changes = vec![change(1, "notices"), change(2, "tasks"), change(3, "tasks")];

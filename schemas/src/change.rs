@@ -55,6 +55,10 @@ pub struct Change {
     /// Those of `columns`, of whole numbers, whose value is an amount to add to what the row has, instead of what it becomes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adds: Vec<String>,
+    /// Of a delete: an earlier delete of the client has taken the row along, as far as it knows (`cascades` of a reference). Where the
+    /// row is gone, that is what its author wanted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gone: bool,
     /// When the change was made: microseconds since 1970, from the client's hybrid logical clock.
     pub stamp: u64,
 }

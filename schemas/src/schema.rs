@@ -88,6 +88,9 @@ pub struct Reference {
     pub columns: Vec<usize>,
     /// Name of the other table.
     pub table: String,
+    /// Whether the delete of a row takes those along that refer to it (`ON DELETE CASCADE`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cascades: bool,
 }
 
 /// How a row's scope is read off it.

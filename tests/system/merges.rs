@@ -19,8 +19,8 @@ CREATE TABLE by_arrival (
     id text PRIMARY KEY, n int NOT NULL DEFAULT 0 CHECK (n < 1000), most int, first date, title text
 );
 CREATE TABLE projects (id text PRIMARY KEY, name text NOT NULL CHECK (length(name) < 8));
-CREATE TABLE tasks (id text PRIMARY KEY, project text NOT NULL REFERENCES projects, title text);
-CREATE TABLE comments (id text PRIMARY KEY, task text NOT NULL REFERENCES tasks, text text);
+CREATE TABLE tasks (id text PRIMARY KEY, project text NOT NULL REFERENCES projects ON DELETE CASCADE, title text);
+CREATE TABLE comments (id text PRIMARY KEY, task text NOT NULL REFERENCES tasks ON DELETE CASCADE, text text);
 ";
 const COUNTED: [&str; 3] = ["by_column", "by_row", "by_arrival"];
 const CONFIG: &str = r#"
@@ -35,11 +35,13 @@ scope = { kind = "global" }
 writable = ["id", "project", "title"]
 write.insert = "EXISTS (SELECT FROM projects p WHERE p.id = new.project)"
 write.update = "true"
+write.delete = "true"
 
 [tables.comments]
 scope = { kind = "global" }
 writable = ["id", "task", "text"]
 write.insert = "EXISTS (SELECT FROM tasks t WHERE t.id = new.task)"
+write.delete = "true"
 "#;
 
 async fn start(folder: &tempfile::TempDir) -> Result<Board> {
@@ -186,6 +188,25 @@ async fn children_follow_a_parent_that_is_corrected() -> Result<()> {
             .fetch_one(&mut sql)
             .await?;
         ensure!(counts == (4, 3), "{counts:?}");
+        // The app deletes it all itself, from the top, each in a transaction of its own; the first of them took the rest along.
+        offline(&a).await?;
+        let mut writes = Vec::new();
+        for sql in ["DELETE FROM projects WHERE id = 'p'", "DELETE FROM comments", "DELETE FROM tasks"] {
+            writes.push(a.execute(sql, ()).await?);
+        }
+        a.resume();
+        for write in writes {
+            ensure!(write.confirmed().await? == Outcome::Applied);
+        }
+        // What somebody else deleted is another matter.
+        let insert = "INSERT INTO tasks VALUES ('theirs', 'free', 'title')";
+        a.execute(insert, ()).await?.confirmed().await?;
+        offline(&a).await?;
+        sqlx::query("DELETE FROM tasks").execute(&mut sql).await?;
+        let write = a.execute("DELETE FROM tasks", ()).await?;
+        a.resume();
+        let error = write.confirmed().await.err().context("the row was there")?;
+        ensure!(error.to_string().contains("no row with this key"), "{error:#}");
         a.close().await?;
         Ok(())
     };

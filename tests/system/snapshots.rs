@@ -396,7 +396,11 @@ async fn a_cut_snapshot_goes_on_where_it_was() -> Result<()> {
 async fn poor_network(board: &Board, per_second: usize, most: usize) -> Result<(String, Arc<AtomicUsize>)> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy};
     let to = board.stack.edge_url().trim_start_matches("ws://").trim_end_matches('/').parse()?;
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    // What is passed on is to arrive: what waits in the system's buffers when a connection is cut is lost.
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    socket.set_send_buffer_size(32 << 10)?;
+    socket.bind("127.0.0.1:0".parse()?)?;
+    let listener = socket.listen(16)?;
     let (url, count) = (format!("ws://{}", listener.local_addr()?), Arc::new(AtomicUsize::new(0)));
     let connections = count.clone();
     tokio::spawn(async move {

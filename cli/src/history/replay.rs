@@ -103,6 +103,9 @@ pub(super) async fn run(
 
 async fn replay(connection: &mut PgConnection, nats: &Nats, id: i64, wait: Duration) -> Result<Replayed, Error> {
     let mut last = record(connection, id).await?;
+    if last.submission.changes.iter().any(|change| !change.adds.is_empty()) {
+        return Err(Error::Adds(id));
+    }
     for _ in 0..MAX_CHAIN {
         let client_id = last.replay_client;
         match known(connection, client_id).await? {

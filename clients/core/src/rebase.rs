@@ -36,45 +36,47 @@ pub fn overlay(base: Option<Image>, pending: &[Pending], table: &TableSchema) ->
     let texts = clocks.zip(base.as_ref()).and_then(|(column, base)| base.get(column)?.as_deref());
     let known = texts.map(Clocks::parse).unwrap_or_default();
     let wins = |change: &Pending, column: &str| known.of(column) <= change.clock;
+    let becomes = |change: &Pending, name: &str, old: &Value, value: &Value| {
+        let column = table.column(name).map(|index| &table.columns[index]);
+        match column.and_then(|column| Some((column, column.merge?))) {
+            _ if change.adds.iter().any(|added| added == name) => {
+                // The row may have come back before its confirmation.
+                let clock = known.of(name);
+                let is_in = clock.client_id == change.clock.client_id && clock.seq >= change.clock.seq;
+                (!is_in || clocks.is_none()).then(|| sum(old, value))
+            }
+            Some((column, merge @ (Merge::Max | Merge::Min))) if value.is_some() => {
+                Some(extreme(merge, column, old, value))
+            }
+            _ => wins(change, name).then(|| value.clone()),
+        }
+    };
     pending.iter().fold(base, |row, change| match change.op {
         Operation::Delete if known.newest() > change.clock => row,
         Operation::Delete => None,
-        Operation::Insert => {
-            Some(set(row.unwrap_or_default(), change, |column, _, value| wins(change, column).then(|| value.clone())))
-        }
-        Operation::Update => row.map(|row| {
-            set(row, change, |column, old, value| {
-                let known = table.column(column).map(|index| &table.columns[index]);
-                match known.and_then(|column| column.merge.map(|merge| (merge, column))) {
-                    _ if change.adds.iter().any(|added| added == column) => Some(sum(old, value)),
-                    Some((merge @ (Merge::Max | Merge::Min), column)) => Some(extreme(merge, column, old, value)),
-                    Some((Merge::Add, _)) | None => wins(change, column).then(|| value.clone()),
-                }
-            })
-        }),
+        Operation::Insert => Some(set(row.unwrap_or_default(), change, becomes)),
+        Operation::Update => row.map(|row| set(row, change, becomes)),
     })
 }
 
 /// `to`: what a column becomes of what the row has and the change sets; none: it stays.
-fn set(mut row: Image, change: &Pending, to: impl Fn(&str, &Value, &Value) -> Option<Value>) -> Image {
+fn set(mut row: Image, change: &Pending, to: impl Fn(&Pending, &str, &Value, &Value) -> Option<Value>) -> Image {
     for (column, value) in change.columns.iter().zip(&change.values) {
-        if let Some(value) = to(column, row.get(column).unwrap_or(&None), value) {
+        if let Some(value) = to(change, column, row.get(column).unwrap_or(&None), value) {
             row.insert(column.clone(), value);
         }
     }
     row
 }
 
-/// A number with an amount added; null as an amount makes it null. What the server will refuse is not added.
+/// A number with an amount added. What the server will refuse is not added.
 pub fn sum(old: &Value, amount: &Value) -> Value {
-    let amount = amount.as_ref()?;
-    let number = |text: &str| text.parse::<i64>().ok();
-    let sum =
-        number(old.as_deref().unwrap_or("0")).zip(number(amount)).and_then(|(old, amount)| old.checked_add(amount));
+    let number = |value: &Value| value.as_deref().unwrap_or("0").parse::<i64>().ok();
+    let sum = number(old).zip(number(amount)).and_then(|(old, amount)| old.checked_add(amount));
     sum.map_or_else(|| old.clone(), |sum| Some(sum.to_string()))
 }
 
-/// The greater or the lesser of two values; null is neither, but may be set.
+/// The greater or the lesser of two values.
 fn extreme(merge: Merge, column: &ColumnSchema, old: &Value, new: &Value) -> Value {
     let (Some(before), Some(after)) = (old, new) else { return new.clone() };
     let is_greater = match (before.parse::<i64>(), after.parse::<i64>()) {
@@ -144,7 +146,6 @@ mod tests {
         let add = |base, set: &[_]| counted(Merge::Add, "bigint", base, set);
         assert_eq!(add(Some("10"), &[Some("1"), Some("-3")]).as_deref(), Some("8"));
         assert_eq!(add(None, &[Some("1")]).as_deref(), Some("1"));
-        assert_eq!(add(Some("10"), &[None]), None);
         assert_eq!(add(Some("9223372036854775807"), &[Some("1")]).as_deref(), Some("9223372036854775807"));
         let most = |sql_type, base, new| counted(Merge::Max, sql_type, Some(base), &[Some(new)]).unwrap();
         let least = |sql_type, base, new| counted(Merge::Min, sql_type, Some(base), &[Some(new)]).unwrap();

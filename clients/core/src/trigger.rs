@@ -50,14 +50,15 @@ WHERE id IN (SELECT min(id) FROM local_changes WHERE seq IS NOT NULL AND state <
 pub const UPGRADE_FROM_2: &str = "PRAGMA user_version = 0;";
 
 /// Brings the tables of a store of version 3, where every value was what a column becomes, up to version 4.
-pub const UPGRADE_FROM_3: &str = "ALTER TABLE local_changes ADD COLUMN adds TEXT;";
+pub const UPGRADE_FROM_3: &str =
+    "ALTER TABLE local_changes ADD COLUMN adds TEXT; ALTER TABLE local_changes ADD COLUMN gone INTEGER;";
 
 /// Tables of the store itself.
 ///
 /// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
 /// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
 /// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any. `adds` names
-/// the columns whose value is an amount to add, as a JSON array; null: none.
+/// the columns whose value is an amount to add, as a JSON array; null: none. `gone` is 1 of a delete whose row an earlier one took along.
 pub const STORE_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS local_changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -82,7 +83,8 @@ CREATE TABLE IF NOT EXISTS local_changes (
     outcome TEXT CHECK (outcome IN ('merged', 'superseded')),
     traceparent TEXT,
     recorded_at INTEGER NOT NULL,
-    adds TEXT
+    adds TEXT,
+    gone INTEGER
 );
 CREATE INDEX IF NOT EXISTS local_changes_by_tx ON local_changes (tx);
 CREATE INDEX IF NOT EXISTS local_changes_by_seq ON local_changes (seq) WHERE seq IS NOT NULL;
@@ -94,6 +96,9 @@ CREATE TABLE IF NOT EXISTS millstream_scopes (kind TEXT NOT NULL, id TEXT NOT NU
 CREATE TABLE IF NOT EXISTS millstream_spill (n INTEGER PRIMARY KEY, part INTEGER NOT NULL, changes TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 ";
+
+/// Through how many references a delete is followed to the one that took its row along.
+const MAX_CASCADE: usize = 4;
 
 /// Name of the queue's table.
 pub const LOCAL_CHANGES: &str = "local_changes";
@@ -286,20 +291,21 @@ struct Entry<'a> {
     columns: &'a str,
     values: &'a str,
     adds: &'a str,
+    gone: &'a str,
     previous: &'a str,
 }
 
 /// `when`: a condition, or nothing.
 fn record(table: &TableSchema, op: &str, key: &str, entry: &Entry<'_>, when: &str) -> String {
-    let Entry { columns, values, adds, previous } = entry;
+    let Entry { columns, values, adds, gone, previous } = entry;
     // Whoever edits a row has seen its newest change, so the edit is newer, however slow the clock here is.
     let seen = match table.clocks {
         Some(clocks) if op != "insert" => format!("OLD.{}", quote(&table.columns[clocks].name)),
         _ => "NULL".to_owned(),
     };
     format!(
-        "  INSERT INTO local_changes (tx, seq, instance, change_id, tbl, key, op, columns, vals, adds, previous, stamp, state, traceparent, recorded_at)\n  \
-         SELECT millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {adds}, {previous}, \
+        "  INSERT INTO local_changes (tx, seq, instance, change_id, tbl, key, op, columns, vals, adds, gone, previous, stamp, state, traceparent, recorded_at)\n  \
+         SELECT millstream_tx(), millstream_seq(), millstream_instance(), millstream_uuid(), {}, {key}, '{op}', {columns}, {values}, {adds}, {gone}, {previous}, \
          millstream_stamp({seen}), 'pending', millstream_traceparent(), millstream_now(){when};\n",
         literal(&table.name)
     )
@@ -314,12 +320,13 @@ fn trigger(table: &TableSchema, op: &str, when: &str, body: &str) -> String {
     )
 }
 
-/// SQL of the three triggers of a table. `defaults`: of each column, the SQL of the default that SQLite has for it, if any.
+/// SQL of the three triggers of a table among those of the schema. `defaults`: of each column, the SQL of the default that SQLite has for
+/// it, if any.
 ///
 /// A trigger cannot tell a null that was written from one that was left out. Where SQLite has a default, it was written; else it
 /// is left to the server, which may have a default that SQLite cannot.
-pub fn create_triggers(table: &TableSchema, defaults: &[Option<String>]) -> String {
-    [insert_trigger(table, defaults), update_trigger(table), delete_trigger(table)].join("\n")
+pub fn create_triggers(table: &TableSchema, tables: &[TableSchema], defaults: &[Option<String>]) -> String {
+    [insert_trigger(table, defaults), update_trigger(table), delete_trigger(table, tables)].join("\n")
 }
 
 fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
@@ -368,7 +375,13 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
     let replaced =
         format!("(SELECT id FROM ({last}) WHERE op = 'delete' AND tbl = {} AND key = {key})", literal(&table.name));
     let when = format!(" WHERE {replaced} IS NULL");
-    let entry = Entry { columns: &json_list(&columns), values: &json_list(&values), adds: "NULL", previous: "NULL" };
+    let entry = Entry {
+        columns: &json_list(&columns),
+        values: &json_list(&values),
+        adds: "NULL",
+        gone: "NULL",
+        previous: "NULL",
+    };
     body += &record(table, "insert", &key, &entry, &when);
     body += &replace(table, &key, &replaced, last);
     trigger(table, "insert", "", &body)
@@ -397,8 +410,9 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
             differs = format!("({differs} AND {new} IS NOT NULL)");
         }
         let name = name_literal(table, index, "", "");
-        let set = set_text(table, index, &format!("CAST({old} AS INTEGER)"));
-        adds.extend(adding(table, index).map(|adding| (format!("{differs} AND {adding}"), name.clone())));
+        let before = format!("CAST({old} AS INTEGER)");
+        let set = set_text(table, index, &before);
+        adds.extend(adding(table, index, &before).map(|(_, is)| (format!("{differs} AND {is}"), name.clone())));
         columns.push((differs.clone(), name));
         values.push((differs.clone(), format!("json_quote({set})")));
         previous.push((differs, format!("json_quote({old})")));
@@ -411,7 +425,7 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
         false => (format!("coalesce({new}, {old})"), "NULL".to_owned()),
     };
     format!(
-        "  UPDATE local_changes SET op = 'update', columns = {}, vals = {}, adds = {}, previous = {}, stamp = millstream_stamp(NULL) WHERE id = {replaced};\n  \
+        "  UPDATE local_changes SET op = 'update', columns = {}, vals = {}, adds = {}, gone = NULL, previous = {}, stamp = millstream_stamp(NULL) WHERE id = {replaced};\n  \
          UPDATE local_changes SET columns = json_array({first_name}), vals = json_array({value}), adds = {added}, previous = json_array({old}) \
          WHERE op = 'update' AND columns = '[]' AND id = (SELECT id FROM ({last}));\n",
         json_list(&columns),
@@ -421,21 +435,21 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
     )
 }
 
-/// SQL that says whether a column's change is recorded as an amount to add; none: it never is. What is no whole number is sent as it is,
-/// for the server to refuse.
-fn adding(table: &TableSchema, index: usize) -> Option<String> {
+/// SQL of the amount by which a column changes, and SQL that says whether that is recorded; none: it never is. What is no whole number,
+/// or is no amount of 64 bits, is sent as it is. `old` is what it was.
+fn adding(table: &TableSchema, index: usize, old: &str) -> Option<(String, String)> {
     let column = &table.columns[index];
-    (column.merge == Some(Merge::Add)).then(|| format!("typeof(NEW.{}) = 'integer'", quote(&column.name)))
+    let new = format!("NEW.{}", quote(&column.name));
+    let amount = format!("({new} - iif(typeof({old}) = 'integer', {old}, 0))");
+    let is_recorded = format!("(typeof({new}) = 'integer' AND typeof({amount}) = 'integer')");
+    (column.merge == Some(Merge::Add)).then_some((amount, is_recorded))
 }
 
-/// SQL that gives what is recorded for a column: its text, or by how much it changed. `old` is what it was.
+/// SQL that gives what is recorded for a column: its text, or by how much it changed.
 fn set_text(table: &TableSchema, index: usize, old: &str) -> String {
     let text = column_text(table, index, "NEW.");
-    let new = format!("NEW.{}", quote(&table.columns[index].name));
-    match adding(table, index) {
-        Some(adding) => {
-            format!("iif({adding}, CAST({new} - iif(typeof({old}) = 'integer', {old}, 0) AS TEXT), {text})")
-        }
+    match adding(table, index, old) {
+        Some((amount, is_recorded)) => format!("iif({is_recorded}, CAST({amount} AS TEXT), {text})"),
         None => text,
     }
 }
@@ -471,8 +485,9 @@ fn update_trigger(table: &TableSchema) -> String {
             body += &refuse(&message, &changed(index));
         } else {
             let (name, old) = (name_literal(table, index, "", ""), format!("OLD.{}", quote(&column.name)));
-            let adding = adding(table, index);
-            adds.extend(adding.map(|adding| (format!("{} AND {adding}", changed(index)), name.clone())));
+            adds.extend(
+                adding(table, index, &old).map(|(_, is)| (format!("{} AND {is}", changed(index)), name.clone())),
+            );
             columns.push((changed(index), name));
             values.push((changed(index), format!("json_quote({})", set_text(table, index, &old))));
             previous.push((changed(index), format!("json_quote({})", column_text(table, index, "OLD."))));
@@ -484,6 +499,7 @@ fn update_trigger(table: &TableSchema) -> String {
         columns: &json_list(&columns),
         values: &json_list(&values),
         adds: &adds_list(&adds),
+        gone: "NULL",
         previous: &json_list(&previous),
     };
     body += &record(table, "update", &key, &entry, "");
@@ -491,12 +507,51 @@ fn update_trigger(table: &TableSchema) -> String {
     trigger(table, "update", &format!(" AND ({})", joined(&any, "OR")), &body)
 }
 
-fn delete_trigger(table: &TableSchema) -> String {
+fn delete_trigger(table: &TableSchema, tables: &[TableSchema]) -> String {
     let key = key_expr(table, "OLD.");
     let row = row_expr(table, "OLD.");
-    let entry = Entry { columns: "'[]'", values: "'[]'", adds: "NULL", previous: &row };
+    let gone = taken(table, tables, "OLD.", MAX_CASCADE);
+    let gone = gone.map_or("NULL".to_owned(), |taken| format!("nullif({taken}, 0)"));
+    let entry = Entry { columns: "'[]'", values: "'[]'", adds: "NULL", gone: &gone, previous: &row };
     let body = keep_base(table, &key, &row) + &record(table, "delete", &key, &entry, "");
     trigger(table, "delete", "", &body)
+}
+
+/// SQL that says whether a row that the app deletes goes with one that it has deleted already: what the row refers to, or what that
+/// refers to, which may still be here. None: it refers to nothing that takes it along.
+fn taken(table: &TableSchema, tables: &[TableSchema], prefix: &str, depth: usize) -> Option<String> {
+    let mut ways = Vec::new();
+    for reference in table.references.iter().filter(|reference| reference.cascades) {
+        let Some(parent) = tables.iter().find(|parent| parent.name == reference.table) else { continue };
+        if parent.key.len() != reference.columns.len() {
+            continue;
+        }
+        let name = literal(&parent.name);
+        let parts: Vec<String> = reference
+            .columns
+            .iter()
+            .map(|&index| format!("json_quote({})", column_text(table, index, prefix)))
+            .collect();
+        let key = format!("'[' || {} || ']'", parts.join(" || ',' || "));
+        let (from, alias) = (quote(&parent.name), format!("millstream_{depth}"));
+        let same = |(&child, &index): (&usize, &usize)| {
+            let (child, parent) = (quote(&table.columns[child].name), quote(&parent.columns[index].name));
+            format!("{alias}.{parent} = {prefix}{child}")
+        };
+        let same: Vec<String> = reference.columns.iter().zip(&parent.key).map(same).collect();
+        let here = format!("SELECT 1 FROM {from} AS {alias} WHERE {}", same.join(" AND "));
+        // What is deleted is not here: rows that are, and that may have many changes under way, are not looked for among these.
+        ways.push(format!(
+            "(NOT EXISTS ({here}) AND EXISTS (SELECT 1 FROM local_changes INDEXED BY local_changes_live \
+             WHERE tbl = {name} AND key = {key} AND state <> 'confirmed' AND op = 'delete'))"
+        ));
+        if depth > 1
+            && let Some(further) = taken(parent, tables, &format!("{alias}."), depth - 1)
+        {
+            ways.push(format!("EXISTS ({here} AND {further})"));
+        }
+    }
+    (!ways.is_empty()).then(|| format!("({})", ways.join(" OR ")))
 }
 
 #[cfg(test)]
@@ -533,7 +588,7 @@ mod tests {
         let connection = Connection::open_in_memory().unwrap();
         connection.execute_batch(STORE_TABLES).unwrap();
         connection.execute_batch(&create_table(&table)).unwrap();
-        connection.execute_batch(&create_triggers(&table, &[])).unwrap();
+        connection.execute_batch(&create_triggers(&table, &[], &[])).unwrap();
         connection.execute_batch(&drop_triggers(&table.name)).unwrap();
     }
 

@@ -264,6 +264,8 @@ impl<'a> Applier<'a> {
         let failed: BTreeMap<u64, &Failure> = confirmed.failed.iter().map(|failure| (failure.seq, failure)).collect();
         let lost: BTreeMap<u64, Outcome> = confirmed.lost.iter().map(|loss| (loss.seq, Outcome::of(loss))).collect();
         let mut last = 0;
+        // Others wait for what was in trouble; without that, only what is held back just now may have to go on.
+        let (mut relieved, mut held) = (false, Vec::new());
         for (tx, seq, attempts, table, key) in open {
             self.dirty.insert((table, key));
             if std::mem::replace(&mut last, seq) == seq {
@@ -272,6 +274,7 @@ impl<'a> Applier<'a> {
             let result = match failed.get(&seq) {
                 Some(failure) if failure.code == Code::PredecessorFailed => {
                     store.hold(tx as u64)?;
+                    held.push(tx as u64);
                     continue;
                 }
                 Some(failure) => {
@@ -281,6 +284,7 @@ impl<'a> Applier<'a> {
                 None => Ok(lost.get(&seq).copied().unwrap_or(Outcome::Applied)),
             };
             if let Ok(outcome) = result {
+                relieved |= attempts > 0;
                 store.record_outcome(tx as u64, outcome)?;
             }
             settled.push(Settled { tx: tx as u64, result });
@@ -294,7 +298,8 @@ impl<'a> Applier<'a> {
             .and_then(|mut statement| statement.execute(range))
             .during("settling changes")?;
         store.set_confirmed(confirmed.seq, Some(confirmed.instance))?;
-        self.released |= store.release()?;
+        held.sort_unstable();
+        self.released |= if relieved { store.release()? } else { store.release_of(held)? };
         Ok(())
     }
 

@@ -4,6 +4,8 @@
 //! sent has one. A transaction that writes a row on which an earlier one is in trouble, or refers to a row whose creation is, gets none
 //! until that one is out of it; so the changes of one row take effect in the order in which they were made, retries included.
 
+use std::collections::HashSet;
+
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 use millstream_schemas::stream::{InstanceSpan, Loss};
 use rusqlite::{OptionalExtension, params};
@@ -58,7 +60,7 @@ impl Store {
     /// Holds a transaction back.
     pub(crate) fn hold(&self, tx: u64) -> Result<(), StoreError> {
         self.connection
-            .prepare_cached("UPDATE local_changes SET state = 'held', seq = NULL, instance = NULL WHERE tx = ?1")
+            .prepare_cached("UPDATE local_changes SET state = 'held', seq = NULL, instance = NULL WHERE tx = ?1 AND state <> 'held'")
             .and_then(|mut statement| statement.execute([tx as i64]))
             .during("holding a transaction back")?;
         Ok(())
@@ -86,10 +88,16 @@ impl Store {
 
     /// Numbers those held transactions that need not wait any more. True: there were some.
     pub(crate) fn release(&self) -> Result<bool, StoreError> {
-        let mut released = false;
-        for tx in self.transactions(&format!(
+        let held = self.transactions(&format!(
             "INDEXED BY local_changes_troubled WHERE {TROUBLED} AND state = 'held' ORDER BY tx"
-        ))? {
+        ))?;
+        self.release_of(held)
+    }
+
+    /// The same of these, which rise.
+    pub(crate) fn release_of(&self, held: Vec<u64>) -> Result<bool, StoreError> {
+        let mut released = false;
+        for tx in held {
             released |= self.number(tx)?.is_some();
         }
         Ok(released)
@@ -103,9 +111,9 @@ impl Store {
         let mut found: Vec<u64> = self
             .connection
             .prepare_cached(&format!(
-                "SELECT DISTINCT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live \
+                "SELECT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live \
                  WHERE e.tbl = mine.tbl AND e.key = mine.key AND e.state <> 'confirmed' AND e.seq < ?3 AND e.tx < ?1 \
-                 AND (e.op = 'insert' OR NOT mine.refers)) AS before FROM {MINE} AS mine"
+                 AND (e.op = 'insert' OR NOT mine.refers)) AS before FROM {MINE} AS mine ORDER BY mine.refers, before DESC"
             ))
             .and_then(|mut statement| {
                 let row = |row: &rusqlite::Row<'_>| row.get::<_, Option<i64>>(0);
@@ -116,9 +124,11 @@ impl Store {
         if found.is_empty() {
             return Ok(());
         }
-        // The newest, if there are more than a transaction may name: with those of other rows, there can be.
+        // Those of its own rows first: there are never more of them than a transaction may name.
+        let mut seen = HashSet::new();
+        found.retain(|seq| seen.insert(*seq));
+        found.truncate(MAX_TRANSACTION_CHANGES);
         found.sort_unstable();
-        found.drain(..found.len().saturating_sub(MAX_TRANSACTION_CHANGES));
         self.connection
             .prepare_cached(
                 "UPDATE local_changes SET predecessors = ?2 WHERE id = (SELECT min(id) FROM local_changes WHERE tx = ?1)",

@@ -47,7 +47,7 @@ impl Store {
         }
         let mut parents = Vec::new();
         for (table, key) in found {
-            if self.is_made_before(tx, table, &key)? && !self.server_has(table, &key)? {
+            if !self.server_has(table, &key)? && self.is_made_before(tx, table, &key)? {
                 parents.push((table, key));
             }
         }

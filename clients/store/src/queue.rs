@@ -174,7 +174,7 @@ pub struct Edit {
 
 const COLUMNS: &str = "tx, seq, instance, change_id, tbl, key, op, columns, vals, stamp, previous, state, outcome, attempts, \
                        next_attempt, last_error_code, last_error_rule, last_error, recorded_at, traceparent, \
-                       predecessors, adds";
+                       predecessors, adds, gone";
 
 struct Raw {
     entry: QueueEntry,
@@ -206,6 +206,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 4])> {
             columns: Vec::new(),
             values: Vec::new(),
             adds: Vec::new(),
+            gone: row.get::<_, Option<i64>>(22)?.is_some(),
             stamp: row.get::<_, i64>(9)? as u64,
         },
         previous: row.get(10)?,

@@ -30,6 +30,8 @@ const INDEX_LEAF: u8 = 0x0a;
 const INDEX_INTERIOR: u8 = 0x02;
 /// Where a row names the columns whose values are amounts to add; stores of versions up to 3 have no such column.
 const ADDS: usize = 22;
+/// Where it says that a delete's row was taken along; as above.
+const GONE: usize = 23;
 /// Where a row has its change's id, its number and its time: in this version's tables, and in those that were upgraded from each
 /// earlier one. What lies between the change's id and the state is the same in all.
 const LAYOUTS: [(usize, usize, usize); 3] = [(5, 2, 21), (4, 2, 20), (2, 17, 16)];
@@ -420,6 +422,7 @@ fn entry(row: &[Value]) -> Option<Entry> {
             columns: serde_json::from_str(text(row, first + 4)?).ok()?,
             values: serde_json::from_str(text(row, first + 5)?).ok()?,
             adds: text(row, ADDS).map_or(Ok(Vec::new()), serde_json::from_str).ok()?,
+            gone: integer(row, GONE).is_some(),
             stamp: u64::try_from(integer(row, first + 7)?).ok()?,
         };
         let state = EntryState::parse(text(row, first + 8)?)?;

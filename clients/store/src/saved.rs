@@ -225,6 +225,14 @@ impl Store {
             if !transaction.complete {
                 return Err(StoreError::Import("some of its changes may not have been readable".into()));
             }
+            // The others are as good twice as once.
+            if let Some(change) = transaction.changes.iter().find(|change| !change.adds.is_empty())
+                && transaction.seq.is_some()
+                && transaction.state.is_open()
+            {
+                let what = format!("what it adds to {} may have arrived: add by hand what is missing", change.table);
+                return Err(StoreError::Import(what));
+            }
             let tx = store.last_tx()? + 1;
             let seq = store.last_seq().during("reading the last number")? + 1;
             store.meet_stamps()?;

@@ -183,8 +183,9 @@ impl Store {
                 stale |= store.install_table(before, table)?;
                 // Rows that a newly synced table has long had come with no transaction.
                 stale |= old.is_some() && before.is_none();
-                store.create_triggers(table)?;
             }
+            // They name each other's tables, with the columns of this schema.
+            schema.tables.iter().try_for_each(|table| store.create_triggers(table, &schema.tables))?;
             store.set_meta_json("schema", schema)?;
             if stale {
                 store.set_meta("resync", 1)?;
@@ -203,13 +204,13 @@ impl Store {
         self.transact(|store| {
             schema.tables.iter().try_for_each(|table| {
                 store.batch(&trigger::drop_triggers(&table.name))?;
-                store.create_triggers(table)
+                store.create_triggers(table, &schema.tables)
             })
         })
     }
 
     /// By the defaults that the table has here: SQLite cannot change one.
-    fn create_triggers(&self, table: &TableSchema) -> Result<(), StoreError> {
+    fn create_triggers(&self, table: &TableSchema, tables: &[TableSchema]) -> Result<(), StoreError> {
         let during = "reading the columns of a table";
         let mut columns =
             self.connection.prepare("SELECT name, dflt_value FROM pragma_table_info(?1)").during(during)?;
@@ -219,7 +220,7 @@ impl Store {
             found.during(during)?.collect::<rusqlite::Result<_>>().during(during)?;
         let default = |column: &ColumnSchema| found.get(&column.name).cloned().flatten();
         let defaults: Vec<Option<String>> = table.columns.iter().map(default).collect();
-        self.batch(&trigger::create_triggers(table, &defaults))
+        self.batch(&trigger::create_triggers(table, tables, &defaults))
     }
 
     fn batch(&self, sql: &str) -> Result<(), StoreError> {

@@ -109,7 +109,7 @@ fn id_types(tables: &[Table]) -> Vec<CatalogError> {
 async fn references(connection: &mut PgConnection, tables: &mut [Table]) -> Result<(), CatalogError> {
     let names: HashMap<i64, String> = tables.iter().map(|table| (table.oid.into(), table.name.clone())).collect();
     let found = sqlx::query(
-        "SELECT c.conrelid::int8 AS child, c.confrelid::int8 AS parent,
+        "SELECT c.conrelid::int8 AS child, c.confrelid::int8 AS parent, c.confdeltype = 'c' AS cascades,
                 (SELECT array_agg(a.attname::text ORDER BY array_position(i.key, k.parent))
                  FROM unnest(c.conkey, c.confkey) AS k(child, parent)
                  JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.child) AS columns
@@ -131,7 +131,7 @@ async fn references(connection: &mut PgConnection, tables: &mut [Table]) -> Resu
         // A generated column is not synced.
         let columns: Option<Vec<usize>> = columns.iter().map(|column| table.column(column)).collect();
         if let Some((columns, name)) = columns.zip(names.get(&parent)) {
-            table.references.push(Reference { columns, table: name.clone() });
+            table.references.push(Reference { columns, table: name.clone(), cascades: row.get("cascades") });
         }
     }
     Ok(())

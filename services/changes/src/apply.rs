@@ -315,7 +315,8 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    /// Whether a delete is refused for a row that is gone with what the same transaction deleted `earlier`.
+    /// Whether a delete is refused for a row that is gone with what the same transaction deleted `earlier`, by whichever foreign keys:
+    /// clients know some of them.
     fn was_taken(&mut self, earlier: &[Step<'_>], step: &Step<'_>, refusal: &Refusal) -> bool {
         if step.op != Operation::Delete || refusal.code != Code::EntityMissing {
             return false;
@@ -378,7 +379,13 @@ impl<'a> Applier<'a> {
     /// an update would. Where its author may not do that, or the row is gone by now, the error stands.
     async fn merge(&mut self, row: &InputRow<'_>, error: sqlx::Error) -> Result<Outcome, sqlx::Error> {
         let insert = row.step;
-        let set = insert.columns.iter().zip(&insert.values).filter(|(index, _)| !insert.table.key.contains(index));
+        let is_sum = |index: usize| insert.table.columns[index].merge == Some(Merge::Add);
+        // What a sum begins with is no amount.
+        let says = |index: usize, value: Option<&str>| {
+            let default = insert.table.columns[index].default.as_deref();
+            !insert.table.key.contains(&index) && !(is_sum(index) && value == default)
+        };
+        let set = insert.columns.iter().zip(&insert.values).filter(|(index, value)| says(**index, **value));
         let (columns, values): (Vec<_>, Vec<_>) = set.map(|(index, value)| (*index, *value)).unzip();
         if columns.is_empty() {
             // It says no more than that the row is there.
@@ -387,8 +394,8 @@ impl<'a> Applier<'a> {
         if insert.table.write.update.is_none() {
             return Err(error);
         }
-        let adds =
-            columns.iter().copied().filter(|index| insert.table.columns[*index].merge == Some(Merge::Add)).collect();
+        let adds = columns.iter().zip(&values).filter(|(index, value)| value.is_some() && is_sum(**index));
+        let adds = adds.map(|(index, _)| *index).collect();
         let update = Step { op: Operation::Update, columns, values, adds, ..insert.clone() };
         let statement = self.statements.of(&update);
         match self.write(&statement, &[InputRow { step: &update, ..*row }]).await?.pop() {
@@ -513,7 +520,13 @@ impl<'a> Applier<'a> {
             let mut explained: Vec<_> = unexplained
                 .iter()
                 .zip(explained)
-                .map(|(index, found)| if replaced(*index, &found.version) { Some(Outcome::Won) } else { found.outcome })
+                .map(|(index, found)| match found.outcome {
+                    _ if replaced(*index, &found.version) => Some(Outcome::Won),
+                    Some(Outcome::Refused(Refusal { code: Code::EntityMissing, .. })) if rows[*index].step.gone => {
+                        Some(Outcome::Won)
+                    }
+                    outcome => outcome,
+                })
                 .collect();
             // An insert does not tell which rows it made: those that nothing speaks against, if their number is right.
             if inserted > 0 {

@@ -29,11 +29,14 @@ type Name = (Uuid, u64);
 const NOTE: &str = "\
 INSERT INTO millstream.parked AS p (client_id, seq, user_id, table_name, tries, reason)
 SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::int[], $6::text[])
-ON CONFLICT (client_id, seq) DO UPDATE SET tries = excluded.tries, reason = excluded.reason, seen_at = now()";
+ON CONFLICT (client_id, seq) DO UPDATE SET tries = excluded.tries, reason = excluded.reason, seen_at = now(),
+    -- What has not been heard of for so long is another story.
+    rejection = CASE WHEN p.seen_at > now() - interval '5 minutes' THEN p.rejection END,
+    since = CASE WHEN p.seen_at > now() - interval '5 minutes' THEN p.since ELSE now() END";
 
 const FORGET: &str = "\
-DELETE FROM millstream.parked AS p USING unnest($1::uuid[], $2::bigint[]) AS gone(client_id, seq)
-WHERE p.client_id = gone.client_id AND p.seq = gone.seq OR p.seen_at < now() - interval '5 minutes'";
+DELETE FROM millstream.parked WHERE (client_id, seq) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))
+    OR seen_at < now() - interval '5 minutes'";
 
 /// What is known of the transactions of a process that cannot be applied now. Shared by its workers.
 #[derive(Clone, Default)]
@@ -121,39 +124,41 @@ impl Parked {
         let forgotten = Instant::now().checked_sub(FORGOTTEN);
         let (gone, news) = self.with(|board| {
             board.parked.retain(|_, entry| forgotten.is_none_or(|forgotten| entry.at > forgotten));
+            board.refused.retain(|name, _| board.parked.contains_key(name));
             let mut columns = Columns::default();
-            for (name, entry) in board.parked.iter_mut().filter(|(_, entry)| !entry.is_told) {
-                entry.is_told = true;
-                columns.push(*name, entry);
-            }
-            (std::mem::take(&mut board.gone), columns)
+            board
+                .parked
+                .iter()
+                .filter(|(_, entry)| !entry.is_told)
+                .for_each(|(name, entry)| columns.push(*name, entry));
+            (board.gone.clone(), columns)
         });
         if !news.clients.is_empty() {
-            let Columns { clients, seqs, users, tables, tries, reasons } = news;
-            sqlx::query(NOTE)
-                .bind(clients)
-                .bind(seqs)
-                .bind(users)
-                .bind(tables)
-                .bind(tries)
-                .bind(reasons)
-                .execute(pool)
-                .await?;
+            let Columns { clients, seqs, users, tables, tries, reasons } = &news;
+            let note = sqlx::query(NOTE).bind(clients).bind(seqs).bind(users).bind(tables).bind(tries).bind(reasons);
+            note.execute(pool).await?;
+            self.with(|board| {
+                for ((client, seq), tries) in clients.iter().zip(seqs).zip(tries) {
+                    let entry = board.parked.get_mut(&(*client, *seq as u64));
+                    entry.into_iter().for_each(|entry| entry.is_told |= i64::from(entry.tries) == i64::from(*tries));
+                }
+            });
         }
         if !gone.is_empty() {
             let (clients, seqs): (Vec<Uuid>, Vec<i64>) =
                 gone.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
             sqlx::query(FORGET).bind(clients).bind(seqs).execute(pool).await?;
+            self.with(|board| drop(board.gone.drain(..gone.len())));
         }
         let ours: HashSet<Name> = self.with(|board| board.parked.keys().copied().collect());
         if ours.is_empty() {
             return Ok(());
         }
-        let refused =
-            sqlx::query("SELECT client_id, seq, rejection FROM millstream.parked WHERE rejection IS NOT NULL")
-                .fetch_all(pool)
-                .await?;
-        for row in &refused {
+        let refused = sqlx::query(
+            "SELECT client_id, seq, rejection FROM millstream.parked \
+             WHERE rejection IS NOT NULL AND seen_at > now() - interval '5 minutes'",
+        );
+        for row in &refused.fetch_all(pool).await? {
             let name = (row.try_get("client_id")?, row.try_get::<i64, _>("seq")? as u64);
             if ours.contains(&name) {
                 let message = row.try_get("rejection")?;

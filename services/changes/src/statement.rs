@@ -288,13 +288,19 @@ impl<'a> Writer<'a> {
     fn value(&self, index: usize) -> Option<String> {
         let place = self.columns.iter().position(|set| *set == index)?;
         let (value, old) = (self.cast(&format!("ms_v{place}"), index), self.column(index));
-        let merged = match self.merge(index) {
+        let extreme = match self.merge(index) {
             None => return Some(value),
-            Some(Merge::Add) => format!("coalesce(old.{old}, 0::{}) + {value}", self.table.columns[index].cast_type()),
+            // An amount may be greater than what the column holds.
+            Some(Merge::Add) => {
+                let sum = format!("coalesce(old.{old}, 0)::bigint + millstream_input.ms_v{place}::bigint");
+                return Some(format!("({sum})::{}", self.table.columns[index].cast_type()));
+            }
             Some(Merge::Max) => format!("greatest(old.{old}, {value})"),
             Some(Merge::Min) => format!("least(old.{old}, {value})"),
         };
-        Some(format!("CASE WHEN {value} IS NOT NULL THEN {merged} END"))
+        // Null is neither: it stands where it is newer.
+        let newer = self.is_newer(index);
+        Some(format!("CASE WHEN {value} IS NOT NULL THEN {extreme} WHEN NOT ({newer}) THEN old.{old} END"))
     }
 
     /// How the change of a column meets what the row has, if it counts whatever is newer.
@@ -385,10 +391,15 @@ impl<'a> Writer<'a> {
     }
 
     fn wins_column(&self, index: usize) -> String {
+        if self.merge(index).is_some() { "true".to_owned() } else { self.is_newer(index) }
+    }
+
+    /// Whether the change is as new as what a column has.
+    fn is_newer(&self, index: usize) -> String {
         match self.table.conflict {
-            _ if self.merge(index).is_some() => "true".to_owned(),
+            ConflictPolicy::Arrival => "true".to_owned(),
             ConflictPolicy::Row { updated_at, client_id } => self.newer(updated_at, client_id),
-            ConflictPolicy::Column { .. } | ConflictPolicy::Arrival => format!("{CLOCK} >= {}", self.clock(index)),
+            ConflictPolicy::Column { .. } => format!("{CLOCK} >= {}", self.clock(index)),
         }
     }
 
@@ -758,8 +769,7 @@ mod tests {
         let add = |table: &Table, columns: &[usize]| {
             Writer { table, op: Operation::Update, columns, adds: &[3], first: 1, watched: false }.write()
         };
-        let counted = "\"secret\" = CASE WHEN millstream_input.ms_v0::integer IS NOT NULL THEN \
-                       coalesce(old.\"secret\", 0::integer) + millstream_input.ms_v0::integer END";
+        let counted = "\"secret\" = (coalesce(old.\"secret\", 0)::bigint + millstream_input.ms_v0::bigint)::integer";
         check(
             &add(&table, &[3]),
             &[counted, "'secret', CASE WHEN millstream_input.ms_clock", "AND (true)", "NULL::text AS winner"],
@@ -781,7 +791,7 @@ mod tests {
         table.columns[3].merge = Some(Merge::Max);
         check(
             &sql(&table, Operation::Update, &[3]),
-            &["THEN greatest(old.\"secret\", millstream_input.ms_v0::integer) END"],
+            &["THEN greatest(old.\"secret\", millstream_input.ms_v0::integer) WHEN NOT ("],
         );
         // A rule has to hold for what is meant and for what comes of it.
         table = merging();

@@ -8,7 +8,7 @@ use crate::error::Refusal;
 use millstream_catalog::{Column, Table};
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
 use millstream_schemas::stream::{MAX_ROW_BYTES, Submission};
-use millstream_schemas::{Change, Code, Operation, Value};
+use millstream_schemas::{Change, Code, Merge, Operation, Value};
 
 /// Most bytes by which the values of one transaction may be longer as Postgres writes them, in the log, the stream and every
 /// snapshot, than they were sent. What was sent is bounded by itself.
@@ -50,6 +50,8 @@ pub(crate) struct Step<'a> {
     pub values: Vec<Option<&'a str>>,
     /// Indexes of those whose value is added to what the row has.
     pub adds: Vec<usize>,
+    /// Of a delete: where the row is not there, its author has taken it away before.
+    pub gone: bool,
     /// The row's key; no part is null.
     pub key: &'a [Value],
     /// When it was made, by its client's clock.
@@ -142,6 +144,9 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::InvalidChange, format!("{}.{name} is set twice", table.name)));
     }
     let adds = adds(table, change, &set)?;
+    if change.gone && change.op != Operation::Delete {
+        return Err((Code::InvalidChange, "`gone` is said of a delete".to_owned()));
+    }
     match change.op {
         Operation::Insert => {
             for (part, value) in table.key.iter().zip(&change.key) {
@@ -189,7 +194,16 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
-    Ok(Some(Step { table, op: change.op, columns, values, adds, key: &change.key, stamp: change.stamp }))
+    Ok(Some(Step {
+        table,
+        op: change.op,
+        columns,
+        values,
+        adds,
+        gone: change.gone,
+        key: &change.key,
+        stamp: change.stamp,
+    }))
 }
 
 /// The columns, among those that are set, whose value is added.
@@ -206,10 +220,13 @@ fn adds(table: &Table, change: &Change, set: &[(usize, Option<&str>)]) -> Result
                 format!("`adds` names {:?}, which the change does not set, or not once in an update", shown(name));
             return Err((Code::InvalidChange, message));
         };
-        if !table.columns[column].is_whole_number() {
+        if table.columns[column].merge != Some(Merge::Add) {
             let message =
-                format!("nothing can be added to {}.{name}: it is no smallint, integer or bigint", table.name);
+                format!("nothing can be added to {}.{name}: it is not declared as merge = \"add\"", table.name);
             return Err((Code::InvalidChange, message));
+        }
+        if set.iter().any(|(set, value)| *set == column && value.is_none()) {
+            return Err((Code::InvalidChange, format!("null cannot be added to {}.{name}", table.name)));
         }
         adds.push(column);
     }
@@ -296,6 +313,7 @@ pub(crate) mod tests {
             columns: set.iter().map(|(name, _)| (*name).into()).collect(),
             values: set.iter().map(|(_, value)| value.map(Into::into)).collect(),
             adds: Vec::new(),
+            gone: false,
             stamp: 1,
         }
     }

@@ -538,7 +538,7 @@ impl Generator {
 
     fn update(&mut self, table: &str, key: &[&dyn ToString], set: &[(&str, String)]) -> Change {
         let mut change = self.make(table, Operation::Update, key.iter().map(|part| part.to_string()), set);
-        if set.iter().any(|(column, _)| *column == "points") && self.rng.random_bool(0.4) {
+        if table == "cards" && set.iter().any(|(column, _)| *column == "points") && self.rng.random_bool(0.4) {
             change.adds = vec!["points".to_owned()];
         }
         change
@@ -563,6 +563,7 @@ impl Generator {
             columns: set.iter().map(|(column, _)| (*column).to_owned()).collect(),
             values: set.iter().map(|(_, value)| Some(value.clone())).collect(),
             adds: Vec::new(),
+            gone: false,
             stamp: self.stamp(),
         }
     }

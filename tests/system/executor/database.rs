@@ -116,5 +116,15 @@ pub fn change(table: &str, op: Operation, key: &[(&str, &str)], set: &[(&str, Op
         values.extend(key.iter().map(|(_, value)| Some((*value).to_owned())));
     }
     let key = key.iter().map(|(_, value)| Some((*value).to_owned())).collect();
-    Change { change_id: Uuid::new_v4(), table: table.into(), op, key, columns, values, adds: Vec::new(), stamp }
+    Change {
+        change_id: Uuid::new_v4(),
+        table: table.into(),
+        op,
+        key,
+        columns,
+        values,
+        adds: Vec::new(),
+        gone: false,
+        stamp,
+    }
 }

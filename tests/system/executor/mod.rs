@@ -620,11 +620,12 @@ async fn children_that_went_with_their_parent_are_deleted() {
     let mut database = Database::with(TABLES, &["lists", "items", "parts"].map(table).concat()).await;
     let mut ann = Client::new(1, "ann");
     let delete = |table: &str, id: &str| change(table, Delete, &[("id", id)], &[], 1);
-    let all = vec![delete("lists", "l"), delete("items", "i"), delete("parts", "p")];
+    let taken = |table: &str, id: &str| millstream_schemas::Change { gone: true, ..delete(table, id) };
+    let all = vec![delete("lists", "l"), taken("items", "i"), taken("parts", "p")];
     is(&database.each(vec![ann.submit(all)]).await, Verdict::Applied);
     let other_way = vec![delete("parts", "q"), delete("items", "j"), delete("lists", "m")];
     is(&database.batch(vec![ann.submit(other_way)]).await, Verdict::Applied);
-    let own_kind = vec![delete("lists", "n"), delete("lists", "o")];
+    let own_kind = vec![delete("lists", "n"), taken("lists", "o")];
     is(&database.batch(vec![ann.submit(own_kind)]).await, Verdict::Applied);
     // Nothing took this one.
     let results = database.batch(vec![ann.submit(vec![delete("items", "i")])]).await;

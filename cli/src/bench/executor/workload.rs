@@ -200,6 +200,7 @@ impl Workload {
             columns: set.iter().map(|(column, _)| (*column).to_owned()).collect(),
             values: set.iter().map(|(_, value)| Some(value.clone())).collect(),
             adds: Vec::new(),
+            gone: false,
             stamp: self.stamp,
         }
     }

@@ -551,6 +551,7 @@ fn change(op: Operation, id: &str, columns: &[(&str, &str)], stamp: u64) -> Chan
         columns: columns.iter().map(|(name, _)| (*name).to_owned()).collect(),
         values: columns.iter().map(|(_, value)| Some((*value).to_owned())).collect(),
         adds: Vec::new(),
+        gone: false,
         stamp,
     }
 }

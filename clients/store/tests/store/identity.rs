@@ -46,6 +46,7 @@ fn a_store_of_the_second_format_is_converted() {
             "DROP INDEX local_changes_live;
              CREATE INDEX local_changes_live ON local_changes (tbl, key) WHERE state <> 'confirmed';
              ALTER TABLE local_changes DROP COLUMN predecessors; ALTER TABLE local_changes DROP COLUMN adds;
+             ALTER TABLE local_changes DROP COLUMN gone;
              DELETE FROM millstream_meta WHERE key = 'format'; PRAGMA user_version = 1;",
         )
         .unwrap();

@@ -16,7 +16,11 @@ fn family() -> Fixture {
         scopes: Vec::new(),
         references: references
             .iter()
-            .map(|(columns, table)| Reference { columns: columns.to_vec(), table: (*table).into() })
+            .map(|(columns, table)| Reference {
+                columns: columns.to_vec(),
+                table: (*table).into(),
+                cascades: *table != "days",
+            })
             .collect(),
         clocks: None,
     };
@@ -185,4 +189,32 @@ fn a_replaced_row_adds_the_difference_and_what_is_no_number_is_sent_as_it_is() {
     assert_eq!(last(&f), r#"update|["n"]|[null]|-"#);
     f.write(&["INSERT INTO counters (id, n) VALUES ('b', 4)"]).unwrap();
     assert_eq!(last(&f), r#"insert|["id","n"]|["b","4"]|-"#);
+}
+
+#[test]
+fn deletes_of_what_an_earlier_delete_took_along_say_so() {
+    let mut f = family();
+    project(&mut f);
+    f.write(&[&format!("INSERT INTO tasks VALUES ('t', '{P}', 'x'), ('u', NULL, 'x')")]).unwrap();
+    f.write(&["INSERT INTO days VALUES ('t', 7), ('u', 8)"]).unwrap();
+    f.write(&["INSERT INTO notes VALUES ('n', 7, 't')"]).unwrap();
+    f.write(&["DELETE FROM projects"]).unwrap();
+    // Of what is still here: its task goes with the project. What refers without a cascade does not.
+    f.write(&["DELETE FROM days", "DELETE FROM notes"]).unwrap();
+    f.write(&["DELETE FROM tasks"]).unwrap();
+    let gone = f.read("SELECT key, gone FROM local_changes WHERE op = 'delete' ORDER BY id");
+    assert_eq!(
+        gone,
+        format!(
+            r#"["{P}"]|-
+["t","7"]|1
+["u","8"]|-
+["n"]|-
+["t"]|1
+["u"]|-"#
+        )
+    );
+    let sent: Vec<bool> =
+        submits(&f).iter().flat_map(|submit| submit.changes.iter().map(|change| change.gone)).collect();
+    assert_eq!(sent.iter().filter(|gone| **gone).count(), 2);
 }

@@ -5,6 +5,7 @@
 mod auth;
 mod damage;
 mod edge;
+mod watches;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

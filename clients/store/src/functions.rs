@@ -43,6 +43,12 @@ pub(crate) struct Session {
     synced: Mutex<BTreeSet<String>>,
     /// Why the guard refused the last statement that it refused.
     refused: Mutex<Option<String>>,
+    /// Tables that statements write which were compiled since the last look.
+    compiled: Mutex<BTreeSet<String>>,
+    /// Tables that triggers of the app's have been compiled to write while the store wrote for itself.
+    fired: Mutex<BTreeSet<String>>,
+    /// The app made, changed or dropped a table, or something on one, or had the connection itself.
+    defined: AtomicBool,
 }
 
 impl Session {
@@ -58,6 +64,9 @@ impl Session {
             traceparent: Mutex::new(None),
             synced: Mutex::default(),
             refused: Mutex::default(),
+            compiled: Mutex::default(),
+            fired: Mutex::default(),
+            defined: AtomicBool::new(false),
         }
     }
 
@@ -73,6 +82,49 @@ impl Session {
     /// Why the guard refused a statement, told once.
     pub fn take_refused(&self) -> Option<String> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Tables that statements write which were compiled since the last call.
+    pub fn take_compiled(&self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.compiled.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Tables that triggers of the app's can write while the store writes for itself.
+    pub fn fired(&self) -> BTreeSet<String> {
+        self.fired.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The app may have changed the tables.
+    pub fn note_defined(&self) {
+        self.defined.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the app may have changed the tables since the last call.
+    pub fn take_defined(&self) -> bool {
+        self.defined.swap(false, Ordering::Relaxed)
+    }
+
+    /// Notes what a statement does that is being compiled.
+    fn note(&self, context: &AuthContext<'_>) {
+        let guarded = self.guarded.load(Ordering::Relaxed);
+        match context.action {
+            AuthAction::Insert { table_name }
+            | AuthAction::Delete { table_name }
+            | AuthAction::Update { table_name, .. } => {
+                let add = |to: &Mutex<BTreeSet<String>>| {
+                    to.lock().unwrap_or_else(PoisonError::into_inner).insert(table_name.to_owned());
+                };
+                add(&self.compiled);
+                if !guarded && context.accessor.is_some_and(|name| !name.starts_with("millstream_")) {
+                    add(&self.fired);
+                }
+                if guarded && matches!(table_name, "sqlite_master" | "sqlite_temp_master") {
+                    self.note_defined();
+                }
+            }
+            AuthAction::AlterTable { .. } if guarded => self.note_defined(),
+            _ => {}
+        }
     }
 
     /// The app's statements follow, as transaction `tx` with the number `seq`.
@@ -331,6 +383,7 @@ fn refusal(context: AuthContext<'_>, is_synced: impl Fn(&str) -> bool) -> Option
 pub(crate) fn guard(connection: &Connection, session: &Arc<Session>) -> Result<(), StoreError> {
     let session = Arc::clone(session);
     let hook = move |context: AuthContext<'_>| {
+        session.note(&context);
         let refused = match context.accessor {
             // A trigger or a view. Those of the store may do what it does; the app's do not write its tables, whoever fires them.
             Some(name) if name.starts_with("millstream_") => None,

@@ -24,6 +24,7 @@ mod spill;
 mod value;
 mod wal;
 mod write;
+mod written;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -40,7 +41,7 @@ pub use functions::Host;
 pub use meta::Info;
 pub use number::Meeting;
 pub use queue::{Edit, EntryState, FailedWrite, Outcome, QueueEntry, Verdict};
-pub use read::{Reader, Table};
+pub use read::{Reader, Reads, Table};
 pub use saved::{ImportOutcome, Imported, Saved, SavedError, SavedTransaction};
 pub use write::{MAX_TRANSACTION_BYTES, Recorded, Tx, Written};
 
@@ -52,6 +53,7 @@ use damage::FileId;
 use error::During;
 use functions::Session;
 use schema::TableSql;
+use written::Watched;
 
 /// How long a write waits for another process's write, in milliseconds.
 const BUSY_TIMEOUT_MS: u64 = 10_000;
@@ -68,6 +70,8 @@ pub struct Store {
     schema: Option<Schema>,
     /// Tables written since [`Store::take_written`], filled by SQLite's update hook.
     written: Arc<Mutex<BTreeSet<String>>>,
+    /// Tables that the hook does not name.
+    watched: Watched,
     data_version: i64,
     /// Transactions are parts of one that is already open: see [`Store::group`].
     grouped: bool,
@@ -151,6 +155,7 @@ impl Store {
             tables: HashMap::new(),
             schema: None,
             written,
+            watched: Watched::default(),
             data_version: 0,
             grouped: false,
             marks: None,
@@ -208,11 +213,6 @@ impl Store {
     /// The installed schema.
     pub fn schema(&self) -> Option<&Schema> {
         self.schema.as_ref()
-    }
-
-    /// The tables written by this connection since the last call.
-    pub fn take_written(&mut self) -> BTreeSet<String> {
-        std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether another connection (another process) committed since the last call.

@@ -53,7 +53,7 @@ pub struct Tx<'a> {
 impl Tx<'_> {
     /// Executes one statement; gives the number of rows it changed.
     pub fn execute(&mut self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
-        self.noted(self.run(sql, params).map_err(StoreError::statement))
+        self.noted(self.store.noting(sql, |_| self.run(sql, params)).map_err(StoreError::statement))
     }
 
     fn run(&self, sql: &str, params: &[Value]) -> rusqlite::Result<usize> {
@@ -85,7 +85,7 @@ impl Tx<'_> {
 
     /// Reads, seeing the transaction's own writes.
     pub fn query(&mut self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
-        self.noted(query(&self.store.connection, sql, params))
+        self.noted(self.store.noting(sql, |connection| query(connection, sql, params)))
     }
 
     /// Runs a part that can fail on its own: its writes and queue entries go when it does.
@@ -111,6 +111,7 @@ impl Tx<'_> {
 
     /// The connection, for what this type does not offer. Transactions and the store's own tables are out of bounds.
     pub fn connection(&self) -> &Connection {
+        self.store.session.note_defined();
         &self.store.connection
     }
 }
@@ -139,7 +140,11 @@ impl Store {
                 // The cause is better than "the transaction is gone", if there is one.
                 return result.and(Err(StoreError::TransactionLost.into()));
             }
+            let defined = store.session.take_defined();
             let value = result?;
+            if defined {
+                store.note_all()?;
+            }
             Ok(Written { value, recorded: store.recorded(tx, seq)? })
         })
     }

@@ -5,6 +5,7 @@
 mod auth;
 mod damage;
 mod edge;
+mod territory;
 mod watches;
 
 use std::sync::Arc;

@@ -47,6 +47,8 @@ pub(crate) struct Session {
     compiled: Mutex<BTreeSet<String>>,
     /// Tables that triggers of the app's have been compiled to write while the store wrote for itself.
     fired: Mutex<BTreeSet<String>>,
+    /// The last trigger of the app's that was refused to write a table, and the table.
+    trespass: Mutex<Option<(String, String)>>,
     /// The app made, changed or dropped a table, or something on one, or had the connection itself.
     defined: AtomicBool,
 }
@@ -66,6 +68,7 @@ impl Session {
             refused: Mutex::default(),
             compiled: Mutex::default(),
             fired: Mutex::default(),
+            trespass: Mutex::default(),
             defined: AtomicBool::new(false),
         }
     }
@@ -75,7 +78,7 @@ impl Session {
         *self.synced.lock().unwrap_or_else(PoisonError::into_inner) = tables.map(str::to_ascii_lowercase).collect();
     }
 
-    fn is_synced(&self, table: &str) -> bool {
+    pub fn is_synced(&self, table: &str) -> bool {
         self.synced.lock().unwrap_or_else(PoisonError::into_inner).contains(&table.to_ascii_lowercase())
     }
 
@@ -92,6 +95,28 @@ impl Session {
     /// Tables that triggers of the app's can write while the store writes for itself.
     pub fn fired(&self) -> BTreeSet<String> {
         self.fired.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last trigger of the app's that was refused to write a table, and the table; told once.
+    pub fn take_trespass(&self) -> Option<(String, String)> {
+        self.trespass.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Runs `work`, whose statements are the store's own, within a transaction of the app's or outside of one.
+    pub fn as_store<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.guarding(false, work)
+    }
+
+    /// Runs `work`, which only compiles statements as the app would.
+    pub fn as_app<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.guarding(true, work)
+    }
+
+    fn guarding<T>(&self, guarded: bool, work: impl FnOnce() -> T) -> T {
+        let guarded = self.guarded.swap(guarded, Ordering::Relaxed);
+        let result = work();
+        self.guarded.store(guarded, Ordering::Relaxed);
+        result
     }
 
     /// The app may have changed the tables.
@@ -384,16 +409,29 @@ pub(crate) fn guard(connection: &Connection, session: &Arc<Session>) -> Result<(
     let session = Arc::clone(session);
     let hook = move |context: AuthContext<'_>| {
         session.note(&context);
+        let guarded = session.guarded.load(Ordering::Relaxed);
         let refused = match context.accessor {
-            // A trigger or a view. Those of the store may do what it does; the app's do not write its tables, whoever fires them.
+            // A trigger or a view. Those of the store may do what it does.
             Some(name) if name.starts_with("millstream_") => None,
-            Some(_) => match context.action {
-                AuthAction::Insert { .. } | AuthAction::Delete { .. } | AuthAction::Update { .. } => {
-                    refusal(context, |_| false)
+            // The app's write none of its tables, whoever sets them off. What they write of the synced tables is recorded when the app
+            // does; nobody would ever know of it while the store applies the server's rows.
+            Some(name) => match context.action {
+                AuthAction::Insert { table_name }
+                | AuthAction::Delete { table_name }
+                | AuthAction::Update { table_name, .. } => {
+                    let refused = refusal(context, |_| false).or_else(|| {
+                        let silent = !guarded && session.is_synced(table_name);
+                        silent.then(|| format!("\"{table_name}\" is synced"))
+                    });
+                    if refused.is_some() {
+                        *session.trespass.lock().unwrap_or_else(PoisonError::into_inner) =
+                            Some((name.to_owned(), table_name.to_owned()));
+                    }
+                    refused
                 }
                 _ => None,
             },
-            None if session.guarded.load(Ordering::Relaxed) => refusal(context, |name| session.is_synced(name)),
+            None if guarded => refusal(context, |name| session.is_synced(name)),
             None => None,
         };
         match refused {

@@ -9,6 +9,7 @@
 //! **Durability**: `journal_mode=WAL, synchronous=FULL`, both asserted at open. A commit is on the disk when it returns.
 
 mod apply;
+mod aside;
 mod damage;
 mod error;
 mod functions;
@@ -21,6 +22,7 @@ mod saved;
 mod schema;
 mod snapshot;
 mod spill;
+mod territory;
 mod value;
 mod wal;
 mod write;
@@ -73,6 +75,8 @@ pub struct Store {
     /// Tables that the hook does not name.
     watched: Watched,
     data_version: i64,
+    /// The database's `schema_version` when the rules were last held against it.
+    in_order: i64,
     /// Transactions are parts of one that is already open: see [`Store::group`].
     grouped: bool,
     /// Sent and accepted up to here, as far as the rows of `local_changes` do not say so yet.
@@ -157,6 +161,7 @@ impl Store {
             written,
             watched: Watched::default(),
             data_version: 0,
+            in_order: 0,
             grouped: false,
             marks: None,
             max_attempts: backoff::MAX_ATTEMPTS,
@@ -170,6 +175,7 @@ impl Store {
             store.make_triggers()?;
         }
         functions::guard(&store.connection, &store.session)?;
+        store.put_in_order()?;
         store.data_version = store.read_data_version()?;
         Ok(store)
     }
@@ -227,6 +233,7 @@ impl Store {
             if schema.as_ref().map(|s| &s.version) != self.schema.as_ref().map(|s| &s.version) {
                 self.schema = schema;
                 self.index_tables();
+                self.clear_temporary()?;
             }
         }
         Ok(changed)

@@ -119,7 +119,7 @@ impl Reader {
     /// were. False: `stop`, which is asked now and then, wanted no more.
     pub fn check(&self, stop: impl FnMut() -> bool + Send + 'static) -> Result<bool, StoreError> {
         self.connection.progress_handler(STOP_OPS, Some(stop)).during("preparing a check")?;
-        let result = damage::sound(&self.connection, "PRAGMA quick_check(1)");
+        let result = damage::sound(&self.connection, "PRAGMA quick_check(100)");
         self.connection.progress_handler(0, None::<fn() -> bool>).during("ending a check")?;
         match result {
             Err(StoreError::Sqlite { source, .. })

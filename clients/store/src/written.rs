@@ -14,7 +14,8 @@ use crate::error::During;
 use crate::{STATEMENTS, Store, StoreError};
 
 /// The store's own tables that the update hook is silent about.
-const SILENT: [&str; 4] = ["millstream_base", "millstream_meta", "millstream_scopes", "millstream_snapshot"];
+const SILENT: [&str; 5] =
+    ["millstream_aside", "millstream_base", "millstream_meta", "millstream_scopes", "millstream_snapshot"];
 
 /// What is known of the connection's writes.
 #[derive(Default)]

@@ -8,6 +8,7 @@ mod guard;
 mod identity;
 mod order;
 mod spelling;
+mod territory;
 mod wide;
 
 use std::sync::atomic::Ordering;

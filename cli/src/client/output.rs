@@ -225,6 +225,9 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
         None => "none: no snapshot yet".into(),
     };
     line("position", position);
+    for aside in &status.set_aside {
+        line("set aside", format!("{} {}: {}", aside.kind.as_str(), aside.name, aside.reason));
+    }
     if let Some(error) = &status.last_error {
         line("last error", format!("{}: {}", error.code, error.message));
     }

@@ -8,10 +8,12 @@
 //! - [`rebase`]: the visible row, from the confirmed row and the changes that are still under way
 //! - [`backoff`]: when to connect again
 //! - [`status`]: what a client tells about itself
+//! - [`territory`]: what an app adds to its database
 
 pub mod backoff;
 pub mod outbox;
 pub mod rebase;
 pub mod replica;
 pub mod status;
+pub mod territory;
 pub mod trigger;

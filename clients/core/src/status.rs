@@ -4,6 +4,8 @@ use millstream_schemas::Position;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::territory::SetAside;
+
 /// Where the connection stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -17,7 +19,8 @@ pub enum State {
     Connected,
     /// The edge refused the token, or ended the session because it ran out; another one is wanted.
     NeedsAuth,
-    /// The edge refused the client for a reason that waiting alone does not cure; see `last_error`.
+    /// The edge refused the client, or the store cannot take what the edge sends, for a reason that waiting alone does not cure; see
+    /// `last_error`.
     Error,
     /// The local store is damaged, or its file is gone: nothing works any more; see `last_error`. Close the client and open it again.
     Damaged,
@@ -59,8 +62,7 @@ pub struct Download {
 /// The last thing that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LastError {
-    /// A stable code: from the protocol's list, or `socket`, `timeout`, `store`, `store_damaged`, `store_moved`,
-    /// `token`.
+    /// A stable code: from the protocol's list, or `socket`, `timeout`, `store`, `schema`, `store_damaged`, `store_moved`, `token`.
     pub code: String,
     /// For people.
     pub message: String,
@@ -108,6 +110,8 @@ pub struct Status {
     pub applied_transactions: u64,
     /// Sessions that ended since this client was opened.
     pub reconnects: u64,
+    /// What the app added to its database and had to give way, so that sync goes on.
+    pub set_aside: Vec<SetAside>,
     /// The last thing that went wrong; cleared by a welcome.
     pub last_error: Option<LastError>,
 }

@@ -55,6 +55,8 @@ pub const UPGRADE_FROM_3: &str =
 
 /// Tables of the store itself.
 ///
+/// `millstream_aside` keeps what the app added and had to give way. (Version 4 has it, and nothing else that version 3 has not.)
+///
 /// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
 /// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
 /// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any. `adds` names
@@ -93,6 +95,7 @@ CREATE INDEX IF NOT EXISTS local_changes_troubled ON local_changes (tx) WHERE st
 CREATE TABLE IF NOT EXISTS millstream_base (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_scopes (kind TEXT NOT NULL, id TEXT NOT NULL, replaced INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (kind, id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS millstream_aside (kind TEXT NOT NULL, name TEXT NOT NULL COLLATE NOCASE, tbl TEXT, reason TEXT NOT NULL, sql TEXT, moved_to TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_spill (n INTEGER PRIMARY KEY, part INTEGER NOT NULL, changes TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 ";

@@ -256,6 +256,7 @@ impl Builder {
             gap: false,
             welcomed: None,
             cut: 0,
+            stuck: (0, tokio::time::Instant::now()),
         };
         if check_due {
             // Ends by itself when the client is closed.

@@ -106,6 +106,8 @@ impl Error {
             Error::Store(StoreError::NotWritable(_)) => "not_writable",
             Error::Store(StoreError::NotAllowed(_)) => "not_allowed",
             Error::Store(StoreError::NotUtf8) => "not_utf8",
+            Error::Store(StoreError::TriggerRecursion) => "trigger_recursion",
+            Error::Store(StoreError::Schema(_) | StoreError::ReservedTable(_)) => "schema",
             Error::Store(StoreError::Foreign { .. }) => Code::IdentityMismatch.as_str(),
             Error::Store(StoreError::TooManyChanges { .. } | StoreError::TooManyBytes { .. }) => "too_large",
             Error::Store(StoreError::Statement(_)) => "statement",

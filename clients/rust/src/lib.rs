@@ -42,6 +42,7 @@ pub use bus::Faults;
 pub use client::{Client, Tx, Worker, Write};
 pub use error::{Error, Result};
 pub use millstream_client_core::status::{Download, LastError, Pending, Role, State, Status};
+pub use millstream_client_core::territory::{Kind as SetAsideKind, SetAside};
 pub use millstream_client_store::{
     Aside, Damage, Edit, EntryState, FailedWrite, Host, ImportOutcome, Imported, Outcome, QueueEntry, Saved,
     SavedError, SavedTransaction, StoreError,

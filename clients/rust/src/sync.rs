@@ -33,8 +33,14 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(30);
 /// Code of the error that there is no token to connect with.
 const NO_TOKEN: &str = "token";
+/// Code of the error that the store failed.
+const STORE: &str = "store";
 /// Before a client that the edge refuses for good, or whose token it refuses, asks again, in milliseconds.
 const REFUSED_WAIT_MS: u64 = 60_000;
+/// How long at least it counts that the store could not take what the edge sent.
+const STUCK_MEMORY: Duration = Duration::from_secs(600);
+/// The same, of a client whose store cannot take what the edge sends: twice as long each time, up to this.
+const STUCK_WAIT_MAX_MS: u64 = 3_600_000;
 /// Encoded bytes that may wait for the writer before the socket is not read any more.
 const MAX_READY_BYTES: usize = 8 * 1024 * 1024;
 /// Most frames taken from the socket at once, before they go to the writer.
@@ -61,6 +67,8 @@ pub(crate) struct SyncWorker {
     pub welcomed: Option<Instant>,
     /// Rows that a cut snapshot has staged.
     pub cut: u64,
+    /// Sessions that ended because the store could not take what came, and until when they count.
+    pub stuck: (u32, Instant),
 }
 
 /// Which token was refused, and what follows from it.
@@ -125,6 +133,7 @@ impl SyncWorker {
             if !self.tell(|link| link.online = false).await || end.then == Then::Gone {
                 return Ended::Closed;
             }
+            end = self.unless_stuck(end);
             if end.then == Then::Snapshot
                 && self.ask(WriterCommand::ForgetPosition).await.is_err_and(|end| end.then == Then::Gone)
             {
@@ -148,6 +157,26 @@ impl SyncWorker {
                 }
             }
         }
+    }
+
+    /// A batch that does not apply is answered with a snapshot, once: another one would end the same way.
+    fn unless_stuck(&mut self, end: End) -> End {
+        if end.code != STORE || !matches!(end.then, Then::Snapshot | Then::Refused) {
+            return end;
+        }
+        let (before, until) = self.stuck;
+        let count = if Instant::now() < until { before + 1 } else { 1 };
+        let wait = (REFUSED_WAIT_MS << (count - 1).min(6)).min(STUCK_WAIT_MAX_MS);
+        self.stuck = (count, Instant::now() + Duration::from_millis(2 * wait) + STUCK_MEMORY);
+        if end.then == Then::Snapshot && count == 1 {
+            return end;
+        }
+        let message = format!(
+            "{}. Nothing is lost: what the app writes is recorded and waits. It is tried again now and then, and at once by \
+             Client::resume; the store's file and this message are what a report needs",
+            end.message
+        );
+        End { then: Then::Refused, message, retry_after_ms: Some(wait), ..end }
     }
 
     /// The edge refused the token, as `end` says. Once, the app is asked for another, to connect with at once. `set` is how many the
@@ -256,10 +285,7 @@ impl SyncWorker {
         self.writer.send(WriterCommand::Claim(user, reply)).await.map_err(|_| End::gone())?;
         match answer.await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error @ Error::Store(StoreError::Foreign { .. }))) => {
-                Err(End::new(Then::Refused, error.code(), error.to_string()))
-            }
-            Ok(Err(error)) => Err(End::new(Then::Again, "store", chain(&error))),
+            Ok(Err(error)) => Err(failed(&error)),
             Err(_) => Err(End::gone()),
         }
     }
@@ -270,7 +296,7 @@ impl SyncWorker {
         self.writer.send(command(reply)).await.map_err(|_| End::gone())?;
         match answer.await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(End::new(Then::Again, "store", chain(&error))),
+            Ok(Err(error)) => Err(failed(&error)),
             Err(_) => Err(End::gone()),
         }
     }
@@ -513,6 +539,15 @@ impl SyncWorker {
     }
 }
 
+/// The store refused something or failed: what cannot heal by itself is told as an error, not as being offline.
+fn failed(error: &Error) -> End {
+    match error {
+        _ if error.is_retryable() => End::new(Then::Again, STORE, chain(error)),
+        Error::Store(StoreError::Foreign { .. }) => End::new(Then::Refused, error.code(), error.to_string()),
+        _ => End::new(Then::Refused, error.code(), chain(error)),
+    }
+}
+
 /// What the session does about a batch that the writer applied, or did not.
 fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
     match applied {
@@ -523,7 +558,7 @@ fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
         // itself is at fault it would fail again, so that one starts with a snapshot.
         Some(Err(error)) => {
             let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
-            Err(End::new(then, "store", chain(&error)))
+            Err(End::new(then, STORE, chain(&error)))
         }
         None => Err(End::gone()),
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_util::stream::{BoxStream, StreamExt, unfold};
-use millstream_client_store::{Reader, StoreError};
+use millstream_client_store::{Reader, Reads, StoreError};
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use crate::bus::{Notice, WriterCommand};
@@ -123,40 +123,47 @@ pub(crate) fn watch(
         notices: broadcast::Receiver<Notice>,
         sql: String,
         params: Vec<SqlValue>,
-        tables: Option<BTreeSet<String>>,
+        reads: Option<Reads>,
+        /// The last rows of a query that may read anything: most changes are none of its rows.
+        last: Option<Rows>,
         ended: bool,
     }
 
-    let state = Watching { readers, notices, sql, params, tables: None, ended: false };
+    let state = Watching { readers, notices, sql, params, reads: None, last: None, ended: false };
     unfold(state, |mut watch| async move {
         if watch.ended {
             return None;
         }
-        if let Some(tables) = &watch.tables
-            && !changed(&mut watch.notices, tables).await
-        {
-            return None;
+        loop {
+            if let Some(reads) = &watch.reads
+                && !changed(&mut watch.notices, reads).await
+            {
+                return None;
+            }
+            let (sql, params) = (watch.sql.clone(), watch.params.clone());
+            let result = watch
+                .readers
+                .with(move |reader| {
+                    // Asked for again each time: a view or the schema may have changed.
+                    Ok((reader.reads(&sql)?, Rows::from(reader.query(&sql, &params)?)))
+                })
+                .await;
+            match result {
+                Ok((reads, rows)) => {
+                    let is_same = reads.any && watch.last.as_ref() == Some(&rows);
+                    watch.last = reads.any.then(|| rows.clone());
+                    watch.reads = Some(reads);
+                    if !is_same {
+                        return Some((Ok(rows), watch));
+                    }
+                }
+                Err(Error::Closed) => return None,
+                Err(error) => {
+                    watch.ended = true;
+                    return Some((Err(error), watch));
+                }
+            }
         }
-        let (sql, params) = (watch.sql.clone(), watch.params.clone());
-        let result = watch
-            .readers
-            .with(move |reader| {
-                // The tables are asked for again each time: a view or the schema may have changed.
-                Ok((reader.tables(&sql)?, Rows::from(reader.query(&sql, &params)?)))
-            })
-            .await;
-        let item = match result {
-            Ok((tables, rows)) => {
-                watch.tables = Some(tables);
-                Ok(rows)
-            }
-            Err(Error::Closed) => return None,
-            Err(error) => {
-                watch.ended = true;
-                Err(error)
-            }
-        };
-        Some((item, watch))
     })
     .boxed()
 }
@@ -168,35 +175,35 @@ where
     F: Fn() -> Fut + Send + 'static,
     Fut: Future<Output = Result<T>> + Send + 'static,
 {
-    let state = (notices, BTreeSet::from([table.to_owned()]), read, None::<T>, false);
-    unfold(state, |(mut notices, tables, read, mut last, ended)| async move {
+    let reads = Reads { tables: BTreeSet::from([table.to_owned()]), any: false };
+    unfold((notices, reads, read, None::<T>, false), |(mut notices, reads, read, mut last, ended)| async move {
         if ended {
             return None;
         }
         loop {
-            if last.is_some() && !changed(&mut notices, &tables).await {
+            if last.is_some() && !changed(&mut notices, &reads).await {
                 return None;
             }
             match read().await {
                 Ok(value) if last.as_ref() == Some(&value) => {}
                 Ok(value) => {
                     last = Some(value.clone());
-                    return Some((Ok(value), (notices, tables, read, last, false)));
+                    return Some((Ok(value), (notices, reads, read, last, false)));
                 }
                 Err(Error::Closed) => return None,
-                Err(error) => return Some((Err(error), (notices, tables, read, last, true))),
+                Err(error) => return Some((Err(error), (notices, reads, read, last, true))),
             }
         }
     })
     .boxed()
 }
 
-/// Waits until one of the tables changed; takes all notices that are there. False: the client is gone.
-async fn changed(notices: &mut broadcast::Receiver<Notice>, tables: &BTreeSet<String>) -> bool {
+/// Waits until something changed of what is read; takes all notices that are there. False: the client is gone.
+async fn changed(notices: &mut broadcast::Receiver<Notice>, reads: &Reads) -> bool {
     use tokio::sync::broadcast::error::{RecvError, TryRecvError};
     let concerns = |notice: &Notice| match notice {
         Notice::Any => true,
-        Notice::Tables(written) => written.iter().any(|table| tables.contains(table)),
+        Notice::Tables(written) => reads.any || written.iter().any(|table| reads.tables.contains(table)),
     };
     loop {
         match notices.recv().await {
@@ -228,7 +235,7 @@ mod tests {
     async fn notices_are_coalesced_and_filtered() {
         let (sender, mut receiver) = broadcast::channel(8);
         let notice = |table: &str| Notice::Tables(Arc::new(BTreeSet::from([table.to_owned()])));
-        let tables = BTreeSet::from(["tasks".to_owned()]);
+        let tables = Reads { tables: BTreeSet::from(["tasks".to_owned()]), any: false };
         for table in ["other", "tasks", "tasks", "other"] {
             sender.send(notice(table)).unwrap();
         }

@@ -219,7 +219,10 @@ impl Writer {
             }
             return;
         }
-        self.publish();
+        if self.publish() {
+            // Something of the database was made or dropped, perhaps what had been set aside.
+            self.refresh_or_report();
+        }
         // The frame leaves first: it is what others wait for.
         let mut replies = Vec::with_capacity(dones.len());
         for done in dones {
@@ -371,7 +374,18 @@ impl Writer {
         let info = self.store.info()?;
         self.last_seq = info.last_seq;
         let accepted = self.progress.accepted.load(Ordering::Relaxed).min(info.last_seq);
+        for aside in &info.set_aside {
+            if !self.status.borrow().set_aside.contains(aside) {
+                tracing::warn!(
+                    aside.kind = aside.kind.as_str(),
+                    aside.name = %aside.name,
+                    aside.reason = %aside.reason,
+                    "something that the app added was set aside"
+                );
+            }
+        }
         self.status.send_modify(|status| {
+            status.set_aside = info.set_aside;
             status.client_id = info.client_id;
             status.position = info.position;
             status.has_synced = info.position.is_some();
@@ -398,12 +412,15 @@ impl Writer {
         }
     }
 
-    fn publish(&mut self) {
+    /// Tells watches of the tables that were written. True: it is not only rows that were.
+    fn publish(&mut self) -> bool {
         let tables = self.store.take_written();
+        let defined = tables.contains("sqlite_master");
         if !tables.is_empty() {
             // Without a watch nobody listens.
             let _ = self.notices.send(Notice::Tables(Arc::new(tables)));
         }
+        defined
     }
 
     /// Looks at an error of the store, and gives what the app is to hear: damage ends the store, whatever was being done.

@@ -5,6 +5,8 @@
 mod auth;
 mod damage;
 mod edge;
+mod territory;
+mod watches;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -82,8 +82,9 @@ impl Store {
 
     /// Applies a batch and its position in one local transaction.
     pub fn apply(&mut self, batch: &Batch) -> Result<Applied, StoreError> {
+        self.put_in_order()?;
         let marks = self.marks.take();
-        let result = self.transact(|store| {
+        let result = self.unhindered(|store| {
             let mut applier = Applier::new(store)?;
             let mut settled = Vec::new();
             for step in &batch.steps {

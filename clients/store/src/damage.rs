@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use millstream_client_core::trigger;
 use rusqlite::config::DbConfig;
+use rusqlite::ffi::SQLITE_CORRUPT_VTAB;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use crate::error::During;
@@ -24,6 +26,14 @@ use crate::{BUSY_TIMEOUT_MS, Host, StoreError, salvage, wal};
 /// Most entries of the queue, settled ones among them, that are looked at whenever a store is opened (8 µs each). Of a longer queue
 /// they are after the process before ended without closing the store.
 const MAX_CHECKED_ENTRIES: i64 = 20_000;
+/// What SQLite's checks say of the content of tables and virtual tables, rather than of the file.
+const OF_CONTENT: [&str; 5] = [
+    "malformed inverted index",
+    "unable to validate the inverted index",
+    "In RTree ",
+    "NULL value in ",
+    "CHECK constraint failed in ",
+];
 
 /// A store was found damaged.
 #[derive(Debug)]
@@ -80,8 +90,10 @@ impl StoreError {
     /// Whether the error shows that the store's file is damaged.
     pub fn is_damage(&self) -> bool {
         let by_sqlite = |error: &rusqlite::Error| {
-            let code = error.sqlite_error_code();
-            matches!(code, Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
+            let Some(found) = error.sqlite_error() else { return false };
+            // What is inside a virtual table is the app's: a search index that does not fit its table is no damage of the store.
+            matches!(found.code, ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
+                && found.extended_code != SQLITE_CORRUPT_VTAB
         };
         match self {
             StoreError::Statement(source) => by_sqlite(source),
@@ -180,10 +192,18 @@ pub(crate) fn inspect(connection: &Connection, path: &Path, unclean: bool) -> Re
     sound(connection, "PRAGMA integrity_check(millstream_meta)")
 }
 
-/// Runs one of SQLite's checks.
+/// Runs one of SQLite's checks. What it says of the app's own constraints and virtual tables is no damage.
 pub(crate) fn sound(connection: &Connection, check: &str) -> Result<(), StoreError> {
-    let found: String = connection.query_row(check, [], |row| row.get(0)).during("checking the store")?;
-    if found == "ok" { Ok(()) } else { Err(StoreError::Inconsistent(found)) }
+    let mut statement = connection.prepare(check).during("checking the store")?;
+    let mut rows = statement.query([]).during("checking the store")?;
+    while let Some(row) = rows.next().during("checking the store")? {
+        let found: String = row.get(0).during("checking the store")?;
+        let is_own = found.contains(trigger::LOCAL_CHANGES) || found.contains("millstream_");
+        if found != "ok" && (is_own || !OF_CONTENT.iter().any(|start| found.starts_with(start))) {
+            return Err(StoreError::Inconsistent(found));
+        }
+    }
+    Ok(())
 }
 
 /// While this connection finds damage, closing it must not write the log into the database.

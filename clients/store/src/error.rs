@@ -37,6 +37,16 @@ pub enum StoreError {
         /// Who wanted to use it.
         user: String,
     },
+    /// Triggers of the app's fire one another without end.
+    #[error(
+        "too many levels of trigger recursion: a trigger that writes its own table fires itself here (recursive_triggers is on, since \
+         the rows that REPLACE takes away have to be recorded). Let it fire for the columns that it does not write: AFTER UPDATE OF title, \
+         body ON notes"
+    )]
+    TriggerRecursion,
+    /// The server's schema has what SQLite cannot.
+    #[error("{0}")]
+    Schema(String),
     /// The app's statement would do what only the store may.
     #[error("not allowed: {0}")]
     NotAllowed(String),
@@ -140,6 +150,11 @@ impl StoreError {
         {
             return StoreError::NotWritable(message.to_owned());
         }
+        if let rusqlite::Error::SqliteFailure(_, Some(message)) = &error
+            && message == "too many levels of trigger recursion"
+        {
+            return StoreError::TriggerRecursion;
+        }
         StoreError::Statement(error)
     }
 
@@ -147,6 +162,13 @@ impl StoreError {
     pub(crate) fn is_refusal(&self) -> bool {
         let StoreError::Statement(source) = self else { return false };
         source.sqlite_error_code() == Some(rusqlite::ErrorCode::AuthorizationForStatementDenied)
+    }
+
+    /// Whether something that the app added to its database may be the reason.
+    pub(crate) fn may_be_of_the_app(&self) -> bool {
+        matches!(self, StoreError::Sqlite { .. } | StoreError::TransactionLost)
+            && !self.is_retryable()
+            && !self.is_damage()
     }
 
     /// Whether the same may succeed later: another process holds the lock, or the disk is full.
@@ -191,4 +213,31 @@ pub(crate) fn parse<'a, T: serde::Deserialize<'a>>(text: &'a str, what: &'static
 pub(crate) fn encode<T: serde::Serialize>(value: &T) -> String {
     #[expect(clippy::unwrap_used, reason = "plain structs and text keys cannot fail to encode")]
     serde_json::to_string(value).unwrap()
+}
+
+/// Longest text of one of SQLite's errors, in characters: they quote the statement, which a wide table makes very long.
+const MAX_CAUSE_CHARS: usize = 300;
+
+/// SQLite's words for an error.
+pub(crate) fn cause(error: &rusqlite::Error) -> String {
+    let text = match error {
+        rusqlite::Error::SqlInputError { msg, .. } => msg.clone(),
+        error => error.to_string(),
+    };
+    let mut words: String = text.chars().take(MAX_CAUSE_CHARS).collect();
+    if words.len() < text.len() {
+        words.push('…');
+    }
+    if error.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_CORRUPT_VTAB) {
+        words += " (a virtual table does not fit what it was made from: of FTS5, INSERT INTO t(t) VALUES('rebuild') mends it)";
+    }
+    words
+}
+
+/// An error with its cause.
+pub(crate) fn chain(error: &StoreError) -> String {
+    match error {
+        StoreError::Sqlite { operation, source } => format!("{operation} failed: {}", cause(source)),
+        error => error.to_string(),
+    }
 }

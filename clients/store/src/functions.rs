@@ -43,6 +43,14 @@ pub(crate) struct Session {
     synced: Mutex<BTreeSet<String>>,
     /// Why the guard refused the last statement that it refused.
     refused: Mutex<Option<String>>,
+    /// Tables that statements write which were compiled since the last look.
+    compiled: Mutex<BTreeSet<String>>,
+    /// Tables that triggers of the app's have been compiled to write while the store wrote for itself.
+    fired: Mutex<BTreeSet<String>>,
+    /// The last trigger of the app's that was refused to write a table, and the table.
+    trespass: Mutex<Option<(String, String)>>,
+    /// The app made, changed or dropped a table, or something on one, or had the connection itself.
+    defined: AtomicBool,
 }
 
 impl Session {
@@ -58,6 +66,10 @@ impl Session {
             traceparent: Mutex::new(None),
             synced: Mutex::default(),
             refused: Mutex::default(),
+            compiled: Mutex::default(),
+            fired: Mutex::default(),
+            trespass: Mutex::default(),
+            defined: AtomicBool::new(false),
         }
     }
 
@@ -66,13 +78,78 @@ impl Session {
         *self.synced.lock().unwrap_or_else(PoisonError::into_inner) = tables.map(str::to_ascii_lowercase).collect();
     }
 
-    fn is_synced(&self, table: &str) -> bool {
+    pub fn is_synced(&self, table: &str) -> bool {
         self.synced.lock().unwrap_or_else(PoisonError::into_inner).contains(&table.to_ascii_lowercase())
     }
 
     /// Why the guard refused a statement, told once.
     pub fn take_refused(&self) -> Option<String> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Tables that statements write which were compiled since the last call.
+    pub fn take_compiled(&self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.compiled.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Tables that triggers of the app's can write while the store writes for itself.
+    pub fn fired(&self) -> BTreeSet<String> {
+        self.fired.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last trigger of the app's that was refused to write a table, and the table; told once.
+    pub fn take_trespass(&self) -> Option<(String, String)> {
+        self.trespass.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Runs `work`, whose statements are the store's own, within a transaction of the app's or outside of one.
+    pub fn as_store<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.guarding(false, work)
+    }
+
+    /// Runs `work`, which only compiles statements as the app would.
+    pub fn as_app<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.guarding(true, work)
+    }
+
+    fn guarding<T>(&self, guarded: bool, work: impl FnOnce() -> T) -> T {
+        let guarded = self.guarded.swap(guarded, Ordering::Relaxed);
+        let result = work();
+        self.guarded.store(guarded, Ordering::Relaxed);
+        result
+    }
+
+    /// The app may have changed the tables.
+    pub fn note_defined(&self) {
+        self.defined.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the app may have changed the tables since the last call.
+    pub fn take_defined(&self) -> bool {
+        self.defined.swap(false, Ordering::Relaxed)
+    }
+
+    /// Notes what a statement does that is being compiled.
+    fn note(&self, context: &AuthContext<'_>) {
+        let guarded = self.guarded.load(Ordering::Relaxed);
+        match context.action {
+            AuthAction::Insert { table_name }
+            | AuthAction::Delete { table_name }
+            | AuthAction::Update { table_name, .. } => {
+                let add = |to: &Mutex<BTreeSet<String>>| {
+                    to.lock().unwrap_or_else(PoisonError::into_inner).insert(table_name.to_owned());
+                };
+                add(&self.compiled);
+                if !guarded && context.accessor.is_some_and(|name| !name.starts_with("millstream_")) {
+                    add(&self.fired);
+                }
+                if guarded && matches!(table_name, "sqlite_master" | "sqlite_temp_master") {
+                    self.note_defined();
+                }
+            }
+            AuthAction::AlterTable { .. } if guarded => self.note_defined(),
+            _ => {}
+        }
     }
 
     /// The app's statements follow, as transaction `tx` with the number `seq`.
@@ -331,16 +408,30 @@ fn refusal(context: AuthContext<'_>, is_synced: impl Fn(&str) -> bool) -> Option
 pub(crate) fn guard(connection: &Connection, session: &Arc<Session>) -> Result<(), StoreError> {
     let session = Arc::clone(session);
     let hook = move |context: AuthContext<'_>| {
+        session.note(&context);
+        let guarded = session.guarded.load(Ordering::Relaxed);
         let refused = match context.accessor {
-            // A trigger or a view. Those of the store may do what it does; the app's do not write its tables, whoever fires them.
+            // A trigger or a view. Those of the store may do what it does.
             Some(name) if name.starts_with("millstream_") => None,
-            Some(_) => match context.action {
-                AuthAction::Insert { .. } | AuthAction::Delete { .. } | AuthAction::Update { .. } => {
-                    refusal(context, |_| false)
+            // The app's write none of its tables, whoever sets them off. What they write of the synced tables is recorded when the app
+            // does; nobody would ever know of it while the store applies the server's rows.
+            Some(name) => match context.action {
+                AuthAction::Insert { table_name }
+                | AuthAction::Delete { table_name }
+                | AuthAction::Update { table_name, .. } => {
+                    let refused = refusal(context, |_| false).or_else(|| {
+                        let silent = !guarded && session.is_synced(table_name);
+                        silent.then(|| format!("\"{table_name}\" is synced"))
+                    });
+                    if refused.is_some() {
+                        *session.trespass.lock().unwrap_or_else(PoisonError::into_inner) =
+                            Some((name.to_owned(), table_name.to_owned()));
+                    }
+                    refused
                 }
                 _ => None,
             },
-            None if session.guarded.load(Ordering::Relaxed) => refusal(context, |name| session.is_synced(name)),
+            None if guarded => refusal(context, |name| session.is_synced(name)),
             None => None,
         };
         match refused {

@@ -9,6 +9,7 @@
 //! **Durability**: `journal_mode=WAL, synchronous=FULL`, both asserted at open. A commit is on the disk when it returns.
 
 mod apply;
+mod aside;
 mod damage;
 mod error;
 mod functions;
@@ -22,9 +23,11 @@ mod saved;
 mod schema;
 mod snapshot;
 mod spill;
+mod territory;
 mod value;
 mod wal;
 mod write;
+mod written;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -41,7 +44,7 @@ pub use functions::Host;
 pub use meta::Info;
 pub use number::Meeting;
 pub use queue::{Edit, EntryState, FailedWrite, Outcome, QueueEntry, Verdict};
-pub use read::{Reader, Table};
+pub use read::{Reader, Reads, Table};
 pub use saved::{ImportOutcome, Imported, Saved, SavedError, SavedTransaction};
 pub use write::{MAX_TRANSACTION_BYTES, Recorded, Tx, Written};
 
@@ -53,6 +56,7 @@ use damage::FileId;
 use error::During;
 use functions::Session;
 use schema::TableSql;
+use written::Watched;
 
 /// How long a write waits for another process's write, in milliseconds.
 const BUSY_TIMEOUT_MS: u64 = 10_000;
@@ -69,7 +73,11 @@ pub struct Store {
     schema: Option<Schema>,
     /// Tables written since [`Store::take_written`], filled by SQLite's update hook.
     written: Arc<Mutex<BTreeSet<String>>>,
+    /// Tables that the hook does not name.
+    watched: Watched,
     data_version: i64,
+    /// The database's `schema_version` when the rules were last held against it.
+    in_order: i64,
     /// Transactions are parts of one that is already open: see [`Store::group`].
     grouped: bool,
     /// Sent and accepted up to here, as far as the rows of `local_changes` do not say so yet.
@@ -152,7 +160,9 @@ impl Store {
             tables: HashMap::new(),
             schema: None,
             written,
+            watched: Watched::default(),
             data_version: 0,
+            in_order: 0,
             grouped: false,
             marks: None,
             max_attempts: backoff::MAX_ATTEMPTS,
@@ -166,6 +176,7 @@ impl Store {
             store.make_triggers()?;
         }
         functions::guard(&store.connection, &store.session)?;
+        store.put_in_order()?;
         store.data_version = store.read_data_version()?;
         Ok(store)
     }
@@ -211,11 +222,6 @@ impl Store {
         self.schema.as_ref()
     }
 
-    /// The tables written by this connection since the last call.
-    pub fn take_written(&mut self) -> BTreeSet<String> {
-        std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     /// Whether another connection (another process) committed since the last call.
     pub fn changed_elsewhere(&mut self) -> Result<bool, StoreError> {
         self.require_place()?;
@@ -228,6 +234,7 @@ impl Store {
             if schema.as_ref().map(|s| &s.version) != self.schema.as_ref().map(|s| &s.version) {
                 self.schema = schema;
                 self.index_tables();
+                self.clear_temporary()?;
             }
         }
         Ok(changed)

@@ -1,5 +1,6 @@
 //! What the store knows of itself: identity, position, scopes.
 
+use millstream_client_core::territory::SetAside;
 use millstream_schemas::frame::SnapshotMark;
 use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{Position, Scope};
@@ -36,6 +37,8 @@ pub struct Info {
     pub held: u64,
     /// When the oldest unsettled transaction was recorded, in microseconds since 1970.
     pub oldest_pending: Option<u64>,
+    /// What the app added and had to give way.
+    pub set_aside: Vec<SetAside>,
 }
 
 impl Store {
@@ -132,6 +135,7 @@ impl Store {
             failed: failed as u64,
             held: held as u64,
             oldest_pending: oldest.map(|at| at as u64),
+            set_aside: self.set_aside()?,
         })
     }
 

@@ -184,7 +184,7 @@ impl Store {
     /// what comes from there and from here has to be the same. Behind a gap (what was rejected was discarded, or has a higher
     /// number since) they are given anew, by another instance: no two transactions ever have the same number and instance.
     fn rewind(&mut self, last_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
-        self.transact(|store| {
+        self.unhindered(|store| {
             let again: Vec<(i64, i64)> = store
                 .connection
                 .prepare_cached("SELECT DISTINCT tx, seq FROM local_changes WHERE seq > ?1 ORDER BY seq")
@@ -235,7 +235,7 @@ impl Store {
         failed: &[u64],
         lost: &[Loss],
     ) -> Result<(), StoreError> {
-        self.transact(|store| {
+        self.unhindered(|store| {
             let numbered: Vec<(i64, i64, Option<String>, bool)> = store
                 .connection
                 .prepare_cached(&format!(

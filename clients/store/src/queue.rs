@@ -344,7 +344,7 @@ impl Store {
 
     /// As [`Store::retry`], with other values for some columns.
     pub fn edit(&mut self, tx: u64, edits: &[Edit]) -> Result<Option<Entry>, StoreError> {
-        let seq = self.transact(|store| {
+        let seq = self.unhindered(|store| {
             let keys = store.keys(tx, FAILED)?;
             if !edits.is_empty() {
                 store.meet_stamps()?;
@@ -447,7 +447,7 @@ impl Store {
         if due.is_empty() {
             return Ok(false);
         }
-        self.transact(|store| due.iter().try_for_each(|tx| store.requeue(*tx as u64, false).map(drop)))?;
+        self.unhindered(|store| due.iter().try_for_each(|tx| store.requeue(*tx as u64, false).map(drop)))?;
         Ok(true)
     }
 
@@ -473,7 +473,7 @@ impl Store {
     /// Forgets a failed or held transaction; its rows show the server's state.
     pub fn discard(&mut self, tx: u64) -> Result<(), StoreError> {
         const WAITING: &str = "state IN ('retry_wait', 'error', 'held')";
-        self.transact(|store| {
+        self.unhindered(|store| {
             let keys = store.keys(tx, WAITING)?;
             store.keep_last_tx()?;
             store

@@ -37,6 +37,16 @@ pub(crate) fn query(connection: &Connection, sql: &str, params: &[Value]) -> Res
     Ok(Table { columns, rows: found })
 }
 
+/// What a query reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reads {
+    /// Its tables, also behind views. What the database consists of is `sqlite_master`.
+    pub tables: BTreeSet<String>,
+    /// It reads what can change with any table: a virtual table, which reads where it likes, or a shadow table, which is written when
+    /// the virtual one sees fit.
+    pub any: bool,
+}
+
 /// A read-only connection.
 pub struct Reader {
     connection: Connection,
@@ -70,19 +80,46 @@ impl Reader {
         query(&self.connection, sql, params)
     }
 
-    /// The tables that a query reads, also behind views.
-    pub fn tables(&self, sql: &str) -> Result<BTreeSet<String>, StoreError> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// What a query reads.
+    ///
+    /// # Errors
+    /// [`StoreError::Statement`]: SQLite does not take it.
+    pub fn reads(&self, sql: &str) -> Result<Reads, StoreError> {
+        let take = || std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
+        take();
         // Not from the cache: SQLite names the tables while it compiles.
         self.connection.prepare(sql).map_err(StoreError::statement)?;
-        Ok(std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner)))
+        let mut reads = Reads::default();
+        for name in take() {
+            match name.as_str() {
+                // They read their arguments.
+                "json_each" | "json_tree" => {}
+                "sqlite_master" | "sqlite_schema" => drop(reads.tables.insert("sqlite_master".into())),
+                _ if self.is_virtual(&name)? => reads.any = true,
+                _ => drop(reads.tables.insert(name)),
+            }
+        }
+        take();
+        Ok(reads)
+    }
+
+    /// Whether this is no table that is written by its own name: a virtual table, a shadow table of one, or a table-valued function.
+    fn is_virtual(&self, name: &str) -> Result<bool, StoreError> {
+        // A virtual table has no pages of its own. Its shadow tables are named after it.
+        let sql = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = ?1 COLLATE NOCASE) OR EXISTS (SELECT 1 FROM sqlite_schema \
+                   WHERE type = 'table' AND rootpage = 0 AND (name = ?1 COLLATE NOCASE \
+                   OR substr(?1, 1, length(name) + 1) = (name || '_') COLLATE NOCASE))";
+        self.connection
+            .prepare_cached(sql)
+            .and_then(|mut statement| statement.query_row([name], |row| row.get(0)))
+            .during("looking for a table")
     }
 
     /// Looks through the whole store for damage that shows, which takes some 6 ms a MiB; not for values that are others than they
     /// were. False: `stop`, which is asked now and then, wanted no more.
     pub fn check(&self, stop: impl FnMut() -> bool + Send + 'static) -> Result<bool, StoreError> {
         self.connection.progress_handler(STOP_OPS, Some(stop)).during("preparing a check")?;
-        let result = damage::sound(&self.connection, "PRAGMA quick_check(1)");
+        let result = damage::sound(&self.connection, "PRAGMA quick_check(100)");
         self.connection.progress_handler(0, None::<fn() -> bool>).during("ending a check")?;
         match result {
             Err(StoreError::Sqlite { source, .. })

@@ -3,11 +3,17 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use millstream_client_core::territory;
 use millstream_client_core::trigger::{self, Kind, quote};
 use millstream_schemas::{ColumnSchema, Schema, TableSchema, Value};
 
 use crate::error::{During, encode};
+use crate::territory::Tables;
 use crate::{Store, StoreError};
+
+/// Begins the store's statements, so that the app's own of the same words, which other rules hold for, are not found in their place
+/// in the statement cache.
+const OWN: &str = "/* store */";
 
 /// A synced table with its statements.
 pub(crate) struct TableSql {
@@ -35,7 +41,7 @@ impl TableSql {
             kinds,
             upsert: String::new(),
             upsert_changed: String::new(),
-            delete: format!("DELETE FROM {} WHERE {}", quote(&table.name), by_key(&key, 1)),
+            delete: format!("{OWN} DELETE FROM {} WHERE {}", quote(&table.name), by_key(&key, 1)),
             select_row: format!(
                 "SELECT {} FROM {} WHERE {}",
                 trigger::row_expr(&table, ""),
@@ -82,7 +88,7 @@ impl TableSql {
     pub fn insert_columns(&self, columns: &[usize]) -> String {
         let names: Vec<String> = columns.iter().map(|&index| quote(&self.table.columns[index].name)).collect();
         let places: Vec<String> = (1..=columns.len()).map(|place| format!("?{place}")).collect();
-        format!("INSERT INTO {} ({}) VALUES ({})", quote(&self.table.name), names.join(", "), places.join(", "))
+        format!("{OWN} INSERT INTO {} ({}) VALUES ({})", quote(&self.table.name), names.join(", "), places.join(", "))
     }
 
     /// SQL that sets these columns of a row. Parameters in their order, then the key.
@@ -104,8 +110,9 @@ impl TableSql {
             let clause = format!("{} = ?{}", quote(&self.table.columns[index].name), place + 1);
             if self.table.key.contains(&index) { by.push(clause) } else { set.push(clause) }
         }
-        (!set.is_empty())
-            .then(|| format!("UPDATE {} SET {} WHERE {}", quote(&self.table.name), set.join(", "), by.join(" AND ")))
+        (!set.is_empty()).then(|| {
+            format!("{OWN} UPDATE {} SET {} WHERE {}", quote(&self.table.name), set.join(", "), by.join(" AND "))
+        })
     }
 
     /// Indexes of the named columns; all of them when none are named.
@@ -145,12 +152,7 @@ fn by_key(key: &[String], first: usize) -> String {
 impl Store {
     pub(crate) fn index_tables(&mut self) {
         self.session.set_synced(self.schema.iter().flat_map(|schema| &schema.tables).map(|table| table.name.as_str()));
-        self.tables = match &self.schema {
-            None => Default::default(),
-            Some(schema) => {
-                schema.tables.iter().map(|table| (table.name.clone(), Arc::new(TableSql::new(table.clone())))).collect()
-            }
-        };
+        self.tables = self.schema.as_ref().map(indexed).unwrap_or_default();
     }
 
     pub(crate) fn table(&self, name: &str) -> Result<Arc<TableSql>, StoreError> {
@@ -159,43 +161,107 @@ impl Store {
 
     /// Installs a schema: creates, extends and drops tables, and makes the triggers anew. The queue is kept.
     ///
+    /// What the app added is in nobody's way: its views, triggers and indexes are dropped for it and made again; what does not fit any
+    /// more is [set aside](Store::set_aside), as is a table or column whose name the server's schema takes.
+    ///
     /// True: the rows on hand cannot be carried over (a key changed, or a column that is never null was added), and the
     /// position was given up, so that the next session brings a snapshot.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`], [`StoreError::ReservedTable`]: SQLite cannot have such tables. Otherwise SQLite failed; the schema is the
+    /// one before.
     pub fn install(&mut self, schema: &Schema) -> Result<bool, StoreError> {
         if self.schema.as_ref() == Some(schema) {
             return Ok(false);
         }
-        if let Some(table) = schema.tables.iter().find(|table| trigger::is_reserved(&table.name)) {
-            return Err(StoreError::ReservedTable(table.name.clone()));
-        }
+        require_names(schema)?;
         let old = self.schema.clone();
-        let old_tables = old.as_ref().map_or(&[][..], |schema| &schema.tables);
-        let stale = self.transact(|store| {
-            let mut stale = false;
-            for table in old_tables {
-                store.batch(&trigger::drop_triggers(&table.name))?;
-                if schema.table(&table.name).is_none() {
-                    store.drop_table(&table.name)?;
+        let tables = indexed(schema);
+        // Without foreign keys: dropping a table would take rows of the app's with it.
+        let installed =
+            self.without_foreign_keys(|| self.transact(|store| store.migrate(old.as_ref(), schema, &tables)));
+        self.connection.flush_prepared_statement_cache();
+        if installed.is_ok() {
+            self.schema = Some(schema.clone());
+        }
+        self.index_tables();
+        installed
+    }
+
+    fn migrate(&self, old: Option<&Schema>, schema: &Schema, tables: &Tables) -> Result<bool, StoreError> {
+        let old_tables = old.map_or(&[][..], |schema| &schema.tables);
+        let before = |name: &str| old_tables.iter().find(|before| before.name == name);
+        self.session.set_synced(old_tables.iter().chain(&schema.tables).map(|table| table.name.as_str()));
+        // What refers to a table or column of the app's follows it to its new name, unless something is broken: then it cannot, and
+        // is set aside.
+        self.savepoint("SAVEPOINT millstream_room")?;
+        let moved = self.make_way(old_tables, schema, false);
+        if moved.is_err() {
+            self.savepoint("ROLLBACK TO millstream_room")?;
+        }
+        self.savepoint("RELEASE millstream_room")?;
+        let changes = |name: &str| {
+            let same = |a: &TableSchema, b: &TableSchema| a.columns == b.columns && a.key == b.key;
+            // What is not the store's yet is not concerned: it gets another name.
+            before(name).is_some_and(|before| schema.table(name).is_none_or(|table| !same(before, table)))
+        };
+        let mut parked = self.park(changes)?;
+        if moved.is_err() {
+            let moved = self.make_way(old_tables, schema, true)?;
+            let follows = |sql: &str| moved.iter().any(|name| territory::mentions(sql, name));
+            let (lost, kept) = parked.into_iter().partition(|parked| follows(&parked.object.sql));
+            parked = kept;
+            self.lose(lost, "a table or column that it names has another name now")?;
+        }
+
+        let mut stale = false;
+        for table in old_tables {
+            self.batch(&trigger::drop_triggers(&table.name))?;
+            if schema.table(&table.name).is_none() {
+                self.drop_table(&table.name)?;
+            }
+        }
+        for table in &schema.tables {
+            stale |= self.install_table(before(&table.name), table, schema)?;
+            // Rows that a newly synced table has long had come with no transaction.
+            stale |= old.is_some() && before(&table.name).is_none();
+        }
+        // They name each other's tables, with the columns of this schema.
+        schema.tables.iter().try_for_each(|table| self.create_triggers(table, &schema.tables))?;
+        self.session.set_synced(schema.tables.iter().map(|table| table.name.as_str()));
+        self.restore(parked, tables)?;
+        self.settle(tables)?;
+        self.set_meta_json("schema", schema)?;
+        if stale {
+            self.set_meta("resync", 1)?;
+        }
+        Ok(stale)
+    }
+
+    /// Gives what the app has under a name that the schema takes another one. Gives these names.
+    fn make_way(&self, old_tables: &[TableSchema], schema: &Schema, last: bool) -> Result<Vec<String>, StoreError> {
+        let is_own = |name: &str| old_tables.iter().any(|table| table.name == name);
+        let taken = |name: &str| schema.tables.iter().any(|table| table.name.eq_ignore_ascii_case(name));
+        let mut moved = Vec::new();
+        for table in &schema.tables {
+            let Some(before) = old_tables.iter().find(|before| before.name == table.name) else {
+                self.make_room(&table.name, last, is_own, taken)?;
+                moved.push(table.name.clone());
+                continue;
+            };
+            let mut there = self.columns_of(&table.name)?;
+            there.extend(table.columns.iter().map(|column| column.name.clone()));
+            for column in &table.columns {
+                let app = self.columns_of(&table.name)?;
+                let clash =
+                    app.iter().find(|name| name.eq_ignore_ascii_case(&column.name) && before.column(name).is_none());
+                if let Some(clash) = clash {
+                    self.move_column(&table.name, clash, &there)?;
+                    moved.push(clash.clone());
                 }
             }
-            for table in &schema.tables {
-                let before = old_tables.iter().find(|before| before.name == table.name);
-                stale |= store.install_table(before, table)?;
-                // Rows that a newly synced table has long had come with no transaction.
-                stale |= old.is_some() && before.is_none();
-            }
-            // They name each other's tables, with the columns of this schema.
-            schema.tables.iter().try_for_each(|table| store.create_triggers(table, &schema.tables))?;
-            store.set_meta_json("schema", schema)?;
-            if stale {
-                store.set_meta("resync", 1)?;
-            }
-            Ok(stale)
-        })?;
-        self.connection.flush_prepared_statement_cache();
-        self.schema = Some(schema.clone());
-        self.index_tables();
-        Ok(stale)
+        }
+        Ok(moved)
     }
 
     /// Makes the triggers of the installed tables anew.
@@ -233,9 +299,13 @@ impl Store {
         Ok(())
     }
 
-    fn install_table(&self, before: Option<&TableSchema>, table: &TableSchema) -> Result<bool, StoreError> {
+    fn install_table(
+        &self,
+        before: Option<&TableSchema>,
+        table: &TableSchema,
+        schema: &Schema,
+    ) -> Result<bool, StoreError> {
         let Some(before) = before else {
-            // A table of that name that the app made itself is not ours to drop: then this fails and says so.
             self.batch(&trigger::create_table(table))?;
             return Ok(false);
         };
@@ -243,17 +313,36 @@ impl Store {
             table.key.iter().map(|&i| (table.columns[i].name.clone(), Kind::of(&table.columns[i].r#type))).collect()
         };
         if key(before) != key(table) {
+            self.move_extra(before, schema)?;
             self.drop_table(&table.name)?;
             self.batch(&trigger::create_table(table))?;
             return Ok(true);
         }
-        let mut stale = false;
+        self.savepoint("SAVEPOINT millstream_alter")?;
+        let altered = self.alter(before, table);
+        if altered.is_err() {
+            self.savepoint("ROLLBACK TO millstream_alter")?;
+        }
+        self.savepoint("RELEASE millstream_alter")?;
+        match altered {
+            // A column of the app's is in the way, with what it has to do with the server's.
+            Err(error) if error.may_be_of_the_app() => self.rebuild(before, table, schema)?,
+            altered => altered?,
+        }
+        let stale = |column: &ColumnSchema| match before.column(&column.name) {
+            Some(index) => Kind::of(&before.columns[index].r#type) != Kind::of(&column.r#type),
+            // Rows on hand have no value for it, and null cannot be the right one.
+            None => !column.nullable,
+        };
+        Ok(table.columns.iter().any(stale))
+    }
+
+    fn alter(&self, before: &TableSchema, table: &TableSchema) -> Result<(), StoreError> {
         for column in &before.columns {
             let kept = table.column(&column.name).map(|index| &table.columns[index]);
             // Another representation: drop the column and add it again, empty.
             if kept.is_none_or(|kept| Kind::of(&kept.r#type) != Kind::of(&column.r#type)) {
                 self.batch(&format!("ALTER TABLE {} DROP COLUMN {}", quote(&table.name), quote(&column.name)))?;
-                stale |= kept.is_some();
                 if let Some(index) = table.column(&column.name) {
                     self.batch(&trigger::add_column(table, index))?;
                 }
@@ -262,10 +351,66 @@ impl Store {
         for (index, column) in table.columns.iter().enumerate() {
             if before.column(&column.name).is_none() {
                 self.batch(&trigger::add_column(table, index))?;
-                // Rows on hand have no value for it, and null cannot be the right one.
-                stale |= !column.nullable;
             }
         }
-        Ok(stale)
+        Ok(())
     }
+
+    /// Makes a table from the start, with the values that it has.
+    fn rebuild(&self, before: &TableSchema, table: &TableSchema, schema: &Schema) -> Result<(), StoreError> {
+        self.move_extra(before, schema)?;
+        let new = TableSchema { name: "millstream_rebuilt".into(), ..table.clone() };
+        self.batch(&trigger::create_table(&new))?;
+        let is_kept = |column: &&ColumnSchema| {
+            let same = |index: usize| Kind::of(&before.columns[index].r#type) == Kind::of(&column.r#type);
+            before.column(&column.name).is_some_and(same)
+        };
+        let mut names: Vec<String> = table.columns.iter().filter(is_kept).map(|column| quote(&column.name)).collect();
+        // Search indexes of the app's know the rows by it.
+        let is_free = |name: &&&str| !before.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name));
+        names.extend(["rowid", "oid", "_rowid_"].iter().find(is_free).map(|name| (*name).to_owned()));
+        let (name, names) = (quote(&table.name), names.join(", "));
+        self.batch(&format!("INSERT INTO millstream_rebuilt ({names}) SELECT {names} FROM {name}"))?;
+        self.batch(&format!("DROP TABLE {name}; ALTER TABLE millstream_rebuilt RENAME TO {name}"))
+    }
+
+    /// Keeps columns of the app's on a synced table that is about to be dropped.
+    fn move_extra(&self, before: &TableSchema, schema: &Schema) -> Result<(), StoreError> {
+        let mut extra = self.columns_of(&before.name)?;
+        extra.retain(|name| before.column(name).is_none());
+        let key: Vec<String> = before.key.iter().map(|&index| before.columns[index].name.clone()).collect();
+        let taken = |name: &str| schema.tables.iter().any(|table| table.name.eq_ignore_ascii_case(name));
+        self.move_columns(&before.name, &key, &extra, taken)
+    }
+}
+
+fn indexed(schema: &Schema) -> Tables {
+    schema.tables.iter().map(|table| (table.name.clone(), Arc::new(TableSql::new(table.clone())))).collect()
+}
+
+/// SQLite takes names for the same that differ in the case of ASCII letters only, and some names are the store's.
+fn require_names(schema: &Schema) -> Result<(), StoreError> {
+    let mut tables: HashMap<String, &str> = HashMap::new();
+    for table in &schema.tables {
+        if trigger::is_reserved(&table.name) {
+            return Err(StoreError::ReservedTable(table.name.clone()));
+        }
+        if let Some(other) = tables.insert(table.name.to_ascii_lowercase(), &table.name) {
+            return Err(StoreError::Schema(format!(
+                "the server syncs the tables \"{other}\" and \"{}\", which are one name to SQLite: rename one of them in Postgres, or sync \
+                 only one",
+                table.name
+            )));
+        }
+        let mut columns: HashMap<String, &str> = HashMap::new();
+        for column in &table.columns {
+            if let Some(other) = columns.insert(column.name.to_ascii_lowercase(), &column.name) {
+                return Err(StoreError::Schema(format!(
+                    "the columns \"{other}\" and \"{}\" of \"{}\" are one name to SQLite: rename one of them in Postgres",
+                    column.name, table.name
+                )));
+            }
+        }
+    }
+    Ok(())
 }

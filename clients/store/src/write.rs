@@ -1,6 +1,7 @@
 //! The app's transactions.
 
 use millstream_client_core::outbox::Entry;
+use millstream_client_core::territory;
 use millstream_schemas::frame::{ClientFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
 use rusqlite::types::Value;
 use rusqlite::{Connection, params_from_iter};
@@ -53,7 +54,32 @@ pub struct Tx<'a> {
 impl Tx<'_> {
     /// Executes one statement; gives the number of rows it changed.
     pub fn execute(&mut self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
-        self.noted(self.run(sql, params).map_err(StoreError::statement))
+        if territory::defines(sql) {
+            return self.define(sql, params);
+        }
+        self.noted(self.store.noting(sql, |_| self.run(sql, params)).map_err(StoreError::statement))
+    }
+
+    /// Executes a statement that makes, changes or drops something of the database, and holds it to the rules (`territory.rs`).
+    fn define(&self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
+        let store = self.store;
+        if let Some((kind, name)) = territory::dropped(sql)
+            && store.session.as_store(|| store.forget_aside(kind, &name))?
+        {
+            return Ok(0);
+        }
+        store.session.as_store(|| store.savepoint("SAVEPOINT millstream_definition"))?;
+        // Not from the cache, where it would pass the guard unseen.
+        let run = |connection: &Connection| connection.prepare(sql)?.execute(params_from_iter(params));
+        let made = self.noted(store.noting(sql, run).map_err(StoreError::statement));
+        let made = made.and_then(|made| store.require_order().map(|()| made));
+        store.session.as_store(|| {
+            if made.is_err() {
+                store.savepoint("ROLLBACK TO millstream_definition")?;
+            }
+            store.savepoint("RELEASE millstream_definition")
+        })?;
+        made
     }
 
     fn run(&self, sql: &str, params: &[Value]) -> rusqlite::Result<usize> {
@@ -85,7 +111,10 @@ impl Tx<'_> {
 
     /// Reads, seeing the transaction's own writes.
     pub fn query(&mut self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
-        self.noted(query(&self.store.connection, sql, params))
+        if territory::defines(sql) {
+            return self.define(sql, params).map(|_| Table::default());
+        }
+        self.noted(self.store.noting(sql, |connection| query(connection, sql, params)))
     }
 
     /// Runs a part that can fail on its own: its writes and queue entries go when it does.
@@ -111,6 +140,7 @@ impl Tx<'_> {
 
     /// The connection, for what this type does not offer. Transactions and the store's own tables are out of bounds.
     pub fn connection(&self) -> &Connection {
+        self.store.session.note_defined();
         &self.store.connection
     }
 }
@@ -139,7 +169,12 @@ impl Store {
                 // The cause is better than "the transaction is gone", if there is one.
                 return result.and(Err(StoreError::TransactionLost.into()));
             }
+            let defined = store.session.take_defined();
             let value = result?;
+            if defined {
+                store.require_order()?;
+                store.note_all()?;
+            }
             Ok(Written { value, recorded: store.recorded(tx, seq)? })
         })
     }

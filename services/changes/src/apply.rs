@@ -383,7 +383,7 @@ impl<'a> Applier<'a> {
         // What a sum begins with is no amount.
         let says = |index: usize, value: Option<&str>| {
             let default = insert.table.columns[index].default.as_deref();
-            !insert.table.key.contains(&index) && !(is_sum(index) && value == default)
+            !(insert.table.key.contains(&index) || is_sum(index) && value == default)
         };
         let set = insert.columns.iter().zip(&insert.values).filter(|(index, value)| says(**index, **value));
         let (columns, values): (Vec<_>, Vec<_>) = set.map(|(index, value)| (*index, *value)).unzip();

@@ -62,6 +62,8 @@ pub struct State {
     pub too_far_behind: bool,
     /// Positions with which clients came.
     pub positions: Vec<Option<u64>>,
+    /// The schema, if it is not [`schema`].
+    pub schema: Option<Schema>,
     pub epoch: Uuid,
     pub traceparents: Vec<Option<String>>,
 }
@@ -239,7 +241,8 @@ impl Edge {
             protocol: PROTOCOL_VERSION,
             session: Uuid::now_v7(),
             user_id: "ann".into(),
-            schema: (hello.schema.as_deref() != Some("v1")).then(schema),
+            schema: Some(state.schema.clone().unwrap_or_else(schema))
+                .filter(|schema| hello.schema.as_deref() != Some(&schema.version)),
             limits: Limits {
                 window: 16,
                 frame_bytes: MAX_FRAME_BYTES,

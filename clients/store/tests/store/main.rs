@@ -9,6 +9,7 @@ mod identity;
 mod order;
 mod parents;
 mod spelling;
+mod territory;
 mod wide;
 
 use std::sync::atomic::Ordering;

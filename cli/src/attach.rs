@@ -159,11 +159,11 @@ pub async fn attach(
             continue;
         };
         found.writable = declared.map(|table| table.writable.clone()).unwrap_or_default();
-        found.identity = identities.iter().find(|(table, _)| table == name).map(|(_, problem)| problem.clone());
+        found.identity = identities.iter().filter(|found| found.table == *name).cloned().collect();
         match missing(&found, policy) {
             Ok(missing) if missing.is_empty() => {
                 notes.push(format!("{name}: nothing to do, columns and triggers are there"));
-                notes.extend(found.identity.iter().map(|identity| format!("{name}: {identity}")));
+                notes.extend(found.identity.iter().map(|found| format!("{name}: {}: {}", found.message, found.fix)));
             }
             Ok(missing) => {
                 let parts = [missing.columns, missing.triggers].concat();
@@ -247,7 +247,7 @@ async fn find(connection: &mut PgConnection, name: &str) -> Result<Option<Found>
         triggers: row_triggers(connection, oid).await?,
         client_id_used,
         writable: Vec::new(),
-        identity: None,
+        identity: Vec::new(),
         sql_name,
     }))
 }

@@ -3,12 +3,14 @@
 
 mod database;
 mod locate;
+mod names;
 mod predicate;
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use self::database::slot;
 use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -33,6 +35,9 @@ pub struct Args {
     /// How to print
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+    /// Name of the replication slot
+    #[arg(long, env = "MILLSTREAM_SLOT", default_value = "millstream")]
+    pub slot: String,
     /// The database, preferably as owner of the tables.
     #[command(flatten)]
     pub database: DatabaseArgs,
@@ -115,25 +120,25 @@ impl Problem {
 
     /// For people, over several lines; `label` is `warning: ` or nothing.
     fn text(&self, file: &Path, label: &str) -> String {
-        let mut text = file.display().to_string();
-        if let Some(line) = self.line {
-            text.push_str(&format!(":{line}"));
-        }
-        text.push_str(": ");
-        text.push_str(label);
+        let line = self.line.map(|line| format!(":{line}")).unwrap_or_default();
+        format!("{}{line}: {label}{self}\n", file.display())
+    }
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if let Some(place) = &self.place {
-            text.push_str(&format!("{place}: "));
+            write!(f, "{place}: ")?;
         }
-        text.push_str(&self.message);
+        write!(f, "{}", self.message)?;
         if let Some(excerpt) = &self.excerpt {
             let indent = " ".repeat(excerpt.column.saturating_sub(1));
-            text.push_str(&format!("\n    {}\n    {indent}^", excerpt.text));
+            write!(f, "\n    {}\n    {indent}^", excerpt.text)?;
         }
         if let Some(fix) = &self.fix {
-            text.push_str(&format!("\n  fix: {fix}"));
+            write!(f, "\n  fix: {}", fix.replace('\n', "\n       "))?;
         }
-        text.push('\n');
-        text
+        Ok(())
     }
 }
 
@@ -165,7 +170,9 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
             let mut connection = setup::connect(&args.database.find().map_err(Error::NoDatabase)?, Duration::ZERO)
                 .await
                 .map_err(Error::Connect)?;
-            check(&mut connection, &config, &text).await?
+            let mut found = check(&mut connection, &config, &text).await?;
+            found.problems.extend(database::slot(&mut connection, &args.slot).await?);
+            found
         }
         // Without its structure there is nothing to hold against the database.
         Err(ConfigError::Parse { source, .. }) => {
@@ -210,7 +217,8 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
         other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
     })?;
     problems.extend(misfits.iter().map(|error| Problem::sectioned(&error.to_string())));
-    let mut warnings = Vec::new();
+    problems.extend(names::check(&catalog));
+    let mut warnings = database::unindexed(connection, &catalog).await?;
     for table in &catalog.tables {
         problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
         warnings.extend(predicate::unguarded(connection, table).await.map_err(Error::Postgres)?);
@@ -220,6 +228,23 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
         problem.line = problem.place.as_deref().and_then(|place| locate::place(text, place));
     }
     Ok(Findings { problems, warnings })
+}
+
+/// What `setup` does not mend, or would make worse: it changes nothing while there is any of it.
+///
+/// # Errors
+/// The database cannot be asked.
+pub async fn before_setup(connection: &mut PgConnection, config: &Config) -> Result<Vec<Problem>, Error> {
+    let (catalog, misfits) = Catalog::collect(connection, config).await.map_err(|error| match error {
+        CatalogError::Query(source) => Error::Postgres(source),
+        other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
+    })?;
+    // A column in `writable` that is not there stops nothing.
+    let misfits = misfits.iter().filter(|misfit| !matches!(misfit, CatalogError::Writable { .. }));
+    let mut problems: Vec<Problem> = misfits.map(|error| Problem::sectioned(&error.to_string())).collect();
+    problems.extend(names::check(&catalog));
+    problems.extend(database::unroutable(connection, &catalog).await?);
+    Ok(problems)
 }
 
 #[cfg(test)]

@@ -119,6 +119,12 @@ silently lack rows: name the roles that it is for (ALTER POLICY … TO …)", ed
         /// Its name.
         policy: String,
     },
+    /// The database cannot be checked.
+    #[error("cannot check the configuration against the database")]
+    Check(#[source] Box<crate::check::Error>),
+    /// The configuration does not fit the database, or would not do it good.
+    #[error("nothing was changed, since this does not fit:\n{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Problems(Vec<crate::check::Problem>),
     /// NATS.
     #[error("NATS")]
     Nats(#[source] nats::Error),
@@ -140,7 +146,14 @@ impl Error {
 
     /// Whether a configuration is wrong.
     pub fn is_config(&self) -> bool {
-        matches!(self, Error::Config(_) | Error::Catalog(_) | Error::Password { .. } | Error::Restrictive { .. })
+        matches!(
+            self,
+            Error::Config(_)
+                | Error::Catalog(_)
+                | Error::Problems(_)
+                | Error::Password { .. }
+                | Error::Restrictive { .. }
+        )
     }
 }
 
@@ -200,6 +213,10 @@ pub async fn database(
     config: &Config,
     passwords: &[(Role, Option<String>)],
 ) -> Result<usize, Error> {
+    let found = crate::check::before_setup(connection, config).await.map_err(|error| Error::Check(Box::new(error)))?;
+    if !found.is_empty() {
+        return Err(Error::Problems(found));
+    }
     let mut migrations = Migrator::with_migrations(MIGRATIONS.iter().cloned().collect());
     migrations.dangerous_set_table_name("millstream.migrations");
     migrations.create_schema("millstream");
@@ -357,8 +374,27 @@ async fn make_role(connection: &mut PgConnection, role: Role, password: Option<&
     if !exists {
         connection.execute(AssertSqlSafe(format!("CREATE ROLE {name} LOGIN"))).await.map_err(failed)?;
     }
-    if role == Role::Replication {
-        connection.execute(AssertSqlSafe(format!("ALTER ROLE {name} REPLICATION"))).await.map_err(failed)?;
+    let replicates: bool = sqlx::query_scalar("SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = $1")
+        .bind(&name)
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(failed)?;
+    if role == Role::Replication && !replicates {
+        // Hosts that make nobody a superuser have their own way, such as a group role.
+        let member: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_replication' AND pg_has_role($1, oid, 'MEMBER'))",
+        )
+        .bind(&name)
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(failed)?;
+        if !member {
+            let statement = format!("ALTER ROLE {name} REPLICATION");
+            connection.execute(AssertSqlSafe(statement.clone())).await.map_err(|source| Error::Postgres {
+                action: format!("{statement}: let an administrator run it, then run setup again"),
+                source,
+            })?;
+        }
     }
     if let Some(password) = password {
         // The server quotes it: utility statements take no parameters.
@@ -385,11 +421,16 @@ async fn owned_sequences(connection: &mut PgConnection, catalog: &Catalog) -> Re
     .await
 }
 
-/// The schemas of the synced tables, quoted.
-async fn schemas(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
+/// The schemas of the synced tables and of their columns' types, quoted.
+pub(crate) async fn schemas(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
     let oids: Vec<i64> = catalog.tables.iter().map(|table| i64::from(table.oid)).collect();
     sqlx::query_scalar(
-        "SELECT DISTINCT relnamespace::regnamespace::text FROM pg_class WHERE oid::int8 = ANY($1) ORDER BY 1",
+        "SELECT DISTINCT namespace::regnamespace::text FROM ( \
+           SELECT relnamespace FROM pg_class WHERE oid::int8 = ANY($1) UNION ALL \
+           SELECT n FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_type e ON e.oid = t.typelem \
+             CROSS JOIN LATERAL (VALUES (t.typnamespace), (e.typnamespace)) AS of_type(n) \
+           WHERE a.attrelid::int8 = ANY($1) AND a.attnum > 0 AND NOT a.attisdropped AND n IS NOT NULL) AS used(namespace) \
+         WHERE namespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) ORDER BY 1",
     )
     .bind(oids)
     .fetch_all(connection)
@@ -452,16 +493,17 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
     for sequence in sequences {
         statements.push(format!("GRANT USAGE ON SEQUENCE {sequence} TO {changes}"));
     }
-    // Only the executor may say which clients a transaction settles.
+    // Only the executor may say which clients a transaction settles; replication asks for tables to be sent again.
     for function in functions {
         statements.push(format!("REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC"));
-        statements.push(format!("GRANT EXECUTE ON FUNCTION {function} TO {changes}"));
+        statements.push(format!("GRANT EXECUTE ON FUNCTION {function} TO {changes}, {replication}"));
     }
     statements
 }
 
 fn publication(tables: &[Table], exists: bool) -> Vec<String> {
-    let names: Vec<&str> = tables.iter().map(|table| table.sql_name.as_str()).collect();
+    // Without children by inheritance: they may have no replica identity, and then their own UPDATE and DELETE would fail.
+    let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.sql_name)).collect();
     let names = names.join(", ");
     let options = "publish = 'insert, update, delete, truncate', publish_via_partition_root = true";
     if exists {
@@ -495,6 +537,8 @@ mod tests {
             renamed: Default::default(),
             dropped: Vec::new(),
             delete_missing_accepted: false,
+            partitioned: false,
+            hidden: Vec::new(),
             insert_existing_merges: false,
             rules: Vec::new(),
             validate: None,
@@ -521,7 +565,7 @@ mod tests {
     #[test]
     fn the_publication_is_made_once() {
         let tables = [table(WriteRules::default())];
-        assert!(publication(&tables, false)[0].starts_with("CREATE PUBLICATION millstream FOR TABLE \"public\""));
+        assert!(publication(&tables, false)[0].starts_with("CREATE PUBLICATION millstream FOR TABLE ONLY \"public\""));
         assert!(publication(&tables, true).iter().all(|statement| statement.starts_with("ALTER PUBLICATION")));
     }
 

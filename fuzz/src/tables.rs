@@ -71,6 +71,8 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         renamed: BTreeMap::new(),
         dropped: Vec::new(),
         delete_missing_accepted: false,
+        partitioned: false,
+        hidden: Vec::new(),
         insert_existing_merges: true,
         references: Vec::new(),
         rules: Vec::new(),

@@ -29,6 +29,7 @@ mod side_effects;
 mod slow;
 mod snapshots;
 mod structure;
+mod tables;
 mod telemetry;
 mod tls;
 mod types;

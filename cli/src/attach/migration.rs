@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use millstream_catalog::ConflictPolicy;
+use millstream_replication::Misfit;
 use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 
 /// A statement gives up rather than queue the table's readers behind a long transaction.
@@ -81,7 +82,7 @@ pub struct Found {
     /// What `writable` declares.
     pub writable: Vec<String>,
     /// What its replica identity lacks, and the remedy.
-    pub identity: Option<String>,
+    pub identity: Vec<Misfit>,
 }
 
 /// A column.
@@ -274,8 +275,9 @@ pub fn migration(tables: &[(&Found, Policy)]) -> String {
                 table.sql_name, TRIGGERS[0]
             ));
         }
-        if let Some(identity) = &table.identity {
-            comment(&format!("Still to do: {identity}"));
+        for found in &table.identity {
+            comment(&format!("Still to do: {}:", found.message));
+            found.fix.lines().for_each(|line| comment(&format!("    {line}")));
         }
     }
     let _infallible = write!(sql, "\nSET lock_timeout = '{LOCK_TIMEOUT}';\n");

@@ -33,8 +33,7 @@ pub async fn check(connection: &mut PgConnection, config: &Config, catalog: &Cat
             Problem::new("the database's encoding is SQL_ASCII, so its texts cannot be replicated").fix("use UTF8"),
         );
     }
-    let identities = identity_problems(connection, catalog).await.map_err(replication)?;
-    problems.extend(identities.into_iter().map(|(table, problem)| Problem::table(&table, problem)));
+    problems.extend(unroutable(connection, catalog).await?);
     match setup::pending_migrations(connection).await.map_err(Error::Postgres)? {
         Some(0) => {}
         Some(pending) => {
@@ -58,6 +57,58 @@ pub async fn check(connection: &mut PgConnection, config: &Config, catalog: &Cat
         problems.extend(row_security(connection, table).await?);
     }
     Ok(problems)
+}
+
+/// Tables, or what holds their rows, that cannot be replicated as they are.
+pub async fn unroutable(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
+    let found = identity_problems(connection, catalog).await.map_err(replication)?;
+    Ok(found.into_iter().map(|found| Problem::table(&found.table, found.message).fix(found.fix)).collect())
+}
+
+/// A replication slot of that name that is not ours.
+pub async fn slot(connection: &mut PgConnection, slot: &str) -> Result<Option<Problem>, Error> {
+    let owner: Option<String> = sqlx::query_scalar(
+        "SELECT coalesce('database ' || database, 'a standby') FROM pg_replication_slots \
+         WHERE slot_name = $1 AND database IS DISTINCT FROM current_database()",
+    )
+    .bind(slot)
+    .fetch_optional(connection)
+    .await
+    .map_err(Error::Postgres)?;
+    let problem =
+        |owner| Problem::new(format!("the replication slot {slot} of this Postgres cluster belongs to {owner}"));
+    Ok(owner.map(|owner| problem(owner).fix("set MILLSTREAM_SLOT to another name, for replication and for `check`")))
+}
+
+/// Columns by which rows or memberships are looked up, and that no index begins with.
+pub async fn unindexed(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
+    let mut warnings = Vec::new();
+    for table in &catalog.tables {
+        let mut columns: Vec<usize> = table.row_scope_columns().filter_map(|scope| scope.column).collect();
+        columns.sort_unstable();
+        columns.dedup();
+        for column in columns {
+            let column = &table.columns[column];
+            let indexed: bool = sqlx::query_scalar(
+                "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] \
+                 WHERE i.indrelid = $1::int8::oid AND a.attname = $2 AND i.indisvalid AND i.indpred IS NULL)",
+            )
+            .bind(i64::from(table.oid))
+            .bind(&column.name)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(Error::Postgres)?;
+            if !indexed {
+                let message =
+                    format!("no index begins with `{}`, by which the rows of a scope are looked up", column.name);
+                // A partitioned table takes none concurrently.
+                let how = if table.partitioned { "INDEX" } else { "INDEX CONCURRENTLY" };
+                let fix = format!("CREATE {how} ON {} ({})", table.sql_name, column.sql_name);
+                warnings.push(Problem::table(&table.name, message).fix(fix));
+            }
+        }
+    }
+    Ok(warnings)
 }
 
 fn replication(error: millstream_replication::Error) -> Error {
@@ -115,6 +166,19 @@ async fn rights(
                 .map_err(Error::Postgres)?;
             if !has {
                 problems.push(Problem::table(&table.name, format!("{role} has no right to {verb}")).fix(SETUP));
+            }
+        }
+    }
+    for schema in setup::schemas(connection, catalog).await.map_err(Error::Postgres)? {
+        for role in SERVICE_ROLES.map(role_name).iter().filter(|role| roles.contains(*role)) {
+            let has: bool = sqlx::query_scalar("SELECT has_schema_privilege($1, $2::text::regnamespace::oid, 'USAGE')")
+                .bind(role)
+                .bind(&schema)
+                .fetch_one(&mut *connection)
+                .await
+                .map_err(Error::Postgres)?;
+            if !has {
+                problems.push(Problem::new(format!("{role} may not use the schema {schema}")).fix(SETUP));
             }
         }
     }

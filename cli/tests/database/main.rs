@@ -2,6 +2,7 @@
 
 mod attach;
 mod check;
+mod fit;
 mod row_security;
 
 use std::path::Path;

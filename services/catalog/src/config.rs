@@ -80,6 +80,9 @@ pub struct TableConfig {
     /// Columns that are gone: what clients set there is left out.
     #[serde(default)]
     pub dropped: Vec<String>,
+    /// Columns that never leave the database: clients do not know of them.
+    #[serde(default)]
+    pub hidden: Vec<String>,
     /// Who may write; an operation without a rule is refused.
     #[serde(default)]
     pub write: WriteConfig,

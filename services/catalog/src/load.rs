@@ -64,7 +64,7 @@ impl Catalog {
         let mut tables = Vec::with_capacity(config.tables.len());
         let mut problems = Vec::new();
         for (name, declared) in &config.tables {
-            let mut found = Problems { table: name, problems: &mut problems };
+            let mut found = Problems { table: name, problems: &mut problems, left_out: HashMap::new() };
             tables.extend(table(connection, name, declared, config, &mut found).await?);
         }
         problems.extend(id_types(&tables));
@@ -141,6 +141,8 @@ async fn references(connection: &mut PgConnection, tables: &mut [Table]) -> Resu
 struct Problems<'a> {
     table: &'a str,
     problems: &'a mut Vec<CatalogError>,
+    /// Columns that are not synced, with the reason.
+    left_out: HashMap<String, &'static str>,
 }
 
 impl Problems<'_> {
@@ -152,15 +154,18 @@ impl Problems<'_> {
     fn column(&mut self, columns: &[Column], name: &str) -> Option<usize> {
         let found = columns.iter().position(|column| column.name == name);
         if found.is_none() {
-            self.add(format!("it has no column `{name}`"));
+            self.add(match self.left_out.get(name) {
+                Some(why) => format!("`{name}` is {why}, and only synced columns can name scopes, members and roles"),
+                None => format!("it has no column `{name}`"),
+            });
         }
         found
     }
 }
 
 /// What messages of the outbound stream say beside their rows. One that lacks something would be read as saying that there is none,
-/// so another format is another layout, and begins a new epoch. 2: which memberships move.
-const FORMAT: &str = "2\n";
+/// so another format is another layout, and begins a new epoch. 2: which memberships move. 3: which kinds of scopes are to be read again.
+const FORMAT: &str = "3\n";
 
 /// Of SHA-256, the first 8 hexadecimal digits for the [`layout`], then 8 for the rest of what clients see, so that every
 /// service computes the same.
@@ -224,7 +229,10 @@ async fn table(
         return Ok(None);
     };
     if !matches!(found.get("kind"), "r" | "p") {
-        problems.add("only ordinary and partitioned tables can be synced, not views");
+        problems.add(match found.get("kind") {
+            "f" => "it is a foreign table: its changes are not in this database's write-ahead log",
+            _ => "only ordinary and partitioned tables can be synced, not views",
+        });
         return Ok(None);
     }
     let oid: i64 = found.get("oid");
@@ -246,7 +254,7 @@ async fn table(
     let key_numbers = key_numbers.unwrap_or_default();
     let key: Vec<usize> = key_numbers.iter().filter_map(|number| numbers.iter().position(|n| n == number)).collect();
     if key.len() < key_numbers.len() {
-        problems.add("a generated column is part of its primary key");
+        problems.add("a generated or hidden column is part of its primary key");
     }
 
     let mut scopes = Vec::new();
@@ -274,6 +282,8 @@ async fn table(
         oid: u32::try_from(oid).unwrap_or_default(),
         name: name.to_owned(),
         sql_name: found.get("sql_name"),
+        hidden: declared.hidden.clone(),
+        partitioned: found.get::<&str, _>("kind") == "p",
         columns,
         key,
         scopes,
@@ -402,10 +412,9 @@ async fn columns(
 ) -> Result<(Vec<Column>, Vec<i16>), CatalogError> {
     let rows = sqlx::query(
         "SELECT attname::text AS name, quote_ident(attname) AS sql_name, attnum AS number, atttypid::int8 AS type,
-                format_type(atttypid, atttypmod) AS sql_type, attnotnull AS not_null,
+                format_type(atttypid, atttypmod) AS sql_type, attnotnull AS not_null, attgenerated <> '' AS generated,
                 (SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) AS default
-         FROM pg_attribute WHERE attrelid = $1::int8::oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
-         ORDER BY attnum",
+         FROM pg_attribute WHERE attrelid = $1::int8::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
     )
     .bind(oid)
     .fetch_all(&mut *connection)
@@ -417,6 +426,11 @@ async fn columns(
     let mut numbers = Vec::with_capacity(rows.len());
     for row in &rows {
         let column: String = row.get("name");
+        let is_hidden = declared.hidden.contains(&column);
+        if is_hidden || row.get("generated") {
+            problems.left_out.insert(column, if is_hidden { "hidden" } else { "a generated column" });
+            continue;
+        }
         let writable = writable.get_mut(column.as_str()).map(|seen| *seen = true).is_some();
         let sql_type: String = row.get("sql_type");
         let default = row.get::<Option<&str>, _>("default").and_then(|default| defaults::constant(default, &sql_type));
@@ -435,6 +449,11 @@ async fn columns(
     }
     for unknown in declared.writable.iter().filter(|column| !writable[column.as_str()]) {
         problems.problems.push(CatalogError::Writable { table: problems.table.to_owned(), column: unknown.clone() });
+    }
+    // Not passed over: under another name it would be sent to clients.
+    let unknown = |column: &&String| !problems.left_out.contains_key(*column);
+    for unknown in declared.hidden.iter().filter(unknown).collect::<Vec<_>>() {
+        problems.add(format!("`hidden` names `{unknown}`, which is not a column of it"));
     }
     for (old, new) in &declared.renamed {
         if !columns.iter().any(|column| column.name == *new) {

@@ -50,8 +50,12 @@ pub struct Table {
     pub name: String,
     /// `"schema"."name"`, quoted for SQL.
     pub sql_name: String,
+    /// Its rows are in partitions.
+    pub partitioned: bool,
     /// The synced columns in wire order (the table's own order, without generated columns).
     pub columns: Vec<Column>,
+    /// Names of columns that never leave the database, and are none of `columns`.
+    pub hidden: Vec<String>,
     /// Indexes into `columns` of the primary key, in key order.
     pub key: Vec<usize>,
     /// The scopes that each row belongs to.
@@ -84,6 +88,11 @@ impl Table {
     /// Index of the column of that name.
     pub fn column(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|column| column.name == name)
+    }
+
+    /// What to read its rows `FROM`: those that the change stream tells of, without those of children by inheritance.
+    pub fn sql_rows(&self) -> String {
+        if self.partitioned { self.sql_name.clone() } else { format!("ONLY {}", self.sql_name) }
     }
 
     /// The scopes of a row, given its values in column order. Null scope columns give no scope.
@@ -208,10 +217,24 @@ impl Column {
         self.named_is_one_of(&format!("{row}.{}", self.sql_name), ids)
     }
 
+    /// The same for many rows and many ids: `ids` is read once, and joined by an index or a hash.
+    pub fn is_among(&self, ids: &str) -> String {
+        let name = &self.sql_name;
+        let equal = format!("{name} IN (SELECT unnest({ids}::text[])::{})", self.cast_type());
+        if self.has_one_spelling() {
+            return equal;
+        }
+        format!("{equal} AND ({}) COLLATE \"C\" IN (SELECT unnest({ids}::text[]) COLLATE \"C\")", text(name))
+    }
+
+    /// Equal values have one spelling.
+    fn has_one_spelling(&self) -> bool {
+        matches!(self.sql_type.as_str(), "uuid" | "bigint" | "integer" | "smallint")
+    }
+
     fn named_is_one_of(&self, name: &str, ids: &str) -> String {
         let equal = format!("{name} = ANY ({ids}::text[]::{}[])", self.cast_type());
-        // Equal values of these have one spelling.
-        if matches!(self.sql_type.as_str(), "uuid" | "bigint" | "integer" | "smallint") {
+        if self.has_one_spelling() {
             return equal;
         }
         format!("{equal} AND ({}) COLLATE \"C\" = ANY ({ids}::text[])", text(name))

@@ -49,7 +49,7 @@ impl Catalog {
             };
             format!(
                 "EXISTS (SELECT FROM {} AS {member} WHERE {} AND ({who}))",
-                table.sql_name,
+                table.sql_rows(),
                 granting(membership.scope).is_one_of_in(&member, &id)
             )
         });

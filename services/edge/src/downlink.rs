@@ -311,6 +311,7 @@ impl Downlink {
         let is_new = |scope: &Scope| !self.scopes.contains_key(scope);
         let grants = match moves {
             Moves::Any => true,
+            Moves::Again(_) => false,
             Moves::Scopes(moved) => moved.iter().any(is_new),
         };
         self.reauthorize |= !ended.is_empty() || (grants && !sees(&self.authorization));

@@ -12,15 +12,24 @@ use millstream_schemas::subject::USER_KIND;
 pub enum Moves {
     /// They came to hold these scopes, or hold them no more.
     Scopes(Vec<Scope>),
+    /// None of it moves, but rows of scopes of these kinds have changed without a message: they are to be read again.
+    Again(Vec<String>),
     /// Any scope.
     Any,
 }
+
+/// Ends the name of a kind of which all scopes are meant.
+const EVERY_SCOPE: &str = ".*";
 
 impl Moves {
     /// Reads the header. What cannot be read may mean anything.
     pub fn parse(text: &str) -> Moves {
         if text == ANY_SCOPE {
             return Moves::Any;
+        }
+        let kind = |name: &str| Some(name.strip_prefix("ms.wal.")?.strip_suffix(EVERY_SCOPE)?.to_owned());
+        if let Some(kinds) = text.split(' ').map(kind).collect() {
+            return Moves::Again(kinds);
         }
         text.split(' ').map(Scope::from_subject).collect::<Option<_>>().map_or(Moves::Any, Moves::Scopes)
     }
@@ -57,6 +66,7 @@ impl Reach {
     pub fn concerns(&self, moves: &Moves, scope: &Scope) -> bool {
         match moves {
             Moves::Any => self.through.contains_key(&scope.kind),
+            Moves::Again(kinds) => kinds.contains(&scope.kind),
             Moves::Scopes(moved) => moved.iter().any(|moved| {
                 moved == scope || self.through.get(&moved.kind).is_some_and(|below| below.contains(&scope.kind))
             }),
@@ -109,6 +119,8 @@ pub(crate) mod tests {
         for any in ["*", "", "x", "ms.wal.project.p ms"] {
             check(&Moves::parse(any), [true, true, true, false, false]);
         }
+        check(&Moves::parse("ms.wal.project.* ms.wal.user.*"), [false, true, false, true, false]);
+        check(&Moves::parse("ms.wal.global.*"), [false, false, false, false, true]);
         let told =
             [&organisation, &project, &task, &Scope::user("u"), &Scope::global()].map(|scope| reach.tells(scope));
         assert_eq!(told, [true, true, false, true, false]);

@@ -170,8 +170,8 @@ impl Snapshot {
             let mut sql = format!(
                 "SELECT DISTINCT {} FROM {} WHERE {} AND {} IS NOT NULL",
                 column(membership.scope).text(),
-                table.sql_name,
-                column(members).is_one_of("$1"),
+                table.sql_rows(),
+                column(members).is_among("$1"),
                 column(membership.scope).sql_name,
             );
             if let Some((role, _)) = roles {
@@ -291,10 +291,10 @@ impl Snapshot {
         for table in &catalog.tables {
             for ScopeColumn { kind, column } in table.row_scope_columns() {
                 let Some(ids) = ids.get(kind) else { continue };
-                let mut sql = format!("(SELECT count(*) FROM {}", table.sql_name);
+                let mut sql = format!("(SELECT count(*) FROM {}", table.sql_rows());
                 if let Some(column) = column.map(|index| &table.columns[index]) {
                     bound.push(ids);
-                    let _ = write!(sql, " WHERE {}", column.is_one_of(&format!("${}", bound.len())));
+                    let _ = write!(sql, " WHERE {}", column.is_among(&format!("${}", bound.len())));
                 }
                 sql.push(')');
                 counts.push(sql);
@@ -370,13 +370,14 @@ impl Snapshot {
         let columns: Vec<&str> = table.columns.iter().map(|column| column.sql_name.as_str()).collect();
         let key: Vec<&str> = table.key.iter().map(|index| columns[*index]).collect();
         let key = key.join(", ");
-        let mut sql = format!("COPY (SELECT {} FROM {} WHERE true", columns.join(", "), table.sql_name);
+        let mut sql = format!("COPY (SELECT {} FROM {} WHERE true", columns.join(", "), table.sql_rows());
         if let Some(column) = column.map(|index| &table.columns[index]) {
-            let _ = write!(sql, " AND {}", column.is_one_of("current_setting('millstream.scope_ids')"));
+            let _ = write!(sql, " AND {}", column.is_among("current_setting('millstream.scope_ids')"));
         }
         if behind.is_some_and(|values| values.len() == table.key.len()) {
             let value = |(n, index): (usize, &usize)| {
-                format!("(current_setting('millstream.behind')::text[])[{}]::{}", n + 1, table.columns[*index].sql_type)
+                let key = format!("(current_setting('millstream.behind')::text[])[{}]", n + 1);
+                format!("(SELECT {key}::{})", table.columns[*index].sql_type)
             };
             let values: Vec<String> = table.key.iter().enumerate().map(value).collect();
             let _ = write!(sql, " AND ({key}) > ({})", values.join(", "));

@@ -4,8 +4,10 @@
 //! published while it still arrives. Memory is bounded by [`MAX_TRANSACTION_BUFFER_BYTES`] whatever its size.
 
 mod change;
+mod handover;
+mod sizes;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,14 +16,29 @@ use millstream_schemas::stream::{ORIGIN_PREFIX, OriginRecord, message_limit, row
 use millstream_schemas::subject::WAL_ORIGIN;
 use millstream_schemas::{Lsn, Scope};
 
+pub use self::change::Again;
 use self::change::{Change, bad_row, hash, images, key, scopes};
+use self::handover::Handover;
+use self::sizes::Sizes;
 use crate::chunks::{Chunk, Chunks, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, Moved};
 use crate::error::Place;
 use crate::left_out::LeftOut;
 use crate::moves::{Moves, moves};
 use crate::origin::Origins;
 use crate::pgoutput::{DecodeError, Message, Old, Relation, Value};
-use crate::relation::{BadTuple, Cell, Mapping};
+use crate::relation::{BadTuple, Cell, Image, Mapping};
+use crate::shape::Shape;
+
+/// Prefix of transactional messages in the write-ahead log that ask for tables to be sent again: their names, a line each.
+pub const AGAIN_PREFIX: &str = "millstream.again";
+/// Stands for every table there.
+const EVERY_TABLE: &str = "*";
+/// A table with changes that cannot be routed is sent again at most once in this time, in microseconds.
+pub const AGAIN_INTERVAL_MICROS: i64 = 10_000_000;
+/// What subjects of rows begin with.
+const WAL_PREFIX: &str = "ms.wal.";
+/// Ends the name of a kind in the header `Ms-Moves`: all scopes of that kind.
+const EVERY_SCOPE: &str = ".*";
 
 /// A message of the outbound stream. What is not known before it is appended (epoch, previous transaction) is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,11 +167,18 @@ struct Transaction {
     chunks: Chunks,
     origins: Origins,
     traceparent: Option<String>,
+    handover: Handover,
+    /// Tables that are sent again behind it.
+    again: BTreeMap<usize, Again>,
 }
 
 /// The assembler.
 pub struct Assembler {
     tables: Arc<[Table]>,
+    /// What the database says of them beyond that; none is known of tables behind the last.
+    shapes: Arc<[Shape]>,
+    /// When tables were sent again last because of their content: commit time, microseconds since 1970.
+    sent_again: HashMap<usize, i64>,
     relations: HashMap<u32, Option<Mapping>>,
     /// Transactions up to this commit LSN are in the stream.
     through: Lsn,
@@ -164,6 +188,8 @@ pub struct Assembler {
     limits: Limits,
     /// Rows that were withdrawn: clients lack them, so that a part of one is not enough for them.
     withdrawn: HashSet<KeyHash>,
+    /// How large the values are that updates leave alone.
+    sizes: Sizes,
     /// What was passed over and nobody has asked for yet.
     left_out: Vec<LeftOut>,
     /// The table that the change stream spoke of last.
@@ -178,12 +204,15 @@ impl Assembler {
     pub fn new(tables: Arc<[Table]>, through: Lsn, accepted: HashSet<u64>) -> Self {
         Assembler {
             tables,
+            shapes: Arc::default(),
+            sent_again: HashMap::new(),
             relations: HashMap::new(),
             through,
             accepted,
             transaction: None,
             limits: Limits::of(usize::MAX),
             withdrawn: HashSet::new(),
+            sizes: Sizes::default(),
             left_out: Vec::new(),
             last_table: None,
             pieces: Vec::new(),
@@ -194,6 +223,11 @@ impl Assembler {
     /// With what the broker takes; without, only Millstream's own limits count.
     pub fn with_limits(self, limits: Limits) -> Self {
         Assembler { limits, ..self }
+    }
+
+    /// With what the database says of the tables, in their order.
+    pub fn with_shapes(self, shapes: Arc<[Shape]>) -> Self {
+        Assembler { shapes, ..self }
     }
 
     /// Commit LSN and id of the open transaction.
@@ -258,8 +292,11 @@ impl Assembler {
             key(table, before).as_ref() != Some(&new_key) || scopes(table, before) != scopes(table, &after)
         });
         // Of a whole old image something is missing only if the row was too large.
-        let was_too_large = matches!(old, Some(Old::Full(_))) || self.withdrawn.contains(&hash(table, &new_key));
-        if !moved && !was_too_large {
+        let row = hash(table, &new_key);
+        let was_too_large = matches!(old, Some(Old::Full(_))) || self.withdrawn.contains(&row);
+        // It may cross the limit, in either direction, with values that are not in the change stream.
+        let may_cross = self.sizes.lacks(row, &columns) && !scopes(table, &after).is_empty();
+        if !moved && !was_too_large && !may_cross {
             return Ok(None);
         }
         let text = |&column: &usize| after[column].text().map(str::to_owned);
@@ -292,14 +329,17 @@ impl Assembler {
                     chunks: Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, self.limits.message),
                     origins: Origins::default(),
                     traceparent: None,
+                    handover: Handover::default(),
+                    again: BTreeMap::new(),
                 });
             }
             Message::Commit { end_lsn, .. } => {
-                let Some(transaction) = self.transaction.take() else {
+                let Some(mut transaction) = self.transaction.take() else {
                     return Err(AssembleError::Order { what: "commit" });
                 };
                 self.through = self.through.max(transaction.lsn);
                 if !transaction.skip {
+                    self.hand_over(&mut transaction, out);
                     self.finish(transaction, *end_lsn, out);
                 }
                 return Ok(Step::Committed { end_lsn: *end_lsn });
@@ -309,34 +349,32 @@ impl Assembler {
             Message::Logical { transactional, prefix, content } => {
                 if *transactional && *prefix == ORIGIN_PREFIX {
                     self.origin(content)?;
+                } else if *transactional && *prefix == AGAIN_PREFIX {
+                    self.asked_again(content);
                 }
             }
-            Message::Insert { relation, new } => self.with(*relation, out, |change| {
+            Message::Insert { relation, new } => self.with(*relation, out, |change, handover| {
                 let (_, after) = images(change.table, change.mapping, None, new, filled)?;
-                let key = change.key(&after);
-                change.moves = moves(change.table, None, Some(&after), false);
-                change.write(&after, &scopes(change.table, &after), key);
+                change_row(change, handover, None, Some(&after), false);
                 Ok(())
             })?,
-            Message::Update { relation, old, new } => self.with(*relation, out, |change| {
+            Message::Update { relation, old, new } => self.with(*relation, out, |change, handover| {
                 let (before, after) = images(change.table, change.mapping, old.as_ref(), new, filled)?;
-                change.update(before.as_ref(), &after);
+                change.route(before.as_ref());
+                change_row(change, handover, before.as_ref(), Some(&after), true);
                 Ok(())
             })?,
-            Message::Delete { relation, old } => self.with(*relation, out, |change| {
+            Message::Delete { relation, old } => self.with(*relation, out, |change, handover| {
                 let before = change.mapping.old_image(old).map_err(|source| bad_row(change.table, source))?;
-                let key = change.key(&before);
-                change.moves = moves(change.table, Some(&before), None, false);
-                change.delete(&scopes(change.table, &before), key.as_deref());
-                if let Some(key) = key.filter(|_| !change.withdrawn.is_empty()) {
-                    change.withdrawn.remove(&hash(change.table, &key));
-                }
+                change.route(Some(&before));
+                change_row(change, handover, Some(&before), None, false);
                 Ok(())
             })?,
             Message::Truncate { relations } => {
                 for relation in relations {
                     // There is no single scope: every session listens to this one.
-                    self.with(*relation, out, |change| {
+                    self.with(*relation, out, |change, handover| {
+                        handover.truncate(change.mapping.table);
                         let grants = !change.table.memberships.is_empty();
                         change.chunks.add_truncate(&Scope::global(), &change.table.name, grants, change.pieces);
                         Ok(())
@@ -348,20 +386,12 @@ impl Assembler {
     }
 
     fn relation(&mut self, relation: &Relation<'_>) -> Result<(), AssembleError> {
-        let mapping = Mapping::new(&self.tables, relation);
+        let mapping = Mapping::new(&self.tables, &self.shapes, relation);
         self.last_table = mapping.as_ref().map(|mapping| mapping.table);
         if let Some(mapping) = &mapping {
             let table = &self.tables[mapping.table];
             if mapping.differs && !self.accepted.contains(&mapping.shape) {
                 return Err(AssembleError::SchemaChanged { table: table.name.clone(), shape: mapping.shape });
-            }
-            let uncovered = mapping.uncovered(table);
-            if !uncovered.is_empty() {
-                tracing::error!(
-                    table.name = table.name,
-                    columns = uncovered.join(", "),
-                    "the replica identity no longer covers the key and the scope: deletes and moves cannot be published"
-                );
             }
         }
         self.relations.insert(relation.id, mapping);
@@ -392,7 +422,7 @@ impl Assembler {
         &mut self,
         relation: u32,
         out: &mut Vec<Outgoing>,
-        act: impl FnOnce(&mut Change<'_>) -> Result<(), AssembleError>,
+        act: impl FnOnce(&mut Change<'_>, &mut Handover) -> Result<(), AssembleError>,
     ) -> Result<(), AssembleError> {
         let Some(transaction) = &mut self.transaction else {
             return Err(AssembleError::Order { what: "row outside a transaction" });
@@ -405,25 +435,105 @@ impl Assembler {
         if transaction.skip {
             return Ok(());
         }
-        act(&mut Change {
+        let mut again = None;
+        let mut change = Change {
             table: &self.tables[mapping.table],
             mapping,
             limits: self.limits,
             chunks: &mut transaction.chunks,
             withdrawn: &mut self.withdrawn,
+            sizes: &mut self.sizes,
             left_out: &mut self.left_out,
             pieces: &mut self.pieces,
             row: &mut self.row,
             moves: Moves::new(),
-        })?;
+            loose_key: self.shapes.get(mapping.table).is_some_and(|shape| shape.loose_key),
+            again: &mut again,
+        };
+        act(&mut change, &mut transaction.handover)?;
+        if let Some(why) = again {
+            transaction.again.entry(mapping.table).or_insert(why);
+        }
         for chunk in self.pieces.drain(..) {
             out.push(transaction.message(chunk, None));
         }
         Ok(())
     }
 
+    /// Sends the rows that were kept until the keys of a transaction had come to rest.
+    fn hand_over(&mut self, transaction: &mut Transaction, out: &mut Vec<Outgoing>) {
+        for index in transaction.handover.tables() {
+            let Some(mapping) = self.relations.values().flatten().find(|mapping| mapping.table == index) else {
+                continue;
+            };
+            let mut change = Change {
+                table: &self.tables[index],
+                mapping,
+                limits: self.limits,
+                chunks: &mut transaction.chunks,
+                withdrawn: &mut self.withdrawn,
+                sizes: &mut self.sizes,
+                left_out: &mut self.left_out,
+                pieces: &mut self.pieces,
+                row: &mut self.row,
+                moves: Moves::new(),
+                loose_key: true,
+                again: &mut None,
+            };
+            transaction.handover.flush(index, &mut change);
+            for chunk in self.pieces.drain(..) {
+                out.push(transaction.message(chunk, None));
+            }
+        }
+        for table in 0..self.tables.len() {
+            if transaction.handover.is_in_doubt(table) {
+                transaction.again.entry(table).or_insert(Again::Keys);
+            }
+        }
+    }
+
+    /// Somebody who may write such messages wants a table, or all of them, to be sent again.
+    fn asked_again(&mut self, content: &[u8]) {
+        let Some(transaction) = self.transaction.as_mut().filter(|transaction| !transaction.skip) else { return };
+        let names = std::str::from_utf8(content).unwrap_or_default();
+        for (index, table) in self.tables.iter().enumerate() {
+            if names.lines().any(|name| name == table.name || name == EVERY_TABLE) {
+                transaction.again.insert(index, Again::Asked);
+            }
+        }
+    }
+
+    /// The messages by which edges send tables again: behind everything else of the transaction.
+    fn again(&mut self, transaction: &Transaction) {
+        let mut kinds: BTreeSet<&str> = BTreeSet::new();
+        let mut grants = false;
+        for (&index, &why) in &transaction.again {
+            let table = &self.tables[index];
+            // What goes on and on must not keep clients at it all the time.
+            let last = self.sent_again.get(&index).copied();
+            let late = why == Again::Unroutable
+                && last.is_some_and(|last| (0..AGAIN_INTERVAL_MICROS).contains(&(transaction.at - last)));
+            self.left_out.push(LeftOut::Again { table: table.name.clone(), why, late });
+            if late {
+                continue;
+            }
+            self.sent_again.insert(index, transaction.at);
+            kinds.extend(table.row_scope_columns().map(|scope| scope.kind));
+            grants |= !table.memberships.is_empty();
+        }
+        let message = |moves| Chunk { subject: Scope::global().subject(), payload: Bytes::from_static(b"[]"), moves };
+        if !kinds.is_empty() {
+            let header: Vec<String> = kinds.iter().map(|kind| format!("{WAL_PREFIX}{kind}{EVERY_SCOPE}")).collect();
+            self.pieces.push(message(Moved::Again(header.join(" "))));
+        }
+        if grants {
+            self.pieces.push(message(Moved::Any));
+        }
+    }
+
     fn finish(&mut self, mut transaction: Transaction, end_lsn: Lsn, out: &mut Vec<Outgoing>) {
         transaction.chunks.flush(&mut self.pieces);
+        self.again(&transaction);
         if self.pieces.is_empty() && (!transaction.origins.is_empty() || transaction.index > 0) {
             self.pieces.push(Chunk {
                 subject: WAL_ORIGIN.to_owned(),
@@ -467,5 +577,45 @@ impl Transaction {
     }
 }
 
+/// Sends a row change, or keeps it where keys may change hands.
+fn change_row(
+    change: &mut Change<'_>,
+    handover: &mut Handover,
+    before: Option<&Image<'_>>,
+    after: Option<&Image<'_>>,
+    is_update: bool,
+) {
+    let (index, mapping) = (change.mapping.table, change.mapping);
+    if change.loose_key && handover.keeps(index) {
+        return handover.take(index, change, before, after, is_update, |column| mapping.covers(column));
+    }
+    if change.loose_key
+        && before.is_some_and(|before| after.is_none_or(|after| key(change.table, before) != key(change.table, after)))
+    {
+        handover.leaves(index);
+    }
+    match (before, after) {
+        (before, Some(after)) if is_update => change.update(before, after),
+        (_, Some(after)) => {
+            let key = change.key(after);
+            change.moves = moves(change.table, None, Some(after), false);
+            change.write(after, &scopes(change.table, after), key);
+        }
+        (Some(before), None) => {
+            let key = change.key(before);
+            change.moves = moves(change.table, Some(before), None, false);
+            change.delete(&scopes(change.table, before), key.as_deref());
+            if let Some(key) = key {
+                let row = hash(change.table, &key);
+                change.withdrawn.remove(&row);
+                change.sizes.forget(row);
+            }
+        }
+        (None, None) => {}
+    }
+}
+
+#[cfg(test)]
+mod handover_tests;
 #[cfg(test)]
 mod tests;

@@ -42,6 +42,8 @@ pub enum Moved {
     Scopes(String),
     /// Too many to name.
     Any,
+    /// None did, but the rows of some kinds of scopes are to be read again: these kinds, as the header tells them.
+    Again(String),
 }
 
 /// Longest list of scopes that have moved, in bytes: it travels in a header.
@@ -52,7 +54,7 @@ impl Moved {
     pub fn header(self) -> Option<String> {
         match self {
             Moved::None => None,
-            Moved::Scopes(scopes) => Some(scopes),
+            Moved::Scopes(scopes) | Moved::Again(scopes) => Some(scopes),
             Moved::Any => Some(ANY_SCOPE.to_owned()),
         }
     }
@@ -66,7 +68,7 @@ impl Moved {
                 Moved::Scopes(names) if names.len() + name.len() < MAX_MOVES_BYTES => {
                     Moved::Scopes(names + " " + &name)
                 }
-                Moved::Scopes(_) | Moved::Any => Moved::Any,
+                Moved::Scopes(_) | Moved::Any | Moved::Again(_) => Moved::Any,
             };
         }
     }

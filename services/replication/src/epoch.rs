@@ -43,6 +43,8 @@ pub struct Slot {
     pub confirmed: Lsn,
     /// The walsender that uses it.
     pub active_pid: Option<i32>,
+    /// Whose it is, if it is not ours: nothing of it is touched.
+    pub foreign: Option<String>,
 }
 
 /// Why a new epoch begins.
@@ -123,11 +125,21 @@ pub async fn read_source(connection: &mut PgConnection, slot: &str) -> Result<So
     })
 }
 
+/// Refuses a slot that is not ours: names of slots are those of the cluster, whose databases may each have an installation.
+pub fn is_ours(slot: &str, source: &Source) -> Result<(), Error> {
+    match source.slot.as_ref().and_then(|found| found.foreign.clone()) {
+        Some(owner) => Err(Error::ForeignSlot { slot: slot.to_owned(), owner }),
+        None => Ok(()),
+    }
+}
+
 /// Reads the slot.
 pub async fn read_slot(connection: &mut PgConnection, slot: &str) -> Result<Option<Slot>, Error> {
     let row = sqlx::query(
         "SELECT plugin = 'pgoutput' AND database = current_database() AND coalesce(wal_status, '') <> 'lost' AND NOT temporary, \
-         coalesce(confirmed_flush_lsn, '0/0')::text, active_pid FROM pg_replication_slots WHERE slot_name = $1",
+         coalesce(confirmed_flush_lsn, '0/0')::text, active_pid, \
+         CASE WHEN slot_type <> 'logical' THEN 'a standby' WHEN database <> current_database() THEN 'database ' || database \
+           WHEN plugin <> 'pgoutput' THEN 'a reader with the plugin ' || plugin END FROM pg_replication_slots WHERE slot_name = $1",
     )
     .bind(slot)
     .fetch_optional(connection)
@@ -137,6 +149,7 @@ pub async fn read_slot(connection: &mut PgConnection, slot: &str) -> Result<Opti
         usable: row.get::<Option<bool>, _>(0).unwrap_or(false),
         confirmed: lsn(row.get(1)),
         active_pid: row.get(2),
+        foreign: row.get(3),
     }))
 }
 
@@ -255,7 +268,7 @@ mod tests {
             system_identifier: "7".into(),
             flushed: Lsn(1000),
             row: Some((epoch, "7".into(), "millstream".into())),
-            slot: Some(Slot { usable: true, confirmed: Lsn(500), active_pid: None }),
+            slot: Some(Slot { usable: true, confirmed: Lsn(500), active_pid: None, foreign: None }),
         };
         let tail = Tail {
             epoch,

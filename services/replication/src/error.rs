@@ -59,6 +59,16 @@ pub enum Error {
         #[source]
         source: pgwire_replication::PgWireError,
     },
+    /// The slot is another installation's.
+    #[error(
+        "the replication slot {slot} belongs to {owner}: set MILLSTREAM_SLOT to a name that is not used in this Postgres cluster"
+    )]
+    ForeignSlot {
+        /// Its name.
+        slot: String,
+        /// Whose it is.
+        owner: String,
+    },
     /// The server refuses, or cannot go on with its change stream.
     #[error("Postgres cannot {operation}")]
     Server {

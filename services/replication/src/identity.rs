@@ -1,15 +1,27 @@
-//! Whether every synced table can be replicated: it is in the publication, and its replica identity covers what deletes
-//! and moves between scopes need.
+//! Whether every synced table can be replicated: it is in the publication, all that holds its rows is in the write-ahead log,
+//! and its replica identity covers what deletes and moves between scopes need.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use millstream_catalog::{Catalog, Table};
 use sqlx::{PgConnection, Row};
 
 use crate::error::Error;
 use crate::relation::identity_columns;
+use crate::shape::{self, Holder, Holders};
 
-/// Refuses tables that cannot be replicated, with what to do about each.
+/// Something about a table that keeps its rows from being replicated as they should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    /// The table, as in `millstream.toml`.
+    pub table: String,
+    /// What is wrong.
+    pub message: String,
+    /// What to do.
+    pub fix: String,
+}
+
+/// Refuses what nothing can be replicated with. What concerns one table is told by [`misfits`], and stops no other.
 pub async fn check(connection: &mut PgConnection, catalog: &Catalog, publication: &str) -> Result<(), Error> {
     let encoding: String = sqlx::query_scalar("SELECT current_setting('server_encoding')")
         .fetch_one(&mut *connection)
@@ -18,25 +30,17 @@ pub async fn check(connection: &mut PgConnection, catalog: &Catalog, publication
     if encoding == "SQL_ASCII" {
         return Err(Error::Encoding);
     }
-    let mut problems = publication_problems(connection, catalog, publication).await?;
-    problems.extend(identity_problems(connection, catalog).await?.into_iter().map(|(_, problem)| problem));
+    let problems = publication_problems(connection, catalog, publication).await?;
     if problems.is_empty() { Ok(()) } else { Err(Error::Tables(problems.join("\n"))) }
 }
 
-/// The replica identities that do not cover what deletes and moves between scopes need: table, and what to do.
+/// What keeps rows of synced tables from being replicated as they should be.
 ///
 /// # Errors
 /// Postgres cannot be asked.
-pub async fn identity_problems(
-    connection: &mut PgConnection,
-    catalog: &Catalog,
-) -> Result<Vec<(String, String)>, Error> {
-    let mut problems = Vec::new();
-    for table in &catalog.tables {
-        let found = identity(connection, table).await?;
-        problems.extend(problem(table, &found).map(|problem| (table.name.clone(), problem)));
-    }
-    Ok(problems)
+pub async fn identity_problems(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Misfit>, Error> {
+    let all = shape::read(connection, catalog).await?;
+    Ok(catalog.tables.iter().zip(&all).flat_map(|(table, holders)| misfits(table, holders)).collect())
 }
 
 /// The tables that the publication lacks, and what to do about each.
@@ -55,7 +59,7 @@ pub async fn publication_problems(
             None => {}
             Some(published) if published.contains(&i64::from(table.oid)) => {}
             Some(_) => problems.push(format!(
-                "{} is not in the publication {publication}: run `millstream setup`, or ALTER PUBLICATION {} ADD TABLE {}",
+                "{} is not in the publication {publication}: run `millstream setup`, or ALTER PUBLICATION {} ADD TABLE ONLY {}",
                 table.name,
                 quoted(publication),
                 table.sql_name
@@ -89,51 +93,83 @@ async fn published(connection: &mut PgConnection, publication: &str) -> Result<O
     Ok(Some(rows.into_iter().map(|row| row.get(0)).collect()))
 }
 
-/// The replica identities of a table and its partitions: for each, its name and the covered columns, or none for `FULL`.
-type Identities = Vec<(String, Option<HashSet<String>>)>;
-
-async fn identity(connection: &mut PgConnection, table: &Table) -> Result<Identities, Error> {
-    // What counts is the identity of the table that holds the row: of each partition, not of their root.
-    let rows = sqlx::query(
-        "SELECT c.oid::regclass::text, c.relreplident = 'f', \
-           ARRAY(SELECT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) \
-                 WHERE i.indrelid = c.oid AND i.indisvalid \
-                 AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END) \
-         FROM pg_class c WHERE c.relkind = 'r' AND (c.oid = $1::bigint::oid \
-           OR c.oid IN (SELECT relid FROM pg_partition_tree($1::bigint::oid::regclass)))",
-    )
-    .bind(i64::from(table.oid))
-    .fetch_all(connection)
-    .await
-    .map_err(Error::postgres("read replica identities"))?;
-    Ok(rows
-        .into_iter()
-        .map(|row| {
-            let columns: Vec<String> = row.get(2);
-            (row.get(0), (!row.get::<bool, _>(1)).then(|| columns.into_iter().collect()))
-        })
-        .collect())
-}
-
-fn problem(table: &Table, identities: &Identities) -> Option<String> {
+/// What keeps rows of a table from being replicated as they should be.
+pub fn misfits(table: &Table, holders: &Holders) -> Vec<Misfit> {
+    let misfit = |message: String, fix: String| Misfit { table: table.name.clone(), message, fix };
+    let mut found = Vec::new();
+    for holder in &holders.0 {
+        let name = &holder.name;
+        if holder.inherits {
+            found.push(misfit(
+                format!(
+                    "{name} inherits from it: SELECT shows its rows as rows of {}, and clients never get them",
+                    table.name
+                ),
+                format!("ALTER TABLE {name} NO INHERIT {}", table.sql_name),
+            ));
+        } else if holder.kind == "f" {
+            found.push(misfit(
+                format!("its partition {name} is a foreign table: changes of its rows are not in the write-ahead log"),
+                format!("ALTER TABLE {} DETACH PARTITION {name}", table.sql_name),
+            ));
+        } else if !holder.logged {
+            found.push(misfit(
+                format!("{name} is unlogged: changes of its rows are not in the write-ahead log"),
+                format!("ALTER TABLE {name} SET LOGGED"),
+            ));
+        }
+    }
     let needed: Vec<&str> =
         identity_columns(table).into_iter().map(|column| table.columns[column].name.as_str()).collect();
-    identities.iter().find_map(|(name, covered)| {
-        let covered = covered.as_ref()?;
-        let missing: Vec<&str> = needed.iter().copied().filter(|column| !covered.contains(*column)).collect();
-        if missing.is_empty() {
-            return None;
-        }
-        let columns: Vec<String> = needed.iter().map(|column| quoted(column)).collect();
-        let index = quoted(&format!("{}_identity", table.name));
-        Some(format!(
-            "the replica identity of {name} lacks {}, so its deletes cannot be routed: \
-             CREATE UNIQUE INDEX {index} ON {name} ({}); ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index} \
-             (all these columns NOT NULL), or ALTER TABLE {name} REPLICA IDENTITY FULL",
-            missing.join(", "),
-            columns.join(", ")
-        ))
-    })
+    // Index names are of a schema: each gets its own.
+    let mut names: BTreeMap<String, usize> = BTreeMap::new();
+    for (holder, lacks) in holders.unroutable(table) {
+        found.push(misfit(reason(holder, &lacks), remedy(holder, &needed, &mut names)));
+    }
+    found
+}
+
+fn reason(holder: &Holder, lacks: &[String]) -> String {
+    let name = &holder.name;
+    match holder.identity.as_str() {
+        "n" => format!(
+            "{name} has REPLICA IDENTITY NOTHING: once it is published, the application's own UPDATE and DELETE fail"
+        ),
+        "d" if holder.loose_key => format!(
+            "the primary key of {name} is deferrable, which Postgres takes for no replica identity: once it is published, the \
+             application's own UPDATE and DELETE fail"
+        ),
+        _ if holder.columns.is_empty() => format!(
+            "{name} has no replica identity: once it is published, the application's own UPDATE and DELETE fail"
+        ),
+        _ => format!(
+            "the replica identity of {name} lacks {}, so its deletes and moves cannot be routed",
+            lacks.join(", ")
+        ),
+    }
+}
+
+/// SQL that makes a replica identity: by an index where all columns allow it.
+fn remedy(holder: &Holder, needed: &[&str], names: &mut BTreeMap<String, usize>) -> String {
+    /// Longest name of an object in Postgres, in bytes.
+    const MAX_NAME_BYTES: usize = 63;
+    let name = &holder.name;
+    let full = format!("ALTER TABLE {name} REPLICA IDENTITY FULL");
+    if needed.iter().any(|column| holder.nullable.contains(*column)) {
+        return full;
+    }
+    let mut stem = holder.short.clone();
+    while stem.len() > MAX_NAME_BYTES - "_identity99".len() {
+        stem.pop();
+    }
+    let times = names.entry(stem.clone()).or_default();
+    *times += 1;
+    let index = quoted(&format!("{stem}_identity{}", if *times > 1 { times.to_string() } else { String::new() }));
+    let columns: Vec<String> = needed.iter().map(|column| quoted(column)).collect();
+    format!(
+        "CREATE UNIQUE INDEX CONCURRENTLY {index} ON {name} ({});\nALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}",
+        columns.join(", ")
+    )
 }
 
 fn quoted(name: &str) -> String {

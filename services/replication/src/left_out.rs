@@ -9,6 +9,9 @@ use millstream_runtime::health::Health;
 use millstream_runtime::telemetry::{Counter, KeyValue, meter};
 use millstream_schemas::Lsn;
 
+use crate::assemble::Again;
+use crate::identity::Misfit;
+
 /// The log tells of a table's rows, and of origin records, at most once in this time.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Stands for origin records among the names of tables, none of which is empty.
@@ -32,6 +35,15 @@ pub enum LeftOut {
         /// How many.
         entries: usize,
     },
+    /// Changes of a table that cannot be told row by row: it is sent again as a whole.
+    Again {
+        /// The table.
+        table: String,
+        /// Why.
+        why: Again,
+        /// Not yet: it was sent again a moment ago.
+        late: bool,
+    },
 }
 
 /// Where it is told. Cheap to clone.
@@ -41,6 +53,7 @@ pub struct Report {
     rows: Counter<u64>,
     origins: Counter<u64>,
     epochs: Counter<u64>,
+    again: Counter<u64>,
     /// When the log told of a table last, and how often there was something to tell since.
     told: Arc<Mutex<HashMap<String, (Instant, u64)>>>,
 }
@@ -57,6 +70,10 @@ impl Report {
             rows: counter("rows_withdrawn", "rows that no message can carry, withdrawn from clients"),
             origins: counter("origins_left_out", "entries of origin records for which there was no room"),
             epochs: counter("epochs_by_content", "epochs begun because a transaction could not be carried"),
+            again: counter(
+                "tables_sent_again",
+                "tables sent to clients again, since rows had changed without a message",
+            ),
             told: Arc::default(),
         }
     }
@@ -64,6 +81,9 @@ impl Report {
     /// Tells of something that was passed over in the transaction with this commit LSN and id.
     pub fn tell(&self, left_out: &LeftOut, lsn: Lsn, xid: u32) {
         let (about, rows) = match left_out {
+            LeftOut::Again { table, why, late } => {
+                return self.again(table, *why, *late, lsn, xid);
+            }
             LeftOut::Row { table } | LeftOut::Key { table } => {
                 self.rows.add(1, &[KeyValue::new("table", table.clone())]);
                 (table.as_str(), true)
@@ -89,11 +109,50 @@ impl Report {
                 table.name = table, wal.lsn = %lsn, wal.xid = xid, times,
                 "a row whose key is not there, or too large for clients, is left out"
             ),
+            LeftOut::Again { .. } => {}
             LeftOut::Origins { entries } => tracing::error!(
                 entries, wal.lsn = %lsn, wal.xid = xid, times,
                 "an origin record is too large: some clients learn of their verdicts from the ledger"
             ),
         }
+    }
+
+    /// A table, or what holds its rows, is not as it should be. All others go on.
+    pub fn misfit(&self, misfit: &Misfit) {
+        let Some(_) = self.is_due(&format!("{} misfit {}", misfit.table, misfit.message), Instant::now()) else {
+            return;
+        };
+        self.health.set_note(&format!("table {}", misfit.table), Some(&misfit.message));
+        tracing::error!(table.name = misfit.table, fix = misfit.fix, "{}", misfit.message);
+    }
+
+    /// A table is sent again.
+    fn again(&self, table: &str, why: Again, late: bool, lsn: Lsn, xid: u32) {
+        if !late {
+            self.again.add(1, &[KeyValue::new("table", table.to_owned())]);
+        }
+        let (reason, remedy) = match why {
+            Again::Unroutable => (
+                "deletes or updates do not say whose rows they were of",
+                "give every partition, or the table, the replica identity that `millstream check` asks for",
+            ),
+            Again::Keys => (
+                "more rows changed their keys in one transaction than are kept in memory",
+                "change keys in smaller transactions",
+            ),
+            Again::Asked if late => return,
+            Again::Asked => {
+                tracing::warn!(table.name = table, wal.lsn = %lsn, wal.xid = xid, "a table is sent to clients again");
+                return;
+            }
+        };
+        let Some(times) = self.is_due(&format!("{table} again"), Instant::now()) else { return };
+        let note = format!("{reason}: it is sent to clients again, at most every 10 s. {remedy}");
+        self.health.set_note(&format!("changes of {table}"), Some(&note));
+        tracing::error!(
+            table.name = table, wal.lsn = %lsn, wal.xid = xid, times, reason, remedy,
+            "a table is sent to clients again, since its changes cannot be told row by row"
+        );
     }
 
     /// An epoch has begun because a transaction could not be carried.

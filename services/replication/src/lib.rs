@@ -11,6 +11,7 @@
 //!   they settle
 //! - [`moves`]: which memberships a row change moves
 //! - [`append`]: the end of the stream and how to append there
+//! - [`shape`]: what holds the rows of tables, and what old rows tell; `content`: values that change without a row in the log
 //! - [`left_out`]: what no message can carry; `fault`: transactions that no session gets past
 //! - `epoch`: whether the history goes on; `leader`, `identity`, `wal`: lock, checks, connection
 //! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches;
@@ -20,6 +21,7 @@ pub mod abridge;
 pub mod append;
 pub mod assemble;
 pub mod chunks;
+mod content;
 mod epoch;
 mod error;
 mod fault;
@@ -34,6 +36,7 @@ mod publisher;
 mod reader;
 pub mod relation;
 mod session;
+pub mod shape;
 mod wal;
 mod watermark;
 mod witness;
@@ -52,7 +55,7 @@ use millstream_runtime::{nats, postgres};
 use crate::assemble::AssembleError;
 pub use crate::error::Error;
 use crate::fault::{Faults, TRIES};
-pub use crate::identity::{identity_problems, publication_problems};
+pub use crate::identity::{Misfit, identity_problems, publication_problems};
 use crate::lag::Gauges;
 use crate::left_out::Report;
 use crate::session::{Shared, part};

@@ -103,6 +103,8 @@ mod tests {
             renamed: Default::default(),
             dropped: Vec::new(),
             delete_missing_accepted: false,
+            partitioned: false,
+            hidden: Vec::new(),
             insert_existing_merges: false,
             references: Vec::new(),
             rules: Vec::new(),

@@ -1,9 +1,10 @@
 //! The reading half of a session: from the replication connection through decoder and assembler into the queue, which
 //! is bounded in messages and bytes. While the queue is full, confirmations still reach the server.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use millstream_catalog::Table;
 use millstream_runtime::postgres::is_about_content;
@@ -11,12 +12,15 @@ use millstream_runtime::telemetry;
 use millstream_schemas::Lsn;
 use sqlx::{PgPool, Row};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant;
 use tracing::Span;
 
-use crate::assemble::{AssembleError, Assembler, Filled, Found, Limits, Lookup, Outgoing, Step};
+use crate::assemble::{AGAIN_INTERVAL_MICROS, AssembleError, Assembler, Filled, Found, Limits, Lookup, Outgoing, Step};
+use crate::content;
 use crate::error::Error;
-use crate::left_out::Report;
+use crate::left_out::{LeftOut, Report};
 use crate::pgoutput::{self, Message};
+use crate::shape::Shape;
 use crate::wal::{Event, Wal};
 use crate::witness::{Landmark, Witness};
 
@@ -24,6 +28,8 @@ use crate::witness::{Landmark, Witness};
 pub const QUEUE_MESSAGES: usize = 8 * 1024;
 /// Most bytes of payload between reader and publisher.
 pub const QUEUE_BYTES: usize = 32 * 1024 * 1024;
+/// How long a table that was sent again a moment ago waits for the next time.
+const AGAIN_INTERVAL: Duration = Duration::from_micros(AGAIN_INTERVAL_MICROS.unsigned_abs());
 /// What a message costs beyond its payload.
 const MESSAGE_OVERHEAD_BYTES: usize = 512;
 
@@ -60,6 +66,9 @@ pub struct Reader {
     confirmed: watch::Receiver<Lsn>,
     reached: watch::Sender<Reached>,
     queued: u64,
+    /// Tables that are to be sent again, once this has not been done for a while.
+    late: BTreeSet<String>,
+    late_since: Instant,
     /// Kept for its memory.
     out: Vec<Outgoing>,
 }
@@ -70,6 +79,7 @@ impl Reader {
     pub fn new(
         wal: Wal,
         tables: Arc<[Table]>,
+        shapes: Arc<[Shape]>,
         through: Lsn,
         witness: Witness,
         accepted: HashSet<u64>,
@@ -82,7 +92,9 @@ impl Reader {
     ) -> Self {
         Reader {
             wal,
-            assembler: Assembler::new(tables.clone(), through, accepted).with_limits(limits),
+            assembler: Assembler::new(tables.clone(), through, accepted).with_limits(limits).with_shapes(shapes),
+            late: BTreeSet::new(),
+            late_since: Instant::now(),
             witness,
             tables,
             pool,
@@ -113,6 +125,14 @@ impl Reader {
                     self.confirm(changed)?;
                     continue;
                 }
+                () = tokio::time::sleep_until(self.late_since + AGAIN_INTERVAL), if !self.late.is_empty() => {
+                    self.late_since = Instant::now();
+                    match content::ask(&self.pool, &self.late).await {
+                        Ok(()) => self.late.clear(),
+                        Err(error) => tracing::warn!(error = error.chain(), "cannot ask for tables to be sent again; trying on"),
+                    }
+                    continue;
+                }
             };
             let data = match &received.event {
                 Event::Message(data) => data,
@@ -141,6 +161,12 @@ impl Reader {
             let step = self.assembler.handle(&message, &filled, &mut out)?;
             for left_out in self.assembler.take_left_out() {
                 self.report.tell(&left_out, lsn, xid);
+                if let LeftOut::Again { table, late: true, .. } = left_out {
+                    if self.late.is_empty() {
+                        self.late_since = Instant::now();
+                    }
+                    self.late.insert(table);
+                }
             }
             if !out.is_empty() {
                 self.push(&mut out, step).await?;
@@ -232,7 +258,7 @@ impl Reader {
             "SELECT {} FROM (SELECT {} FROM {} WHERE {} OFFSET 0) AS found",
             outer.join(", "),
             inner.join(", "),
-            table.sql_name,
+            table.sql_rows(),
             fixed.join(" AND ")
         );
         // Every name in the statement comes from the catalog; values are bound.

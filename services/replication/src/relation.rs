@@ -3,6 +3,7 @@
 use millstream_catalog::Table;
 
 use crate::pgoutput::{self, Old, Tuple, Value};
+use crate::shape::Shape;
 
 /// How the tuples of a relation map to a table of the catalog.
 #[derive(Clone, Debug)]
@@ -13,6 +14,9 @@ pub struct Mapping {
     positions: Vec<Option<usize>>,
     /// For each position, whether it belongs to the replica identity.
     identity: Vec<bool>,
+    /// Of a partitioned table, for each column of the catalog, whether the identities of all its partitions cover it. The
+    /// relation is the root's, but old rows are written by the identity of the partition that holds them.
+    partitions: Option<Vec<bool>>,
     /// Whether the relation has a column that the catalog does not know, lacks one, or has another type for one.
     pub differs: bool,
     /// Hash of the relation's shape.
@@ -21,7 +25,7 @@ pub struct Mapping {
 
 impl Mapping {
     /// The mapping of a relation; none if the table is not synced.
-    pub fn new(tables: &[Table], relation: &pgoutput::Relation<'_>) -> Option<Mapping> {
+    pub fn new(tables: &[Table], shapes: &[Shape], relation: &pgoutput::Relation<'_>) -> Option<Mapping> {
         let index = tables.iter().position(|table| table.oid == relation.id).or_else(|| {
             // A table that was dropped and created again has another object id: the catalog is out of date.
             let name = format!("{}.{}", relation.namespace, relation.name);
@@ -35,7 +39,9 @@ impl Mapping {
             .collect();
         let differs =
             table.oid != relation.id
-                || relation.columns.iter().any(|found| table.column(found.name).is_none())
+                || relation.columns.iter().any(|found| {
+                    table.column(found.name).is_none() && !table.hidden.iter().any(|hidden| hidden == found.name)
+                })
                 || table.columns.iter().zip(&positions).any(|(column, position)| {
                     position.is_none_or(|at| relation.columns[at].type_oid != column.type_oid)
                 });
@@ -48,18 +54,18 @@ impl Mapping {
             table: index,
             positions,
             identity: relation.columns.iter().map(|column| column.identity).collect(),
+            partitions: shapes.get(index).and_then(|shape| shape.partitions.clone()),
             differs,
             shape: std::hash::Hasher::finish(&shape),
         })
     }
 
-    /// The columns that old images must hold, and the relation's identity does not cover.
-    pub fn uncovered<'t>(&self, table: &'t Table) -> Vec<&'t str> {
-        identity_columns(table)
-            .into_iter()
-            .filter(|&column| !self.positions[column].is_some_and(|at| self.identity[at]))
-            .map(|column| table.columns[column].name.as_str())
-            .collect()
+    /// Whether old images hold a column of the catalog, null or not.
+    pub fn covers(&self, column: usize) -> bool {
+        match &self.partitions {
+            Some(covered) => covered.get(column).copied().unwrap_or(false),
+            None => self.positions[column].is_some_and(|at| self.identity[at]),
+        }
     }
 }
 
@@ -129,33 +135,42 @@ pub enum BadTuple {
 impl Mapping {
     /// The image of a new row.
     pub fn image<'a>(&self, tuple: &Tuple<'a>) -> Result<Image<'a>, BadTuple> {
-        self.cells(tuple, false)
+        self.cells(tuple, |_, at| cell(&tuple[at]))
     }
 
-    /// The image of an old row.
+    /// The image of an old row. Of a row of a partition, whatever has a value is known, however the message is tagged: that
+    /// follows the root's identity. What is null may not have been written at all.
     pub fn old_image<'a>(&self, old: &Old<'a>) -> Result<Image<'a>, BadTuple> {
-        match old {
-            Old::Key(tuple) => self.cells(tuple, true),
-            Old::Full(tuple) => self.cells(tuple, false),
-        }
+        let (tuple, key_only) = match old {
+            Old::Key(tuple) => (tuple, true),
+            Old::Full(tuple) => (tuple, false),
+        };
+        self.cells(tuple, |column, at| match (&self.partitions, &tuple[at]) {
+            (Some(_), Value::Null) if !self.covers(column) => Ok(Cell::Absent),
+            (None, _) if key_only && !self.identity[at] => Ok(Cell::Absent),
+            (_, value) => cell(value),
+        })
     }
 
-    fn cells<'a>(&self, tuple: &Tuple<'a>, key_only: bool) -> Result<Image<'a>, BadTuple> {
+    fn cells<'a>(
+        &self,
+        tuple: &Tuple<'a>,
+        read: impl Fn(usize, usize) -> Result<Cell<'a>, BadTuple>,
+    ) -> Result<Image<'a>, BadTuple> {
         if tuple.len() != self.identity.len() {
             return Err(BadTuple::Width { found: tuple.len(), expected: self.identity.len() });
         }
-        self.positions
-            .iter()
-            .map(|position| match position {
-                Some(at) if !key_only || self.identity[*at] => match tuple[*at] {
-                    Value::Null => Ok(Cell::Null),
-                    Value::Unchanged => Ok(Cell::Unchanged),
-                    Value::TooLarge => Ok(Cell::Unsendable),
-                    Value::Text(bytes) => Ok(std::str::from_utf8(bytes).map_or(Cell::Unsendable, Cell::Text)),
-                    Value::Binary(_) => Err(BadTuple::Binary),
-                },
-                _ => Ok(Cell::Absent),
-            })
-            .collect()
+        let positions = self.positions.iter().enumerate();
+        positions.map(|(column, at)| at.map_or(Ok(Cell::Absent), |at| read(column, at))).collect()
+    }
+}
+
+fn cell<'a>(value: &Value<'a>) -> Result<Cell<'a>, BadTuple> {
+    match *value {
+        Value::Null => Ok(Cell::Null),
+        Value::Unchanged => Ok(Cell::Unchanged),
+        Value::TooLarge => Ok(Cell::Unsendable),
+        Value::Text(bytes) => Ok(std::str::from_utf8(bytes).map_or(Cell::Unsendable, Cell::Text)),
+        Value::Binary(_) => Err(BadTuple::Binary),
     }
 }

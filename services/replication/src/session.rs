@@ -1,6 +1,6 @@
 //! One session: become leader, find out where the stream ends, and stream from there until something fails.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,13 +20,16 @@ use tokio::task::JoinSet;
 
 use crate::append::{self, Appender, Tail};
 use crate::assemble::Limits;
+use crate::content::{self, Content};
 use crate::error::Error;
 use crate::fault::Faults;
+use crate::identity::misfits;
 use crate::lag::Gauges;
 use crate::leader::Leader;
 use crate::left_out::Report;
 use crate::publisher::{Publisher, mark};
 use crate::reader::{QUEUE_MESSAGES, Reached, Reader};
+use crate::shape::{self, Shape};
 use crate::wal::Source;
 use crate::witness::Witness;
 use crate::{epoch, identity, lag, watermark};
@@ -120,10 +123,18 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
         .map_err(Error::postgres("ask for its encryption"))?;
     let catalog = load(&shared.config, connection).await?;
     identity::check(connection, &catalog, &shared.publication).await?;
+    let holders = shape::read(connection, &catalog).await?;
+    for misfit in catalog.tables.iter().zip(&holders).flat_map(|(table, holders)| misfits(table, holders)) {
+        shared.report.misfit(&misfit);
+    }
+    let shapes: Vec<Shape> = catalog.tables.iter().zip(&holders).map(|(table, holders)| holders.shape(table)).collect();
+    let found = content::read(connection, &catalog, &shapes).await?;
+    let kept = content::kept(connection).await?;
 
     // From here on, whoever was leader before is fenced: its next append conflicts with our first, or ours with its.
     let (sequence, tail) = append::read_end(&stream).await?;
     let source = epoch::read_source(connection, &shared.slot).await?;
+    epoch::is_ours(&shared.slot, &source)?;
     let nats = &shared.nats;
     let appender =
         |epoch, previous, landmark| Appender::new(nats.clone(), epoch, &catalog.version, sequence, previous, landmark);
@@ -132,11 +143,13 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     } else {
         epoch::verdict(&shared.slot, &source, tail.as_ref())
     };
+    let mut again = BTreeMap::new();
     let (start, witness, appender) = match (verdict, tail) {
         (Ok(()), Some(tail)) => {
             let start = Start::behind(&tail);
             epoch::release(connection, &shared.slot).await?;
             let epoch = if layout(&tail.schema) == layout(&catalog.version) {
+                again = kept.as_ref().map(|kept| found.changed(kept)).unwrap_or_default();
                 tail.epoch
             } else {
                 let epoch = epoch::renew(connection).await?;
@@ -174,6 +187,16 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
             (Start { through, held: begins }, Witness::default(), appender)
         }
     };
+    for (table, how) in &again {
+        tracing::warn!(
+            table.name = table,
+            how,
+            "rows have changed without the write-ahead log saying so: they are sent again"
+        );
+    }
+    if !again.is_empty() || kept.as_ref() != Some(&found.content) {
+        content::keep(connection, &found.content, &again.into_keys().collect()).await?;
+    }
     let wal = shared.source.start().await?;
     tracing::info!(
         epoch = %appender.epoch(), stream.seq = appender.sequence(), wal.lsn = %start.held, slot = shared.slot,
@@ -187,6 +210,7 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     let reader = Reader::new(
         wal,
         catalog.tables.into(),
+        shapes.into(),
         start.through,
         witness,
         accepted.clone(),
@@ -203,7 +227,13 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     let mut tasks = JoinSet::new();
     tasks.spawn(reader.run());
     tasks.spawn(publisher.run());
-    tasks.spawn(watch_schema(shared.config.clone(), shared.publication.clone(), shared.pool.clone(), version));
+    let look = Look {
+        config: shared.config.clone(),
+        publication: shared.publication.clone(),
+        pool: shared.pool.clone(),
+        report: shared.report.clone(),
+    };
+    tasks.spawn(look.watch(version, found.content));
     tasks.spawn(lag::measure(shared.gauges.clone(), shared.pool.clone(), shared.slot.clone(), marked_seen.clone()));
     tasks.spawn(get_ready(shared.health.clone(), faults.stuck, marked_seen.clone()));
     tasks.spawn(watermark::answer(nats.client.clone(), shared.pool.clone(), marked_seen));
@@ -240,34 +270,47 @@ async fn load(config: &Path, connection: &mut PgConnection) -> Result<Catalog, E
     Catalog::load(connection, &config).await.map_err(Error::Catalog)
 }
 
-/// Looks now and then whether the synced tables, or what is said of them, have changed; ends the session then.
-async fn watch_schema(
+/// What is looked at now and then.
+struct Look {
     config: PathBuf,
     publication: String,
     pool: PgPool,
-    version: String,
-) -> Result<Infallible, Error> {
-    let mut told = None;
-    loop {
-        tokio::time::sleep(LOOK).await;
-        let look = async {
-            let mut connection = pool.acquire().await.map_err(Error::postgres("connect"))?;
-            let catalog = load(&config, &mut connection).await?;
-            identity::check(&mut connection, &catalog, &publication).await?;
-            Ok::<_, Error>(catalog)
-        };
-        match look.await {
-            Ok(catalog) if catalog.version == version => told = None,
-            Ok(_) => return Err(Error::SchemaChanged),
-            // What goes on under the old catalog goes on.
-            Err(error) => {
-                let text = error.chain();
-                if told.as_ref() != Some(&text) {
-                    tracing::warn!(error = text, "cannot look whether synced tables have changed");
-                    told = Some(text);
+    report: Report,
+}
+
+impl Look {
+    /// Looks whether the synced tables, what is said of them, or what they consist of have changed; ends the session then.
+    async fn watch(self, version: String, content: Content) -> Result<Infallible, Error> {
+        let mut told = None;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            match self.look().await {
+                Ok((found, consists)) if found == version && consists == content => told = None,
+                Ok(_) => return Err(Error::SchemaChanged),
+                // What goes on under the old catalog goes on.
+                Err(error) => {
+                    let text = error.chain();
+                    if told.as_ref() != Some(&text) {
+                        tracing::warn!(error = text, "cannot look whether synced tables have changed");
+                        told = Some(text);
+                    }
                 }
             }
         }
+    }
+
+    async fn look(&self) -> Result<(String, Content), Error> {
+        let mut connection = self.pool.acquire().await.map_err(Error::postgres("connect"))?;
+        let catalog = load(&self.config, &mut connection).await?;
+        identity::check(&mut connection, &catalog, &self.publication).await?;
+        let holders = shape::read(&mut connection, &catalog).await?;
+        for misfit in catalog.tables.iter().zip(&holders).flat_map(|(table, holders)| misfits(table, holders)) {
+            self.report.misfit(&misfit);
+        }
+        let shapes: Vec<Shape> =
+            catalog.tables.iter().zip(&holders).map(|(table, holders)| holders.shape(table)).collect();
+        let found = content::read(&mut connection, &catalog, &shapes).await?;
+        Ok((catalog.version, found.content))
     }
 }
 

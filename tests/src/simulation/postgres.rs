@@ -56,6 +56,8 @@ pub fn tables() -> Vec<Table> {
             renamed: Default::default(),
             dropped: Vec::new(),
             delete_missing_accepted: false,
+            partitioned: false,
+            hidden: Vec::new(),
             insert_existing_merges: true,
             references: Vec::new(),
             rules: vec![],

@@ -121,3 +121,9 @@ $$;
 CREATE FUNCTION labels_of(team integer) RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT count(*) FROM labels WHERE team_id = team
 $$;
+
+-- Their deletes have to say of which scope they were.
+ALTER TABLE labels REPLICA IDENTITY FULL;
+ALTER TABLE tasks REPLICA IDENTITY FULL;
+ALTER TABLE notes REPLICA IDENTITY FULL;
+ALTER TABLE cards REPLICA IDENTITY FULL;

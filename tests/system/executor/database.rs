@@ -38,7 +38,16 @@ impl Database {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("millstream.toml");
         std::fs::write(&file, config).unwrap();
-        Database::prepare(schema, file, Some(folder)).await
+        // Of no consequence here, but `setup` refuses tables whose deletes could not be routed.
+        let schema = format!(
+            "{schema};
+            DO $$ DECLARE t regclass; BEGIN
+                FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relreplident = 'd' LOOP
+                    EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', t);
+                END LOOP;
+            END $$"
+        );
+        Database::prepare(&schema, file, Some(folder)).await
     }
 
     async fn prepare(schema: &str, config: PathBuf, folder: Option<tempfile::TempDir>) -> Database {

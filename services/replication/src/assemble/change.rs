@@ -6,12 +6,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use millstream_catalog::Table;
 use millstream_schemas::{Scope, TableOp};
 
+use super::sizes::Sizes;
 use super::{AssembleError, Filled, Found, Limits};
 use crate::chunks::{Chunk, Chunks, Group, KeyHash, write_row};
 use crate::left_out::LeftOut;
 use crate::moves::{Moves, moves};
 use crate::pgoutput::{Old, Tuple};
-use crate::relation::{BadTuple, Cell, Image, Mapping};
+use crate::relation::{BadTuple, Cell, Image, Mapping, identity_columns};
 
 /// Most rows remembered as withdrawn.
 const MAX_WITHDRAWN: usize = 65_536;
@@ -23,11 +24,27 @@ pub(super) struct Change<'a> {
     pub limits: Limits,
     pub chunks: &'a mut Chunks,
     pub withdrawn: &'a mut HashSet<KeyHash>,
+    pub sizes: &'a mut Sizes,
     pub left_out: &'a mut Vec<LeftOut>,
     pub pieces: &'a mut Vec<Chunk>,
     pub row: &'a mut Vec<u8>,
     /// Memberships that it moves: told with the row, in the scopes of those whom they concern.
     pub moves: Moves,
+    /// Keys of its table may change hands within a transaction.
+    pub loose_key: bool,
+    /// Set if readers may be left with rows that are not theirs any more, or lack some: the table is sent again.
+    pub again: &'a mut Option<Again>,
+}
+
+/// Why a table is sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// A delete, or an update, of which the change stream does not say whose row it was.
+    Unroutable,
+    /// More rows changed their keys in one transaction than are kept to find out what became of each key.
+    Keys,
+    /// The database says that it is to be: see [`crate::content`].
+    Asked,
 }
 
 impl Change<'_> {
@@ -38,6 +55,23 @@ impl Change<'_> {
             self.left_out.push(LeftOut::Key { table: self.table.name.clone() });
         }
         key
+    }
+
+    /// Who had the row cannot be told, or not all of them.
+    pub fn unroutable(&mut self) {
+        *self.again = Some(Again::Unroutable);
+    }
+
+    /// Whether the old image tells what names the row and its scopes; if not, its readers are sent the table again.
+    pub fn route(&mut self, before: Option<&Image<'_>>) {
+        let known = |column: usize| match before {
+            Some(before) => before[column] != Cell::Absent,
+            // No old image means that nothing of it changed, where it covers these columns.
+            None => self.mapping.covers(column),
+        };
+        if !identity_columns(self.table).into_iter().all(known) {
+            self.unroutable();
+        }
     }
 
     pub fn update(&mut self, before: Option<&Image<'_>>, after: &Image<'_>) {
@@ -66,7 +100,7 @@ impl Change<'_> {
         let Some(key) = key.filter(|_| !scopes.is_empty()) else { return };
         let table = self.table;
         let hash = hash(table, &key);
-        if !self.encode(image) {
+        if !self.encode(image) || self.row.len() + self.sizes.unchanged(hash, image) > self.limits.row {
             // Waiting for somebody to make it smaller would stop everybody's stream.
             self.left_out.push(LeftOut::Row { table: table.name.clone() });
             if self.withdrawn.len() >= MAX_WITHDRAWN
@@ -75,6 +109,7 @@ impl Change<'_> {
                 self.withdrawn.remove(&one);
             }
             self.withdrawn.insert(hash);
+            self.sizes.forget(hash);
             return self.delete(scopes, Some(&key));
         }
         let whole = image.iter().all(|cell| cell.is_known());
@@ -82,6 +117,10 @@ impl Change<'_> {
         let op = if image.contains(&Cell::Unchanged) { TableOp::Update } else { TableOp::Upsert };
         if op == TableOp::Upsert && !self.withdrawn.is_empty() {
             self.withdrawn.remove(&hash);
+        }
+        // Where a part of the row is not known, clients hold it only if they did before.
+        if op == TableOp::Upsert || !self.sizes.lacks(hash, &[]) {
+            self.sizes.holds(hash, image);
         }
         let columns: Option<Vec<&str>> = (!whole).then(|| {
             let known = image.iter().zip(&table.columns).filter(|(cell, _)| cell.is_known());
@@ -136,7 +175,7 @@ pub(super) fn images<'a>(
             continue;
         }
         if let Some(old) =
-            before.as_ref().map(|before| before[column]).filter(|old| old.is_known() || *old == Cell::Unsendable)
+            before.as_ref().map(|before| before[column]).filter(|old| matches!(old, Cell::Text(_) | Cell::Unsendable))
         {
             *cell = old;
         } else if let Some((_, found)) = filled.iter().find(|(index, _)| *index == column) {

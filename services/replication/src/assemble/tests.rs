@@ -4,10 +4,10 @@ use millstream_catalog::{Column, Members, Membership, WriteRules};
 use millstream_schemas::stream::{MAX_MESSAGE_BYTES, MAX_ROW_BYTES};
 use millstream_schemas::{TableChanges, TableScope};
 
-const TASKS: u32 = 100;
+pub(super) const TASKS: u32 = 100;
 const MEMBERS: u32 = 200;
 const NOTICES: u32 = 300;
-const FOREIGN: u32 = 999;
+pub(super) const FOREIGN: u32 = 999;
 const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<TableScope>) -> Table {
@@ -38,6 +38,8 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
         renamed: Default::default(),
         dropped: Vec::new(),
         delete_missing_accepted: false,
+        partitioned: false,
+        hidden: Vec::new(),
         insert_existing_merges: false,
         references: Vec::new(),
         rules: Vec::new(),
@@ -45,7 +47,7 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
     }
 }
 
-fn tables() -> Arc<[Table]> {
+pub(super) fn tables() -> Arc<[Table]> {
     let project = |column| vec![TableScope { kind: "project".into(), column: Some(column) }];
     let mut members = table(MEMBERS, "members", &["project_id", "user_id", "role"], &[0, 1], project(0));
     members.memberships.push(Membership {
@@ -58,12 +60,12 @@ fn tables() -> Arc<[Table]> {
     Arc::new([tasks, members, table(NOTICES, "notices", &["id", "text"], &[0], global)])
 }
 
-fn relation(id: u32, name: &'static str, columns: &[(&'static str, bool)]) -> Message<'static> {
+pub(super) fn relation(id: u32, name: &'static str, columns: &[(&'static str, bool)]) -> Message<'static> {
     let columns = columns.iter().map(|&(name, identity)| RelationColumn { identity, name, type_oid: 25 }).collect();
     Message::Relation(Relation { id, namespace: "public", name, columns })
 }
 
-fn relations() -> Vec<Message<'static>> {
+pub(super) fn relations() -> Vec<Message<'static>> {
     vec![
         // The relation's order differs from the catalog's, as it does after columns were added.
         relation(TASKS, "tasks", &[("title", false), ("id", true), ("project_id", true)]),
@@ -73,7 +75,7 @@ fn relations() -> Vec<Message<'static>> {
     ]
 }
 
-fn tuple(values: &[&'static str]) -> Tuple<'static> {
+pub(super) fn tuple(values: &[&'static str]) -> Tuple<'static> {
     values
         .iter()
         .map(|value| match *value {
@@ -226,6 +228,10 @@ fn unchanged_large_values_are_read_for_new_readers() {
         assembler.handle(&message, &nothing, &mut out).unwrap();
     }
     let stays = update(TASKS, None, &["…", "t1", "p1"]);
+    // Only once: it might be the one that makes a row small enough, or too large.
+    let fixed = vec![(0, Some("t1".to_owned())), (1, Some("p1".to_owned()))];
+    assert_eq!(assembler.lookup(&stays).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![2] }));
+    assembler.handle(&stays, &vec![(2, Found::Text("x".repeat(2000)))], &mut out).unwrap();
     assert_eq!(assembler.lookup(&stays).unwrap(), None);
     let complete = update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p2"]);
     assert_eq!(assembler.lookup(&complete).unwrap(), None);
@@ -241,7 +247,48 @@ fn unchanged_large_values_are_read_for_new_readers() {
     assembler.handle(&moves, &vec![(2, Found::Text("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
-    assert_eq!(texts(&out), ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,large]"]);
+    let texts = texts(&out);
+    assert!(texts[0].ends_with(" delete tasks[t1]"), "{texts:?}");
+    assert_eq!(texts[1..], ["ms.wal.project.p2 upsert tasks[t1,p2,large]"]);
+}
+
+/// Rows that cross the limit by an update that leaves a large value alone.
+#[test]
+fn rows_cross_the_limit_with_values_that_are_not_told() {
+    let two = table(TASKS, "tasks", &["id", "a", "b"], &[0], vec![TableScope { kind: "global".into(), column: None }]);
+    let mut assembler = Assembler::new(Arc::new([two]), Lsn::ZERO, HashSet::new());
+    let large: &'static str = Box::leak("x".repeat(MAX_ROW_BYTES * 2 / 3).into_boxed_str());
+    let mut lsn = 100;
+    let mut check = |change: Message<'static>, found: Option<Found>, expected: &str| {
+        lsn += 100;
+        let mut out = Vec::new();
+        for message in [
+            Message::Begin { final_lsn: Lsn(lsn), at: 5, xid: 7 },
+            relation(TASKS, "tasks", &[("id", true), ("a", false), ("b", false)]),
+            change,
+            Message::Commit { lsn: Lsn(lsn), end_lsn: Lsn(lsn + 8), at: 5 },
+        ] {
+            let lookup = assembler.lookup(&message).unwrap();
+            assert_eq!(lookup.is_some(), matches!(message, Message::Update { .. }) && found.is_some(), "{lsn}");
+            let filled = lookup.map(|lookup| (lookup.columns[0], found.clone().unwrap())).into_iter().collect();
+            assembler.handle(&message, &filled, &mut out).unwrap();
+        }
+        let changes: Vec<TableChanges> = serde_json::from_slice(&out[0].payload).unwrap();
+        let (op, columns) = (serde_json::to_value(changes[0].op).unwrap(), changes[0].columns.clone());
+        assert_eq!(format!("{} {}", op.as_str().unwrap(), columns.unwrap_or_default().join(" ")), expected, "{lsn}");
+    };
+    let small = |id| update(TASKS, None, &[id, "small", "…"]);
+    // Not seen before: it may have been too large until now.
+    check(small("1"), Some(Found::Text(large.into())), "upsert ");
+    check(small("1"), None, "update id a");
+    check(update(TASKS, None, &["1", large, "…"]), None, "delete ");
+    check(small("1"), Some(Found::Text(large.into())), "upsert ");
+    // Too large with what is in the table.
+    check(update(TASKS, None, &["2", large, "…"]), Some(Found::Text(large.into())), "delete ");
+    check(update(TASKS, None, &["2", "…", "small"]), Some(Found::Text(large.into())), "upsert ");
+    check(update(TASKS, None, &["2", "…", "other"]), None, "update id b");
+    check(insert(TASKS, &["3", large, "small"]), None, "upsert ");
+    check(update(TASKS, None, &["3", "…", large]), None, "delete ");
 }
 
 /// A row that leaves one of two scopes: whoever may see it in both is told to delete it, and then needs it whole.
@@ -339,19 +386,18 @@ fn withdrawn_rows_are_read_once_they_fit() {
     let mut out = Vec::new();
     let begin = Message::Begin { final_lsn: Lsn(200), at: 5, xid: 7 };
     assembler.handle(&begin, &Filled::new(), &mut out).unwrap();
-    let other = update(TASKS, None, &["…", "t2", "p1"]);
-    assert_eq!(assembler.lookup(&other).unwrap(), None);
     let again = update(TASKS, None, &["…", "t1", "p1"]);
     let lookup = assembler.lookup(&again).unwrap().unwrap();
     assert_eq!(lookup.columns, [2]);
     // Still too large.
     assembler.handle(&again, &vec![(2, Found::TooLarge)], &mut out).unwrap();
     assert!(assembler.lookup(&again).unwrap().is_some());
-    assembler.handle(&again, &vec![(2, Found::Text("fits".into()))], &mut out).unwrap();
+    let fits = "f".repeat(200);
+    assembler.handle(&again, &vec![(2, Found::Text(fits.clone()))], &mut out).unwrap();
     assert_eq!(assembler.lookup(&again).unwrap(), None);
     let commit = Message::Commit { lsn: Lsn(200), end_lsn: Lsn(208), at: 5 };
     assembler.handle(&commit, &Filled::new(), &mut out).unwrap();
-    assert_eq!(texts(&out), ["ms.wal.project.p1 delete tasks[t1] upsert tasks[t1,p1,fits]"]);
+    assert_eq!(texts(&out), [format!("ms.wal.project.p1 delete tasks[t1] upsert tasks[t1,p1,{fits}]")]);
     // What is missing of an old image that should be whole was too large as well.
     assembler.handle(&Message::Begin { final_lsn: Lsn(300), at: 5, xid: 8 }, &Filled::new(), &mut out).unwrap();
     let abridged = update(TASKS, old_full(&["…", "t3", "p1"]), &["…", "t3", "p1"]);
@@ -476,4 +522,74 @@ fn nonsense_is_an_error() {
         let failed = messages.iter().any(|message| assembler.handle(message, &nothing, &mut Vec::new()).is_err());
         assert!(failed, "{messages:?}");
     }
+}
+
+/// The relation of a partitioned table is its root's; old rows are written by the identities of partitions.
+#[test]
+fn old_rows_of_partitions_are_read_by_what_they_hold() {
+    let flags = |root_full| relation(TASKS, "tasks", &[("title", root_full), ("id", true), ("project_id", root_full)]);
+    let check = |root_full: bool, covered: [bool; 3], change: Message<'static>, expected: &[&str], again: bool| {
+        let shape = Shape { partitions: Some(covered.to_vec()), ..Shape::default() };
+        let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new()).with_shapes(Arc::new([shape]));
+        let mut out = Vec::new();
+        for message in [
+            Message::Begin { final_lsn: Lsn(100), at: 5, xid: 7 },
+            flags(root_full),
+            change.clone(),
+            Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 },
+        ] {
+            assembler.handle(&message, &Filled::new(), &mut out).unwrap();
+        }
+        let moves: Vec<String> = out.iter().filter_map(|message| message.moves.clone()).collect();
+        assert_eq!(moves, if again { vec!["ms.wal.project.*"] } else { vec![] }, "{change:?}");
+        let rows: Vec<Outgoing> = out.into_iter().filter(|message| message.moves.is_none()).collect();
+        assert_eq!(texts(&rows), expected, "{change:?}");
+    };
+    let key_and_scope = [true, true, false];
+    // Root by its key, partitions by key and scope; the other way round, partitions whole.
+    for covered in [key_and_scope, [true; 3]] {
+        check(false, covered, delete(TASKS, &["∅", "t1", "p1"]), &["ms.wal.project.p1 delete tasks[t1]"], false);
+        let moved = update(TASKS, old_key(&["∅", "t1", "p1"]), &["x", "t1", "p2"]);
+        let expected = ["ms.wal.project.p1 delete tasks[t1]", "ms.wal.project.p2 upsert tasks[t1,p2,x]"];
+        check(false, covered, moved, &expected, false);
+    }
+    // Root whole, a partition by its key: what is null was not written.
+    let (key_only, full) = ([true, false, false], |old: &[&'static str]| Old::Full(tuple(old)));
+    let gone = Message::Delete { relation: TASKS, old: full(&["∅", "t1", "∅"]) };
+    check(true, key_only, gone, &[], true);
+    let large = update(TASKS, Some(full(&["∅", "t1", "∅"])), &["…", "t1", "p1"]);
+    check(true, key_only, large, &[], true);
+    check(true, key_only, update(TASKS, None, &["x", "t1", "p1"]), &["ms.wal.project.p1 upsert tasks[t1,p1,x]"], true);
+    check(
+        true,
+        [true; 3],
+        update(TASKS, Some(full(&["y", "t1", "p1"])), &["x", "t1", "p1"]),
+        &["ms.wal.project.p1 upsert tasks[t1,p1,x]"],
+        false,
+    );
+}
+
+#[test]
+fn tables_are_sent_again_when_somebody_asks_and_not_all_the_time() {
+    let mut assembler = Assembler::new(tables(), Lsn(10), HashSet::new());
+    let ask = |content: &'static [u8]| Message::Logical { transactional: true, prefix: AGAIN_PREFIX, content };
+    let moves = |out: Vec<Outgoing>| out.into_iter().filter_map(|message| message.moves).collect::<Vec<_>>();
+    assert_eq!(moves(run(&mut assembler, 100, vec![ask(b"tasks")])), ["ms.wal.project.*"]);
+    assert_eq!(
+        moves(run(&mut assembler, 101, vec![ask(b"notices\nmembers")])),
+        ["ms.wal.global.* ms.wal.project.* ms.wal.user.*", "*"]
+    );
+    assert_eq!(moves(run(&mut assembler, 102, vec![ask(b"*")])).len(), 2);
+    assert_eq!(moves(run(&mut assembler, 103, vec![ask(b"unknown")])), [""; 0]);
+    assembler.take_left_out();
+    // A key-only identity: two transactions of the same moment.
+    let gone = || {
+        let relation = relation(TASKS, "tasks", &[("title", false), ("id", true), ("project_id", false)]);
+        vec![relation, Message::Delete { relation: TASKS, old: Old::Key(tuple(&["∅", "t1", "∅"])) }]
+    };
+    let told = |late| LeftOut::Again { table: "tasks".into(), why: Again::Unroutable, late };
+    let mut fresh = Assembler::new(tables(), Lsn(10), HashSet::new());
+    assert_eq!(moves(run(&mut fresh, 100, gone())), ["ms.wal.project.*"]);
+    assert_eq!(moves(run(&mut fresh, 101, gone())), [""; 0]);
+    assert_eq!(fresh.take_left_out(), [told(false), told(true)]);
 }

@@ -540,6 +540,7 @@ mod tests {
             partitioned: false,
             hidden: Vec::new(),
             insert_existing_merges: false,
+            references: Vec::new(),
             rules: Vec::new(),
             validate: None,
         }

@@ -55,6 +55,7 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         writable: true,
         growth: Growth::default(),
         default: None,
+        merge: None,
     };
     let always = || Some("true".to_owned());
     Table {

@@ -1,4 +1,4 @@
-//! Names, widths and keys that clients' stores cannot take, or not for what they are. Pure.
+//! Names and keys that clients' stores cannot take, or not for what they are. Pure.
 
 use std::collections::HashMap;
 
@@ -6,8 +6,6 @@ use millstream_catalog::{Catalog, Table};
 
 use super::Problem;
 
-/// Most columns of a synced table: triggers of clients' stores name each, and SQLite takes expressions of no more.
-const MAX_COLUMNS: usize = 332;
 /// The store's own table beside those that begin with its name.
 const QUEUE: &str = "local_changes";
 
@@ -41,10 +39,6 @@ fn of(table: &Table) -> Vec<Problem> {
             )
             .fix(format!("rename one of them, or keep it back: hidden = [\"{other}\"]")),
         );
-    }
-    if table.columns.len() > MAX_COLUMNS {
-        let message = format!("it has {} columns; clients' stores take {MAX_COLUMNS}", table.columns.len());
-        problems.push(Problem::table(&table.name, message).fix("keep columns back: hidden = [\"…\"]"));
     }
     for column in table.key.iter().map(|index| &table.columns[*index]) {
         if matches!(column.sql_type.as_str(), "real" | "double precision") {

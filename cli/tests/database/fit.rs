@@ -108,11 +108,11 @@ async fn tables_that_cannot_be_synced_are_named_with_a_remedy_that_works() {
 async fn wide_tables_types_of_other_schemas_and_indexes() {
     let stack = Stack::builder().progress(|_| {}).start().await.expect("Postgres starts");
     let mut pg = PgConnection::connect(&stack.postgres_url()).await.expect("it works");
-    let columns: Vec<String> = (1..=332).map(|n| format!("c{n} int")).collect();
+    // As many as Postgres takes.
+    let columns: Vec<String> = (1..=1_599).map(|n| format!("c{n} int")).collect();
     run(&mut pg, &format!("CREATE TABLE wide (id int PRIMARY KEY, {})", columns.join(", "))).await;
     let wide = "[tables.wide]\nscope = { kind = \"global\" }\n";
-    let found = findings(&mut pg, wide).await.problems;
-    assert!(found.len() == 1 && found[0].message.contains("333 columns"), "{found:?}");
+    assert_eq!(findings(&mut pg, wide).await.problems, []);
     assert_eq!(findings(&mut pg, &format!("{wide}hidden = [\"c1\"]\n")).await.problems, []);
     let gone = findings(&mut pg, &format!("{wide}hidden = [\"c1\", \"gone\"]\n")).await.problems;
     assert!(gone.len() == 1 && gone[0].message.contains("`hidden` names `gone`"), "{gone:?}");

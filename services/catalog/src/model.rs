@@ -387,6 +387,7 @@ mod tests {
                 type_oid: 0,
                 growth: Growth::default(),
                 default: None,
+                merge: None,
                 nullable: true,
                 writable: true,
             };

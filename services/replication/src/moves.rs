@@ -84,6 +84,7 @@ mod tests {
             writable: true,
             growth: Growth::default(),
             default: None,
+            merge: None,
         };
         Table {
             oid: 1,

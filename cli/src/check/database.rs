@@ -119,7 +119,9 @@ fn replication(error: millstream_replication::Error) -> Error {
 async fn roles(connection: &mut PgConnection) -> Result<(HashSet<String>, Vec<Problem>), Error> {
     let names: Vec<String> = SERVICE_ROLES.map(role_name).into();
     let rows = sqlx::query(
-        "SELECT rolname::text, rolcanlogin, rolreplication OR rolsuper FROM pg_roles WHERE rolname = ANY ($1)",
+        "SELECT r.rolname::text, r.rolcanlogin, r.rolreplication OR r.rolsuper OR EXISTS ( \
+             SELECT FROM pg_roles g WHERE g.rolname = 'rds_replication' AND pg_has_role(r.oid, g.oid, 'MEMBER')) \
+         FROM pg_roles r WHERE r.rolname = ANY ($1)",
     )
     .bind(&names)
     .fetch_all(connection)

@@ -558,7 +558,9 @@ fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
         // itself is at fault it would fail again, so that one starts with a snapshot.
         Some(Err(error)) => {
             let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
-            Err(End::new(then, STORE, chain(&error)))
+            // Rows of another schema than the store's: it changed under way, and the next session brings it.
+            let is_shape = matches!(error, Error::Store(StoreError::RowShape { .. } | StoreError::UnknownTable(_)));
+            Err(End::new(then, if is_shape { "schema" } else { STORE }, chain(&error)))
         }
         None => Err(End::gone()),
     }

@@ -146,6 +146,12 @@ impl Store {
     /// Sets the first index or trigger aside without which the store's statements compile, or fail otherwise. False: none.
     fn settle_unknown(&self, tables: &Tables) -> Result<bool, StoreError> {
         let Err(before) = self.probe(tables) else { return Ok(true) };
+        // What this process lacks, another one may have.
+        const LACKING: [&str; 5] =
+            ["no such function", "no such module", "no such collation", "unknown tokenizer", "no such tokenizer"];
+        if LACKING.iter().any(|lacking| before.why.contains(lacking)) {
+            return Ok(false);
+        }
         for object in self.objects()?.iter().filter(|object| object.kind != Kind::View) {
             self.savepoint("SAVEPOINT millstream_probe")?;
             self.drop_object(object)?;
@@ -280,6 +286,7 @@ impl Store {
                 break;
             }
         }
+        let before = self.probe(tables).err();
         for parked in of(Kind::Trigger) {
             if !self.remake(&parked.object)? {
                 continue;
@@ -294,7 +301,9 @@ impl Store {
                 }
                 false => self.strictly(|| self.misfit(parked))?,
             };
-            if let Some(why) = misfit.or_else(|| self.probe(tables).err().map(|misfit| misfit.why)) {
+            if let Some(why) = misfit.or_else(|| {
+                self.probe(tables).err().filter(|now| before.as_ref() != Some(now)).map(|misfit| misfit.why)
+            }) {
                 self.give_up(&parked.object, why)?;
             }
         }

@@ -143,6 +143,14 @@ impl TableSql {
     }
 }
 
+/// Whether rows are told apart by the same columns, of the same kinds.
+fn has_key_of(table: &TableSchema, before: &TableSchema) -> bool {
+    let key = |table: &TableSchema| -> Vec<(String, Kind)> {
+        table.key.iter().map(|&i| (table.columns[i].name.clone(), Kind::of(&table.columns[i].r#type))).collect()
+    };
+    key(table) == key(before)
+}
+
 fn by_key(key: &[String], first: usize) -> String {
     let parts: Vec<String> =
         key.iter().enumerate().map(|(place, name)| format!("{name} = ?{}", place + first)).collect();
@@ -175,11 +183,15 @@ impl Store {
             return Ok(false);
         }
         require_names(schema)?;
-        let old = self.schema.clone();
         let tables = indexed(schema);
         // Without foreign keys: dropping a table would take rows of the app's with it.
-        let installed =
-            self.without_foreign_keys(|| self.transact(|store| store.migrate(old.as_ref(), schema, &tables)));
+        let installed = self.without_foreign_keys(|| {
+            self.transact(|store| {
+                // Under the lock: another process may have installed it meanwhile.
+                let old: Option<Schema> = store.meta_json("schema")?;
+                if old.as_ref() == Some(schema) { Ok(false) } else { store.migrate(old.as_ref(), schema, &tables) }
+            })
+        });
         self.connection.flush_prepared_statement_cache();
         if installed.is_ok() {
             self.schema = Some(schema.clone());
@@ -205,13 +217,19 @@ impl Store {
             // What is not the store's yet is not concerned: it gets another name.
             before(name).is_some_and(|before| schema.table(name).is_none_or(|table| !same(before, table)))
         };
+        for table in
+            old_tables.iter().filter(|before| schema.table(&before.name).is_none_or(|now| !has_key_of(now, before)))
+        {
+            self.empty(table)?;
+        }
         let mut parked = self.park(changes)?;
+        let mut without_place = Vec::new();
         if moved.is_err() {
             let moved = self.make_way(old_tables, schema, true)?;
             let follows = |sql: &str| moved.iter().any(|name| territory::mentions(sql, name));
             let (lost, kept) = parked.into_iter().partition(|parked| follows(&parked.object.sql));
             parked = kept;
-            self.lose(lost, "a table or column that it names has another name now")?;
+            without_place = lost;
         }
 
         let mut stale = false;
@@ -230,12 +248,23 @@ impl Store {
         schema.tables.iter().try_for_each(|table| self.create_triggers(table, &schema.tables))?;
         self.session.set_synced(schema.tables.iter().map(|table| table.name.as_str()));
         self.restore(parked, tables)?;
+        // Only now: what it names is not the server's table of that name.
+        self.lose(without_place, "a table or column that it names has another name now")?;
         self.settle(tables)?;
         self.set_meta_json("schema", schema)?;
         if stale {
             self.set_meta("resync", 1)?;
         }
         Ok(stale)
+    }
+
+    /// Deletes the rows of a table that is about to go, so that the app's triggers hear of it; not if they do not let it.
+    fn empty(&self, table: &TableSchema) -> Result<(), StoreError> {
+        self.savepoint("SAVEPOINT millstream_empty")?;
+        if self.connection.execute_batch(&format!("DELETE FROM {}", quote(&table.name))).is_err() {
+            self.savepoint("ROLLBACK TO millstream_empty")?;
+        }
+        self.savepoint("RELEASE millstream_empty")
     }
 
     /// Gives what the app has under a name that the schema takes another one. Gives these names.
@@ -309,10 +338,7 @@ impl Store {
             self.batch(&trigger::create_table(table))?;
             return Ok(false);
         };
-        let key = |table: &TableSchema| -> Vec<(String, Kind)> {
-            table.key.iter().map(|&i| (table.columns[i].name.clone(), Kind::of(&table.columns[i].r#type))).collect()
-        };
-        if key(before) != key(table) {
+        if !has_key_of(table, before) {
             self.move_extra(before, schema)?;
             self.drop_table(&table.name)?;
             self.batch(&trigger::create_table(table))?;

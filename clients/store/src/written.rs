@@ -29,6 +29,8 @@ pub(crate) struct Watched {
 impl Store {
     /// Runs a statement of the app's, and notes the tables that it wrote.
     pub(crate) fn noting<T>(&self, sql: &str, run: impl FnOnce(&Connection) -> T) -> T {
+        // As the cache knows it.
+        let sql = sql.trim();
         let before = self.connection.total_changes();
         // What was compiled before is not this statement's.
         self.session.take_compiled();

@@ -33,8 +33,10 @@ use crate::shape::Shape;
 pub const AGAIN_PREFIX: &str = "millstream.again";
 /// Stands for every table there.
 const EVERY_TABLE: &str = "*";
-/// A table with changes that cannot be routed is sent again at most once in this time, in microseconds.
+/// A table with changes that cannot be routed is sent again at most once in this time, in microseconds; while that goes on, in twice as
+/// much each time, up to the second.
 pub const AGAIN_INTERVAL_MICROS: i64 = 10_000_000;
+const MAX_AGAIN_INTERVAL_MICROS: i64 = 600_000_000;
 /// What subjects of rows begin with.
 const WAL_PREFIX: &str = "ms.wal.";
 /// Ends the name of a kind in the header `Ms-Moves`: all scopes of that kind.
@@ -135,6 +137,8 @@ pub struct Lookup {
     pub fixed: Vec<(usize, Option<String>)>,
     /// Indexes of the columns to be read.
     pub columns: Vec<usize>,
+    /// Whether lengths will do, if they are far below the limit of a row.
+    pub lengths: bool,
 }
 
 /// The answer to a [`Lookup`]: columns and what was found there.
@@ -149,6 +153,8 @@ pub enum Found {
     Text(String),
     /// It is too large to be read.
     TooLarge,
+    /// Bytes of its text, which was not read.
+    Length(usize),
 }
 
 impl From<Option<String>> for Found {
@@ -178,7 +184,7 @@ pub struct Assembler {
     /// What the database says of them beyond that; none is known of tables behind the last.
     shapes: Arc<[Shape]>,
     /// When tables were sent again last because of their content: commit time, microseconds since 1970.
-    sent_again: HashMap<usize, i64>,
+    sent_again: HashMap<usize, (i64, i64)>,
     relations: HashMap<u32, Option<Mapping>>,
     /// Transactions up to this commit LSN are in the stream.
     through: Lsn,
@@ -304,7 +310,7 @@ impl Assembler {
             table.row_scope_columns().filter_map(|scope| scope.column).filter(|column| !table.key.contains(column));
         let named: BTreeSet<usize> = named.filter(|column| after[*column].is_known()).collect();
         let fixed = table.key.iter().copied().chain(named).map(|column| (column, text(&column))).collect();
-        Ok(Some(Lookup { table: mapping.table, fixed, columns }))
+        Ok(Some(Lookup { table: mapping.table, fixed, columns, lengths: !moved && !was_too_large }))
     }
 
     /// Handles one message; what can be published goes to `out`.
@@ -360,6 +366,9 @@ impl Assembler {
             })?,
             Message::Update { relation, old, new } => self.with(*relation, out, |change, handover| {
                 let (before, after) = images(change.table, change.mapping, old.as_ref(), new, filled)?;
+                if let Some(key) = key(change.table, &after) {
+                    change.sizes.learn(hash(change.table, &key), filled);
+                }
                 change.route(before.as_ref());
                 change_row(change, handover, before.as_ref(), Some(&after), true);
                 Ok(())
@@ -510,14 +519,17 @@ impl Assembler {
         for (&index, &why) in &transaction.again {
             let table = &self.tables[index];
             // What goes on and on must not keep clients at it all the time.
-            let last = self.sent_again.get(&index).copied();
-            let late = why == Again::Unroutable
-                && last.is_some_and(|last| (0..AGAIN_INTERVAL_MICROS).contains(&(transaction.at - last)));
+            let (last, interval) = self.sent_again.get(&index).copied().unwrap_or((i64::MIN, AGAIN_INTERVAL_MICROS));
+            let since = transaction.at.saturating_sub(last);
+            let late = why == Again::Unroutable && (0..interval).contains(&since);
             self.left_out.push(LeftOut::Again { table: table.name.clone(), why, late });
             if late {
                 continue;
             }
-            self.sent_again.insert(index, transaction.at);
+            let goes_on = why == Again::Unroutable && (0..interval.saturating_mul(3)).contains(&since);
+            let interval =
+                if goes_on { interval.saturating_mul(2).min(MAX_AGAIN_INTERVAL_MICROS) } else { AGAIN_INTERVAL_MICROS };
+            self.sent_again.insert(index, (transaction.at, interval));
             kinds.extend(table.row_scope_columns().map(|scope| scope.kind));
             grants |= !table.memberships.is_empty();
         }

@@ -45,8 +45,6 @@ struct Holder {
     columns: Option<String>,
     /// It is a partition.
     partition: bool,
-    /// It was a table before it became one.
-    attached: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,8 +82,7 @@ pub async fn read(connection: &mut PgConnection, catalog: &Catalog, shapes: &[Sh
                  WHERE a.attrelid = $1::int8::oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''), \
                'holders', (SELECT json_object_agg(h.oid::text, json_build_object('name', h.oid::regclass::text, 'file', h.relfilenode::int8, \
                  'columns', (SELECT md5(string_agg(a.attnum || ' ' || a.xmin::text, ',' ORDER BY a.attnum)) FROM pg_attribute a WHERE a.attrelid = h.oid AND a.attnum > 0), \
-                 'partition', h.relispartition AND h.oid <> $1::int8::oid, \
-                 'attached', EXISTS (SELECT FROM pg_inherits i JOIN pg_type t ON t.oid = h.reltype WHERE i.inhrelid = h.oid AND i.xmin::text <> t.xmin::text))) \
+                 'partition', h.relispartition AND h.oid <> $1::int8::oid)) \
                  FROM holder h WHERE h.relkind = 'r'), \
                'types', (SELECT json_object_agg(t.oid::text, json_build_object( \
                  'labels', (SELECT json_object_agg(e.oid::text, e.enumlabel) FROM pg_enum e WHERE e.enumtypid = t.oid), \
@@ -127,7 +124,7 @@ impl Read {
 
 /// What was kept; none if nothing was, or it cannot be read any more.
 pub async fn kept(connection: &mut PgConnection) -> Result<Option<Content>, Error> {
-    let text: Option<Option<String>> = sqlx::query_scalar("SELECT content::text FROM millstream.epoch")
+    let text: Option<Option<String>> = sqlx::query_scalar("SELECT to_jsonb(e) ->> 'content' FROM millstream.epoch e")
         .fetch_optional(connection)
         .await
         .map_err(Error::postgres("read what synced tables consisted of"))?;
@@ -199,8 +196,9 @@ impl Found {
                     return Some("its rows were written anew".to_owned());
                 }
                 Some(_) => {}
-                None if holder.attached && !self.empty.contains(oid) => {
-                    return Some(format!("partition {name} was attached"));
+                // Its rows may be from before it became one.
+                None if holder.partition && !self.empty.contains(oid) => {
+                    return Some(format!("partition {name} is new, and has rows"));
                 }
                 None => {}
             }
@@ -208,7 +206,7 @@ impl Found {
         if let Some((_, gone)) = was.holders.iter().find(|(oid, _)| !now.holders.contains_key(*oid)) {
             return Some(format!("partition {} was detached or dropped", gone.name));
         }
-        if was.routable != now.routable || !now.routable {
+        if was.routable != now.routable {
             return Some("replica identities do not, or did not, cover what deletes and moves need".to_owned());
         }
         (now.loose_key && !was.loose_key).then(|| "its key has become deferrable".to_owned())
@@ -220,13 +218,8 @@ mod tests {
     use super::*;
 
     fn table() -> TableContent {
-        let holder = |name: &str, file, partition| Holder {
-            name: name.into(),
-            file,
-            columns: Some("a".into()),
-            partition,
-            attached: false,
-        };
+        let holder =
+            |name: &str, file, partition| Holder { name: name.into(), file, columns: Some("a".into()), partition };
         TableContent {
             columns: BTreeMap::from([("id".into(), (1, 23)), ("mood".into(), (2, 900))]),
             holders: BTreeMap::from([("50".into(), holder("t", 7, false)), ("51".into(), holder("p", 8, true))]),
@@ -266,15 +259,15 @@ mod tests {
         check(|now| holder(now, "50", |h| (h.file, h.columns) = (9, Some("b".into()))), &[], "written anew");
         check(|now| holder(now, "51", |h| h.file = 9), &[], "partition p was written anew");
         check(|now| drop(now.holders.remove("51")), &[], "p was detached");
-        let add = |attached| {
+        let add = |partition| {
             move |now: &mut TableContent| {
-                let holder = Holder { name: "q".into(), attached, ..Holder::default() };
+                let holder = Holder { name: "q".into(), partition, ..Holder::default() };
                 now.holders.insert("52".into(), holder);
             }
         };
         check(add(false), &[], "");
         check(add(true), &["52"], "");
-        check(add(true), &[], "q was attached");
+        check(add(true), &[], "q is new");
     }
 
     #[test]

@@ -155,7 +155,8 @@ fn remedy(holder: &Holder, needed: &[&str], names: &mut BTreeMap<String, usize>)
     const MAX_NAME_BYTES: usize = 63;
     let name = &holder.name;
     let full = format!("ALTER TABLE {name} REPLICA IDENTITY FULL");
-    if needed.iter().any(|column| holder.nullable.contains(*column)) {
+    // An index would hold at once what a deferrable key holds at COMMIT only.
+    if holder.loose_key || needed.iter().any(|column| holder.nullable.contains(*column)) {
         return full;
     }
     let mut stem = holder.short.clone();

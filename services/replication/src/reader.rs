@@ -253,6 +253,11 @@ impl Reader {
                 format!("{} {is} ${}::text::{}", column.sql_name, index + 1, column.sql_type)
             })
             .collect();
+        if lookup.lengths
+            && let Some(lengths) = self.lengths(lookup, &fixed).await?
+        {
+            return Ok(lengths);
+        }
         // OFFSET keeps the two levels apart: a long text is made once.
         let sql = format!(
             "SELECT {} FROM (SELECT {} FROM {} WHERE {} OFFSET 0) AS found",
@@ -280,6 +285,36 @@ impl Reader {
             false => row.get::<Option<String>, _>(2 * index).into(),
         };
         Ok(lookup.columns.iter().enumerate().map(|(index, &column)| (column, found(index))).collect())
+    }
+
+    /// How long values are, by the condition that finds their row; none if they may be too long together, or cannot be measured.
+    async fn lengths(&self, lookup: &Lookup, fixed: &[String]) -> Result<Option<Filled>, Error> {
+        let table = &self.tables[lookup.table];
+        let length = |&column: &usize| {
+            let column = &table.columns[column];
+            let text = if is_stored_as_text(&column.sql_type) { column.sql_name.clone() } else { column.text() };
+            format!("coalesce(octet_length({text}), 0)::int8")
+        };
+        let lengths: Vec<String> = lookup.columns.iter().map(length).collect();
+        let sql =
+            format!("SELECT ARRAY[{}] FROM {} WHERE {}", lengths.join(", "), table.sql_rows(), fixed.join(" AND "));
+        let mut query = sqlx::query_scalar::<_, Vec<i64>>(sqlx::AssertSqlSafe(sql));
+        for (_, value) in &lookup.fixed {
+            query = query.bind(value);
+        }
+        let lengths = match query.fetch_optional(&self.pool).await {
+            Ok(Some(lengths)) => lengths,
+            Ok(None) => return Ok(Some(Filled::new())),
+            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| is_about_content(&code)) => {
+                return Ok(None);
+            }
+            Err(source) => return Err(Error::Lookup { source }),
+        };
+        // As JSON they are longer, by a little as a rule.
+        let is_far_below = lengths.iter().sum::<i64>() < i64::try_from(self.limits.row / 2).unwrap_or(i64::MAX);
+        let found =
+            |(&column, length): (&usize, i64)| (column, Found::Length(usize::try_from(length).unwrap_or_default()));
+        Ok(is_far_below.then(|| lookup.columns.iter().zip(lengths).map(found).collect()))
     }
 }
 

@@ -183,6 +183,7 @@ pub(super) fn images<'a>(
                 Found::Null => Cell::Null,
                 Found::Text(text) => Cell::Text(text),
                 Found::TooLarge => Cell::Unsendable,
+                Found::Length(_) => continue,
             };
         }
     }

@@ -141,10 +141,13 @@ impl Handover {
             };
             let stays = new_key.as_ref() == Some(&old_key);
             let place: Key = (index, old_key.iter().map(|part| (*part).into()).collect());
-            let rows = self.keys.entry(place).or_default();
-            match rows.iter().position(|row| row.is(old)) {
-                Some(at) => {
-                    let row = rows.swap_remove(at);
+            let rows = self.keys.get_mut(&place);
+            let found = rows.and_then(|rows| Some(rows.swap_remove(rows.iter().position(|row| row.is(old))?)));
+            if self.keys.get(&place).is_some_and(Vec::is_empty) {
+                self.keys.remove(&place);
+            }
+            match found {
+                Some(row) => {
                     self.bytes = self.bytes.saturating_sub(bytes(&row.image));
                     for (now, then) in image.iter_mut().flatten().zip(&row.image) {
                         if *now == Kept::Unchanged {
@@ -193,7 +196,13 @@ impl Handover {
 
     /// A truncation leaves none of a table's rows.
     pub fn truncate(&mut self, table: usize) {
-        self.keys.retain(|(of, _), _| *of != table);
+        let mut freed = 0;
+        self.keys.retain(|(of, _), rows| {
+            let stays = *of != table;
+            freed += if stays { 0 } else { rows.iter().map(|row| bytes(&row.image)).sum() };
+            stays
+        });
+        self.bytes = self.bytes.saturating_sub(freed);
     }
 
     /// The tables of which rows are kept.

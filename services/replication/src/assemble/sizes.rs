@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use crate::chunks::KeyHash;
 use crate::relation::{Cell, Image};
 
+use super::{Filled, Found};
+
 /// Most rows remembered.
 const MAX_ROWS: usize = 65_536;
 /// Rows below this size have every value in the change stream: the least that `toast_tuple_target` may be.
@@ -23,6 +25,31 @@ impl Sizes {
     pub fn lacks(&self, row: KeyHash, columns: &[usize]) -> bool {
         let Some(known) = self.0.get(&row) else { return true };
         columns.iter().any(|column| !known.iter().any(|(index, _)| index == column))
+    }
+
+    /// What was read of a row's values that are not in the change stream.
+    pub fn learn(&mut self, row: KeyHash, filled: &Filled) {
+        let lengths: Vec<(usize, usize)> = filled
+            .iter()
+            .filter_map(|(column, found)| if let Found::Length(bytes) = found { Some((*column, *bytes)) } else { None })
+            .collect();
+        if lengths.is_empty() {
+            return;
+        }
+        let known = self.0.remove(&row).unwrap_or_default();
+        let others = known.iter().filter(|(column, _)| !lengths.iter().any(|(read, _)| read == column)).copied();
+        let sizes = others.chain(lengths.iter().copied()).collect();
+        self.remember(row, sizes);
+    }
+
+    fn remember(&mut self, row: KeyHash, sizes: Box<[(usize, usize)]>) {
+        if self.0.len() >= MAX_ROWS
+            && !self.0.contains_key(&row)
+            && let Some(one) = self.0.keys().next().copied()
+        {
+            self.0.remove(&one);
+        }
+        self.0.insert(row, sizes);
     }
 
     /// Bytes of the values that a row keeps without a message saying so.
@@ -43,13 +70,7 @@ impl Sizes {
         if sizes.iter().map(|(_, bytes)| bytes).sum::<usize>() < ROW_BYTES {
             return self.forget(row);
         }
-        if self.0.len() >= MAX_ROWS
-            && !self.0.contains_key(&row)
-            && let Some(one) = self.0.keys().next().copied()
-        {
-            self.0.remove(&one);
-        }
-        self.0.insert(row, sizes);
+        self.remember(row, sizes);
     }
 
     /// Clients do not hold the row.

@@ -230,8 +230,9 @@ fn unchanged_large_values_are_read_for_new_readers() {
     let stays = update(TASKS, None, &["…", "t1", "p1"]);
     // Only once: it might be the one that makes a row small enough, or too large.
     let fixed = vec![(0, Some("t1".to_owned())), (1, Some("p1".to_owned()))];
-    assert_eq!(assembler.lookup(&stays).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![2] }));
-    assembler.handle(&stays, &vec![(2, Found::Text("x".repeat(2000)))], &mut out).unwrap();
+    assert_eq!(assembler.lookup(&stays).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![2], lengths: true }));
+    // A length will do: the message stays as small as the change.
+    assembler.handle(&stays, &vec![(2, Found::Length(2000))], &mut out).unwrap();
     assert_eq!(assembler.lookup(&stays).unwrap(), None);
     let complete = update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p2"]);
     assert_eq!(assembler.lookup(&complete).unwrap(), None);
@@ -240,7 +241,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
         (update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t2", "p1"]), "t2", "p1"),
     ] {
         let fixed = vec![(0, Some(key.to_owned())), (1, Some(project.to_owned()))];
-        let expected = Lookup { table: 0, fixed, columns: vec![2] };
+        let expected = Lookup { table: 0, fixed, columns: vec![2], lengths: false };
         assert_eq!(assembler.lookup(&moves).unwrap(), Some(expected));
     }
     let moves = update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]);
@@ -306,7 +307,7 @@ fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
     let leaves = update(TASKS, old_key(&["t1", "p1", "p2", "∅"]), &["t1", "p1", "∅", "…"]);
     let fixed = [Some("t1"), Some("p1"), None];
     let fixed = fixed.into_iter().enumerate().map(|(column, value)| (column, value.map(str::to_owned))).collect();
-    assert_eq!(assembler.lookup(&leaves).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![3] }));
+    assert_eq!(assembler.lookup(&leaves).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![3], lengths: false }));
     assembler.handle(&leaves, &vec![(3, Found::Text("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();

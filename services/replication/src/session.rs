@@ -1,6 +1,6 @@
 //! One session: become leader, find out where the stream ends, and stream from there until something fails.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -280,12 +280,21 @@ struct Look {
 
 impl Look {
     /// Looks whether the synced tables, what is said of them, or what they consist of have changed; ends the session then.
-    async fn watch(self, version: String, content: Content) -> Result<Infallible, Error> {
+    async fn watch(self, version: String, mut content: Content) -> Result<Infallible, Error> {
         let mut told = None;
         loop {
             tokio::time::sleep(LOOK).await;
             match self.look().await {
-                Ok((found, consists)) if found == version && consists == content => told = None,
+                Ok((found, consists)) if found == version && consists.content == content => told = None,
+                // A table was emptied, or its rows were moved: what is read of it is read as before.
+                Ok((found, consists)) if found == version && consists.reads_as(&content) => {
+                    match self.keep(&consists.content).await {
+                        Ok(()) => content = consists.content,
+                        Err(error) => {
+                            tracing::warn!(error = error.chain(), "cannot keep what synced tables consist of")
+                        }
+                    }
+                }
                 Ok(_) => return Err(Error::SchemaChanged),
                 // What goes on under the old catalog goes on.
                 Err(error) => {
@@ -299,7 +308,12 @@ impl Look {
         }
     }
 
-    async fn look(&self) -> Result<(String, Content), Error> {
+    async fn keep(&self, content: &Content) -> Result<(), Error> {
+        let mut connection = self.pool.acquire().await.map_err(Error::postgres("connect"))?;
+        content::keep(&mut connection, content, &BTreeSet::new()).await
+    }
+
+    async fn look(&self) -> Result<(String, content::Found), Error> {
         let mut connection = self.pool.acquire().await.map_err(Error::postgres("connect"))?;
         let catalog = load(&self.config, &mut connection).await?;
         identity::check(&mut connection, &catalog, &self.publication).await?;
@@ -310,7 +324,7 @@ impl Look {
         let shapes: Vec<Shape> =
             catalog.tables.iter().zip(&holders).map(|(table, holders)| holders.shape(table)).collect();
         let found = content::read(&mut connection, &catalog, &shapes).await?;
-        Ok((catalog.version, found.content))
+        Ok((catalog.version, found))
     }
 }
 

@@ -43,7 +43,7 @@ pub enum Again {
     Unroutable,
     /// More rows changed their keys in one transaction than are kept to find out what became of each key.
     Keys,
-    /// The database says that it is to be: see [`crate::content`].
+    /// The database says that it is to be: see `content.rs`.
     Asked,
 }
 

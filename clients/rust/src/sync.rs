@@ -39,7 +39,8 @@ const STORE: &str = "store";
 const REFUSED_WAIT_MS: u64 = 60_000;
 /// How long at least it counts that the store could not take what the edge sent.
 const STUCK_MEMORY: Duration = Duration::from_secs(600);
-/// The same, of a client whose store cannot take what the edge sends: twice as long each time, up to this.
+/// Wait before another try of a client whose store cannot take what the edge sends: twice as long each time, up to the second.
+const STUCK_WAIT_MS: u64 = 500;
 const STUCK_WAIT_MAX_MS: u64 = 3_600_000;
 /// Encoded bytes that may wait for the writer before the socket is not read any more.
 const MAX_READY_BYTES: usize = 8 * 1024 * 1024;
@@ -166,7 +167,8 @@ impl SyncWorker {
         }
         let (before, until) = self.stuck;
         let count = if Instant::now() < until { before + 1 } else { 1 };
-        let wait = (REFUSED_WAIT_MS << (count - 1).min(6)).min(STUCK_WAIT_MAX_MS);
+        // At first it may be a passing thing after all.
+        let wait = (STUCK_WAIT_MS << (count - 1).min(16)).min(STUCK_WAIT_MAX_MS);
         self.stuck = (count, Instant::now() + Duration::from_millis(2 * wait) + STUCK_MEMORY);
         if end.then == Then::Snapshot && count == 1 {
             return end;

@@ -297,7 +297,8 @@ async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
             tokio::time::sleep(Duration::from_millis(10)).await;
             shown = look(&client, schema, &sql).await?;
         }
-        truth.ends(&user, &shown).context("a writer")?;
+        let ends = truth.ends(&user, &shown);
+        ends.with_context(|| format!("a writer: {:?}", *client.status().borrow()))?;
         client.close().await?;
     }
     for (user, shown) in watchers.join_all().await {

@@ -59,7 +59,7 @@ pub fn overlay(base: Option<Image>, pending: &[Pending], table: &TableSchema) ->
     })
 }
 
-/// `to`: what a column becomes of what the row has and the change sets; none: it stays.
+/// `to` gives the value that a column gets from the row's value and the change's; with `None` the column keeps its value.
 fn set(mut row: Image, change: &Pending, to: impl Fn(&Pending, &str, &Value, &Value) -> Option<Value>) -> Image {
     for (column, value) in change.columns.iter().zip(&change.values) {
         if let Some(value) = to(change, column, row.get(column).unwrap_or(&None), value) {

@@ -438,8 +438,8 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
     )
 }
 
-/// SQL of the amount by which a column changes, and SQL that says whether that is recorded; none: it never is. What is no whole number,
-/// or is no amount of 64 bits, is sent as it is. `old` is what it was.
+/// SQL of the amount by which a column changes, and SQL that says whether the trigger records it; `None`: the column is not a sum. A value that is no whole number,
+/// and an amount beyond 64 bits, is sent as the value itself. `old` is SQL of the value before.
 fn adding(table: &TableSchema, index: usize, old: &str) -> Option<(String, String)> {
     let column = &table.columns[index];
     let new = format!("NEW.{}", quote(&column.name));
@@ -543,7 +543,7 @@ fn taken(table: &TableSchema, tables: &[TableSchema], prefix: &str, depth: usize
         };
         let same: Vec<String> = reference.columns.iter().zip(&parent.key).map(same).collect();
         let here = format!("SELECT 1 FROM {from} AS {alias} WHERE {}", same.join(" AND "));
-        // What is deleted is not here: rows that are, and that may have many changes under way, are not looked for among these.
+        // A deleted parent is not in its table. The first test spares the search through the queued changes of a parent that is there.
         ways.push(format!(
             "(NOT EXISTS ({here}) AND EXISTS (SELECT 1 FROM local_changes INDEXED BY local_changes_live \
              WHERE tbl = {name} AND key = {key} AND state <> 'confirmed' AND op = 'delete'))"

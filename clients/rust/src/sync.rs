@@ -167,7 +167,7 @@ impl SyncWorker {
         }
         let (before, until) = self.stuck;
         let count = if Instant::now() < until { before + 1 } else { 1 };
-        // At first it may be a passing thing after all.
+        // It may pass by itself: a schema that changes under way is told whole in the next session.
         let wait = (STUCK_WAIT_MS << (count - 1).min(16)).min(STUCK_WAIT_MAX_MS);
         self.stuck = (count, Instant::now() + Duration::from_millis(2 * wait) + STUCK_MEMORY);
         if end.then == Then::Snapshot && count == 1 {
@@ -560,9 +560,7 @@ fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
         // itself is at fault it would fail again, so that one starts with a snapshot.
         Some(Err(error)) => {
             let then = if error.is_retryable() { Then::Again } else { Then::Snapshot };
-            // Rows of another schema than the store's: it changed under way, and the next session brings it.
-            let is_shape = matches!(error, Error::Store(StoreError::RowShape { .. } | StoreError::UnknownTable(_)));
-            Err(End::new(then, if is_shape { "schema" } else { STORE }, chain(&error)))
+            Err(End::new(then, STORE, chain(&error)))
         }
         None => Err(End::gone()),
     }

@@ -76,7 +76,7 @@ async fn a_schema_that_sqlite_cannot_have_is_an_error_with_what_to_do() {
 }
 
 #[tokio::test]
-async fn rows_that_never_apply_are_an_error_with_its_cause_and_cost_one_snapshot() {
+async fn rows_that_never_apply_are_an_error_with_its_cause_and_cost_few_snapshots() {
     let (edge, directory) = (Edge::start().await, directory());
     // A row with too few values.
     edge.state().tasks.insert("bad".into(), vec![Some("bad".into())]);
@@ -89,10 +89,9 @@ async fn rows_that_never_apply_are_an_error_with_its_cause_and_cost_one_snapshot
         assert!(error.message.contains(part), "{error:?}");
     }
     assert!(status.retry_at.is_some());
-    let connections = edge.state().connections;
-    assert_eq!(connections, 2);
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(edge.state().connections, connections, "it waits");
+    // Half a second, a second, two.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!((3..=4).contains(&edge.state().connections), "{}: the waits grow", edge.state().connections);
     let write = insert(&client, "1", "one").await;
     edge.state().tasks.remove("bad");
     client.resume();

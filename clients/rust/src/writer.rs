@@ -257,6 +257,9 @@ impl Writer {
         let applied = self.store.perform(works)?;
         self.publish();
         self.settle(&applied.settled);
+        if applied.released {
+            self.renumbered()?;
+        }
         self.refresh()?;
         self.tell();
         self.status.send_modify(|status| {
@@ -332,13 +335,18 @@ impl Writer {
                 );
             }
         }
-        // Numbers have changed: who waits for all of them waits for the new ones.
-        self.last_seq = self.store.info()?.last_seq;
-        let waiting: Vec<Reply<()>> = std::mem::take(&mut self.flushing).into_values().flatten().collect();
-        self.flushing.insert(self.last_seq, waiting);
+        self.renumbered()?;
         self.settle_by_store()?;
         self.queue_changed();
         Ok(meeting)
+    }
+
+    /// Transactions got other numbers: who waits for all of them waits for the new ones.
+    fn renumbered(&mut self) -> Result<(), StoreError> {
+        self.last_seq = self.store.info()?.last_seq;
+        let waiting: Vec<Reply<()>> = std::mem::take(&mut self.flushing).into_values().flatten().collect();
+        self.flushing.insert(self.last_seq, waiting);
+        Ok(())
     }
 
     fn poll(&mut self) -> Result<(), StoreError> {

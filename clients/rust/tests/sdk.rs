@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use edge::{Edge, TOKEN, schema};
 use futures_util::StreamExt;
-use millstream_client::{Builder, Client, Code, Edit, EntryState, Error, Faults, Outcome, Role, State, Worker, params};
+use millstream_client::{
+    Builder, Client, Code, Edit, EntryState, Error, Faults, Outcome, Role, State, Status, Worker, params,
+};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -539,6 +541,30 @@ async fn what_was_sent_behind_a_rejected_change_comes_after_it() {
     tokio::time::timeout(PATIENCE, behind.confirmed()).await.unwrap().unwrap();
     assert_equal(&client, &edge).await;
     assert_eq!(client.query_as::<bool>("SELECT done FROM tasks", ()).await.unwrap(), [true]);
+}
+
+#[tokio::test]
+async fn flush_waits_for_what_gets_another_number() {
+    let (edge, directory) = (Edge::start().await, directory());
+    edge.state().overloaded_from = Some(2);
+    let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();
+    insert(&client, "1", "bad").await;
+    client.execute("UPDATE tasks SET done = 1", ()).await.unwrap();
+    client.resume();
+    let rejected = |status: &Status| status.failed == 1;
+    tokio::time::timeout(PATIENCE, client.status().wait_for(rejected)).await.unwrap().unwrap();
+    client.discard(1).await.unwrap();
+    // The second is refused for the first, which is not there any more: it is sent again at once, as number 3.
+    let mut flush = std::pin::pin!(client.flush(PATIENCE));
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut flush).await.is_err());
+    edge.state().overloaded_from = Some(3);
+    while edge.state().arrivals.last().unwrap().1 < 3 {
+        let finished = tokio::time::timeout(Duration::from_millis(5), &mut flush).await;
+        assert!(finished.is_err(), "{finished:?} with {:?}", client.queue(2).await);
+    }
+    edge.state().overloaded_from = None;
+    flush.await.unwrap();
+    assert_eq!((client.status().borrow().confirmed_seq, edge.state().tasks.len()), (3, 1));
 }
 
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]

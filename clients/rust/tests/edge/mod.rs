@@ -46,6 +46,8 @@ pub struct State {
     pub late_ledger: bool,
     /// Refuse this many of the next submissions with `overloaded`.
     pub overloaded: usize,
+    /// Refuse submissions from this number on with `overloaded`.
+    pub overloaded_from: Option<u64>,
     /// The wait that these refusals ask for; 0 means 30 ms.
     pub retry_after_ms: u64,
     /// Every submission with the time of its arrival, refused ones too.
@@ -285,8 +287,8 @@ impl Edge {
     fn submit(&self, hello: &Hello, submit: Submit) -> ServerFrame {
         let mut state = self.state();
         state.arrivals.push((Instant::now(), submit.seq));
-        if state.overloaded > 0 {
-            state.overloaded -= 1;
+        if state.overloaded > 0 || state.overloaded_from.is_some_and(|from| submit.seq >= from) {
+            state.overloaded = state.overloaded.saturating_sub(1);
             return ServerFrame::Error(ErrorFrame {
                 code: Code::Overloaded,
                 message: "later".into(),

@@ -221,6 +221,8 @@ impl Store {
             for (tx, _) in &again[kept..] {
                 store.number(*tx as u64)?;
             }
+            // Nothing that was rejected is in trouble any more.
+            store.release()?;
             applier.finish()
         })
     }

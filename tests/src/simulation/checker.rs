@@ -234,13 +234,18 @@ impl World {
 
     /// G1: each local transaction ended in exactly one way.
     fn check_queue(&mut self, index: usize, taken: &HashMap<Uuid, Vec<&Taken>>, excused: &HashSet<Uuid>) {
-        let sql = "SELECT tx, state, outcome, tbl, key FROM local_changes ORDER BY tx, id";
+        let sql = "SELECT tx, state, outcome, tbl, key, columns, vals FROM local_changes ORDER BY tx, id";
         let mut queue: BTreeMap<u64, (String, String, BTreeSet<String>)> = BTreeMap::new();
+        let mut referred: BTreeMap<u64, BTreeSet<String>> = BTreeMap::new();
         for row in read(self.reader(index), sql) {
             let tx = text(&row[0]).parse().expect("a number");
             let entry = queue.entry(tx).or_default();
             (entry.0, entry.1) = (text(&row[1]).to_owned(), text(&row[2]).to_owned());
             entry.2.insert(format!("{} {}", text(&row[3]), text(&row[4])));
+            let columns: Vec<String> = serde_json::from_str(text(&row[5])).expect("columns");
+            let values: Row = serde_json::from_str(text(&row[6])).expect("values");
+            let task = columns.iter().position(|name| name == "task_id").and_then(|place| values[place].clone());
+            referred.entry(tx).or_default().extend(task.map(|id| format!("tasks [\"{id}\"]")));
         }
         let listed: BTreeSet<u64> =
             self.clients[index].store().failed().expect("the failed ones").iter().map(|write| write.tx).collect();
@@ -266,12 +271,12 @@ impl World {
                     assert!(none && listed.contains(tx), "{name}: not listed, or taken")
                 }
                 Some(("held", _)) => {
-                    let rows = &queue[tx].2;
+                    let rows: BTreeSet<String> = queue[tx].2.union(&referred[tx]).cloned().collect();
                     let before = |(_, (state, _, others)): (&u64, &(String, String, BTreeSet<String>))| {
                         state != "confirmed" && !rows.is_disjoint(others)
                     };
                     assert!(none, "{name}: held, and taken");
-                    assert!(queue.range(..tx).any(before), "{name}: held behind nothing");
+                    assert!(queue.range(..tx).any(before), "{name}: held behind nothing of {rows:?} in {queue:#?}");
                 }
                 Some(_) => panic!("{name}: not settled"),
             }

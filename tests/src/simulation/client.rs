@@ -285,10 +285,26 @@ impl World {
                     let sql = "INSERT INTO tasks (id, project_id, title, note) VALUES (?1, ?2, ?3, ?4)";
                     return (sql.into(), vec![text(id), text(project), text(title), text(one)]);
                 }
+                if table == NOTES && self.rng.random_bool(0.7) {
+                    let task = self.any_task();
+                    let sql = "INSERT INTO notes (id, project_id, body, task_id, count) VALUES (?1, ?2, ?3, ?4, 0)";
+                    return (sql.into(), vec![text(id), text(project), text(one), task]);
+                }
                 let sql = format!("INSERT INTO {name} (id, project_id, {column}) VALUES (?1, ?2, ?3)");
                 (sql, vec![text(id), text(project), text(one)])
             }
+            // With what is about it, as far as the app knows, or before, or not.
+            2 if table == TASKS && self.rng.random_bool(0.3) => {
+                ("DELETE FROM notes WHERE task_id = ?1".into(), vec![text(id)])
+            }
             2 => (format!("DELETE FROM {name} WHERE id = ?1"), vec![text(id)]),
+            4 if table == NOTES => {
+                ("UPDATE notes SET task_id = ?2 WHERE id = ?1".into(), vec![text(id), self.any_task()])
+            }
+            5 | 6 if table == NOTES => {
+                let by = Value::Integer(self.rng.random_range(-5..=5));
+                ("UPDATE notes SET count = coalesce(count, 0) + ?2 WHERE id = ?1".into(), vec![text(id), by])
+            }
             3 => (format!("UPDATE {name} SET project_id = ?2 WHERE id = ?1"), vec![text(id), text(project)]),
             4 | 5 if table == TASKS => {
                 ("UPDATE tasks SET title = ?2 WHERE id = ?1".into(), vec![text(id), text(title)])
@@ -299,6 +315,13 @@ impl World {
             }
             _ => (format!("UPDATE {name} SET {column} = ?2 WHERE id = ?1"), vec![text(id), text(one)]),
         }
+    }
+
+    /// One of the newest tasks, which may be on its way, or any.
+    fn any_task(&mut self) -> Value {
+        let tasks = self.ids[TASKS].len();
+        let first = if self.rng.random_bool(0.6) { tasks.saturating_sub(2) } else { 0 };
+        Value::Text(self.ids[TASKS][self.rng.random_range(first..tasks)].clone())
     }
 
     /// A person retries, edits or discards what failed.

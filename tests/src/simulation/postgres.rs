@@ -10,7 +10,9 @@ use millstream_edge::pure::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::stream::{Failure, InstanceSpan, Loss, OriginEntry, Submission};
-use millstream_schemas::{Change, Clock, Code, Lsn, Operation, Row, Scope, TableChanges, TableOp, TableScope, Value};
+use millstream_schemas::{
+    Change, Clock, Code, Lsn, Merge, Operation, Reference, Row, Scope, TableChanges, TableOp, TableScope, Value,
+};
 use uuid::Uuid;
 
 pub const TASKS: usize = 0;
@@ -21,6 +23,8 @@ pub const MEMBERS: usize = 3;
 pub const PROJECT: usize = 1;
 /// Of `tasks`: unique in a project. Of `notes` and `labels`: any text.
 pub const TEXT: usize = 2;
+/// Of `notes`: the task that it is about; it goes with the task.
+pub const TASK: usize = 3;
 
 /// tasks merge by column, labels by row, notes by arrival; members grant the scope `project`.
 pub fn tables() -> Vec<Table> {
@@ -31,7 +35,7 @@ pub fn tables() -> Vec<Table> {
             sql_type: sql_type.into(),
             type_oid: 0,
             growth: Default::default(),
-            merge: None,
+            merge: (name == "count").then_some(Merge::Add),
             default: None,
             nullable: true,
             writable,
@@ -59,7 +63,10 @@ pub fn tables() -> Vec<Table> {
             partitioned: false,
             hidden: Vec::new(),
             insert_existing_merges: true,
-            references: Vec::new(),
+            references: match name {
+                "notes" => vec![Reference { columns: vec![TASK], table: "tasks".into(), cascades: true }],
+                _ => vec![],
+            },
             rules: vec![],
             validate: None,
         }
@@ -86,7 +93,13 @@ pub fn tables() -> Vec<Table> {
         table(
             2,
             "notes",
-            &[("id", uuid, true), ("project_id", uuid, true), ("body", text, true)],
+            &[
+                ("id", uuid, true),
+                ("project_id", uuid, true),
+                ("body", text, true),
+                ("task_id", uuid, true),
+                ("count", "bigint", true),
+            ],
             &[0],
             1,
             ConflictPolicy::Arrival,
@@ -387,7 +400,14 @@ impl Transaction {
             Some(row) => self.state.rows.insert(key.clone(), row.clone()),
             None => self.state.rows.remove(&key),
         };
+        let goes = key.0 == TASKS && new.is_none();
+        let about = |other: &Key, row: &Stored| goes && other.0 == NOTES && row.values[TASK] == key.1[0];
+        let notes: Vec<Key> =
+            self.state.rows.iter().filter(|(other, row)| about(other, row)).map(|(other, _)| other.clone()).collect();
         self.changes.push((key, old.map(|row| row.values), new.map(|row| row.values)));
+        for note in notes {
+            self.set(note, None);
+        }
     }
 
     /// One client's transaction, whole or not at all.
@@ -451,17 +471,24 @@ impl Transaction {
                     return Err(denied);
                 }
                 self.check_title(&key, &values)?;
+                self.check_task(&key, &values)?;
                 self.set(key, Some(Stored { values, clocks: BTreeMap::from([(String::new(), clock)]) }.show(number)));
                 Ok(None)
             }
+            // Its author's own delete of the task took it along.
+            (Operation::Delete, None) if change.gone => Ok(None),
             (_, None) => Err((Code::EntityMissing, "no such row")),
             // A row that says no more than that it is there.
             (Operation::Insert, Some(_)) if sets().next().is_none() => Ok(None),
             (Operation::Insert | Operation::Update, Some(old)) => {
                 let (mut meant, mut merged, mut lost) = (old.values.clone(), old.clone(), 0);
                 for (column, value) in sets() {
-                    meant[column] = value.clone();
                     let name = &table.columns[column].name;
+                    let value = match change.adds.contains(name) {
+                        true => &sum(&old.values[column], value),
+                        false => value,
+                    };
+                    meant[column] = value.clone();
                     if number != NOTES && clock < old.of(name) {
                         lost += 1;
                         continue;
@@ -476,6 +503,7 @@ impl Transaction {
                     return Ok(Some(true));
                 }
                 self.check_title(&key, &merged.values)?;
+                self.check_task(&key, &merged.values)?;
                 self.set(key, Some(merged.show(number)));
                 Ok((lost > 0).then_some(false))
             }
@@ -498,6 +526,16 @@ impl Transaction {
         };
         if key.0 == TASKS && values[TEXT].is_some() && self.state.rows.iter().any(same) {
             return Err((Code::BusinessRule, "the title is taken"));
+        }
+        Ok(())
+    }
+
+    fn check_task(&self, key: &Key, values: &Row) -> Result<(), (Code, &'static str)> {
+        if key.0 == NOTES
+            && values[TASK].is_some()
+            && !self.state.rows.contains_key(&(TASKS, vec![values[TASK].clone()]))
+        {
+            return Err((Code::BusinessRule, "there is no such task"));
         }
         Ok(())
     }
@@ -532,4 +570,10 @@ impl Transaction {
         };
         ids.into_iter().filter_map(known).collect()
     }
+}
+
+/// Of a number and an amount.
+fn sum(old: &Value, amount: &Value) -> Value {
+    let number = |value: &Value| value.as_ref().map_or(0, |text| text.parse::<i64>().expect("a number"));
+    Some((number(old) + number(amount)).to_string())
 }

@@ -546,23 +546,25 @@ async fn random_memberships_show_what_postgres_would_show() -> Result<()> {
     let mut scene = Scene::start("").await?;
     let start = Instant::now();
     let result = async {
-        let all: Vec<u64> = seeds.clone().collect();
-        let scene_ref = &scene;
-        let turns = tokio::sync::Semaphore::new(AT_A_TIME);
-        let told = all.chunks(TOGETHER as usize).map(async |seeds| {
-            let _turn = turns.acquire().await?;
-            let tales: Vec<Tale> = seeds.iter().copied().map(random).collect();
-            let mut batch = Batch::new(scene_ref, &format!("from-{}", seeds[0]), tales).await?;
-            batch.tell(scene_ref).await?;
-            Ok::<_, anyhow::Error>(batch)
-        });
-        let mut batches = try_join_all(told).await?;
-        scene.board.kill_and_restart(Service::Edge).await?;
-        let rng = &mut StdRng::seed_from_u64(seeds.start);
-        let mut wrong = Vec::new();
-        for batch in &mut batches {
-            batch.again(&scene, rng).await?;
-            wrong.extend(batch.judge().await?);
+        let (all, mut wrong): (Vec<u64>, Vec<String>) = (seeds.collect(), Vec::new());
+        let rng = &mut StdRng::seed_from_u64(all[0]);
+        // Each batch keeps a connection to Postgres from its first step to its judgement.
+        for round in all.chunks(HISTORIES as usize) {
+            let scene_ref = &scene;
+            let turns = tokio::sync::Semaphore::new(AT_A_TIME);
+            let told = round.chunks(TOGETHER as usize).map(async |seeds| {
+                let _turn = turns.acquire().await?;
+                let tales: Vec<Tale> = seeds.iter().copied().map(random).collect();
+                let mut batch = Batch::new(scene_ref, &format!("from-{}", seeds[0]), tales).await?;
+                batch.tell(scene_ref).await?;
+                Ok::<_, anyhow::Error>(batch)
+            });
+            let mut batches = try_join_all(told).await?;
+            scene.board.kill_and_restart(Service::Edge).await?;
+            for batch in &mut batches {
+                batch.again(&scene, rng).await?;
+                wrong.extend(batch.judge().await?);
+            }
         }
         println!("{} histories in {:.1} s; {} wrong", all.len(), start.elapsed().as_secs_f64(), wrong.len());
         ensure!(wrong.is_empty(), "{} of {} histories are wrong:\n{}", wrong.len(), all.len(), some(&wrong));

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use uuid::Uuid;
 
 use super::peer::Peer;
-use super::{Allow, HEALED, Scene, client_in, every, insert, submit};
+use super::{Allow, HEALED, Scene, client_in, every, insert, scaled, submit};
 
 /// A trigger that fails as it is told.
 const TRIGGER: &str = "
@@ -76,6 +76,54 @@ async fn poison_delays_only_its_author() -> Result<()> {
     ];
     let named = variants.into_iter().map(|(name, variant)| (format!("poison: {name}"), variant));
     every(TRIGGER, Allow::Nothing, named, send).await
+}
+
+/// Such changes a second, of one client, in a run in which others are measured exactly.
+const A_SECOND: u64 = 10;
+/// Half of that run is without them; `p99` of the others may grow by this factor, or by what is told from noise.
+const FACTOR: f64 = 1.3;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn poison_at_a_steady_rate_delays_only_its_author() -> Result<()> {
+    let long = scaled(Duration::from_secs(5), Duration::from_secs(30));
+    let mut told = Vec::new();
+    // Anybody's writes take long now and then on a shared machine, but not twice in a row.
+    for _ in 0..2 {
+        let scene = Scene::start(TRIGGER).await?;
+        let mut peer = Peer::connect(&scene.url()).await?;
+        // Beside a neighbour, in the same partition.
+        peer.say(millstream_tests::raw::hello(client_in(0), &scene.token("author"))).await?;
+        peer.welcome().await?;
+        let begun = Instant::now();
+        tokio::time::sleep(long).await;
+        let start = Instant::now();
+        let mut ticks = tokio::time::interval(Duration::from_secs(1) / A_SECOND as u32);
+        let (mut seq, brackets) = (0, "[".repeat(20_000));
+        while start.elapsed() < long {
+            ticks.tick().await;
+            seq += 1;
+            let odd = match STATES.get(seq as usize % (STATES.len() + 3)) {
+                Some(state) => ("odd", *state),
+                None => *[("odd", "deep"), ("odd", "rows"), ("plain", &brackets)]
+                    .get(seq as usize % 3)
+                    .context("one of three")?,
+            };
+            let id = Uuid::now_v7().to_string();
+            let row = insert("docs", &[("id", &id), ("project_id", "odd"), odd]);
+            peer.say(submit(seq, Uuid::nil(), vec![row])).await?;
+        }
+        let end = Instant::now();
+        let last = super::verdict(&mut peer, seq, HEALED).await?;
+        ensure!(last != "applied", "the last of {seq} changes was applied");
+        let (before, during) = (scene.neighbours.between(begun, start), scene.neighbours.between(start, end));
+        println!("poison, {A_SECOND} changes a second: before: {before}; during: {during}");
+        let limit = |before: Duration| before.mul_f64(FACTOR).max(before + super::noise());
+        if during.p99.0 <= limit(before.p99.0) && during.p99.1 <= limit(before.p99.1) {
+            return Ok(());
+        }
+        told.push(format!("before: {before}; during: {during}"));
+    }
+    anyhow::bail!("neighbours' writes take longer: {}", told.join("; again: "))
 }
 
 /// SQLSTATEs of many classes, raised by an application's trigger: some that Postgres itself never raises, and some that it

@@ -20,6 +20,7 @@ use millstream_client::{Client, SqlValue};
 use millstream_tests::board::{Board, PATIENCE};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use sqlx::error::DatabaseError;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -31,6 +32,10 @@ use truth::{Truth, View};
 const HISTORIES: u64 = 300;
 /// Histories with one schema, one after the other.
 const WITH_A_SCHEMA: u64 = 25;
+/// How often tables are changed under the clients.
+const WITH_MIGRATIONS: f64 = 0.2;
+/// `lock_not_available`, `deadlock_detected`, `check_violation`, `duplicate_table`.
+const REFUSALS: [&str; 4] = ["55P03", "40P01", "23514", "42P07"];
 /// Schemas at a time.
 const AT_A_TIME: u64 = 3;
 
@@ -169,7 +174,8 @@ async fn watcher(
 /// Writes through a client; in the end everything is confirmed or given up.
 async fn writer(client: &Client, schema: &Schema, pool: &Pool, mut rng: StdRng) -> Result<()> {
     for _ in 0..rng.random_range(4..10) {
-        let statements: Vec<String> = (0..rng.random_range(1..4)).map(|_| schema.statement(pool, &mut rng)).collect();
+        let statements: Vec<String> =
+            (0..rng.random_range(1..4)).map(|_| schema.statement(pool, false, &mut rng)).collect();
         client.tx(move |tx| statements.iter().try_for_each(|sql| tx.execute(sql, ()).map(drop))).await?;
         if rng.random_bool(0.1) {
             client.drop_connection();
@@ -199,12 +205,13 @@ async fn writer(client: &Client, schema: &Schema, pool: &Pool, mut rng: StdRng) 
 async fn foreigner(mut postgres: PgConnection, schema: &Schema, pool: &Pool, mut rng: StdRng) -> Result<()> {
     for _ in 0..rng.random_range(6..14) {
         let transaction = foreign_transaction(&mut postgres, schema, pool, &mut rng).await;
-        let deadlock = |error: &sqlx::Error| {
-            error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("40P01"))
+        let passes = |error: &sqlx::Error| {
+            let deadlock = |error: &dyn DatabaseError| error.code().as_deref() == Some("40P01");
+            error.as_database_error().is_some_and(|error| deadlock(error) || error.constraint().is_some())
         };
         match transaction {
-            // With the executor, which locks rows before it writes.
-            Err(error) if deadlock(&error) => {}
+            // A deadlock with the executor, which locks rows before it writes; a deferred key that is taken.
+            Err(error) if passes(&error) => {}
             other => other?,
         }
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..30))).await;
@@ -223,16 +230,41 @@ async fn foreign_transaction(
     sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(SERIAL).execute(&mut *transaction).await?;
     for _ in 0..rng.random_range(1..5) {
         let sql = schema.foreign_statement(pool, rng);
-        // A savepoint each: a key may be taken.
+        // A savepoint each: a key may be taken, or a table not be emptied whose deferred key is still to be looked at.
         let mut part = transaction.begin().await?;
         match sqlx::query(AssertSqlSafe(sql)).execute(&mut *part).await {
             Ok(_) if rng.random_bool(0.95) => part.commit().await?,
             Ok(_) => part.rollback().await?,
-            Err(sqlx::Error::Database(error)) if error.constraint().is_some() => part.rollback().await?,
+            Err(sqlx::Error::Database(error))
+                if error.constraint().is_some() || error.code().as_deref() == Some("55006") =>
+            {
+                part.rollback().await?;
+            }
             Err(error) => return Err(error),
         }
     }
     if rng.random_bool(0.9) { transaction.commit().await } else { transaction.rollback().await }
+}
+
+/// Changes tables while they are written to.
+async fn migrator(mut postgres: PgConnection, schema: &Schema, seed: u64, mut rng: StdRng) -> Result<()> {
+    if !rng.random_bool(WITH_MIGRATIONS) {
+        return Ok(());
+    }
+    sqlx::query("SET lock_timeout = '5s'").execute(&mut postgres).await?;
+    for n in 0..rng.random_range(1..=2) {
+        tokio::time::sleep(Duration::from_millis(rng.random_range(0..300))).await;
+        let sql = schema.migration(seed * 10 + n, &mut rng);
+        match sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut postgres).await {
+            // A partition that there is already, or for which there are rows elsewhere; a lock; rows that others write.
+            Err(error)
+                if error
+                    .as_database_error()
+                    .is_some_and(|error| REFUSALS.contains(&&*error.code().unwrap_or_default())) => {}
+            other => drop(other.context(sql)?),
+        }
+    }
+    Ok(())
 }
 
 async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
@@ -247,7 +279,7 @@ async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
             uuids(&mut rng, count)
         },
         teams: uuids(&mut rng, 2),
-        ids: schema.tables.iter().map(|_| uuids(&mut rng, 6)).collect(),
+        ids: schema.tables.iter().map(|table| (0..6).map(|_| table.key.random(&mut rng)).collect()).collect(),
     };
     let mut postgres = board.postgres().await?;
     let since = truth::now(&mut postgres).await?;
@@ -273,6 +305,7 @@ async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
         writers.push((user.clone(), Seat::new(board, &format!("{seed}-w{n}"), user).open().await?));
     }
     let foreigners = (board.postgres().await?, board.postgres().await?);
+    let migrations = migrator(board.postgres().await?, schema, seed, part());
     let trouble = async {
         if luck.random_bool(0.15) {
             tokio::time::sleep(Duration::from_millis(luck.random_range(20..200))).await;
@@ -283,6 +316,7 @@ async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
     };
     tokio::try_join!(
         trouble,
+        migrations,
         foreigner(foreigners.0, schema, &pool, part()),
         foreigner(foreigners.1, schema, &pool, part()),
         writer(&writers[0].1, schema, &pool, part()),

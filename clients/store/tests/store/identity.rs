@@ -89,6 +89,22 @@ fn a_restored_server_gets_again_what_it_lost() {
     assert_eq!(f.read("SELECT id FROM tasks ORDER BY id"), "b\nc\nd");
 }
 
+/// What was rejected is submitted again, so that nothing is in trouble: who waited for it is not forgotten.
+#[test]
+fn what_was_held_back_goes_on_with_a_restored_server() {
+    let mut f = fixture();
+    insert(&mut f, "a");
+    update(&mut f, "a", "behind");
+    let refused =
+        [(1, Code::InvalidValue), (2, Code::PredecessorFailed)].map(|(seq, code)| failure(seq, Uuid::nil(), code));
+    f.apply(vec![told(2, refused.to_vec())]);
+    assert_eq!((queue(&f), f.store.info().unwrap().held), (vec![], 1));
+    assert_eq!(f.store.meet(0, &[], &[], &[]).unwrap(), Meeting::WentBack);
+    assert_eq!(queue(&f), [entry(1, "a", &[]), entry(2, "a", &[1])]);
+    f.apply(vec![upsert(vec![task("a", "p", "behind", false)]), told(2, vec![])]);
+    assert_eq!(f.store.info().unwrap().held, 0);
+}
+
 /// The ledger's side of the rule, for one client id.
 #[derive(Default)]
 struct Server {

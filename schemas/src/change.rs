@@ -73,7 +73,7 @@ pub enum TableOp {
     Update,
     /// `rows` hold the primary keys of deleted rows.
     Delete,
-    /// Every row of the table is gone; `rows` is empty.
+    /// Every row of the table is gone, in all scopes; `rows` is empty.
     Truncate,
 }
 

@@ -86,7 +86,7 @@ pub struct SnapshotMark {
 pub struct Submit {
     /// `client_seq`: 1, 2, 3 … without gaps.
     pub seq: u64,
-    /// 1 for the first attempt.
+    /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// Which run of the store gave it its number. Each process that opens a store takes a random id before its first
     /// write, so two copies of a store never share an instance beyond the point where they were copied.
@@ -98,7 +98,7 @@ pub struct Submit {
     /// one of them is rejected, this one is refused with `predecessor_failed`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<u64>,
-    /// The changes, in the order in which they were made; 1 to [`MAX_TRANSACTION_CHANGES`].
+    /// The changes, in the order in which they were made; 1 to 1,000 (`limits.transaction_changes`).
     pub changes: Vec<Change>,
     /// W3C trace context of the local write.
     #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
@@ -144,7 +144,8 @@ pub enum ServerFrame {
     },
     /// Here, among what is staged, the scopes' rows are replaced by the snapshot's.
     SnapshotApply {},
-    /// The bracket is complete: apply it and take the position, in one local transaction.
+    /// The bracket is complete: apply it and take the position, in one local transaction. After `resume: snapshot`, the
+    /// first load is complete.
     SnapshotEnd {
         /// The state that results is Postgres' at this position.
         position: Position,
@@ -207,7 +208,7 @@ pub struct Welcome {
 pub enum Resume {
     /// From its position on; scopes that are new to it come as snapshots.
     CatchUp,
-    /// Every scope comes as a snapshot. Scopes that are not among them are gone.
+    /// Every scope comes as a snapshot, in one bracket. Scopes that are not in it are gone with its `snapshot_apply`.
     Snapshot,
 }
 
@@ -221,7 +222,8 @@ pub struct Limits {
     pub frame_bytes: usize,
     /// Most changes in one transaction.
     pub transaction_changes: usize,
-    /// The client must be heard within this time (milliseconds); a WebSocket ping suffices.
+    /// The client must be heard within this time (milliseconds). A WebSocket ping or pong suffices, such as the answer to
+    /// the edge's own pings.
     pub heartbeat_ms: u64,
 }
 
@@ -235,7 +237,7 @@ pub struct Rows {
     pub lsn: Lsn,
     /// Index of the message within the transaction.
     pub index: u32,
-    /// Whether the transaction is complete with this frame.
+    /// Whether the transaction is complete with this frame. It is then applied as by `commit`, unless in a snapshot bracket.
     pub last: bool,
     /// Epoch of the outbound stream.
     pub epoch: Uuid,
@@ -272,7 +274,8 @@ pub struct ErrorFrame {
     pub code: Code,
     /// What to do about it, for people; not part of the compatibility promise.
     pub message: String,
-    /// The submission that it is about.
+    /// A `client_seq`. In `overloaded`, and in `out_of_order` for a gap: the number to go on from. Otherwise the
+    /// submission that was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     /// Try again no sooner than this (milliseconds).

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// All synced tables under a version. Rows on the wire are arrays in the order of [`TableSchema::columns`].
+/// All synced tables under a version. Rows on the wire are arrays in the order of a table's `columns`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Schema {
@@ -36,7 +36,7 @@ pub struct TableSchema {
     /// what it refers to is in trouble.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub references: Vec<Reference>,
-    /// Index of the column that holds a row's [`crate::clock::Clocks`], where changes merge by column.
+    /// Index of the column that holds a row's clocks, where changes merge by column.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clocks: Option<usize>,
 }
@@ -72,7 +72,7 @@ pub struct ColumnSchema {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Merge {
-    /// Both are added: an update sends by how much it changed the number ([`crate::Change::adds`]).
+    /// Both are added: an update sends the amount by which it changed the number (`adds` of a change).
     Add,
     /// The greater value stays.
     Max,

@@ -55,14 +55,14 @@ pub struct Submission {
     pub user_id: String,
     /// `client_seq`.
     pub seq: u64,
-    /// 1 for the first attempt.
+    /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
-    /// As in [`crate::frame::Submit::instance`].
+    /// Which run of the client's store gave it its number.
     pub instance: Uuid,
-    /// As in [`crate::frame::Submit::previous`].
+    /// Instance of the transaction `seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
-    /// As in [`crate::frame::Submit::after`].
+    /// Earlier transactions of the client: if one of them is rejected, this one is refused with `predecessor_failed`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<u64>,
     /// The changes, in the order in which they were made.
@@ -82,7 +82,7 @@ pub enum Verdict {
     Merged,
     /// All of it lost to newer changes.
     Superseded,
-    /// Nothing of it took effect; see [`Failure`].
+    /// Nothing of it took effect; `failure` says why.
     Rejected,
 }
 
@@ -120,7 +120,7 @@ pub struct Failure {
     /// What refused it, where that has a name: the constraint, the declared rule's code, the external validator's code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<String>,
-    /// For people; at most [`MAX_FAILURE_MESSAGE_BYTES`].
+    /// For people; at most 500 bytes.
     pub message: String,
 }
 
@@ -131,7 +131,7 @@ pub struct Failure {
 pub struct Loss {
     /// `client_seq` of the transaction.
     pub seq: u64,
-    /// [`Verdict::Merged`] or [`Verdict::Superseded`].
+    /// `merged` or `superseded`.
     pub verdict: Verdict,
     /// The first change that lost.
     pub change_id: Uuid,
@@ -170,8 +170,8 @@ pub struct OriginRecord {
 pub struct OriginEntry {
     /// The client.
     pub client_id: Uuid,
-    /// The first of its transactions that this settles: whoever was not told of the one before has missed something. 0 from
-    /// an executor that does not say.
+    /// The first of its transactions that this settles: a reader that was not told of the one before has missed something.
+    /// 0 from an executor that does not say.
     #[serde(default)]
     pub first_seq: u64,
     /// Its transactions up to and including this `client_seq` are settled.
@@ -196,7 +196,7 @@ pub struct ValidateRequest {
     pub client_id: Uuid,
     /// `client_seq`.
     pub seq: u64,
-    /// 1 for the first attempt.
+    /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// The transaction's changes to the table, in their order.
     pub changes: Vec<Change>,
@@ -216,9 +216,9 @@ pub enum ValidateResponse {
         /// The change at fault; absent: the first of the request.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         change_id: Option<Uuid>,
-        /// The rule's name, for programs: [`Failure::rule`]; at most [`MAX_RULE_BYTES`].
+        /// The rule's name, for programs: `rule` of the failure that the author is told; at most 128 bytes.
         code: String,
-        /// For people; at most [`MAX_FAILURE_MESSAGE_BYTES`].
+        /// For people; at most 500 bytes.
         message: String,
     },
 }
@@ -265,7 +265,7 @@ pub mod header {
     pub const TRACEPARENT: &str = "traceparent";
 }
 
-/// Answer on [`crate::subject::WATERMARK`]: every transaction that committed before `lsn` is in the stream, at or
+/// Answer on `ms.replication.watermark`: every transaction that committed before `lsn` is in the stream, at or
 /// before message `seq`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

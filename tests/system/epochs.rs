@@ -199,7 +199,7 @@ async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     scene.online.flush(PATIENCE).await?;
     scene.add_by_sql("lost with the database").await?;
     converged(board, &scene.online, "alice").await?;
-    // As ARCHITECTURE.md says: the edges stand, the inbound stream is made anew.
+    // As docs/restoring.md says: the edges are stopped, the inbound stream is removed.
     board.stack.stop_service(Service::Edge).await;
     board.stack.stop_postgres().await;
     std::fs::remove_dir_all(&data)?;

@@ -1,5 +1,5 @@
 //! Every common type, by every way: written by SQL and by a client, read in a snapshot and from the stream. What a client
-//! holds is what Postgres holds, to the last digit, and as README.md's table of types says.
+//! holds is what Postgres holds, to the last digit, and as the table of types in docs/tables.md says.
 
 use std::time::{Duration, Instant};
 
@@ -90,7 +90,7 @@ fn config() -> String {
     )
 }
 
-/// What SQLite has for a value of a type that Postgres writes as `text`: the table in README.md.
+/// What SQLite has for a value of a type that Postgres writes as `text`: the table in docs/tables.md.
 fn held(sql_type: &str, text: Option<String>) -> SqlValue {
     let Some(text) = text else { return SqlValue::Null };
     match sql_type {

@@ -214,7 +214,7 @@ impl World {
                 excused.extend(ids.map(|(id, _)| *id).filter(|id| owners[id] > 1));
             }
         }
-        // And which of them submits again what a restored database lost is not said: see ARCHITECTURE.md.
+        // Nor is it said which of them submits again what a restored database lost: see docs/restoring.md.
         excused.extend(self.checker.lost.iter().filter(|id| owners.get(id).is_some_and(|copies| *copies > 1)));
         for (id, effects) in &by_id {
             assert!(effects.len() == 1 || excused.contains(id), "G2: {id} took effect {} times", effects.len());

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use millstream_catalog::{Members, Membership};
 use millstream_schemas::Scope;
 use millstream_schemas::stream::ANY_SCOPE;
-use millstream_schemas::subject::USER_KIND;
+use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
 
 /// What a message says of the memberships of those who hold its scope (header `Ms-Moves`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +66,8 @@ impl Reach {
     pub fn concerns(&self, moves: &Moves, scope: &Scope) -> bool {
         match moves {
             Moves::Any => self.through.contains_key(&scope.kind),
-            Moves::Again(kinds) => kinds.contains(&scope.kind),
+            // Truncations of all tables are messages of the global scope: what it skips as known, all others have to know.
+            Moves::Again(kinds) => kinds.contains(&scope.kind) || kinds.iter().any(|kind| kind == GLOBAL_KIND),
             Moves::Scopes(moved) => moved.iter().any(|moved| {
                 moved == scope || self.through.get(&moved.kind).is_some_and(|below| below.contains(&scope.kind))
             }),
@@ -120,7 +121,7 @@ pub(crate) mod tests {
             check(&Moves::parse(any), [true, true, true, false, false]);
         }
         check(&Moves::parse("ms.wal.project.* ms.wal.user.*"), [false, true, false, true, false]);
-        check(&Moves::parse("ms.wal.global.*"), [false, false, false, false, true]);
+        check(&Moves::parse("ms.wal.task.* ms.wal.global.*"), [true; 5]);
         let told =
             [&organisation, &project, &task, &Scope::user("u"), &Scope::global()].map(|scope| reach.tells(scope));
         assert_eq!(told, [true, true, false, true, false]);

@@ -26,7 +26,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use schema::{Columns, Pool, SERIAL, Schema};
-use truth::{Truth, View};
+use truth::{Shown, Truth, View};
 
 /// Histories of an ordinary run.
 const HISTORIES: u64 = 300;
@@ -139,20 +139,29 @@ async fn watcher(
     schema: Schema,
     mut rng: StdRng,
     end: watch::Receiver<Option<Arc<Truth>>>,
-) -> Result<Vec<View>> {
+) -> Result<Vec<Shown>> {
     let sql = everything(&schema);
-    let mut shown: Vec<View> = Vec::new();
+    let mut shown: Vec<Shown> = Vec::new();
     let mut client = seat.open().await?;
-    let mut asked = None;
+    let (start, mut asked) = (Instant::now(), None);
     loop {
         let view = look(&client, &schema, &sql).await?;
-        if shown.last() != Some(&view) {
-            shown.push(view);
+        if shown.last().is_none_or(|last| last.view != view) {
+            let status = client.status().borrow().clone();
+            let position = status.position.map(|position| format!("{} {}", position.seq, position.lsn));
+            let at = format!(
+                "{:.3} s: {:?}, {position:?}, {:?}",
+                start.elapsed().as_secs_f64(),
+                status.state,
+                status.last_error
+            );
+            shown.push(Shown { view, at });
         }
         let truth = end.borrow().clone();
         if let Some(truth) = truth {
             let since = *asked.get_or_insert_with(Instant::now);
-            if shown.last() == Some(&truth.last(&seat.user)) || since.elapsed() > PATIENCE {
+            let is_last = shown.last().is_some_and(|last| last.view == truth.last(&seat.user));
+            if is_last || since.elapsed() > PATIENCE {
                 client.close().await?;
                 return Ok(shown);
             }

@@ -12,6 +12,12 @@ pub type Row = Vec<Option<String>>;
 /// Rows with the number of their table.
 pub type View = BTreeSet<(usize, Row)>;
 
+/// What a client showed, and where it stood just after that, for people.
+pub struct Shown {
+    pub view: View,
+    pub at: String,
+}
+
 /// All that Postgres had.
 pub struct Truth {
     schema: Schema,
@@ -144,9 +150,9 @@ impl Truth {
     /// Memberships are read when a commit that moves them is delivered, and so may be those of a later one: whoever left a
     /// project and is back by then never lost it. And a snapshot may miss the rows of a table that is truncated while it is
     /// read (PostgreSQL documentation, "TRUNCATE": it is not MVCC-safe); the truncation follows in the stream.
-    pub fn check(&self, user: &str, shown: &[View]) -> Result<()> {
+    pub fn check(&self, user: &str, all: &[Shown]) -> Result<()> {
         let (mut at, last) = (0, self.states.len() - 1);
-        for (nth, shown) in shown.iter().enumerate() {
+        for (nth, Shown { view: shown, .. }) in all.iter().enumerate() {
             let is = |commit: &usize| {
                 let read: BTreeSet<_> = (*commit..=last).map(|later| self.memberships(later, user)).collect();
                 let views = read.iter().map(|memberships| self.view(*commit, user, memberships));
@@ -163,14 +169,15 @@ impl Truth {
                 let nearest = (at..=last).min_by_key(far).unwrap_or(at);
                 bail!(
                     "{user}, state {nth}: not one that Postgres had from its commit {at} to the last, {last}; from commit \
-                     {nearest} differ:{}{}",
+                     {nearest} differ:{}\nstates: {:#?}{}",
                     differences(&view(nearest), shown),
+                    all.iter().map(|shown| &shown.at).collect::<Vec<_>>(),
                     self.commits(at)
                 );
             };
             at = found;
         }
-        self.ends(user, shown.last().context("nothing was shown")?)
+        self.ends(user, &all.last().context("nothing was shown")?.view)
     }
 
     /// Whether a client ended where Postgres did.

@@ -46,7 +46,9 @@ fn number(name: &str) -> Option<u64> {
 #[tokio::test(flavor = "multi_thread")]
 async fn histories() -> Result<()> {
     if let Some(seed) = number("MILLSTREAM_SEED") {
-        return with_a_schema(seed / WITH_A_SCHEMA, seed..seed + 1).await;
+        // As many as are told, one after the other, as in a run of all.
+        let end = seed + number("MILLSTREAM_HISTORIES").unwrap_or(1);
+        return with_a_schema(seed / WITH_A_SCHEMA, seed..end).await;
     }
     let histories = number("MILLSTREAM_HISTORIES").unwrap_or(HISTORIES);
     let start = Instant::now();

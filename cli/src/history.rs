@@ -211,7 +211,7 @@ impl Error {
     /// The exit code.
     pub fn exit(&self) -> Exit {
         match self {
-            Error::Nats(nats::Error::Seed { .. }) => Exit::Config,
+            Error::Nats(nats::Error::Seed { .. } | nats::Error::Url { .. }) => Exit::Config,
             Error::Connect(error) if is_absence(error) => Exit::Dependency,
             Error::Nats(_) | Error::NatsSilent(_) | Error::Publish(_) => Exit::Dependency,
             _ => Exit::Failed,

@@ -15,9 +15,6 @@ use uuid::Uuid;
 
 /// The replication slot of a private stack.
 const SLOT: &str = "SELECT slot_name FROM pg_replication_slots";
-/// As a private stack declares them.
-const STREAMS: StreamArgs =
-    StreamArgs { replicas: 1, changes_max_bytes: 1 << 30, wal_max_bytes: 4 << 30, wal_max_hours: 7 * 24 };
 
 /// A project, a client that is in sync, and one with a change that it has not sent.
 struct Scene {
@@ -103,7 +100,7 @@ async fn stream_deleted() -> Result<()> {
         for stream in ["MS_WAL", "MS_CHANGES"] {
             admin.jetstream.delete_stream(stream).await?;
         }
-        nats::declare_streams(&admin.jetstream, &STREAMS).await?;
+        nats::declare_streams(&admin.jetstream, &StreamArgs::default()).await?;
         println!("stream_deleted: healed in {:.1?}", scene.heals(&board).await?);
         Ok(())
     }
@@ -217,7 +214,7 @@ async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     }
     let admin = nats::connect(&board.stack.nats_args(Role::Admin), "admin").await?;
     admin.jetstream.delete_stream("MS_CHANGES").await?;
-    nats::declare_streams(&admin.jetstream, &STREAMS).await?;
+    nats::declare_streams(&admin.jetstream, &StreamArgs::default()).await?;
     board.stack.start_service(Service::Edge).await?;
     scene.postgres = board.postgres().await?;
     println!("postgres_restored_to_backup: healed in {:.1?}", scene.heals(board).await?);

@@ -21,9 +21,6 @@ use crate::{binaries, keys, setup};
 const NATS_CONF: &str = include_str!("../../../deploy/nats.conf");
 /// Length of generated passwords and secrets: about 190 bits.
 const SECRET_CHARACTERS: usize = 32;
-/// Bytes of submitted changes, and of committed transactions, that a private broker keeps.
-const STREAMS: StreamArgs =
-    StreamArgs { replicas: 1, changes_max_bytes: 1 << 30, wal_max_bytes: 4 << 30, wal_max_hours: 7 * 24 };
 
 /// Gets a line for each step that takes long.
 type Progress = Box<dyn FnMut(&str) + Send>;
@@ -237,7 +234,7 @@ impl Builder {
             return Ok(stack);
         }
         let nats = stack.nats_args(Role::Setup);
-        setup::streams(&nats, &STREAMS, services::READY_LIMIT).await.map_err(Error::Setup)?;
+        setup::streams(&nats, &StreamArgs::default(), services::READY_LIMIT).await.map_err(Error::Setup)?;
         let services = self.services.unwrap_or_else(|| Service::OWN.to_vec());
         for &service in &services {
             stack.spawn_instance((service, 0))?;

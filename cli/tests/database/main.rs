@@ -1,6 +1,7 @@
 //! Subcommands that read or prepare a database, on a real Postgres.
 
 mod attach;
+mod brokers;
 mod check;
 mod fit;
 mod row_security;

@@ -224,3 +224,31 @@ async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     ensure!(titles == ["given again"], "{titles:?}");
     Ok(())
 }
+
+/// People remove files on a full disk; Postgres goes on saying that the slot has what it needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn write_ahead_log_removed_behind_a_reserved_slot() -> Result<()> {
+    let mut board = Board::start().await?;
+    let outcome = async {
+        let mut scene = Scene::new(&board).await?;
+        board.stack.stop_service(Service::Replication).await;
+        let needed = "SELECT pg_walfile_name(restart_lsn) FROM pg_replication_slots";
+        let needed: String = sqlx::query_scalar(needed).fetch_one(&mut scene.postgres).await?;
+        for n in 0..3 {
+            scene.add_by_sql(&format!("lost with its file {n}")).await?;
+            sqlx::raw_sql("SELECT pg_switch_wal(); CHECKPOINT").execute(&mut scene.postgres).await?;
+        }
+        let wal = board.stack.dir().join("postgres/pg_wal");
+        std::fs::remove_file(wal.join(&needed)).with_context(|| needed.clone())?;
+        let status: String =
+            sqlx::query_scalar("SELECT wal_status FROM pg_replication_slots").fetch_one(&mut scene.postgres).await?;
+        ensure!(status != "lost", "{status}");
+        board.stack.start_service(Service::Replication).await?;
+        println!("write_ahead_log_removed: healed in {:.1?}", scene.heals(&board).await?);
+        let log = std::fs::read_to_string(board.stack.log_path(Service::Replication))?;
+        ensure!(log.contains("the write-ahead log that the replication slot needs is gone"), "{log}");
+        Ok(())
+    }
+    .await;
+    board.explain(outcome)
+}

@@ -4,6 +4,7 @@ mod attach;
 mod brokers;
 mod check;
 mod fit;
+mod poolers;
 mod row_security;
 
 use std::path::Path;

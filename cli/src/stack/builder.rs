@@ -12,7 +12,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
 
 use super::ports::Ports;
-use super::{Binaries, DATABASE, Error, Secrets, Service, Stack, postgres, services, token_secret_file};
+use super::{Binaries, DATABASE, Error, Secrets, Service, Stack, postgres, script, services, token_secret_file};
 use crate::keys::{Role, write_atomically, write_secret};
 use crate::process::Registry;
 use crate::{binaries, keys, setup};
@@ -304,10 +304,15 @@ impl Stack {
                 let mut transaction = connection.begin().await.map_err(failed("begin"))?;
                 for (action, sql) in [("the application's schema", app_schema), ("the seed", seed.unwrap_or_default())]
                 {
-                    sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
-                        .execute(&mut *transaction)
-                        .await
-                        .map_err(failed(action))?;
+                    let left_out = script::apply(&mut transaction, sql).await.map_err(|error| Error::Database {
+                        action: format!("{action}, {}", error.action),
+                        source: error.source,
+                    })?;
+                    if left_out > 0 {
+                        progress(&format!(
+                            "{action}: {left_out} statements about roles or settings that are not here are left out"
+                        ));
+                    }
                 }
                 transaction
                     .execute(AssertSqlSafe(format!("COMMENT ON DATABASE {DATABASE} IS '{mark}'")))

@@ -151,9 +151,16 @@ async fn messages_that_anybody_may_write_into_the_log_are_warned_of() {
         found.warnings.into_iter().find(|warning| warning.message.contains("pg_logical_emit_message"))
     };
     assert_eq!(warned(&mut pg).await, None, "setup has revoked it");
-    run(&mut pg, "GRANT EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, bytea) TO PUBLIC").await;
+    // Postgres 17 has other arguments.
+    let each = |what: &str| {
+        format!(
+            "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE proname = 'pg_logical_emit_message' \
+             LOOP EXECUTE format('{what}', f); END LOOP; END $$"
+        )
+    };
+    run(&mut pg, &each("GRANT EXECUTE ON FUNCTION %s TO PUBLIC")).await;
     let fix = warned(&mut pg).await.expect("one of them is open").fix.unwrap();
     assert!(fix.contains("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean,text,bytea"), "{fix}");
-    run(&mut pg, "REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, bytea) FROM PUBLIC").await;
+    run(&mut pg, &each("REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC")).await;
     assert_eq!(warned(&mut pg).await, None);
 }

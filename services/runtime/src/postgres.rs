@@ -50,6 +50,8 @@ pub fn options(args: &Args, service: &str) -> Result<PgConnectOptions, sqlx::Err
     let idle = IDLE_IN_TRANSACTION.as_millis().to_string();
     Ok(PgConnectOptions::from_str(&args.database_url)?
         .application_name(&format!("millstream-{service}"))
+        // Its own value would win over ours.
+        .extra_float_digits(None)
         .options(TEXT_SETTINGS)
         .options([SEARCH_PATH, ("idle_in_transaction_session_timeout", idle.as_str())])
         .statement_cache_capacity(STATEMENT_CACHE))

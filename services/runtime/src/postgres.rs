@@ -39,6 +39,8 @@ pub const TEXT_SETTINGS: [(&str, &str); 5] = [
 const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(60);
 /// How long to wait for a connection of the pool.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a pool waits after a connection that lost its settings.
+const REFUSED_PAUSE: Duration = Duration::from_secs(2);
 /// Prepared statements kept a connection.
 const STATEMENT_CACHE: usize = 500;
 
@@ -136,7 +138,11 @@ pub fn pool(args: &Args, service: &str, max_connections: u32) -> Result<PgPool, 
         .after_connect(move |connection, _| {
             let (told, asked) = (told.clone(), asked.clone());
             Box::pin(async move {
-                verify(connection).await?;
+                if let Err(error) = verify(connection).await {
+                    // The pool tries again at once, and writes each time into the log.
+                    tokio::time::sleep(REFUSED_PAUSE).await;
+                    return Err(error);
+                }
                 if !told.swap(true, Ordering::Relaxed) {
                     ask(connection, "pool", &asked).await?;
                 }

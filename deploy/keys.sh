@@ -11,7 +11,8 @@
 #   changes, replication        nats.nk, database-url
 #   validator                   nats.nk, for programs of one's own that answer on ms.validate.>
 #
-# MILLSTREAM_DATABASE           host:port/name of the database in the URLs
+# MILLSTREAM_DATABASE           host:port/name of the database in the URLs, perhaps with ?parameters
+# MILLSTREAM_OWNER_URL          URL of the database for the deploy step, where Postgres is not ours; by default, the superuser's
 # MILLSTREAM_TOKEN_SECRET       the secret of session tokens, where one's own backend already has one
 set -eu
 umask 077
@@ -58,7 +59,13 @@ give nats "$all/nats-auth.conf" nats-auth.conf 0444
 give setup "$all/setup.nk" nats.nk
 # `millstream history replay` is run by whoever owns the database, as `setup` is.
 give setup "$all/operator.nk" operator.nk
-give_database_url setup postgres postgres
+if [ -n "${MILLSTREAM_OWNER_URL:-}" ]; then
+    printf '%s\n' "$MILLSTREAM_OWNER_URL" > "$all/owner-url.new"
+    give setup "$all/owner-url.new" database-url
+    rm "$all/owner-url.new"
+else
+    give_database_url setup postgres postgres
+fi
 for service in edge changes replication; do
     give setup "$all/$service-password" "$service-password"
     give "$service" "$all/$service.nk" nats.nk

@@ -8,11 +8,13 @@ use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use millstream_catalog::{Catalog, Config, ConfigError, Conflict};
+use millstream_catalog::{Catalog, ClockNames, Config, ConfigError, Conflict, TableConfig};
 use millstream_replication::identity_problems;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-pub use self::migration::{Found, FoundColumn, FoundTrigger, Missing, Policy, TRIGGERS, migration, missing, triggers};
+pub use self::migration::{
+    Found, FoundColumn, FoundTrigger, Missing, Policy, TRIGGERS, migration, missing, rename_taken, triggers,
+};
 use crate::database::{DatabaseArgs, NoDatabase};
 use crate::setup;
 
@@ -23,7 +25,8 @@ use crate::setup;
   millstream attach tasks --output migrations/7_merge_tasks.sql
   millstream attach app.notes --policy row")]
 #[command(
-    after_help = "The database is only read. Without DATABASE_URL it is that of `millstream dev` in --data. Nothing on stdout means that there is nothing to do."
+    after_help = "The database is only read. Where the application has columns of the names that Millstream would use, others are \
+taken and written into millstream.toml (`clocks`). Tables that no client may write are left alone unless they are named. Without DATABASE_URL it is that of `millstream dev` in --data. Nothing on stdout means that there is nothing to do."
 )]
 pub struct Args {
     /// Tables, as millstream.toml names them; all synced ones if none is named
@@ -46,7 +49,7 @@ pub struct Args {
 /// No migration.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Some tables cannot be attached: a line each.
+    /// Some tables cannot be attached: a line each. The migration of all others is there.
     #[error("cannot attach\n{}", .0.join("\n"))]
     Refused(Vec<String>),
     /// `millstream.toml`.
@@ -81,6 +84,10 @@ pub struct Outcome {
     pub sql: Option<String>,
     /// A line each.
     pub notes: Vec<String>,
+    /// Tables that cannot be attached, a line each. The SQL is for all others.
+    pub refused: Vec<String>,
+    /// Tables whose columns get other names than the file says: the file has to say these.
+    pub renamed: Vec<(String, ClockNames)>,
 }
 
 /// Runs `millstream attach`.
@@ -101,25 +108,78 @@ pub async fn run(args: Args) -> Result<(), Error> {
     for note in &outcome.notes {
         eprintln!("{note}");
     }
-    let Some(sql) = outcome.sql else { return Ok(()) };
-    match args.output {
-        Some(path) => {
-            let written = fs::File::create_new(&path).and_then(|mut file| file.write_all(sql.as_bytes()));
-            written.map_err(|source| Error::Output { path: path.display().to_string(), source })?;
-            eprintln!("wrote {}: apply it as the tables' owner", path.display());
-            Ok(())
+    if let Some(sql) = outcome.sql {
+        match args.output {
+            Some(path) => {
+                let written = fs::File::create_new(&path).and_then(|mut file| file.write_all(sql.as_bytes()));
+                written.map_err(|source| Error::Output { path: path.display().to_string(), source })?;
+                eprintln!("wrote {}: apply it as the tables' owner", path.display());
+            }
+            None => io::stdout()
+                .lock()
+                .write_all(sql.as_bytes())
+                .map_err(|source| Error::Output { path: "stdout".into(), source })?,
         }
-        None => io::stdout()
-            .lock()
-            .write_all(sql.as_bytes())
-            .map_err(|source| Error::Output { path: "stdout".into(), source }),
     }
+    for (table, names) in &outcome.renamed {
+        name_in_file(&args.config, table, names)?;
+    }
+    if outcome.refused.is_empty() { Ok(()) } else { Err(Error::Refused(outcome.refused)) }
+}
+
+/// The line of `millstream.toml` that gives a table's clocks their names.
+fn clocks_line(names: &ClockNames) -> String {
+    let defaults = ClockNames::default();
+    let all = [
+        ("field_clocks", &names.field_clocks, &defaults.field_clocks),
+        ("updated_at", &names.updated_at, &defaults.updated_at),
+        ("client_id", &names.client_id, &defaults.client_id),
+    ];
+    let named = all.iter().filter(|(_, name, default)| name != default);
+    let pairs: Vec<String> = named.map(|(key, name, _)| format!("{key} = {name:?}")).collect();
+    format!("clocks = {{ {} }}", pairs.join(", "))
+}
+
+/// `text`, a `millstream.toml`, with the line below the header of the table's section; `None` where it cannot be put there.
+fn with_clocks(text: &str, table: &str, line: &str) -> Option<String> {
+    let is_header = |found: &str| {
+        let inner = found.split('#').next().unwrap_or_default().trim().strip_prefix("[tables.")?.strip_suffix(']')?;
+        Some(inner.trim().trim_matches(['"', '\'']) == table)
+    };
+    let at = text.split_inclusive('\n').scan(0, |end, found| {
+        *end += found.len();
+        Some((*end, found))
+    });
+    let (end, header) = at.into_iter().find(|(_, found)| is_header(found) == Some(true))?;
+    let separator = if header.ends_with('\n') { "" } else { "\n" };
+    let changed = format!("{}{separator}{line}\n{}", &text[..end], &text[end..]);
+    // Such as where the table has `clocks` already.
+    Config::parse(&changed, std::path::Path::new("")).is_ok().then_some(changed)
+}
+
+/// Writes the names into the file, or says what to write.
+fn name_in_file(config: &std::path::Path, table: &str, names: &ClockNames) -> Result<(), Error> {
+    let line = clocks_line(names);
+    let changed = fs::read_to_string(config).ok().and_then(|text| with_clocks(&text, table, &line));
+    match changed {
+        Some(text) => {
+            fs::write(config, text).map_err(|source| Error::Output { path: config.display().to_string(), source })?;
+            eprintln!("{table}: wrote into {}: {line}", config.display());
+        }
+        None => eprintln!("{table}: write below [tables.{table}] in {}: {line}", config.display()),
+    }
+    Ok(())
+}
+
+/// Whether clients may write the table at all.
+fn is_writable(table: &TableConfig) -> bool {
+    table.write.insert.is_some() || table.write.update.is_some() || table.write.delete.is_some()
 }
 
 /// The migration for these tables, or for all synced ones if none is named.
 ///
 /// # Errors
-/// A table cannot be attached, or the database cannot be read.
+/// The database cannot be read.
 pub async fn attach(
     connection: &mut PgConnection,
     config: Option<&Config>,
@@ -140,9 +200,13 @@ pub async fn attach(
         }
         None => Vec::new(),
     };
-    let (mut todo, mut notes, mut refused) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut todo, mut notes, mut refused, mut renamed) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for name in names {
         let declared = config.and_then(|config| config.tables.get(name));
+        if tables.is_empty() && declared.is_some_and(|table| !is_writable(table) && table.conflict.is_none()) {
+            notes.push(format!("{name}: no client may write it, left as it is"));
+            continue;
+        }
         let policy = match chosen(declared.and_then(|table| table.conflict), policy) {
             Ok(policy) => policy,
             Err(why) if tables.is_empty() => {
@@ -154,30 +218,34 @@ pub async fn attach(
                 continue;
             }
         };
-        let Some(mut found) = find(connection, name).await.map_err(Error::Postgres)? else {
+        let clocks = declared.map(|table| table.clocks.clone()).unwrap_or_default();
+        let Some(mut found) = find(connection, name, clocks).await.map_err(Error::Postgres)? else {
             refused.push(format!("{name}: there is no such table in the database"));
             continue;
         };
         found.writable = declared.map(|table| table.writable.clone()).unwrap_or_default();
         found.identity = identities.iter().filter(|found| found.table == *name).cloned().collect();
-        match missing(&found, policy) {
+        let is_renamed = rename_taken(&mut found, policy);
+        let missing = missing(&found, policy);
+        if is_renamed && missing.is_ok() {
+            renamed.push((name.clone(), found.clocks.clone()));
+        }
+        match missing {
             Ok(missing) if missing.is_empty() => {
                 notes.push(format!("{name}: nothing to do, columns and triggers are there"));
                 notes.extend(found.identity.iter().map(|found| format!("{name}: {}: {}", found.message, found.fix)));
             }
             Ok(missing) => {
-                let parts = [missing.columns, missing.triggers].concat();
+                let triggers = missing.triggers.into_iter().map(str::to_owned).collect();
+                let parts: Vec<String> = [missing.columns, triggers].concat();
                 notes.push(format!("{name}: adds {}", parts.join(", ")));
                 todo.push((found, policy));
             }
             Err(why) => refused.push(format!("{name}: {why}")),
         }
     }
-    if !refused.is_empty() {
-        return Err(Error::Refused(refused));
-    }
     let todo: Vec<(&Found, Policy)> = todo.iter().map(|(found, policy)| (found, *policy)).collect();
-    Ok(Outcome { sql: (!todo.is_empty()).then(|| migration(&todo)), notes })
+    Ok(Outcome { sql: (!todo.is_empty()).then(|| migration(&todo)), notes, refused, renamed })
 }
 
 /// The policy, given what the file declares and the command line asks for.
@@ -197,11 +265,14 @@ fn chosen(declared: Option<Conflict>, asked: Option<Policy>) -> Result<Policy, S
 }
 
 /// What the database has under that name.
-async fn find(connection: &mut PgConnection, name: &str) -> Result<Option<Found>, sqlx::Error> {
+async fn find(connection: &mut PgConnection, name: &str, clocks: ClockNames) -> Result<Option<Found>, sqlx::Error> {
     let (schema, relation) = name.split_once('.').unwrap_or(("public", name));
     let row = sqlx::query(
         "SELECT c.oid::int8 AS oid, c.relkind::text AS kind, format('%I.%I', n.nspname, c.relname) AS sql_name,
-                EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary) AS has_key,
+                EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR (
+                    i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
+                    AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attnotnull
+                                    AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))))) AS has_key,
                 (SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = c.oid AND c.relispartition) AS root
          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
@@ -234,8 +305,9 @@ async fn find(connection: &mut PgConnection, name: &str) -> Result<Option<Found>
     let sql_name: String = row.get("sql_name");
     let has = |name: &str| columns.iter().any(|column| column.name == name);
     // Where the clocks are not there yet, values of `client_id` are the application's.
-    let client_id_used = has("client_id") && !has("field_clocks") && {
-        let sql = format!("SELECT EXISTS (SELECT FROM {sql_name} WHERE client_id IS NOT NULL)");
+    let client_id_used = has(&clocks.client_id) && !has(&clocks.field_clocks) && {
+        let column = clocks.client_id.replace('"', "\"\"");
+        let sql = format!("SELECT EXISTS (SELECT FROM {sql_name} WHERE \"{column}\" IS NOT NULL)");
         sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut *connection).await?
     };
     Ok(Some(Found {
@@ -246,6 +318,7 @@ async fn find(connection: &mut PgConnection, name: &str) -> Result<Option<Found>
         columns,
         triggers: row_triggers(connection, oid).await?,
         client_id_used,
+        clocks,
         writable: Vec::new(),
         identity: Vec::new(),
         sql_name,
@@ -258,7 +331,7 @@ async fn find(connection: &mut PgConnection, name: &str) -> Result<Option<Found>
 /// Postgres cannot be asked.
 pub async fn row_triggers(connection: &mut PgConnection, oid: i64) -> Result<Vec<FoundTrigger>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT t.tgname::text AS name, format('%I.%I', n.nspname, p.proname) AS function, t.tgenabled IN ('O', 'A') AS enabled
+        "SELECT t.tgname::text AS name, format('%I.%I', n.nspname, p.proname) AS function, t.tgenabled IN ('O', 'A') AS enabled, t.tgargs AS arguments
          FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace n ON n.oid = p.pronamespace
          WHERE t.tgrelid = $1::int8::oid AND NOT t.tgisinternal AND t.tgtype::int & 3 = 3 AND t.tgtype::int & 20 <> 0
          ORDER BY t.tgname",
@@ -269,6 +342,12 @@ pub async fn row_triggers(connection: &mut PgConnection, oid: i64) -> Result<Vec
     let trigger = |row: &sqlx::postgres::PgRow| FoundTrigger {
         name: row.get("name"),
         function: row.get("function"),
+        // Each ends with a zero byte.
+        arguments: row
+            .get::<Vec<u8>, _>("arguments")
+            .split_inclusive(|byte| *byte == 0)
+            .map(|text| String::from_utf8_lossy(text.strip_suffix(&[0]).unwrap_or(text)).into_owned())
+            .collect(),
         enabled: row.get("enabled"),
     };
     Ok(rows.iter().map(trigger).collect())
@@ -277,6 +356,25 @@ pub async fn row_triggers(connection: &mut PgConnection, oid: i64) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_put_below_the_tables_header() {
+        let names = ClockNames { updated_at: "a \"b".into(), ..ClockNames::default() };
+        let line = clocks_line(&names);
+        let scope = "scope = { kind = \"global\" }\n";
+        for header in ["[tables.tasks]", "[tables.tasks]  # why", "[tables.\"tasks\"]"] {
+            let text = format!("[tables.tasks_old]\n{scope}\n{header}\n{scope}");
+            let changed = with_clocks(&text, "tasks", &line).expect(header);
+            assert_eq!(changed, format!("[tables.tasks_old]\n{scope}\n{header}\n{line}\n{scope}"));
+            let config = Config::parse(&changed, std::path::Path::new("")).unwrap();
+            assert_eq!(config.tables["tasks"].clocks, names);
+            assert_eq!(with_clocks(&changed, "tasks", &line), None, "once");
+        }
+        assert_eq!(
+            with_clocks(&format!("[tables]\ntasks = {{ scope = {{ kind = \"global\" }} }}\n"), "tasks", &line),
+            None
+        );
+    }
 
     #[test]
     fn the_file_and_the_command_line_must_agree() {

@@ -219,6 +219,8 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
     problems.extend(misfits.iter().map(|error| Problem::sectioned(&error.to_string())));
     problems.extend(names::check(&catalog));
     let mut warnings = database::unindexed(connection, &catalog).await?;
+    warnings.extend(database::stand_in_keys(connection, &catalog).await?);
+    warnings.extend(database::emitters(connection).await?);
     for table in &catalog.tables {
         problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
         warnings.extend(predicate::unguarded(connection, table).await.map_err(Error::Postgres)?);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use millstream_runtime::shutdown::Shutdown;
 
@@ -38,7 +38,8 @@ pub struct Args {
     /// Your millstream.toml; without it, the board example
     #[arg(long, env = "MILLSTREAM_CONFIG")]
     pub config: Option<PathBuf>,
-    /// SQL that makes the tables, run once; by default schema.sql beside the configuration
+    /// SQL that makes the tables, run once; by default schema.sql beside the configuration. May be a dump with data, as
+    /// `pg_dump` writes it without --format
     #[arg(long, env = "MILLSTREAM_DEV_SCHEMA")]
     pub schema: Option<PathBuf>,
     /// SQL that makes the first rows, run once; by default seed.sql beside the configuration, if there is one
@@ -60,6 +61,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A dump in a format of its own.
+    #[error("{0} is a dump in pg_dump's own format: make SQL of it (pg_restore --file=dump.sql {0})")]
+    Dump(PathBuf),
     /// The stack.
     #[error("dev mode did not start")]
     Stack(#[source] stack::Error),
@@ -77,7 +81,7 @@ struct Application {
 
 /// Runs `millstream dev` until Ctrl-C.
 pub async fn run(args: Args) -> Result<(), Error> {
-    let began = Instant::now();
+    let (began, now) = (Instant::now(), SystemTime::now());
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let say = move |line: &str| eprintln!("{}", prefixed("millstream", 1, line, colour));
     let shutdown = Shutdown::on_signals().map_err(Error::Signals)?;
@@ -96,16 +100,17 @@ pub async fn run(args: Args) -> Result<(), Error> {
     if let Ok(own) = std::env::current_exe() {
         builder = builder.executable(own);
     }
+    let logs = args.data.join("logs");
+    let mut tails =
+        Service::ALL.map(|service| Tail::new(service, logs.join(format!("{}.log", service.name()))).since(now));
     let mut stack = tokio::select! {
-        started = builder.start() => started.map_err(Error::Stack)?,
+        started = showing(builder.start(), &mut tails, colour) => started.map_err(Error::Stack)?,
         // What was started already is killed by being dropped.
         () = shutdown.requested() => {
             say("stopped before it was ready");
             return Ok(());
         }
     };
-    let mut tails = Service::ALL.map(|service| Tail::new(service, stack.log_path(service)));
-    show(&mut tails, colour);
     let ready = ready_block(&stack, &args, began.elapsed());
     let mut out = io::stdout().lock();
     // Nobody may be reading; the stack is up all the same.
@@ -127,7 +132,7 @@ pub async fn run(args: Args) -> Result<(), Error> {
             restart_at = Instant::now() + RESTART_DELAY;
             say(&format!("{} ended ({status}); starting it again", instance.0.name()));
             let started = tokio::select! {
-                started = stack.start_instance(instance) => started,
+                started = showing(stack.start_instance(instance), &mut tails, colour) => started,
                 () = shutdown.requested() => break,
             };
             if let Err(error) = started {
@@ -146,6 +151,20 @@ pub async fn run(args: Args) -> Result<(), Error> {
     Ok(())
 }
 
+/// Waits for something, and shows meanwhile what the parts write: why one of them is not ready, for instance.
+async fn showing<T>(waited_for: impl Future<Output = T>, tails: &mut [Tail], colour: bool) -> T {
+    let mut waited_for = std::pin::pin!(waited_for);
+    let mut tick = tokio::time::interval(TICK);
+    let done = loop {
+        tokio::select! {
+            done = &mut waited_for => break done,
+            _ = tick.tick() => show(tails, colour),
+        }
+    };
+    show(tails, colour);
+    done
+}
+
 async fn second_interrupt() {
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending::<()>().await;
@@ -162,7 +181,16 @@ fn show(tails: &mut [Tail], colour: bool) {
 }
 
 fn application(args: &Args) -> Result<Application, Error> {
-    let read = |path: &Path| fs::read_to_string(path).map_err(|source| Error::File { path: path.into(), source });
+    let read = |path: &Path| {
+        let bytes = fs::read(path).map_err(|source| Error::File { path: path.into(), source })?;
+        if bytes.starts_with(b"PGDMP") {
+            return Err(Error::Dump(path.into()));
+        }
+        String::from_utf8(bytes).map_err(|error| Error::File {
+            path: path.into(),
+            source: io::Error::new(io::ErrorKind::InvalidData, error),
+        })
+    };
     let config = match &args.config {
         Some(config) => config.clone(),
         None if Path::new(BOARD).is_file() => BOARD.into(),

@@ -211,7 +211,7 @@ impl Error {
     /// The exit code.
     pub fn exit(&self) -> Exit {
         match self {
-            Error::Nats(nats::Error::Seed { .. }) => Exit::Config,
+            Error::Nats(nats::Error::Seed { .. } | nats::Error::Url { .. }) => Exit::Config,
             Error::Connect(error) if is_absence(error) => Exit::Dependency,
             Error::Nats(_) | Error::NatsSilent(_) | Error::Publish(_) => Exit::Dependency,
             _ => Exit::Failed,
@@ -223,7 +223,7 @@ impl Error {
 pub async fn run(args: Args) -> Result<Exit, Error> {
     let (database, nats) = args.servers()?;
     let options = postgres::options(&database, "history").map_err(Error::Connect)?;
-    let mut connection = PgConnection::connect_with(&options).await.map_err(Error::Connect)?;
+    let mut connection = postgres::connect(&options).await.map_err(Error::Connect)?;
     let exit = match &args.command {
         Command::List { filter, limit } => list(&mut connection, filter, *limit, args.output).await?,
         Command::Show { id } => show(&mut connection, *id, args.output).await?,

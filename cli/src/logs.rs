@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use serde_json::Value;
 
@@ -23,12 +24,19 @@ pub struct Tail {
     offset: u64,
     /// The start of a line whose end is not written yet.
     partial: Vec<u8>,
+    /// Nothing is shown of a file that was written last before this: it is of an earlier run.
+    since: Option<SystemTime>,
 }
 
 impl Tail {
     /// From the file's start.
     pub fn new(service: Service, path: PathBuf) -> Self {
-        Tail { service, path, offset: 0, partial: Vec::new() }
+        Tail { service, path, offset: 0, partial: Vec::new(), since: None }
+    }
+
+    /// Only if it is written to from now on.
+    pub fn since(self, time: SystemTime) -> Self {
+        Tail { since: Some(time), ..self }
     }
 
     /// The lines that were completed since the last call, as they are to be shown.
@@ -38,6 +46,12 @@ impl Tail {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error),
         };
+        if let Some(since) = self.since {
+            if file.metadata()?.modified()? < since {
+                return Ok(Vec::new());
+            }
+            self.since = None;
+        }
         file.seek(SeekFrom::Start(self.offset))?;
         let read = file.take(MAX_READ_BYTES).read_to_end(&mut self.partial)?;
         self.offset += read as u64;

@@ -1,7 +1,6 @@
 //! `millstream sessions`: ends the sessions of a user, and what tokens they hold. Edges notice within a second or two.
 
-use sqlx::postgres::PgConnection;
-use sqlx::{Connection as _, Row as _};
+use sqlx::Row as _;
 
 use millstream_runtime::postgres;
 
@@ -80,7 +79,7 @@ impl Error {
 pub async fn run(args: Args) -> Result<(), Error> {
     let database = args.database.find().map_err(Error::NoDatabase)?;
     let options = postgres::options(&database, "sessions").map_err(Error::Connect)?;
-    let mut connection = PgConnection::connect_with(&options).await.map_err(Error::Connect)?;
+    let mut connection = postgres::connect(&options).await.map_err(Error::Connect)?;
     match &args.command {
         Command::End { user } => {
             let end = "INSERT INTO millstream.ended_sessions (user_id) VALUES ($1)

@@ -189,7 +189,7 @@ pub async fn connect(args: &postgres::Args, wait: Duration) -> Result<PgConnecti
     let options = postgres::options(args, "setup").map_err(Error::Connect)?;
     let deadline = Instant::now() + wait;
     loop {
-        match PgConnection::connect_with(&options).await {
+        match postgres::connect(&options).await {
             Ok(connection) => return Ok(connection),
             Err(error) if Instant::now() >= deadline || !is_absence(&error) => return Err(Error::Connect(error)),
             Err(_) => tokio::time::sleep(RETRY).await,
@@ -221,7 +221,7 @@ pub async fn database(
     migrations.dangerous_set_table_name("millstream.migrations");
     migrations.create_schema("millstream");
     migrations.run_direct(None, connection, false).await.map_err(Error::Migrations)?;
-    let catalog = Catalog::load(connection, config).await.map_err(Error::Catalog)?;
+    let catalog = Catalog::load(connection, config, None).await.map_err(Error::Catalog)?;
 
     let failed = |action: &str| {
         let action = action.to_owned();
@@ -336,9 +336,9 @@ async fn read_policies(connection: &mut PgConnection, catalog: &Catalog) -> Resu
 async fn missing_triggers(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<String>, sqlx::Error> {
     let mut statements = Vec::new();
     for table in &catalog.tables {
-        let Some(policy) = attach::Policy::of(table.conflict) else { continue };
+        let Some((policy, names)) = attach::Policy::of(table) else { continue };
         let found = attach::row_triggers(connection, i64::from(table.oid)).await?;
-        let made = attach::triggers(policy, &table.sql_name);
+        let made = attach::triggers(policy, &table.sql_name, &names);
         for (name, statement) in attach::TRIGGERS.into_iter().zip(made) {
             if !found.iter().any(|trigger| trigger.name == name) {
                 statements.push(statement);
@@ -474,6 +474,7 @@ fn grants(tables: &[Table], schemas: &[String], sequences: &[String], functions:
         format!("GRANT EXECUTE ON FUNCTION millstream.take_back(text) TO {changes}"),
         format!("GRANT EXECUTE ON FUNCTION millstream.has_text(regclass, oid, tid, text) TO {edge}"),
         format!("GRANT SELECT, INSERT, UPDATE ON millstream.epoch TO {replication}"),
+        format!("GRANT EXECUTE ON FUNCTION millstream.held_up_by(int) TO {replication}"),
     ];
     for schema in schemas {
         statements.push(format!("GRANT USAGE ON SCHEMA {schema} TO {edge}, {changes}, {replication}"));

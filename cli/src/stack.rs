@@ -14,6 +14,7 @@
 mod builder;
 mod ports;
 mod postgres;
+mod script;
 mod services;
 
 use std::collections::BTreeMap;

@@ -15,9 +15,6 @@ use uuid::Uuid;
 
 /// The replication slot of a private stack.
 const SLOT: &str = "SELECT slot_name FROM pg_replication_slots";
-/// As a private stack declares them.
-const STREAMS: StreamArgs =
-    StreamArgs { replicas: 1, changes_max_bytes: 1 << 30, wal_max_bytes: 4 << 30, wal_max_hours: 7 * 24 };
 
 /// A project, a client that is in sync, and one with a change that it has not sent.
 struct Scene {
@@ -103,7 +100,7 @@ async fn stream_deleted() -> Result<()> {
         for stream in ["MS_WAL", "MS_CHANGES"] {
             admin.jetstream.delete_stream(stream).await?;
         }
-        nats::declare_streams(&admin.jetstream, &STREAMS).await?;
+        nats::declare_streams(&admin.jetstream, &StreamArgs::default()).await?;
         println!("stream_deleted: healed in {:.1?}", scene.heals(&board).await?);
         Ok(())
     }
@@ -217,7 +214,7 @@ async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     }
     let admin = nats::connect(&board.stack.nats_args(Role::Admin), "admin").await?;
     admin.jetstream.delete_stream("MS_CHANGES").await?;
-    nats::declare_streams(&admin.jetstream, &STREAMS).await?;
+    nats::declare_streams(&admin.jetstream, &StreamArgs::default()).await?;
     board.stack.start_service(Service::Edge).await?;
     scene.postgres = board.postgres().await?;
     println!("postgres_restored_to_backup: healed in {:.1?}", scene.heals(board).await?);
@@ -226,4 +223,32 @@ async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     let titles: Vec<String> = sqlx::query_scalar(titles).fetch_one(&mut scene.postgres).await?;
     ensure!(titles == ["given again"], "{titles:?}");
     Ok(())
+}
+
+/// People remove files on a full disk; Postgres goes on saying that the slot has what it needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn write_ahead_log_removed_behind_a_reserved_slot() -> Result<()> {
+    let mut board = Board::start().await?;
+    let outcome = async {
+        let mut scene = Scene::new(&board).await?;
+        board.stack.stop_service(Service::Replication).await;
+        let needed = "SELECT pg_walfile_name(restart_lsn) FROM pg_replication_slots";
+        let needed: String = sqlx::query_scalar(needed).fetch_one(&mut scene.postgres).await?;
+        for n in 0..3 {
+            scene.add_by_sql(&format!("lost with its file {n}")).await?;
+            sqlx::raw_sql("SELECT pg_switch_wal(); CHECKPOINT").execute(&mut scene.postgres).await?;
+        }
+        let wal = board.stack.dir().join("postgres/pg_wal");
+        std::fs::remove_file(wal.join(&needed)).with_context(|| needed.clone())?;
+        let status: String =
+            sqlx::query_scalar("SELECT wal_status FROM pg_replication_slots").fetch_one(&mut scene.postgres).await?;
+        ensure!(status != "lost", "{status}");
+        board.stack.start_service(Service::Replication).await?;
+        println!("write_ahead_log_removed: healed in {:.1?}", scene.heals(&board).await?);
+        let log = std::fs::read_to_string(board.stack.log_path(Service::Replication))?;
+        ensure!(log.contains("the write-ahead log that the replication slot needs is gone"), "{log}");
+        Ok(())
+    }
+    .await;
+    board.explain(outcome)
 }

@@ -169,7 +169,7 @@ async fn values_of_any_type_become_at_most_as_long_as_foreseen() -> Result<()> {
     let schema = format!("{} CREATE TABLE kinds (id serial PRIMARY KEY, {})", types.sql, columns.join(", "));
     let config = "[tables.kinds]\nscope = { kind = \"global\" }\n";
     let mut database = Database::with(&schema, config).await;
-    let catalog = Catalog::load(&mut database.sql, &Config::read(&database.config)?).await?;
+    let catalog = Catalog::load(&mut database.sql, &Config::read(&database.config)?, None).await?;
     let table = catalog.table("kinds").context("the table")?;
     let (mut taken, mut grown, mut longest) = (0, 0, 0_usize);
     for (n, kind) in kinds.iter().enumerate() {

@@ -25,6 +25,7 @@ mod requirements;
 mod restarts;
 mod row_security;
 mod schema_changes;
+mod set_aside;
 mod side_effects;
 mod slow;
 mod snapshots;

@@ -9,15 +9,15 @@ use millstream_client::{Client, SqlValue};
 use millstream_tests::board::{Board, PATIENCE};
 use sqlx::{AssertSqlSafe, PgConnection};
 
-struct Scene {
-    board: Board,
-    clients: Vec<(&'static str, Client)>,
-    postgres: PgConnection,
-    _folder: tempfile::TempDir,
+pub(super) struct Scene {
+    pub(super) board: Board,
+    pub(super) clients: Vec<(&'static str, Client)>,
+    pub(super) postgres: PgConnection,
+    pub(super) folder: tempfile::TempDir,
 }
 
 /// Clients of alice, who is of acme, of bob, who is of bolt, and of eve, who is of both.
-async fn scene(schema: &str, config: &str) -> Result<Scene> {
+pub(super) async fn scene(schema: &str, config: &str) -> Result<Scene> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("millstream.toml");
     let orgs = "CREATE TABLE orgs (org text NOT NULL, user_id text NOT NULL, PRIMARY KEY (org, user_id));
@@ -31,7 +31,7 @@ async fn scene(schema: &str, config: &str) -> Result<Scene> {
         clients.push((user, board.client(user, user).await?));
     }
     let postgres = board.postgres().await?;
-    Ok(Scene { board, clients, postgres, _folder: folder })
+    Ok(Scene { board, clients, postgres, folder })
 }
 
 fn text(value: &SqlValue) -> String {
@@ -44,7 +44,7 @@ fn text(value: &SqlValue) -> String {
 }
 
 impl Scene {
-    async fn sql(&mut self, sql: &str) -> Result<()> {
+    pub(super) async fn sql(&mut self, sql: &str) -> Result<()> {
         sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
             .execute(&mut self.postgres)
             .await
@@ -53,7 +53,7 @@ impl Scene {
     }
 
     /// Waits until every client shows those rows of a table that its user may read, by `org` where the table has it.
-    async fn equal(&mut self, table: &str, columns: &str, by_org: bool) -> Result<Duration> {
+    pub(super) async fn equal(&mut self, table: &str, columns: &str, by_org: bool) -> Result<Duration> {
         let start = Instant::now();
         let fields: Vec<String> = columns.split(", ").map(|name| format!("coalesce({name}::text, '∅')")).collect();
         for (user, client) in &self.clients {
@@ -93,7 +93,7 @@ impl Scene {
         Ok(())
     }
 
-    fn log(&self) -> Result<String> {
+    pub(super) fn log(&self) -> Result<String> {
         Ok(std::fs::read_to_string(self.board.stack.log_path(Service::Replication))?)
     }
 }

@@ -2,9 +2,8 @@
 
 use std::fmt::Write as _;
 
-use millstream_catalog::ConflictPolicy;
+use millstream_catalog::{ClockNames, ConflictPolicy, Table, literal};
 use millstream_replication::Misfit;
-use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 
 /// A statement gives up rather than queue the table's readers behind a long transaction.
 const LOCK_TIMEOUT: &str = "5s";
@@ -21,11 +20,19 @@ pub enum Policy {
 }
 
 impl Policy {
-    /// The policy of a synced table whose triggers would find all columns that they set.
-    pub fn of(conflict: ConflictPolicy) -> Option<Policy> {
-        match conflict {
-            ConflictPolicy::Column { updated_at: Some(_), client_id: Some(_), .. } => Some(Policy::Column),
-            ConflictPolicy::Row { .. } => Some(Policy::Row),
+    /// The policy of a synced table whose triggers would find all columns that they set, and the names of these.
+    pub fn of(table: &Table) -> Option<(Policy, ClockNames)> {
+        let name = |column: usize| table.columns[column].name.clone();
+        let names = |updated_at, client_id| ClockNames {
+            updated_at: name(updated_at),
+            client_id: name(client_id),
+            ..ClockNames::default()
+        };
+        match table.conflict {
+            ConflictPolicy::Column { clocks, updated_at: Some(updated_at), client_id: Some(client_id) } => {
+                Some((Policy::Column, ClockNames { field_clocks: name(clocks), ..names(updated_at, client_id) }))
+            }
+            ConflictPolicy::Row { updated_at, client_id } => Some((Policy::Row, names(updated_at, client_id))),
             ConflictPolicy::Column { .. } | ConflictPolicy::Arrival => None,
         }
     }
@@ -38,26 +45,106 @@ impl Policy {
         }
     }
 
-    /// The function of the schema `millstream` that its triggers call.
-    pub fn function(self) -> &'static str {
-        match self {
-            Policy::Column => "keep_clocks",
-            Policy::Row => "keep_updated_at",
+    /// The function of the schema `millstream` that its triggers call, and their arguments: none for the default names.
+    pub fn function(self, names: &ClockNames) -> (&'static str, Vec<&str>) {
+        let arguments: Vec<&str> = self.columns(names).into_iter().map(|column| column.name).collect();
+        let defaults = ClockNames::default();
+        let is_default = self.columns(&defaults).into_iter().map(|column| column.name).eq(arguments.iter().copied());
+        match (self, is_default) {
+            (Policy::Column, true) => ("keep_clocks", Vec::new()),
+            (Policy::Row, true) => ("keep_updated_at", Vec::new()),
+            (Policy::Column, false) => ("keep_named_clocks", arguments),
+            (Policy::Row, false) => ("keep_named_updated_at", arguments),
         }
     }
 
-    /// The columns: name, type as `format_type` writes it, definition.
-    fn columns(self) -> &'static [(&'static str, &'static str, &'static str)] {
-        static ALL: [(&str, &str, &str); 3] = [
-            (FIELD_CLOCKS, "jsonb", "jsonb NOT NULL DEFAULT '{}'"),
-            (UPDATED_AT, "timestamp with time zone", "timestamptz NOT NULL DEFAULT now()"),
-            (CLIENT_ID, "uuid", "uuid"),
+    /// Whether a trigger of the table does what this policy needs.
+    pub fn is_kept_by(self, trigger: &FoundTrigger, names: &ClockNames) -> bool {
+        let (function, arguments) = self.function(names);
+        trigger.function == format!("millstream.{function}") && trigger.arguments == arguments
+    }
+
+    /// The names of the columns that a trigger of ours keeps, if these are not the default ones.
+    fn kept_by(self, trigger: &FoundTrigger) -> Option<ClockNames> {
+        let names = match (self, trigger.arguments.as_slice()) {
+            (Policy::Column, [field_clocks, updated_at, client_id]) => ClockNames {
+                field_clocks: field_clocks.clone(),
+                updated_at: updated_at.clone(),
+                client_id: client_id.clone(),
+            },
+            (Policy::Row, [updated_at, client_id]) => {
+                ClockNames { updated_at: updated_at.clone(), client_id: client_id.clone(), ..ClockNames::default() }
+            }
+            _ => return None,
+        };
+        (TRIGGERS.contains(&trigger.name.as_str()) && self.is_kept_by(trigger, &names)).then_some(names)
+    }
+
+    fn columns(self, names: &ClockNames) -> Vec<ClockColumn<'_>> {
+        let column = |what, name, sql_type, definition| ClockColumn { what, name, sql_type, definition };
+        let all = vec![
+            column(Clock::Fields, names.field_clocks.as_str(), "jsonb", "jsonb NOT NULL DEFAULT '{}'"),
+            column(
+                Clock::UpdatedAt,
+                names.updated_at.as_str(),
+                "timestamp with time zone",
+                "timestamptz NOT NULL DEFAULT now()",
+            ),
+            column(Clock::ClientId, names.client_id.as_str(), "uuid", "uuid"),
         ];
         match self {
-            Policy::Column => &ALL,
-            Policy::Row => &ALL[1..],
+            Policy::Column => all,
+            Policy::Row => all[1..].to_vec(),
         }
     }
+}
+
+/// One of the columns that tell which change is newer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clock {
+    Fields,
+    UpdatedAt,
+    ClientId,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct ClockColumn<'a> {
+    what: Clock,
+    name: &'a str,
+    /// As `format_type` writes it.
+    sql_type: &'static str,
+    definition: &'static str,
+}
+
+impl ClockColumn<'_> {
+    /// What another name begins with, where the default one is taken.
+    const PREFIX: &'static str = "millstream_";
+
+    /// Its name in SQL.
+    fn sql_name(&self) -> String {
+        quoted(self.name)
+    }
+
+    /// Why a column of that name is the application's, and not ours.
+    fn taken(&self, table: &Found) -> Option<String> {
+        let column = table.columns.iter().find(|column| column.name == self.name)?;
+        if column.sql_type != self.sql_type || column.generated {
+            let kind = if column.generated { " (generated)" } else { "" };
+            return Some(format!("of type {}{kind}, and not {}", column.sql_type, self.sql_type));
+        }
+        let is_apps_own = column.not_null || column.referenced || table.client_id_used;
+        (self.what == Clock::ClientId && is_apps_own && !table.has_triggers())
+            .then(|| "in use by the application (NOT NULL, a foreign key, an index or values)".to_owned())
+    }
+}
+
+/// A name in SQL, quoted where it has to be.
+fn quoted(name: &str) -> String {
+    let defaults = ClockNames::default();
+    let plain = [&defaults.field_clocks, &defaults.updated_at, &defaults.client_id]
+        .into_iter()
+        .any(|known| name == known.as_str() || name.strip_prefix(ClockColumn::PREFIX) == Some(known));
+    if plain { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\"\"")) }
 }
 
 /// A table as the database has it.
@@ -77,8 +164,10 @@ pub struct Found {
     pub columns: Vec<FoundColumn>,
     /// Its triggers for each row before insert or update.
     pub triggers: Vec<FoundTrigger>,
-    /// Whether some row has a value in `client_id`.
+    /// Whether some row has a value in the column that is to be `client_id`.
     pub client_id_used: bool,
+    /// Names of the columns that tell which change is newer.
+    pub clocks: ClockNames,
     /// What `writable` declares.
     pub writable: Vec<String>,
     /// What its replica identity lacks, and the remedy.
@@ -107,6 +196,8 @@ pub struct FoundTrigger {
     pub name: String,
     /// `schema.function`, quoted.
     pub function: String,
+    /// The function's arguments.
+    pub arguments: Vec<String>,
     /// Whether it fires.
     pub enabled: bool,
 }
@@ -115,7 +206,7 @@ pub struct FoundTrigger {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
     /// Columns.
-    pub columns: Vec<&'static str>,
+    pub columns: Vec<String>,
     /// Triggers: absent, disabled or of the other policy.
     pub triggers: Vec<&'static str>,
 }
@@ -139,47 +230,69 @@ pub fn missing(table: &Found, policy: Policy) -> Result<Missing, String> {
         return Err(format!("it is a partition of {root}: attach that one"));
     }
     if !table.has_key {
-        return Err("it has no primary key; a synced table needs one".to_owned());
+        return Err(
+            "it has no primary key; a synced table needs one, or a unique index over NOT NULL columns".to_owned()
+        );
     }
     let mut missing = Missing::default();
-    for &(name, sql_type, definition) in policy.columns() {
+    for clock in policy.columns(&table.clocks) {
+        let ClockColumn { what, name, definition, .. } = clock;
         if table.writable.iter().any(|writable| writable == name) {
-            return Err(format!("`{name}` is kept by Millstream: take it out of `writable` in millstream.toml"));
-        }
-        let Some(column) = table.columns.iter().find(|column| column.name == name) else {
-            missing.columns.push(name);
-            continue;
-        };
-        if column.sql_type != sql_type || column.generated {
-            let kind = if column.generated { " (generated)" } else { "" };
             return Err(format!(
-                "it has a column `{name}` of type {}{kind}, where Millstream keeps its own `{name} {definition}`: rename it first",
-                column.sql_type
+                "`{name}` is kept by Millstream: take it out of `writable` in millstream.toml, or name another column in `clocks`"
             ));
         }
-        let must_have = name == FIELD_CLOCKS || (name == UPDATED_AT && policy == Policy::Row);
+        let Some(column) = table.columns.iter().find(|column| column.name == name) else {
+            missing.columns.push(name.to_owned());
+            continue;
+        };
+        if let Some(why) = clock.taken(table) {
+            return Err(format!(
+                "its column `{name}` is {why}, where Millstream keeps its own `{name} {definition}`: name another one in `clocks` in millstream.toml"
+            ));
+        }
+        let must_have = what == Clock::Fields || (what == Clock::UpdatedAt && policy == Policy::Row);
         if must_have && !column.not_null {
-            let (table, default) = (&table.sql_name, if name == FIELD_CLOCKS { "'{}'" } else { "now()" });
+            let (table, default) = (&table.sql_name, if what == Clock::Fields { "'{}'" } else { "now()" });
             return Err(format!(
                 "its column `{name}` may be null: UPDATE {table} SET {name} = {default} WHERE {name} IS NULL; \
                  ALTER TABLE {table} ALTER COLUMN {name} SET DEFAULT {default}, ALTER COLUMN {name} SET NOT NULL"
             ));
         }
-        let is_apps_own = column.not_null || column.referenced || table.client_id_used;
-        if name == CLIENT_ID && is_apps_own && !table.has_triggers() {
-            return Err(
-                "its column `client_id` is in use by the application (NOT NULL, a foreign key, an index or values); \
-                 Millstream would overwrite it: rename it first"
-                    .to_owned(),
-            );
-        }
     }
-    let function = format!("millstream.{}", policy.function());
+    let keeps = |t: &FoundTrigger| t.enabled && policy.is_kept_by(t, &table.clocks);
     missing.triggers = TRIGGERS
         .into_iter()
-        .filter(|name| !table.triggers.iter().any(|t| t.name == *name && t.enabled && t.function == function))
+        .filter(|name| !table.triggers.iter().any(|trigger| trigger.name == *name && keeps(trigger)))
         .collect();
     Ok(missing)
+}
+
+/// Gives Millstream's columns other names where the application has columns of the default ones. Says whether it did.
+pub fn rename_taken(table: &mut Found, policy: Policy) -> bool {
+    let (defaults, mut names) = (ClockNames::default(), table.clocks.clone());
+    if let Some(kept) = table.triggers.iter().find_map(|trigger| policy.kept_by(trigger)).filter(|_| names == defaults)
+    {
+        // An earlier run has named them.
+        table.clocks = kept;
+        return true;
+    }
+    for column in policy.columns(&defaults) {
+        let name = match column.what {
+            Clock::Fields => &mut names.field_clocks,
+            Clock::UpdatedAt => &mut names.updated_at,
+            Clock::ClientId => &mut names.client_id,
+        };
+        // A name that the file gives is left as it is.
+        if *name == column.name && column.taken(table).is_some() {
+            *name = format!("{}{}", ClockColumn::PREFIX, column.name);
+        }
+    }
+    let renamed = names != table.clocks;
+    // What was looked at is a column of the application's.
+    table.client_id_used &= names.client_id == table.clocks.client_id;
+    table.clocks = names;
+    renamed
 }
 
 impl Found {
@@ -197,26 +310,29 @@ impl Found {
 /// The statements that make the triggers of a table, whose name is quoted: on insert, on update.
 ///
 /// They fire where the statement has not set the clocks itself, as the executor does.
-pub fn triggers(policy: Policy, table: &str) -> [String; 2] {
+pub fn triggers(policy: Policy, table: &str, names: &ClockNames) -> [String; 2] {
+    let [fields, at, client] = [&names.field_clocks, &names.updated_at, &names.client_id].map(|name| quoted(name));
     let (insert, update) = match policy {
         Policy::Column => (
-            "NEW.field_clocks IS NULL OR NEW.field_clocks = '{}'",
-            "NEW.field_clocks IS NOT DISTINCT FROM OLD.field_clocks",
+            format!("NEW.{fields} IS NULL OR NEW.{fields} = '{{}}'"),
+            format!("NEW.{fields} IS NOT DISTINCT FROM OLD.{fields}"),
         ),
         // The default has been put in before the trigger sees the row.
         Policy::Row => (
-            "NEW.client_id IS NULL AND (NEW.updated_at IS NULL OR NEW.updated_at = now())",
-            "NEW.updated_at IS NOT DISTINCT FROM OLD.updated_at AND NEW.client_id IS NOT DISTINCT FROM OLD.client_id",
+            format!("NEW.{client} IS NULL AND (NEW.{at} IS NULL OR NEW.{at} = now())"),
+            format!("NEW.{at} IS NOT DISTINCT FROM OLD.{at} AND NEW.{client} IS NOT DISTINCT FROM OLD.{client}"),
         ),
     };
+    let (function, arguments) = policy.function(names);
+    let arguments: Vec<String> = arguments.into_iter().map(literal).collect();
+    let arguments = arguments.join(", ");
     let statement = |name: &str, event: &str, when: &str| {
         format!(
             "CREATE OR REPLACE TRIGGER {name} BEFORE {event} ON {table}\n    FOR EACH ROW WHEN ({when})\n    \
-             EXECUTE FUNCTION millstream.{}()",
-            policy.function()
+             EXECUTE FUNCTION millstream.{function}({arguments})"
         )
     };
-    [statement(TRIGGERS[0], "INSERT", insert), statement(TRIGGERS[1], "UPDATE", update)]
+    [statement(TRIGGERS[0], "INSERT", &insert), statement(TRIGGERS[1], "UPDATE", &update)]
 }
 
 /// The migration for tables that lack something.
@@ -235,14 +351,14 @@ pub fn migration(tables: &[(&Found, Policy)]) -> String {
         comment(&format!("What: {names}: concurrent changes to a row merge by column (Millstream)."));
         comment("Why:  edits of different columns are both kept; of two edits of one column the newer wins.");
         comment(
-            "      `field_clocks` holds when each column was last changed. Rows that are there before have none ('{}'):",
+            "      A column of clocks holds when each column was last changed. Rows that are there before have none ('{}'):",
         );
         comment("      they count as older than any change.");
     }
     if let Some(names) = of(Policy::Row) {
         comment(&format!("What: {names}: of concurrent changes to a row the newer wins (Millstream)."));
         comment(
-            "Why:  `updated_at` and `client_id` tell which change is newer. Where `updated_at` is added, rows that are there",
+            "Why:  a time and a client's id tell which change is newer. Where the time is added, rows that are there",
         );
         comment("      before count as written now. In millstream.toml the table needs conflict = \"row\".");
     }
@@ -254,10 +370,10 @@ pub fn migration(tables: &[(&Found, Policy)]) -> String {
         }
         let lacks = |name: &str| !table.columns.iter().any(|column| column.name == name);
         let drops: Vec<String> = policy
-            .columns()
+            .columns(&table.clocks)
             .iter()
-            .filter(|column| lacks(column.0))
-            .map(|column| format!("DROP COLUMN {}", column.0))
+            .filter(|column| lacks(column.name))
+            .map(|column| format!("DROP COLUMN {}", column.sql_name()))
             .collect();
         if !drops.is_empty() {
             comment(&format!("      ALTER TABLE {} {};", table.sql_name, drops.join(", ")));
@@ -284,20 +400,21 @@ pub fn migration(tables: &[(&Found, Policy)]) -> String {
     let mut body = String::new();
     for (table, policy) in tables {
         let columns: Vec<String> = policy
-            .columns()
+            .columns(&table.clocks)
             .iter()
-            .map(|(name, _, definition)| format!("\n    ADD COLUMN IF NOT EXISTS {name} {definition}"))
+            .map(|column| format!("\n    ADD COLUMN IF NOT EXISTS {} {}", column.sql_name(), column.definition))
             .collect();
         let _infallible = write!(sql, "\nALTER TABLE {}{};\n", table.sql_name, columns.join(","));
-        for statement in triggers(*policy, &table.sql_name) {
+        for statement in triggers(*policy, &table.sql_name, &table.clocks) {
             let _infallible = writeln!(body, "{statement};");
         }
     }
     let tag = tag(&body);
+    let needs = if body.contains("keep_named") { "keep_named_clocks" } else { "keep_clocks" };
     let _infallible = write!(
         sql,
         "\n-- Where the schema millstream is not there yet, `millstream setup` makes the triggers.\nDO {tag} BEGIN\n\
-         IF to_regprocedure('millstream.keep_clocks()') IS NOT NULL THEN\n{body}END IF;\nEND {tag};\n\nRESET lock_timeout;\n"
+         IF to_regprocedure('millstream.{needs}()') IS NOT NULL THEN\n{body}END IF;\nEND {tag};\n\nRESET lock_timeout;\n"
     );
     sql
 }
@@ -339,9 +456,9 @@ mod tests {
             (Found { partition_of: Some("app.t".into()), ..table(vec![]) }, Policy::Column, "partition of app.t"),
             (Found { writable: vec!["updated_at".into()], ..table(vec![]) }, Policy::Column, "take it out"),
             (Found { writable: vec!["client_id".into()], ..table(vec![]) }, Policy::Row, "take it out"),
-            (table(vec![column("field_clocks", "json")]), Policy::Column, "`field_clocks` of type json"),
+            (table(vec![column("field_clocks", "json")]), Policy::Column, "`field_clocks` is of type json"),
             (table(vec![column("updated_at", "timestamp without time zone")]), Policy::Row, "without time zone"),
-            (table(vec![column("client_id", "bigint")]), Policy::Column, "`client_id` of type bigint"),
+            (table(vec![column("client_id", "bigint")]), Policy::Column, "`client_id` is of type bigint"),
             (table(vec![column("field_clocks", "jsonb")]), Policy::Column, "SET NOT NULL"),
             (table(vec![column("updated_at", "timestamp with time zone")]), Policy::Row, "SET DEFAULT now()"),
             (table(vec![not_null(column("client_id", "uuid"))]), Policy::Column, "in use by the application"),
@@ -366,13 +483,48 @@ mod tests {
             .map(|(name, sql_type)| FoundColumn { not_null: name != "client_id", ..column(name, sql_type) })
             .into();
         table.triggers = TRIGGERS
-            .map(|name| FoundTrigger { name: name.into(), function: "millstream.keep_clocks".into(), enabled: true })
+            .map(|name| FoundTrigger {
+                name: name.into(),
+                function: "millstream.keep_clocks".into(),
+                enabled: true,
+                ..FoundTrigger::default()
+            })
             .into();
         assert!(missing(&table, Policy::Column).unwrap().is_empty());
         // The other policy's triggers, or disabled ones, do not count.
         assert_eq!(missing(&table, Policy::Row).unwrap().triggers, TRIGGERS);
         table.triggers[1].enabled = false;
         assert_eq!(missing(&table, Policy::Column).unwrap().triggers, [TRIGGERS[1]]);
+    }
+
+    #[test]
+    fn columns_of_the_application_keep_their_names() {
+        let own = vec![column("updated_at", "timestamp without time zone"), column("client_id", "bigint")];
+        for policy in [Policy::Column, Policy::Row] {
+            let mut table = table(own.clone());
+            assert!(rename_taken(&mut table, policy));
+            assert!(missing(&table, policy).unwrap().columns.contains(&"millstream_updated_at".to_owned()));
+            let sql = migration(&[(&table, policy)]);
+            for part in [
+                "ADD COLUMN IF NOT EXISTS millstream_updated_at timestamptz",
+                "'millstream_updated_at', 'millstream_client_id'",
+            ] {
+                assert!(sql.contains(part), "{sql}");
+            }
+            assert!(!sql.contains(" updated_at "), "{sql}");
+            assert!(!rename_taken(&mut table, policy), "once is enough");
+        }
+        // Names of the file are kept, and quoted.
+        let mut named = table(own);
+        named.clocks = ClockNames { updated_at: "a \"b".into(), client_id: "order".into(), ..ClockNames::default() };
+        assert!(!rename_taken(&mut named, Policy::Row));
+        let sql = migration(&[(&named, Policy::Row)]);
+        for part in
+            ["ADD COLUMN IF NOT EXISTS \"a \"\"b\"", "ADD COLUMN IF NOT EXISTS \"order\" uuid", "('a \"b', 'order')"]
+        {
+            assert!(sql.contains(part), "{sql}");
+        }
+        assert!(!rename_taken(&mut table(vec![]), Policy::Column));
     }
 
     #[test]

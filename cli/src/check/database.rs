@@ -65,6 +65,54 @@ pub async fn unroutable(connection: &mut PgConnection, catalog: &Catalog) -> Res
     Ok(found.into_iter().map(|found| Problem::table(&found.table, found.message).fix(found.fix)).collect())
 }
 
+/// What a table without a primary key has for a key.
+pub async fn stand_in_keys(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
+    let mut warnings = Vec::new();
+    for table in catalog.tables.iter().filter(|table| !table.key.is_empty()) {
+        let primary: bool =
+            sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = $1::int8::oid AND indisprimary)")
+                .bind(i64::from(table.oid))
+                .fetch_one(&mut *connection)
+                .await
+                .map_err(Error::Postgres)?;
+        if !primary {
+            let names: Vec<&str> = table.key.iter().map(|&column| table.columns[column].sql_name.as_str()).collect();
+            let names = names.join(", ");
+            let message = format!("it has no primary key: the unique index over ({names}) serves as its key");
+            let fix = format!(
+                "to have it said in the database too: ALTER TABLE {} ADD PRIMARY KEY ({names})",
+                table.sql_name
+            );
+            warnings.push(Problem::table(&table.name, message).fix(fix));
+        }
+    }
+    Ok(warnings)
+}
+
+/// Forged origin records: whoever may write messages into the write-ahead log may say that clients' changes took effect.
+pub async fn emitters(connection: &mut PgConnection) -> Result<Vec<Problem>, Error> {
+    let functions: Vec<String> = sqlx::query_scalar(
+        "SELECT p.oid::regprocedure::text FROM pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS acl \
+         WHERE p.proname = 'pg_logical_emit_message' AND p.pronamespace = 'pg_catalog'::regnamespace \
+         AND acl.grantee = 0 AND acl.privilege_type = 'EXECUTE' ORDER BY 1",
+    )
+    .fetch_all(connection)
+    .await
+    .map_err(Error::Postgres)?;
+    if functions.is_empty() {
+        return Ok(Vec::new());
+    }
+    let revoke: Vec<String> =
+        functions.iter().map(|function| format!("REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC")).collect();
+    let message = "every role of this database may call pg_logical_emit_message, and so write into the write-ahead log that \
+        clients' changes took effect which did not, or have tables sent again";
+    let fix = format!(
+        "as a superuser: {}; then GRANT it to the roles of the application that use it, and run `millstream setup`",
+        revoke.join("; ")
+    );
+    Ok(vec![Problem::new(message).fix(fix)])
+}
+
 /// A replication slot of that name that is not ours.
 pub async fn slot(connection: &mut PgConnection, slot: &str) -> Result<Option<Problem>, Error> {
     let owner: Option<String> = sqlx::query_scalar(
@@ -221,7 +269,7 @@ fn clocks(table: &Table, declared: Option<Conflict>, found: &[FoundTrigger]) -> 
     if declared == Some(Conflict::Arrival) {
         return Vec::new();
     }
-    let Some(policy) = Policy::of(table.conflict) else {
+    let Some((policy, names)) = Policy::of(table) else {
         // Missing columns of a declared policy are told of by the catalog.
         return match table.conflict {
             ConflictPolicy::Column { .. } => vec![
@@ -234,11 +282,12 @@ fn clocks(table: &Table, declared: Option<Conflict>, found: &[FoundTrigger]) -> 
             ConflictPolicy::Row { .. } | ConflictPolicy::Arrival => Vec::new(),
         };
     };
-    let function = format!("millstream.{}", policy.function());
     let problem = |name: &&str| {
         let what = match found.iter().find(|trigger| trigger.name == *name) {
             None => "is missing",
-            Some(trigger) if trigger.function != function => "is of another conflict policy",
+            Some(trigger) if !policy.is_kept_by(trigger, &names) => {
+                "is of another conflict policy, or of other columns"
+            }
             Some(trigger) if !trigger.enabled => "is disabled",
             Some(_) => return None,
         };

@@ -12,7 +12,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
 
 use super::ports::Ports;
-use super::{Binaries, DATABASE, Error, Secrets, Service, Stack, postgres, services, token_secret_file};
+use super::{Binaries, DATABASE, Error, Secrets, Service, Stack, postgres, script, services, token_secret_file};
 use crate::keys::{Role, write_atomically, write_secret};
 use crate::process::Registry;
 use crate::{binaries, keys, setup};
@@ -21,9 +21,6 @@ use crate::{binaries, keys, setup};
 const NATS_CONF: &str = include_str!("../../../deploy/nats.conf");
 /// Length of generated passwords and secrets: about 190 bits.
 const SECRET_CHARACTERS: usize = 32;
-/// Bytes of submitted changes, and of committed transactions, that a private broker keeps.
-const STREAMS: StreamArgs =
-    StreamArgs { replicas: 1, changes_max_bytes: 1 << 30, wal_max_bytes: 4 << 30, wal_max_hours: 7 * 24 };
 
 /// Gets a line for each step that takes long.
 type Progress = Box<dyn FnMut(&str) + Send>;
@@ -237,7 +234,7 @@ impl Builder {
             return Ok(stack);
         }
         let nats = stack.nats_args(Role::Setup);
-        setup::streams(&nats, &STREAMS, services::READY_LIMIT).await.map_err(Error::Setup)?;
+        setup::streams(&nats, &StreamArgs::default(), services::READY_LIMIT).await.map_err(Error::Setup)?;
         let services = self.services.unwrap_or_else(|| Service::OWN.to_vec());
         for &service in &services {
             stack.spawn_instance((service, 0))?;
@@ -307,10 +304,15 @@ impl Stack {
                 let mut transaction = connection.begin().await.map_err(failed("begin"))?;
                 for (action, sql) in [("the application's schema", app_schema), ("the seed", seed.unwrap_or_default())]
                 {
-                    sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
-                        .execute(&mut *transaction)
-                        .await
-                        .map_err(failed(action))?;
+                    let left_out = script::apply(&mut transaction, sql).await.map_err(|error| Error::Database {
+                        action: format!("{action}, {}", error.action),
+                        source: error.source,
+                    })?;
+                    if left_out > 0 {
+                        progress(&format!(
+                            "{action}: {left_out} statements about roles or settings that are not here are left out"
+                        ));
+                    }
                 }
                 transaction
                     .execute(AssertSqlSafe(format!("COMMENT ON DATABASE {DATABASE} IS '{mark}'")))

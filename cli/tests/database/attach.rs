@@ -196,16 +196,151 @@ async fn the_migration_may_come_before_setup() {
 async fn tables_that_cannot_be_attached_are_all_named() {
     let (_stack, mut connection) = database(SCHEMA, CONFIG).await;
     let all = ["view", "keyless", "crm", "stamped", "nowhere", "parted_a", "notes"];
-    let error = outcome(&mut connection, &all, None).await.unwrap_err().to_string();
+    let found = outcome(&mut connection, &all, None).await.unwrap();
+    let error = found.refused.join("\n");
     for says in [
         "view: only ordinary and partitioned tables",
         "keyless: it has no primary key",
-        "crm: its column `client_id` is in use by the application",
-        "stamped: it has a column `updated_at` of type timestamp without time zone",
         "nowhere: there is no such table",
         "parted_a: it is a partition of parted",
     ] {
         assert!(error.contains(says), "{says} in\n{error}");
     }
-    assert!(!error.contains("notes:"), "{error}");
+    assert_eq!(found.refused.len(), 4, "{error}");
+    // They refuse no other.
+    let sql = found.sql.expect("the rest is attached");
+    run(&mut connection, &sql).await;
+    let renamed: Vec<&str> = found.renamed.iter().map(|(table, _)| table.as_str()).collect();
+    assert_eq!(renamed, ["crm", "stamped"]);
+    let all: Vec<&str> = all.into_iter().filter(|table| !error.contains(table)).collect();
+    assert_eq!(outcome(&mut connection, &all, None).await.unwrap().sql, None);
+}
+
+/// Columns as Rails, Prisma and a CRM have them.
+const OWN_COLUMNS: &str = r#"
+CREATE TABLE posts (id int PRIMARY KEY, title text, body text, updated_at timestamp(6) NOT NULL, size int GENERATED ALWAYS AS (length(body)) STORED);
+CREATE TABLE calls (id int PRIMARY KEY, note text, client_id bigint NOT NULL DEFAULT 5, updated_at text);
+CREATE TABLE lookups (id int PRIMARY KEY, title text);
+ALTER TABLE posts REPLICA IDENTITY FULL;
+ALTER TABLE calls REPLICA IDENTITY FULL;
+INSERT INTO posts VALUES (1, 'a', 'b', '2020-01-01');
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_of_the_application_keep_their_names_and_values() {
+    let own = |posts: &str, calls: &str| {
+        format!(
+            "[tables.posts]\n{posts}scope = {{ kind = \"global\" }}\nwritable = [\"id\", \"title\", \"updated_at\"]\nwrite.update = \"true\"\n\
+             [tables.calls]\n{calls}scope = {{ kind = \"global\" }}\nconflict = \"row\"\n\
+             [tables.lookups]\nscope = {{ kind = \"global\" }}\n"
+        )
+    };
+    let before = own("", "").replace("conflict = \"row\"", "");
+    let (_stack, mut connection) = database(OWN_COLUMNS, &before).await;
+    let pg = &mut connection;
+    // Whatever takes a name, Millstream's columns get others.
+    let found = attach(pg, Some(&parse(&own("", ""))), &[], None).await.unwrap();
+    let renamed: Vec<&str> = found.renamed.iter().map(|(table, _)| table.as_str()).collect();
+    assert_eq!((found.refused.len(), renamed), (0, vec!["calls", "posts"]));
+
+    let config = own(
+        "clocks = { updated_at = \"changed at\" }\n",
+        "clocks = { updated_at = \"millstream_updated_at\", client_id = \"millstream_client_id\" }\n",
+    );
+    let found = attach(pg, Some(&parse(&config)), &[], None).await.unwrap();
+    assert_eq!((found.refused.len(), found.renamed.len()), (0, 0));
+    assert!(
+        found.notes.iter().any(|note| note == "lookups: no client may write it, left as it is"),
+        "{:?}",
+        found.notes
+    );
+    let sql = found.sql.unwrap();
+    assert!(!sql.contains("lookups"), "{sql}");
+    run(pg, &sql).await;
+    deploy(pg, &config).await.unwrap();
+    assert_eq!(attach(pg, Some(&parse(&config)), &[], None).await.unwrap().sql, None);
+
+    // Plain SQL keeps the clocks, and the application's column.
+    run(pg, "UPDATE posts SET title = 'new' WHERE id = 1").await;
+    let held = clocks(pg, "posts").await;
+    assert!(held.of("title").stamp > 0 && held.of("body") == Clock::default(), "{held:?}");
+    assert_eq!(held.of("changed at"), Clock::default());
+    let kept = "(SELECT updated_at, size, \"changed at\" > now() - interval '1 minute' AS newer FROM posts)";
+    assert_eq!(row(pg, kept).await, r#"{"size": 1, "newer": true, "updated_at": "2020-01-01T00:00:00"}"#);
+    run(pg, "UPDATE posts SET updated_at = now()").await;
+    assert!(clocks(pg, "posts").await.of("updated_at") > held.newest());
+    run(pg, "INSERT INTO posts VALUES (2, 'x', NULL, now())").await;
+    assert!(clocks(pg, "posts WHERE id = 2").await.newest().stamp > 0);
+
+    // By row: newer than what a client set, whatever the session's time zone and way to write dates.
+    run(pg, "SET TimeZone = 'Asia/Kolkata'; SET DateStyle = 'German'").await;
+    run(pg, "INSERT INTO calls (id, updated_at) VALUES (1, 'mine')").await;
+    run(pg, "UPDATE calls SET millstream_updated_at = clock_timestamp() + interval '60 s', millstream_client_id = gen_random_uuid()").await;
+    run(pg, "UPDATE calls SET note = 'y'").await;
+    let newer = "SELECT millstream_updated_at > clock_timestamp() + interval '59 s' AND millstream_client_id IS NULL AND updated_at = 'mine' AND client_id = 5 FROM calls";
+    assert!(sqlx::query_scalar::<_, bool>(newer).fetch_one(&mut *pg).await.unwrap());
+
+    // What triggers write because of a client's change has the clock of that change.
+    let clock =
+        Clock { stamp: now_micros(pg).await + 90_000_000, client_id: uuid::Uuid::from_u128(7), seq: 3, index: 1 };
+    run(
+        pg,
+        &format!(
+            "SET millstream.clock = '{clock}'; UPDATE posts SET body = 'z' WHERE id = 2; UPDATE calls SET note = 'z'"
+        ),
+    )
+    .await;
+    assert_eq!(clocks(pg, "posts WHERE id = 2").await.of("body"), clock);
+    let author = "SELECT millstream_client_id = '00000000-0000-0000-0000-000000000007' FROM calls";
+    assert!(sqlx::query_scalar::<_, bool>(author).fetch_one(&mut *pg).await.unwrap());
+}
+
+/// Keys of tables without a primary key.
+const KEYLESS: &str = r#"
+CREATE TABLE one (code text NOT NULL, title text);
+CREATE UNIQUE INDEX one_code ON one (code) INCLUDE (title);
+CREATE UNIQUE INDEX one_maybe ON one (title);
+CREATE UNIQUE INDEX one_part ON one (code) WHERE title <> '';
+CREATE TABLE two (a int NOT NULL UNIQUE, b int NOT NULL, c int NOT NULL, UNIQUE (b, c));
+CREATE TABLE none (a int UNIQUE);
+CREATE TABLE child (id int PRIMARY KEY, code text NOT NULL REFERENCES one (code) ON DELETE CASCADE);
+ALTER TABLE one ADD CONSTRAINT one_unique UNIQUE (code);
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unique_index_over_columns_that_are_never_null_serves_as_key() {
+    let table = |name: &str, key: &str| format!("[tables.{name}]\n{key}scope = {{ kind = \"global\" }}\n");
+    let (_stack, mut connection) =
+        database(&KEYLESS.replace("REFERENCES one (code) ON DELETE CASCADE", ""), &table("child", "")).await;
+    let pg = &mut connection;
+    run(pg, "ALTER TABLE child ADD FOREIGN KEY (code) REFERENCES one (code) ON DELETE CASCADE").await;
+    let key = async |pg: &mut PgConnection, config: String, name: &str| {
+        let (catalog, problems) = millstream_catalog::Catalog::collect(pg, &parse(&config)).await.unwrap();
+        let table = catalog.table(name).unwrap();
+        let key: Vec<String> = table.key.iter().map(|&column| table.columns[column].name.clone()).collect();
+        (key, problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"), catalog)
+    };
+    let (found, problems, catalog) = key(pg, table("one", "") + &table("child", ""), "one").await;
+    assert_eq!((found.join(","), problems.as_str()), ("code".to_owned(), ""));
+    let references = &catalog.table("child").unwrap().references;
+    assert!(references.len() == 1 && references[0].table == "one" && references[0].cascades, "{references:?}");
+    for (name, declared, expected, says) in [
+        ("two", "", "a", "several unique indexes"),
+        ("two", "key = [\"a\"]\n", "a", ""),
+        ("two", "key = [\"c\", \"b\"]\n", "b,c", ""),
+        ("two", "key = [\"a\", \"b\"]\n", "", "`key` names `a`, `b`"),
+        ("none", "", "", "no primary key"),
+        ("child", "key = [\"code\"]\n", "", "`key` names `code`"),
+    ] {
+        let (found, problems, _) = key(pg, table(name, declared), name).await;
+        assert_eq!(found.join(","), expected, "{name} {declared}");
+        assert!(problems.contains(says) && problems.is_empty() == says.is_empty(), "{problems}");
+    }
+    let config = table("one", "");
+    run(pg, "ALTER TABLE one REPLICA IDENTITY FULL").await;
+    deploy(pg, &config).await.unwrap();
+    let found = millstream::check::check(pg, &parse(&config), &config).await.unwrap();
+    assert_eq!(found.problems, []);
+    let says = "it has no primary key: the unique index over (code) serves as its key";
+    assert!(found.warnings.iter().any(|warning| warning.message == says), "{:?}", found.warnings);
 }

@@ -8,7 +8,7 @@ use millstream::stack::Stack;
 use millstream_catalog::Config;
 use sqlx::{Connection as _, PgConnection};
 
-use crate::{deploy, run};
+use crate::{database, deploy, run};
 
 /// Tables by themselves, what is said of each, and a part of the remedy; an SQL remedy is run, and has to help.
 const CASES: [(&str, &str, &str, &str); 12] = [
@@ -139,4 +139,28 @@ async fn wide_tables_types_of_other_schemas_and_indexes() {
         problems.iter().any(|problem| problem.message.contains("may not use the schema extensions")),
         "{problems:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_anybody_may_write_into_the_log_are_warned_of() {
+    let config = "[tables.notes]\nscope = { kind = \"global\" }\n";
+    let (_stack, mut pg) = database("CREATE TABLE notes (id int PRIMARY KEY)", config).await;
+    let warned = async |pg: &mut PgConnection| {
+        let found = findings(pg, config).await;
+        assert_eq!(found.problems, []);
+        found.warnings.into_iter().find(|warning| warning.message.contains("pg_logical_emit_message"))
+    };
+    assert_eq!(warned(&mut pg).await, None, "setup has revoked it");
+    // Postgres 17 has other arguments.
+    let each = |what: &str| {
+        format!(
+            "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE proname = 'pg_logical_emit_message' \
+             LOOP EXECUTE format('{what}', f); END LOOP; END $$"
+        )
+    };
+    run(&mut pg, &each("GRANT EXECUTE ON FUNCTION %s TO PUBLIC")).await;
+    let fix = warned(&mut pg).await.expect("one of them is open").fix.unwrap();
+    assert!(fix.contains("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean,text,bytea"), "{fix}");
+    run(&mut pg, &each("REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC")).await;
+    assert_eq!(warned(&mut pg).await, None);
 }

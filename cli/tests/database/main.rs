@@ -1,8 +1,10 @@
 //! Subcommands that read or prepare a database, on a real Postgres.
 
 mod attach;
+mod brokers;
 mod check;
 mod fit;
+mod poolers;
 mod row_security;
 
 use std::path::Path;

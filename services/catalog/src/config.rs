@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
 use millstream_schemas::{Merge, Operation};
@@ -86,8 +87,14 @@ pub struct TableConfig {
     /// Who may write; an operation without a rule is refused.
     #[serde(default)]
     pub write: WriteConfig,
+    /// Columns of the unique index that serves as key, of a table without a primary key that has several.
+    #[serde(default)]
+    pub key: Vec<String>,
     /// How concurrent changes to one row meet. Absent: by column if the table has `field_clocks`, else by arrival.
     pub conflict: Option<Conflict>,
+    /// Names of the columns that tell which change is newer.
+    #[serde(default)]
+    pub clocks: ClockNames,
     /// What becomes of the delete of a row that is not there.
     #[serde(default)]
     pub delete_missing: DeleteMissing,
@@ -102,6 +109,25 @@ pub struct TableConfig {
     pub rules: Vec<RuleConfig>,
     /// Asks external validators before a change is applied.
     pub validate: Option<ValidateConfig>,
+}
+
+/// Names of the columns that tell which change is newer, where the application has columns of the default names.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClockNames {
+    /// Of the clocks of each column.
+    pub field_clocks: String,
+    /// Of the time of the row's newest change.
+    pub updated_at: String,
+    /// Of the client of the row's newest change.
+    pub client_id: String,
+}
+
+impl Default for ClockNames {
+    fn default() -> ClockNames {
+        let [field_clocks, updated_at, client_id] = [FIELD_CLOCKS, UPDATED_AT, CLIENT_ID].map(str::to_owned);
+        ClockNames { field_clocks, updated_at, client_id }
+    }
 }
 
 /// How concurrent changes to one row meet.
@@ -409,6 +435,10 @@ impl TableConfig {
                 problems.push(format!("rule `{code}`: `message` has 1 to {MAX_FAILURE_MESSAGE_BYTES} bytes"));
             }
         }
+        let ClockNames { field_clocks, updated_at, client_id } = &self.clocks;
+        if field_clocks == updated_at || updated_at == client_id || client_id == field_clocks {
+            problems.push("`clocks` gives two of its columns one name".to_owned());
+        }
         let write = [("insert", &self.write.insert), ("update", &self.write.update), ("delete", &self.write.delete)];
         let predicates = write.into_iter().filter_map(|(op, sql)| Some((format!("`write.{op}`"), sql.as_ref()?)));
         let rules = self.rules.iter().map(|rule| (format!("rule `{}`", rule.code), &rule.check));
@@ -465,6 +495,9 @@ mod tests {
             (&format!("{table}rules = [{{ code = \"a\", message = \"m\", on = [], check = \"true\" }}]"), "`on`"),
             (&format!("{table}write.insert = \"EXISTS (TABLE Millstream_known)\""), "`write.insert`: names that begin"),
             (&format!("{table}validate = {{ on = [\"insert\"], deadline_ms = 0 }}"), "deadline_ms"),
+            (&format!("{table}clocks = {{ updated_at = \"at\" }}"), "ok"),
+            (&format!("{table}clocks = {{ updated_at = \"client_id\" }}"), "one name"),
+            (&format!("{table}clocks = {{ created_at = \"at\" }}"), "created_at"),
         ] {
             assert!(check(text).contains(says), "{text}\n{}", check(text));
         }

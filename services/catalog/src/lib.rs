@@ -12,11 +12,12 @@ mod model;
 mod readable;
 
 pub use config::{
-    Config, ConfigError, Conflict, DeleteMissing, InsertExisting, MembershipConfig, OneOrMany, RolesConfig, RuleConfig,
-    ScopeConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
+    ClockNames, Config, ConfigError, Conflict, DeleteMissing, InsertExisting, MembershipConfig, OneOrMany, RolesConfig,
+    RuleConfig, ScopeConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
 pub use growth::Growth;
 pub use load::{CatalogError, layout};
 pub use model::{
-    Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules, literal,
+    Aside, Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
+    literal,
 };

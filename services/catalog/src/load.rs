@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 use millstream_schemas::{Merge, Reference, TableScope};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
-use crate::config::{Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, TableConfig};
+use crate::config::{ClockNames, Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, TableConfig};
 use crate::model::{
-    Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
+    Aside, Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
 };
 use crate::{defaults, growth};
 
@@ -42,18 +41,41 @@ pub enum CatalogError {
 }
 
 impl Catalog {
-    /// Finds every declared table, its columns, types and key in the database.
+    /// Finds every declared table, its columns, types and key in the database. A table that is not there, that `publication`
+    /// lacks, or that does not fit what is declared of it is set aside ([`Catalog::aside`]): a migration on one table stops no
+    /// other. `writable` columns that are not there are passed over.
     ///
     /// # Errors
-    /// The first declaration that does not fit, but for `writable` columns that are not there; or the database cannot be asked.
-    pub async fn load(connection: &mut PgConnection, config: &Config) -> Result<Catalog, CatalogError> {
-        let (catalog, problems) = Catalog::collect(connection, config).await?;
+    /// No table fits (the first reason), or the database cannot be asked.
+    pub async fn load(
+        connection: &mut PgConnection,
+        config: &Config,
+        publication: Option<&str>,
+    ) -> Result<Catalog, CatalogError> {
+        let (mut tables, mut problems) = found(connection, config).await?;
         // A column that was dropped is no reason for standing still: clients may not set what is not there.
-        problems.into_iter().find(|problem| !matches!(problem, CatalogError::Writable { .. })).map_or(Ok(catalog), Err)
+        problems.retain(|problem| !matches!(problem, CatalogError::Writable { .. }));
+        if let Some(publication) = publication {
+            problems.extend(unpublished(connection, &tables, publication).await?);
+        }
+        let aside: Vec<Aside> = problems
+            .iter()
+            .filter_map(|problem| match problem {
+                CatalogError::Table { table, what } => Some(Aside { table: table.clone(), why: what.clone() }),
+                _ => None,
+            })
+            .collect();
+        tables.retain(|table| !aside.iter().any(|aside| aside.table == table.name));
+        if tables.is_empty()
+            && let Some(problem) = problems.into_iter().next()
+        {
+            return Err(problem);
+        }
+        Catalog::of(connection, config, tables, aside).await
     }
 
-    /// Like [`Catalog::load`], but goes on: the catalog of what could be found, and every declaration that does not fit.
-    /// With problems, the catalog is good for finding more of them and for nothing else.
+    /// The catalog of what could be found, and every declaration that does not fit. With problems, the catalog is good for
+    /// finding more of them and for nothing else.
     ///
     /// # Errors
     /// The database cannot be asked.
@@ -61,22 +83,64 @@ impl Catalog {
         connection: &mut PgConnection,
         config: &Config,
     ) -> Result<(Catalog, Vec<CatalogError>), CatalogError> {
-        let mut tables = Vec::with_capacity(config.tables.len());
-        let mut problems = Vec::new();
-        for (name, declared) in &config.tables {
-            let mut found = Problems { table: name, problems: &mut problems, left_out: HashMap::new() };
-            tables.extend(table(connection, name, declared, config, &mut found).await?);
-        }
-        problems.extend(id_types(&tables));
+        let (tables, problems) = found(connection, config).await?;
+        Ok((Catalog::of(connection, config, tables, Vec::new()).await?, problems))
+    }
+
+    async fn of(
+        connection: &mut PgConnection,
+        config: &Config,
+        mut tables: Vec<Table>,
+        aside: Vec<Aside>,
+    ) -> Result<Catalog, CatalogError> {
         references(connection, &mut tables).await?;
         let kinds = config.kinds().unwrap_or_default().into_iter().map(str::to_owned).collect();
         let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
-        let mut catalog = Catalog { version: String::new(), tables, kinds, by_name };
+        let mut catalog = Catalog { version: String::new(), tables, aside, kinds, by_name };
         catalog.version = version(&catalog);
         let readable: Vec<String> = catalog.tables.iter().map(|table| catalog.readable(table)).collect();
         catalog.tables.iter_mut().zip(readable).for_each(|(table, readable)| table.readable = readable);
-        Ok((catalog, problems))
+        Ok(catalog)
     }
+}
+
+/// The declared tables that are there, and every declaration that does not fit.
+async fn found(
+    connection: &mut PgConnection,
+    config: &Config,
+) -> Result<(Vec<Table>, Vec<CatalogError>), CatalogError> {
+    let mut tables = Vec::with_capacity(config.tables.len());
+    let mut problems = Vec::new();
+    for (name, declared) in &config.tables {
+        let mut found = Problems { table: name, problems: &mut problems, left_out: HashMap::new() };
+        tables.extend(table(connection, name, declared, config, &mut found).await?);
+    }
+    problems.extend(id_types(&tables));
+    Ok((tables, problems))
+}
+
+/// Tables whose changes are not published.
+async fn unpublished(
+    connection: &mut PgConnection,
+    tables: &[Table],
+    publication: &str,
+) -> Result<Vec<CatalogError>, CatalogError> {
+    let published: Vec<i64> = sqlx::query_scalar(
+        "SELECT r.prrelid::int8 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = $1 \
+         UNION ALL SELECT c.oid::int8 FROM pg_class c JOIN pg_publication p ON p.pubname = $1 WHERE p.puballtables OR EXISTS ( \
+           SELECT FROM pg_publication_namespace n WHERE n.pnpubid = p.oid AND n.pnnspid = c.relnamespace)",
+    )
+    .bind(publication)
+    .fetch_all(connection)
+    .await
+    .map_err(CatalogError::Query)?;
+    let missing = tables.iter().filter(|table| !published.contains(&i64::from(table.oid)));
+    Ok(missing
+        .map(|table| CatalogError::Table {
+            table: table.name.clone(),
+            what: format!("it is not in the publication {publication}; run `millstream setup`"),
+        })
+        .collect())
 }
 
 /// Columns that carry ids of one kind of scope and are of different types: an id of one might be no value of another.
@@ -105,32 +169,43 @@ fn id_types(tables: &[Table]) -> Vec<CatalogError> {
     problems
 }
 
-/// Finds the foreign keys between synced tables that refer to a primary key.
+/// Finds the foreign keys between synced tables that refer to a key.
 async fn references(connection: &mut PgConnection, tables: &mut [Table]) -> Result<(), CatalogError> {
-    let names: HashMap<i64, String> = tables.iter().map(|table| (table.oid.into(), table.name.clone())).collect();
+    let keys: HashMap<i64, (String, Vec<String>)> = tables
+        .iter()
+        .map(|table| {
+            let key = table.key.iter().map(|&column| table.columns[column].name.clone()).collect();
+            (table.oid.into(), (table.name.clone(), key))
+        })
+        .collect();
     let found = sqlx::query(
         "SELECT c.conrelid::int8 AS child, c.confrelid::int8 AS parent, c.confdeltype = 'c' AS cascades,
-                (SELECT array_agg(a.attname::text ORDER BY array_position(i.key, k.parent))
-                 FROM unnest(c.conkey, c.confkey) AS k(child, parent)
-                 JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.child) AS columns
+                ARRAY(SELECT attname::text FROM unnest(c.conkey) WITH ORDINALITY AS k(number, at)
+                      JOIN pg_attribute ON attrelid = c.conrelid AND attnum = number ORDER BY at) AS columns,
+                ARRAY(SELECT attname::text FROM unnest(c.confkey) WITH ORDINALITY AS k(number, at)
+                      JOIN pg_attribute ON attrelid = c.confrelid AND attnum = number ORDER BY at) AS refers_to
          FROM pg_constraint c
-         JOIN (SELECT indrelid, string_to_array(indkey::text, ' ')::int2[] AS key FROM pg_index WHERE indisprimary) AS i
-              ON i.indrelid = c.confrelid
          WHERE c.contype = 'f' AND c.conparentid = 0 AND c.conrelid::int8 = ANY ($1) AND c.confrelid::int8 = ANY ($1)
-               AND i.key <@ c.confkey AND c.confkey <@ i.key
          ORDER BY c.conrelid, c.conname",
     )
-    .bind(names.keys().copied().collect::<Vec<_>>())
+    .bind(keys.keys().copied().collect::<Vec<_>>())
     .fetch_all(&mut *connection)
     .await
     .map_err(CatalogError::Query)?;
     for row in &found {
         let (child, parent): (i64, i64) = (row.get("child"), row.get("parent"));
         let Some(table) = tables.iter_mut().find(|table| i64::from(table.oid) == child) else { continue };
-        let columns: Vec<String> = row.get("columns");
-        // A generated column is not synced.
-        let columns: Option<Vec<usize>> = columns.iter().map(|column| table.column(column)).collect();
-        if let Some((columns, name)) = columns.zip(names.get(&parent)) {
+        let Some((name, key)) = keys.get(&parent) else { continue };
+        let (columns, refers_to): (Vec<String>, Vec<String>) = (row.get("columns"), row.get("refers_to"));
+        if refers_to.len() != key.len() {
+            continue;
+        }
+        // In the order of the parent's key. A generated column is not synced.
+        let columns: Option<Vec<usize>> = key
+            .iter()
+            .map(|part| table.column(&columns[refers_to.iter().position(|column| column == part)?]))
+            .collect();
+        if let Some(columns) = columns {
             table.references.push(Reference { columns, table: name.clone(), cascades: row.get("cascades") });
         }
     }
@@ -238,23 +313,10 @@ async fn table(
     let oid: i64 = found.get("oid");
 
     let (columns, numbers) = columns(connection, oid, declared, problems).await?;
-    let key_numbers: Option<Vec<i16>> =
-        // By way of text: an int2vector counts from 0, which sqlx does not decode.
-        sqlx::query_scalar(
-            "SELECT string_to_array(indkey::text, ' ')::int2[] FROM pg_index \
-             WHERE indrelid = $1::int8::oid AND indisprimary",
-        )
-            .bind(oid)
-            .fetch_optional(&mut *connection)
-            .await
-            .map_err(CatalogError::Query)?;
-    if key_numbers.is_none() {
-        problems.add("it has no primary key; a synced table needs one");
-    }
-    let key_numbers = key_numbers.unwrap_or_default();
+    let key_numbers = key(connection, oid, declared, problems).await?;
     let key: Vec<usize> = key_numbers.iter().filter_map(|number| numbers.iter().position(|n| n == number)).collect();
     if key.len() < key_numbers.len() {
-        problems.add("a generated or hidden column is part of its primary key");
+        problems.add("a generated or hidden column is part of its key");
     }
 
     let mut scopes = Vec::new();
@@ -277,7 +339,7 @@ async fn table(
         }
     }
     merges(declared, &columns, &key, problems);
-    let conflict = conflict(declared.conflict, &columns, problems);
+    let conflict = conflict(declared.conflict, &declared.clocks, &columns, problems);
     Ok(Some(Table {
         oid: u32::try_from(oid).unwrap_or_default(),
         name: name.to_owned(),
@@ -316,6 +378,65 @@ async fn table(
             deadline: Duration::from_millis(validate.deadline_ms),
         }),
     }))
+}
+
+/// The attribute numbers of the key: the primary key, else the unique index that can stand in for it.
+async fn key(
+    connection: &mut PgConnection,
+    oid: i64,
+    declared: &TableConfig,
+    problems: &mut Problems<'_>,
+) -> Result<Vec<i16>, CatalogError> {
+    // By way of text: an int2vector counts from 0, which sqlx does not decode. Columns by INCLUDE come last.
+    let rows = sqlx::query(
+        "SELECT i.indisprimary, key.numbers,
+                ARRAY(SELECT attname::text FROM unnest(key.numbers) WITH ORDINALITY AS k(number, at)
+                      JOIN pg_attribute ON attrelid = i.indrelid AND attnum = number ORDER BY at) AS names
+         FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid,
+              LATERAL (SELECT (string_to_array(i.indkey::text, ' ')::int2[])[1:i.indnkeyatts] AS numbers) AS key
+         WHERE i.indrelid = $1::int8::oid AND (i.indisprimary OR (
+               i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
+               AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (key.numbers)
+                               AND (NOT a.attnotnull OR a.attgenerated <> '' OR a.attname = ANY ($2)))))
+         ORDER BY NOT i.indisprimary, c.relname",
+    )
+    .bind(oid)
+    .bind(&declared.hidden)
+    .fetch_all(&mut *connection)
+    .await
+    .map_err(CatalogError::Query)?;
+    let mut keys: Vec<(Vec<i16>, Vec<String>)> =
+        rows.iter().map(|row| (row.get("numbers"), row.get::<Vec<String>, _>("names"))).collect();
+    if rows.first().is_some_and(|row| row.get("indisprimary")) {
+        keys.truncate(1);
+    }
+    // Two indexes over the same columns are one key.
+    keys.dedup_by_key(|(numbers, _)| sorted(numbers));
+    if !declared.key.is_empty() {
+        let wanted = sorted(&declared.key);
+        keys.retain(|(_, names)| sorted(names) == wanted);
+        if keys.is_empty() {
+            problems.add(format!(
+                "`key` names `{}`, which is neither its primary key nor, where it has none, a unique index over NOT NULL columns",
+                declared.key.join("`, `")
+            ));
+        }
+    } else if keys.is_empty() {
+        problems.add("it has no primary key; a synced table needs one, or a unique index over NOT NULL columns");
+    } else if keys.len() > 1 {
+        let names: Vec<String> = keys.iter().map(|(_, names)| format!("{names:?}")).collect();
+        problems.add(format!(
+            "it has no primary key and several unique indexes: say by `key = …` which serves as key: {}",
+            names.join(" or ")
+        ));
+    }
+    Ok(keys.into_iter().next().map(|(numbers, _)| numbers).unwrap_or_default())
+}
+
+fn sorted<T: Ord + Clone>(list: &[T]) -> Vec<T> {
+    let mut list = list.to_vec();
+    list.sort();
+    list
 }
 
 /// The types of which the greatest and least value are known to clients too.
@@ -373,29 +494,41 @@ fn membership(
 }
 
 /// How concurrent changes meet: as declared, else by what columns there are.
-fn conflict(declared: Option<Conflict>, columns: &[Column], problems: &mut Problems<'_>) -> ConflictPolicy {
+fn conflict(
+    declared: Option<Conflict>,
+    names: &ClockNames,
+    columns: &[Column],
+    problems: &mut Problems<'_>,
+) -> ConflictPolicy {
     let mut find = |name: &str, sql_type: &str| {
         let found = columns.iter().position(|column| column.name == name && column.sql_type == sql_type)?;
         if columns[found].writable {
-            problems.add(format!("`{name}` is kept by Millstream: take it out of `writable`"));
+            problems.add(format!(
+                "`{name}` is kept by Millstream: take it out of `writable`, or name another column in `clocks`"
+            ));
         }
         Some(found)
     };
     // A column `client_id` may well be the app's own: merging by row has to be asked for.
     let policy = match declared {
         Some(Conflict::Arrival) => Some(ConflictPolicy::Arrival),
-        Some(Conflict::Row) => find(UPDATED_AT, "timestamp with time zone")
-            .zip(find(CLIENT_ID, "uuid"))
+        Some(Conflict::Row) => find(&names.updated_at, "timestamp with time zone")
+            .zip(find(&names.client_id, "uuid"))
             .map(|(updated_at, client_id)| ConflictPolicy::Row { updated_at, client_id }),
-        Some(Conflict::Column) | None => find(FIELD_CLOCKS, "jsonb").map(|clocks| ConflictPolicy::Column {
+        Some(Conflict::Column) | None => find(&names.field_clocks, "jsonb").map(|clocks| ConflictPolicy::Column {
             clocks,
-            updated_at: find(UPDATED_AT, "timestamp with time zone"),
-            client_id: find(CLIENT_ID, "uuid"),
+            updated_at: find(&names.updated_at, "timestamp with time zone"),
+            client_id: find(&names.client_id, "uuid"),
         }),
     };
     let needs = match (policy, declared) {
-        (None, Some(Conflict::Column)) => "conflict = \"column\" needs a column `field_clocks jsonb`",
-        (None, Some(Conflict::Row)) => "conflict = \"row\" needs columns `updated_at timestamptz` and `client_id uuid`",
+        (None, Some(Conflict::Column)) => {
+            format!("conflict = \"column\" needs a column `{} jsonb`", names.field_clocks)
+        }
+        (None, Some(Conflict::Row)) => format!(
+            "conflict = \"row\" needs columns `{} timestamptz` and `{} uuid`",
+            names.updated_at, names.client_id
+        ),
         (policy, _) => return policy.unwrap_or(ConflictPolicy::Arrival),
     };
     let table = problems.table;

@@ -15,6 +15,8 @@ pub struct Catalog {
     pub version: String,
     /// The tables, by name.
     pub tables: Vec<Table>,
+    /// Declared tables that cannot be synced as they are: no part of it, while all others are.
+    pub aside: Vec<Aside>,
     /// The declared kinds of scopes, each behind those that it is reached through.
     pub(crate) kinds: Vec<String>,
     pub(crate) by_name: HashMap<String, usize>,
@@ -39,6 +41,15 @@ impl Catalog {
     pub fn schema(&self) -> Schema {
         Schema { version: self.version.clone(), tables: self.tables.iter().map(Table::schema).collect() }
     }
+}
+
+/// A declared table that is set aside: it is not there, or does not fit what is declared of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Aside {
+    /// Its name, as declared.
+    pub table: String,
+    /// Why, and what to do.
+    pub why: String,
 }
 
 /// One synced table.

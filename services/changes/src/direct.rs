@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use millstream_runtime::health::Health;
+use millstream_runtime::postgres;
 use millstream_runtime::shutdown::{Shutdown, Trigger};
 use millstream_schemas::stream::{Submission, TransactionResult};
+use sqlx::Connection;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
@@ -51,7 +52,7 @@ impl Direct {
     pub async fn connect(options: PgConnectOptions, config: PathBuf) -> Result<Direct, DirectError> {
         let stream_epoch = format!("direct-{}", Uuid::new_v4().simple());
         let made = async {
-            let mut connection = options.connect().await?;
+            let mut connection = postgres::connect(&options).await?;
             sqlx::query("INSERT INTO millstream.partitions (stream_epoch, partition, epoch) VALUES ($1, $2, 1)")
                 .bind(&stream_epoch)
                 .bind(PARTITION as i16)

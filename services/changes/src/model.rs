@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
-use millstream_runtime::health::Health;
+use millstream_runtime::health::{Asides, Health};
 use millstream_runtime::shutdown::Shutdown;
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::watch;
@@ -60,6 +60,7 @@ pub(crate) enum ModelError {
 pub(crate) struct Source {
     path: PathBuf,
     health: Health,
+    asides: Asides,
     state: Mutex<State>,
 }
 
@@ -74,7 +75,7 @@ struct State {
 impl Source {
     /// Of a file, which is read when it is first needed.
     pub fn new(path: PathBuf, health: Health) -> Source {
-        Source { path, health, state: Mutex::default() }
+        Source { path, asides: Asides::new(health.clone()), health, state: Mutex::default() }
     }
 
     /// The configuration in force, with a number that tells it from those before.
@@ -151,7 +152,7 @@ impl Model {
         // First, so that a change meanwhile shows.
         let shape = Shape { tables: shape(connection, &tables).await.map_err(ModelError::Traits)?, config: number };
         let origin = Origin { tables, shape };
-        let catalog = match (Catalog::load(connection, &config).await, model.as_mut()) {
+        let catalog = match (Catalog::load(connection, &config, None).await, model.as_mut()) {
             (Ok(catalog), _) => catalog,
             (Err(error), Some(model)) if !matches!(error, CatalogError::Query(_)) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "{CATALOG_NOTE}: {OLD_NOTE}");
@@ -161,9 +162,9 @@ impl Model {
             }
             (Err(error), _) => return Err(ModelError::Catalog(error)),
         };
-        let oids: Vec<i64> = catalog.tables.iter().map(|table| i64::from(table.oid)).collect();
-        let (traits, views) = traits::load(connection, oids).await.map_err(ModelError::Traits)?;
+        let (traits, views) = traits::load(connection, &catalog.tables).await.map_err(ModelError::Traits)?;
         source.health.set_note(CATALOG_NOTE, None);
+        source.asides.tell(catalog.aside.iter().map(|aside| (aside.table.as_str(), aside.why.as_str())));
         *model = Some(Model { catalog, statements: Statements::new(traits, views), origin });
         Ok(())
     }

@@ -1,6 +1,9 @@
 //! What the database says of a table beyond the catalog: everything that bounds how far changes may share a statement, or
 //! change places with others.
 
+use std::collections::BTreeMap;
+
+use millstream_catalog::Table;
 use serde::Deserialize;
 use sqlx::{PgConnection, Row};
 
@@ -53,7 +56,12 @@ SELECT jsonb_build_object(
     'primary_keys', (
         SELECT coalesce(jsonb_agg(jsonb_build_array(n.nspname, k.relname, i.relname)), '[]')
         FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid JOIN pg_class k ON k.oid = x.indrelid JOIN pg_namespace n ON n.oid = k.relnamespace
-        WHERE x.indrelid = ANY (tree.oids) AND x.indisprimary),
+        WHERE x.indrelid = ANY (tree.oids) AND (x.indisprimary OR (
+            x.indisunique AND x.indpred IS NULL AND x.indexprs IS NULL
+            AND NOT EXISTS (SELECT FROM pg_index p WHERE p.indrelid = x.indrelid AND p.indisprimary)
+            AND (SELECT jsonb_object_agg(a.attname, '') FROM pg_attribute a
+                 WHERE a.attrelid = x.indrelid AND a.attnum = ANY ((x.indkey::int2[])[0:x.indnkeyatts - 1]))
+                = (SELECT jsonb_object_agg(part, '') FROM jsonb_array_elements_text($2::jsonb -> c.oid::bigint::text) AS part)))),
     'parents', (
         SELECT coalesce(jsonb_agg(jsonb_build_object('oid', coalesce(pg_partition_root(f.confrelid)::oid, f.confrelid)::bigint, 'to_key', EXISTS (
             SELECT FROM pg_index k WHERE k.indexrelid = f.conindid AND k.indisprimary), 'columns', (
@@ -124,7 +132,7 @@ pub(crate) struct Traits {
     pub sequences: bool,
     /// Columns under unique or exclusion constraints by which rows with different keys can be in each other's way.
     pub unique_columns: Vec<String>,
-    /// Its primary key and those of its partitions, as an error names them.
+    /// Its key (the primary key, or the unique index that stands in for it) and those of its partitions, as an error names them.
     pub primary_keys: Vec<PrimaryKey>,
     pub parents: Vec<Parent>,
     /// Other tables that a delete writes, directly or not.
@@ -173,10 +181,14 @@ impl Traits {
 /// Reads the traits of tables, and the names of views.
 pub(crate) async fn load(
     connection: &mut PgConnection,
-    oids: Vec<i64>,
+    tables: &[Table],
 ) -> Result<(Vec<Traits>, Vec<String>), sqlx::Error> {
+    let oids: Vec<i64> = tables.iter().map(|table| i64::from(table.oid)).collect();
+    let key = |table: &Table| table.key.iter().map(|&column| table.columns[column].name.clone()).collect();
+    let keys: BTreeMap<u32, Vec<String>> = tables.iter().map(|table| (table.oid, key(table))).collect();
+    let keys = serde_json::to_string(&keys).map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
     let sql = sqlx::AssertSqlSafe(format!("{FOREIGN_TRIGGERS}\n{TRAITS}"));
-    let rows = sqlx::query(sql).bind(oids).fetch_all(&mut *connection).await?;
+    let rows = sqlx::query(sql).bind(oids).bind(keys).fetch_all(&mut *connection).await?;
     let traits = rows.iter().map(|row| {
         let text: &str = row.try_get("traits")?;
         serde_json::from_str(text).map_err(|error| sqlx::Error::Decode(Box::new(error)))

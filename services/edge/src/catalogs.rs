@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use millstream_catalog::{Catalog, CatalogError, Config, ConfigError, layout};
 use millstream_runtime::backoff::Backoff;
+use millstream_runtime::health::{Asides, Health};
 use millstream_runtime::shutdown::Shutdown;
 use sqlx::PgPool;
 use tokio::sync::{Mutex, watch};
@@ -50,7 +51,9 @@ impl Known {
 /// The catalog that holds at the moment.
 pub struct Catalogs {
     config: PathBuf,
+    publication: String,
     pool: PgPool,
+    asides: Asides,
     known: watch::Sender<Arc<Known>>,
     /// When it was looked last.
     looked: Mutex<Instant>,
@@ -61,13 +64,21 @@ impl Catalogs {
     ///
     /// # Errors
     /// The configuration cannot be used.
-    pub async fn start(config: PathBuf, pool: PgPool, shutdown: &Shutdown) -> Result<Option<Catalogs>, LoadError> {
+    pub async fn start(
+        config: PathBuf,
+        publication: String,
+        pool: PgPool,
+        health: &Health,
+        shutdown: &Shutdown,
+    ) -> Result<Option<Catalogs>, LoadError> {
         let mut backoff = Backoff::dependency();
+        let asides = Asides::new(health.clone());
         loop {
-            match load(&config, &pool).await {
+            match load(&config, &publication, &pool).await {
                 Ok(known) => {
+                    tell(&asides, &known.catalog);
                     let (known, looked) = (watch::Sender::new(Arc::new(known)), Mutex::new(Instant::now()));
-                    return Ok(Some(Catalogs { config, pool, known, looked }));
+                    return Ok(Some(Catalogs { config, publication, pool, asides, known, looked }));
                 }
                 Err(LoadError::Catalog(CatalogError::Query(error))) => tracing::warn!(%error, "waiting for Postgres"),
                 Err(error) => return Err(error),
@@ -107,7 +118,8 @@ impl Catalogs {
 
     /// Reads configuration and database; sessions are told if something has changed.
     async fn look(&self) -> Result<(), LoadError> {
-        let found = load(&self.config, &self.pool).await?;
+        let found = load(&self.config, &self.publication, &self.pool).await?;
+        tell(&self.asides, &found.catalog);
         self.known.send_if_modified(|known| {
             let changed = known.catalog.version != found.catalog.version;
             if changed {
@@ -148,10 +160,14 @@ impl Catalogs {
     }
 }
 
-async fn load(config: &Path, pool: &PgPool) -> Result<Known, LoadError> {
+fn tell(asides: &Asides, catalog: &Catalog) {
+    asides.tell(catalog.aside.iter().map(|aside| (aside.table.as_str(), aside.why.as_str())));
+}
+
+async fn load(config: &Path, publication: &str, pool: &PgPool) -> Result<Known, LoadError> {
     let config = Config::read(config)?;
     let mut connection = pool.acquire().await.map_err(CatalogError::Query)?;
-    let catalog = Catalog::load(&mut connection, &config).await?;
+    let catalog = Catalog::load(&mut connection, &config, Some(publication)).await?;
     let reach = Arc::new(Reach::new(catalog.memberships().map(|(_, membership)| membership)));
     Ok(Known { catalog, reach })
 }

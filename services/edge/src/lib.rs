@@ -83,6 +83,9 @@ pub struct Args {
     /// The declaration of what is synced
     #[arg(long, env = "MILLSTREAM_CONFIG", default_value = "millstream.toml")]
     pub config: PathBuf,
+    /// Name of the publication; a table that it lacks is set aside
+    #[arg(long, env = "MILLSTREAM_PUBLICATION", default_value = "millstream")]
+    pub publication: String,
     /// File with the secret that session tokens are signed with (HS256, at least 32 bytes);
     /// MILLSTREAM_TOKEN_SECRET may hold the secret itself
     #[arg(long, env = "MILLSTREAM_TOKEN_SECRET_FILE")]
@@ -175,7 +178,10 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         nats = nats::connect(&args.nats, "edge") => nats?,
         () = shutdown.requested() => return Ok(()),
     };
-    let Some(catalogs) = catalogs::Catalogs::start(args.config.clone(), pool.clone(), &shutdown).await? else {
+    let Some(catalogs) =
+        catalogs::Catalogs::start(args.config.clone(), args.publication.clone(), pool.clone(), &health, &shutdown)
+            .await?
+    else {
         return Ok(());
     };
     let catalogs = Arc::new(catalogs);

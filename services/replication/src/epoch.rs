@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::append::Tail;
 use crate::error::Error;
+pub use crate::wait::Wait;
 
 /// The state of things that decides, apart from the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +65,8 @@ pub enum Reason {
     PostgresBehind,
     /// A transaction cannot be carried, try after try.
     Uncarriable,
+    /// Postgres says that the slot can be read, and has not the write-ahead log for it.
+    WalGone,
 }
 
 impl Reason {
@@ -76,6 +79,7 @@ impl Reason {
             Reason::SlotLost => "the replication slot is gone or was invalidated",
             Reason::StreamBehind => "the replication slot is ahead of the stream",
             Reason::PostgresBehind => "the stream is ahead of Postgres",
+            Reason::WalGone => "the write-ahead log that the replication slot needs is gone",
             Reason::Uncarriable => "a transaction of the write-ahead log cannot be carried",
         }
     }
@@ -193,7 +197,12 @@ async fn all_visible(connection: &mut PgConnection) -> Result<(), Error> {
 
 /// Writes the row of a new epoch and makes its slot. Returns the epoch and the LSN at which the slot begins: every
 /// transaction with that commit LSN or a higher one will be decoded, every other one has ended.
-pub async fn begin(connection: &mut PgConnection, slot: &str, system_identifier: &str) -> Result<(Uuid, Lsn), Error> {
+pub async fn begin(
+    connection: &mut PgConnection,
+    slot: &str,
+    system_identifier: &str,
+    wait: &Wait,
+) -> Result<(Uuid, Lsn), Error> {
     let epoch = Uuid::new_v4();
     sqlx::query(
         "INSERT INTO millstream.epoch (epoch, system_identifier, slot) VALUES ($1, $2, $3) \
@@ -224,11 +233,18 @@ pub async fn begin(connection: &mut PgConnection, slot: &str, system_identifier:
     } else {
         "SELECT lsn::text FROM pg_create_logical_replication_slot($1, 'pgoutput')"
     };
-    let begins: String = sqlx::query_scalar(create)
-        .bind(slot)
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
         .fetch_one(&mut *connection)
         .await
-        .map_err(Error::postgres("create the replication slot (it waits for open transactions)"))?;
+        .map_err(Error::postgres("ask for the connection's process"))?;
+    let made = sqlx::query_scalar(create).bind(slot).fetch_one(&mut *connection);
+    let made = tokio::select! {
+        made = made => made,
+        never = wait.tell(pid, slot) => match never {},
+    };
+    wait.is_over();
+    let begins: String =
+        made.map_err(Error::postgres("create the replication slot (it waits for open transactions)"))?;
     all_visible(connection).await?;
     Ok((epoch, lsn(begins)))
 }

@@ -48,6 +48,12 @@ pub fn is_of_broker(error: &Error) -> bool {
     )
 }
 
+/// Whether Postgres lacks a file of its write-ahead log: somebody removed it, though the slot says that it is reserved.
+pub fn is_wal_gone(error: &Error) -> bool {
+    const UNDEFINED_FILE: &str = "58P01";
+    matches!(error, Error::Server { source, .. } if source.code == UNDEFINED_FILE)
+}
+
 /// Names what is wrong with the content, if that is what is wrong.
 fn content(error: &Error) -> Option<String> {
     match error {

@@ -4,7 +4,8 @@
 
 use std::time::Duration;
 
-use sqlx::{ConnectOptions, Connection, PgConnection};
+use millstream_runtime::postgres;
+use sqlx::{Connection, PgConnection};
 
 use crate::error::Error;
 
@@ -37,7 +38,7 @@ impl Leader {
         waiting: impl FnOnce(),
     ) -> Result<Leader, Error> {
         let options = options.clone().options(SETTINGS);
-        let mut connection = tokio::time::timeout(CHECK_TIMEOUT, options.connect())
+        let mut connection = tokio::time::timeout(CHECK_TIMEOUT, postgres::connect(&options))
             .await
             .unwrap_or_else(|_| Err(sqlx::Error::PoolTimedOut))
             .map_err(Error::postgres("connect"))?;

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use millstream_runtime::health::Health;
+use millstream_catalog::Catalog;
+use millstream_runtime::health::{Asides, Health};
 use millstream_runtime::telemetry::{Counter, KeyValue, meter};
 use millstream_schemas::Lsn;
 
@@ -49,6 +50,7 @@ pub enum LeftOut {
 /// Where it is told. Cheap to clone.
 #[derive(Clone)]
 pub struct Report {
+    asides: Arc<Asides>,
     health: Health,
     rows: Counter<u64>,
     origins: Counter<u64>,
@@ -66,6 +68,7 @@ impl Report {
             meter.u64_counter(format!("millstream.replication.{name}")).with_description(description).build()
         };
         Report {
+            asides: Arc::new(Asides::new(health.clone())),
             health,
             rows: counter("rows_withdrawn", "rows that no message can carry, withdrawn from clients"),
             origins: counter("origins_left_out", "entries of origin records for which there was no room"),
@@ -115,6 +118,11 @@ impl Report {
                 "an origin record is too large: some clients learn of their verdicts from the ledger"
             ),
         }
+    }
+
+    /// Tables that cannot be synced as they are.
+    pub fn aside(&self, catalog: &Catalog) {
+        self.asides.tell(catalog.aside.iter().map(|aside| (aside.table.as_str(), aside.why.as_str())));
     }
 
     /// A table, or what holds its rows, is not as it should be. All others go on.

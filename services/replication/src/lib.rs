@@ -37,6 +37,7 @@ mod reader;
 pub mod relation;
 mod session;
 pub mod shape;
+mod wait;
 mod wal;
 mod watermark;
 mod witness;
@@ -119,6 +120,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     let shared = Shared {
         report: Report::register(health.clone()),
         pass_over: AtomicBool::new(false),
+        wal_gone: AtomicBool::new(false),
         config,
         nats,
         pool,
@@ -131,6 +133,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
     };
     let mut backoff = Backoff::dependency();
     let mut faults = Faults::default();
+    let mut without_wal = 0;
     let mut accepted = HashSet::new();
     loop {
         let started = Instant::now();
@@ -158,6 +161,15 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         }
         if started.elapsed() >= HEALTHY {
             backoff.reset();
+        }
+        without_wal = if fault::is_wal_gone(error.cause()) { without_wal + 1 } else { 0 };
+        if without_wal >= fault::TRIES {
+            tracing::error!(
+                error = error.chain(),
+                tries = without_wal,
+                "the write-ahead log is gone that the replication slot needs: another slot is made, and a new epoch begins"
+            );
+            shared.wal_gone.store(true, Ordering::Relaxed);
         }
         if faults.failed(&error)
             && let Some(place) = error.place()

@@ -71,6 +71,8 @@ pub struct Shared {
     pub report: Report,
     /// The next session begins a new epoch: behind a transaction that cannot be carried.
     pub pass_over: AtomicBool,
+    /// The next session makes another slot, and a new epoch with it: the write-ahead log that this one needs is gone.
+    pub wal_gone: AtomicBool,
 }
 
 /// Where a session starts.
@@ -121,7 +123,8 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     postgres::ask(connection, "leader lock", &shared.options)
         .await
         .map_err(Error::postgres("ask for its encryption"))?;
-    let catalog = load(&shared.config, connection).await?;
+    let catalog = load(&shared.config, &shared.publication, connection).await?;
+    shared.report.aside(&catalog);
     identity::check(connection, &catalog, &shared.publication).await?;
     let holders = shape::read(connection, &catalog).await?;
     for misfit in catalog.tables.iter().zip(&holders).flat_map(|(table, holders)| misfits(table, holders)) {
@@ -140,6 +143,8 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
         |epoch, previous, landmark| Appender::new(nats.clone(), epoch, &catalog.version, sequence, previous, landmark);
     let verdict = if shared.pass_over.load(Ordering::Relaxed) {
         Err(epoch::Reason::Uncarriable)
+    } else if shared.wal_gone.load(Ordering::Relaxed) {
+        Err(epoch::Reason::WalGone)
     } else {
         epoch::verdict(&shared.slot, &source, tail.as_ref())
     };
@@ -167,7 +172,9 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
         }
         (verdict, _) => {
             let reason = verdict.err().unwrap_or(epoch::Reason::EmptyStream);
-            let (epoch, begins) = epoch::begin(connection, &shared.slot, &source.system_identifier).await?;
+            let wait = epoch::Wait::new(shared.pool.clone(), health.clone());
+            let (epoch, begins) = epoch::begin(connection, &shared.slot, &source.system_identifier, &wait).await?;
+            shared.wal_gone.store(false, Ordering::Relaxed);
             match (reason, &source.row) {
                 (epoch::Reason::EmptyStream, None) => {
                     tracing::info!(%epoch, wal.lsn = %begins, "the first epoch of the outbound stream begins");
@@ -265,9 +272,9 @@ async fn get_ready(
     std::future::pending().await
 }
 
-async fn load(config: &Path, connection: &mut PgConnection) -> Result<Catalog, Error> {
+async fn load(config: &Path, publication: &str, connection: &mut PgConnection) -> Result<Catalog, Error> {
     let config = Config::read(config).map_err(Error::ConfigFile)?;
-    Catalog::load(connection, &config).await.map_err(Error::Catalog)
+    Catalog::load(connection, &config, Some(publication)).await.map_err(Error::Catalog)
 }
 
 /// What is looked at now and then.
@@ -315,7 +322,8 @@ impl Look {
 
     async fn look(&self) -> Result<(String, content::Found), Error> {
         let mut connection = self.pool.acquire().await.map_err(Error::postgres("connect"))?;
-        let catalog = load(&self.config, &mut connection).await?;
+        let catalog = load(&self.config, &self.publication, &mut connection).await?;
+        self.report.aside(&catalog);
         identity::check(&mut connection, &catalog, &self.publication).await?;
         let holders = shape::read(&mut connection, &catalog).await?;
         for misfit in catalog.tables.iter().zip(&holders).flat_map(|(table, holders)| misfits(table, holders)) {

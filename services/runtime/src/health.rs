@@ -46,6 +46,44 @@ struct State {
     notes: BTreeMap<String, String>,
 }
 
+/// Tells of tables that are set aside: a note each, and an error in the log when one is new.
+#[derive(Debug)]
+pub struct Asides {
+    health: Health,
+    told: Mutex<BTreeMap<String, String>>,
+}
+
+impl Asides {
+    /// None so far.
+    pub fn new(health: Health) -> Asides {
+        Asides { health, told: Mutex::default() }
+    }
+
+    /// These are set aside, each with the reason; others no longer.
+    pub fn tell<'a>(&self, aside: impl Iterator<Item = (&'a str, &'a str)>) {
+        let mut found: BTreeMap<String, String> = BTreeMap::new();
+        for (table, why) in aside {
+            let all = found.entry(table.to_owned()).or_default();
+            all.push_str(if all.is_empty() { "" } else { "; " });
+            all.push_str(why);
+        }
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for table in told.keys().filter(|table| !found.contains_key(*table)) {
+            self.health.set_note(&format!("table {table}"), None);
+            tracing::info!(table.name = table, "the table is synced again");
+        }
+        for (table, why) in found.iter().filter(|(table, why)| told.get(*table) != Some(*why)) {
+            self.health.set_note(&format!("table {table}"), Some(&format!("set aside, clients do not have it: {why}")));
+            tracing::error!(
+                table.name = table,
+                reason = why,
+                "the table is set aside: clients do not have it; all others go on"
+            );
+        }
+        *told = found;
+    }
+}
+
 impl Health {
     /// Nothing needed yet.
     pub fn new() -> Self {

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use async_nats::ServerAddr;
 use async_nats::connection::State;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
-use async_nats::jetstream::{self, Context};
+use async_nats::jetstream::{self, Context, ErrorCode};
 use millstream_schemas::subject;
 use tokio::sync::watch;
 
@@ -23,7 +24,7 @@ const RECONNECT_CAP: Duration = Duration::from_secs(2);
 // Several structs of this name meet in one command; a group is named after its struct.
 #[group(skip)]
 pub struct Args {
-    /// NATS server URL, or several separated by commas
+    /// URL of a NATS server, or of several servers of one cluster, separated by commas
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
     /// File with the seed of this service's nkey; MILLSTREAM_NATS_SEED may hold the seed itself
@@ -54,7 +55,15 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// The URL is malformed or the server refuses us.
+    /// A URL is malformed. It is not shown: it may hold a password.
+    #[error(
+        "NATS_URL: server {number} of the list is no URL such as nats://nats-1:4222; several are separated by commas"
+    )]
+    Url {
+        /// Which one of the list, from 1.
+        number: usize,
+    },
+    /// A server refuses us.
     #[error("cannot connect to NATS at {url}")]
     Connect {
         /// Where.
@@ -136,7 +145,7 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
             std::future::ready(())
         });
     let client = options
-        .connect(&args.nats_url)
+        .connect(servers(&args.nats_url)?)
         .await
         .map_err(|source| Error::Connect { url: args.nats_url.clone(), source })?;
     while client.connection_state() != State::Connected || client.server_info().version.is_empty() {
@@ -150,78 +159,94 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
     Ok(Nats { client, jetstream, connections })
 }
 
+/// The servers of a list.
+fn servers(list: &str) -> Result<Vec<ServerAddr>, Error> {
+    let urls: Vec<&str> = list.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
+    if urls.is_empty() {
+        return Err(Error::Url { number: 1 });
+    }
+    let server = |url: &str| url.parse().ok().filter(|server: &ServerAddr| !server.host().is_empty());
+    (1..).zip(urls).map(|(number, url)| server(url).ok_or(Error::Url { number })).collect()
+}
+
 fn version(text: &str) -> Option<(u64, u64, u64)> {
     let mut parts = text.split(['.', '-']).map(|part| part.parse().ok());
     Some((parts.next()??, parts.next()??, parts.next()??))
 }
 
-/// What the streams may hold.
-#[derive(Clone, Copy, Debug, clap::Args)]
+/// What the streams may hold. Of a stream that exists, what is not given stays as it is.
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub struct StreamArgs {
-    /// Copies of each stream: 1 on a single server, 3 in a cluster
-    #[arg(long, env = "MILLSTREAM_STREAM_REPLICAS", default_value_t = 1)]
-    pub replicas: usize,
-    /// Bytes of submitted changes that may wait for Postgres; when full, edges push back
-    #[arg(long, env = "MILLSTREAM_CHANGES_MAX_BYTES", default_value_t = 1 << 30)]
-    pub changes_max_bytes: i64,
-    /// Bytes of committed transactions kept for clients that return
-    #[arg(long, env = "MILLSTREAM_WAL_MAX_BYTES", default_value_t = 4 << 30)]
-    pub wal_max_bytes: i64,
-    /// Hours for which committed transactions are kept for clients that return
-    #[arg(long, env = "MILLSTREAM_WAL_MAX_HOURS", default_value_t = 7 * 24)]
-    pub wal_max_hours: u64,
+    /// Copies of each stream, such as 3 in a cluster; without it a stream keeps those that it has, and a new one has 1
+    #[arg(long, env = "MILLSTREAM_STREAM_REPLICAS")]
+    pub replicas: Option<usize>,
+    /// Bytes of submitted changes that may wait for Postgres; when full, edges push back. A new stream has 1 GiB
+    #[arg(long, env = "MILLSTREAM_CHANGES_MAX_BYTES")]
+    pub changes_max_bytes: Option<i64>,
+    /// Bytes of committed transactions kept for clients that return. A new stream has 4 GiB
+    #[arg(long, env = "MILLSTREAM_WAL_MAX_BYTES")]
+    pub wal_max_bytes: Option<i64>,
+    /// Hours for which committed transactions are kept for clients that return. A new stream has 7 days
+    #[arg(long, env = "MILLSTREAM_WAL_MAX_HOURS")]
+    pub wal_max_hours: Option<u64>,
 }
 
+/// Copies of a new stream.
+const REPLICAS: usize = 1;
+/// Bytes of submitted changes in a new stream.
+const CHANGES_MAX_BYTES: i64 = 1 << 30;
+/// Bytes of committed transactions in a new stream.
+const WAL_MAX_BYTES: i64 = 4 << 30;
+/// Hours for which a new stream keeps committed transactions.
+const WAL_MAX_HOURS: u64 = 7 * 24;
 /// Consumers a stream may have: each is an edge's tail or an executor's cursor.
 const MAX_CONSUMERS: i32 = 1_000;
 /// Bytes of results kept for reading by stream.
 const RESULTS_MAX_BYTES: i64 = 64 << 20;
 
-fn configurations(args: &StreamArgs) -> [(&'static str, Config); 3] {
-    let base = |name: &str, subjects: &str| Config {
+/// How a stream is to be. What an operator has chosen for one that exists (copies, limits, placement) stays, unless it is
+/// given here or the guarantees need it otherwise.
+fn configuration(name: &str, args: &StreamArgs, before: Option<&Config>) -> Config {
+    let base = |subjects: &str| Config {
         name: name.to_owned(),
         subjects: vec![subjects.to_owned()],
         retention: RetentionPolicy::Limits,
         storage: StorageType::File,
-        num_replicas: args.replicas,
+        num_replicas: args.replicas.or(before.map(|before| before.num_replicas)).unwrap_or(REPLICAS),
         max_consumers: MAX_CONSUMERS,
         // A window of broker-side deduplication that nothing relies on costs memory: the shortest there is.
         duplicate_window: Duration::from_millis(100),
-        ..Config::default()
+        ..before.cloned().unwrap_or_default()
     };
-    [
-        (
-            subject::CHANGES_STREAM,
-            // Discarding old messages would drop accepted changes, and so would an age: a full stream pushes back.
-            Config {
-                discard: DiscardPolicy::New,
-                max_bytes: args.changes_max_bytes,
-                ..base(subject::CHANGES_STREAM, subject::CHANGES_SUBJECTS)
+    let max_bytes = |given: Option<i64>, new| given.or(before.map(|before| before.max_bytes)).unwrap_or(new);
+    match name {
+        // Discarding old messages would drop accepted changes, and so would an age: a full stream pushes back.
+        subject::CHANGES_STREAM => Config {
+            discard: DiscardPolicy::New,
+            max_bytes: max_bytes(args.changes_max_bytes, CHANGES_MAX_BYTES),
+            max_age: Duration::ZERO,
+            ..base(subject::CHANGES_SUBJECTS)
+        },
+        subject::WAL_STREAM => Config {
+            discard: DiscardPolicy::Old,
+            max_bytes: max_bytes(args.wal_max_bytes, WAL_MAX_BYTES),
+            max_age: match (args.wal_max_hours, before) {
+                (None, Some(before)) => before.max_age,
+                (hours, _) => Duration::from_secs(hours.unwrap_or(WAL_MAX_HOURS) * 3600),
             },
-        ),
-        (
-            subject::WAL_STREAM,
-            Config {
-                discard: DiscardPolicy::Old,
-                max_bytes: args.wal_max_bytes,
-                max_age: Duration::from_secs(args.wal_max_hours * 3600),
-                allow_direct: true,
-                allow_atomic_publish: true,
-                deny_delete: true,
-                ..base(subject::WAL_STREAM, subject::WAL_SUBJECTS)
-            },
-        ),
-        (
-            subject::RESULTS_STREAM,
-            Config {
-                discard: DiscardPolicy::Old,
-                storage: StorageType::Memory,
-                max_bytes: RESULTS_MAX_BYTES,
-                max_age: Duration::from_secs(24 * 3600),
-                ..base(subject::RESULTS_STREAM, subject::RESULTS_SUBJECTS)
-            },
-        ),
-    ]
+            allow_direct: true,
+            allow_atomic_publish: true,
+            deny_delete: true,
+            ..base(subject::WAL_SUBJECTS)
+        },
+        _ => Config {
+            discard: DiscardPolicy::Old,
+            storage: StorageType::Memory,
+            max_bytes: RESULTS_MAX_BYTES,
+            max_age: Duration::from_secs(24 * 3600),
+            ..base(subject::RESULTS_SUBJECTS)
+        },
+    }
 }
 
 /// Creates the streams, or updates their limits. The deploy step; services only verify.
@@ -229,17 +254,27 @@ fn configurations(args: &StreamArgs) -> [(&'static str, Config); 3] {
 /// # Errors
 /// The broker refuses, for example to change the storage of an existing stream.
 pub async fn declare_streams(jetstream: &Context, args: &StreamArgs) -> Result<(), Error> {
-    for (name, config) in configurations(args) {
+    for name in [subject::CHANGES_STREAM, subject::WAL_STREAM, subject::RESULTS_STREAM] {
+        let declare = |source: Box<dyn std::error::Error + Send + Sync>| Error::Declare { name, source };
         match jetstream.get_stream(name).await {
-            Ok(_) => {
-                jetstream.update_stream(config).await.map_err(|error| Error::Declare { name, source: error.into() })?;
+            Ok(stream) => {
+                let config = configuration(name, args, Some(&stream.cached_info().config));
+                jetstream.update_stream(config).await.map_err(|error| declare(error.into()))?;
             }
-            Err(_) => {
-                jetstream.create_stream(config).await.map_err(|error| Error::Declare { name, source: error.into() })?;
+            Err(error) if is_missing(&error) => {
+                let config = configuration(name, args, None);
+                jetstream.create_stream(config).await.map_err(|error| declare(error.into()))?;
             }
+            // Not taken for one that is missing: it would be made with other limits than it has.
+            Err(source) => return Err(Error::Stream { name, source }),
         }
     }
     Ok(())
+}
+
+fn is_missing(error: &jetstream::context::GetStreamError) -> bool {
+    use jetstream::context::GetStreamErrorKind;
+    matches!(error.kind(), GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }
 
 /// The stream, checked to be as the guarantees need it.
@@ -285,5 +320,41 @@ mod tests {
         assert!(version("2.15.10-RC.1").unwrap() >= MINIMUM_SERVER);
         assert!(version("2.9.10").unwrap() < MINIMUM_SERVER);
         assert_eq!(version("dev"), None);
+    }
+
+    #[test]
+    fn a_list_of_servers_is_read_whole() {
+        let read =
+            |list: &str| servers(list).map(|all| all.iter().map(|one| (one.host().to_owned(), one.port())).collect());
+        let pair = |host: &str, port| (host.to_owned(), port);
+        assert_eq!(read("nats://a:1").unwrap(), [pair("a", 1)]);
+        assert_eq!(read("nats://a:1, tls://b:2 ,c,").unwrap(), [pair("a", 1), pair("b", 2), pair("c", 4222)]);
+        for bad in ["", " , ", "nats://a:1,http://b", "nats://a:1,nats://"] {
+            let found: Result<Vec<_>, _> = read(bad);
+            assert!(matches!(found, Err(Error::Url { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_stream_keeps_what_is_not_given() {
+        let new = configuration(subject::WAL_STREAM, &StreamArgs::default(), None);
+        assert_eq!((new.num_replicas, new.max_bytes), (REPLICAS, WAL_MAX_BYTES));
+        let before = Config {
+            num_replicas: 3,
+            max_bytes: 7,
+            max_age: Duration::from_secs(9),
+            description: Some("ours".into()),
+            ..new
+        };
+        let kept = configuration(subject::WAL_STREAM, &StreamArgs::default(), Some(&before));
+        assert_eq!((kept.num_replicas, kept.max_bytes, kept.max_age), (3, 7, Duration::from_secs(9)));
+        assert_eq!(kept.description, before.description);
+        let given = StreamArgs { replicas: Some(1), wal_max_hours: Some(2), ..StreamArgs::default() };
+        let changed = configuration(subject::WAL_STREAM, &given, Some(&before));
+        assert_eq!((changed.num_replicas, changed.max_bytes, changed.max_age), (1, 7, Duration::from_secs(7200)));
+        // An age would drop accepted changes, whoever set it.
+        let aged = Config { max_age: Duration::from_secs(9), discard: DiscardPolicy::Old, ..before };
+        let healed = configuration(subject::CHANGES_STREAM, &StreamArgs::default(), Some(&aged));
+        assert_eq!((healed.max_age, healed.discard), (Duration::ZERO, DiscardPolicy::New));
     }
 }

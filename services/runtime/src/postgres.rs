@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustls::CertificateError;
-use sqlx::PgConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, PgConnection, Row as _};
 
 /// How to reach Postgres.
 #[derive(Clone, clap::Args)]
@@ -39,6 +39,8 @@ pub const TEXT_SETTINGS: [(&str, &str); 5] = [
 const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(60);
 /// How long to wait for a connection of the pool.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a pool waits after a connection that lost its settings.
+const REFUSED_PAUSE: Duration = Duration::from_secs(2);
 /// Prepared statements kept a connection.
 const STATEMENT_CACHE: usize = 500;
 
@@ -50,9 +52,53 @@ pub fn options(args: &Args, service: &str) -> Result<PgConnectOptions, sqlx::Err
     let idle = IDLE_IN_TRANSACTION.as_millis().to_string();
     Ok(PgConnectOptions::from_str(&args.database_url)?
         .application_name(&format!("millstream-{service}"))
+        // Its own value would win over ours.
+        .extra_float_digits(None)
         .options(TEXT_SETTINGS)
-        .options([("search_path", "public"), ("idle_in_transaction_session_timeout", idle.as_str())])
+        .options([SEARCH_PATH, ("idle_in_transaction_session_timeout", idle.as_str())])
         .statement_cache_capacity(STATEMENT_CACHE))
+}
+
+/// Where values of the application are looked for by names without a schema.
+const SEARCH_PATH: (&str, &str) = ("search_path", "public");
+
+/// A setting that the connection asked for and does not have.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the connection asked for {name} = {wanted} and has {found}: a connection pooler stands between, which drops `options` \
+     (in PgBouncer by ignore_startup_parameters). Sessions need a connection of their own: let DATABASE_URL name Postgres itself"
+)]
+pub struct SettingLost {
+    name: &'static str,
+    wanted: &'static str,
+    found: String,
+}
+
+/// Opens a connection, and reads back whether it has the settings by which values are written.
+///
+/// # Errors
+/// The server refuses, or a pooler has dropped the settings ([`SettingLost`] in [`sqlx::Error::Configuration`]).
+pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
+    let mut connection = options.connect().await?;
+    verify(&mut connection).await?;
+    Ok(connection)
+}
+
+/// Reads the settings back: one that is not there would write values in another form than the change stream has them.
+async fn verify(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let settings = TEXT_SETTINGS.into_iter().chain([SEARCH_PATH]);
+    let all: Vec<String> = settings.clone().map(|(name, _)| format!("current_setting('{name}')")).collect();
+    // Not prepared: a pooler may have that statement of another session.
+    let sql = AssertSqlSafe(format!("SELECT {}", all.join(", ")));
+    let row = connection.fetch_one(sqlx::raw_sql(sql)).await?;
+    for (index, (name, wanted)) in settings.enumerate() {
+        let found: String = row.try_get(index)?;
+        // DateStyle also names the order in which dates are read.
+        if found != wanted && !(name == "DateStyle" && found.starts_with("ISO,")) {
+            return Err(sqlx::Error::Configuration(Box::new(SettingLost { name, wanted, found })));
+        }
+    }
+    Ok(())
 }
 
 /// Writes into the log whether a connection is encrypted.
@@ -92,6 +138,11 @@ pub fn pool(args: &Args, service: &str, max_connections: u32) -> Result<PgPool, 
         .after_connect(move |connection, _| {
             let (told, asked) = (told.clone(), asked.clone());
             Box::pin(async move {
+                if let Err(error) = verify(connection).await {
+                    // The pool tries again at once, and writes each time into the log.
+                    tokio::time::sleep(REFUSED_PAUSE).await;
+                    return Err(error);
+                }
                 if !told.swap(true, Ordering::Relaxed) {
                     ask(connection, "pool", &asked).await?;
                 }

@@ -5,6 +5,7 @@
 //! set; the standard `OTEL_*` variables apply. Trace context crosses processes as a W3C `traceparent`.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use millstream_schemas::trace::is_valid;
 pub use opentelemetry::KeyValue;
@@ -107,13 +108,25 @@ fn exporter<T: Send + 'static>(
     }
 }
 
+/// Tells this process from all others, in traces and metrics alike.
+static INSTANCE: OnceLock<String> = OnceLock::new();
+
 fn resource(service: &'static str) -> Resource {
     // OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the default name.
     let mut resource = Resource::builder();
     if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
         resource = resource.with_service_name(format!("millstream-{service}"));
     }
-    resource.build()
+    let given = std::env::var("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default();
+    let default = |name: &'static str, value: String| {
+        let is_given = given.split(',').any(|pair| pair.split('=').next().is_some_and(|key| key.trim() == name));
+        (!is_given).then(|| KeyValue::new(name, value))
+    };
+    // Two processes of one service are two sources of metrics.
+    let instance = INSTANCE.get_or_init(|| format!("{:032x}", rand::random::<u128>())).clone();
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let attributes = [default("service.instance.id", instance), default("service.version", version)];
+    resource.with_attributes(attributes.into_iter().flatten()).build()
 }
 
 fn meter_provider(service: &'static str) -> Option<SdkMeterProvider> {
@@ -247,5 +260,15 @@ mod tests {
             unsampled("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
             "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"
         );
+    }
+
+    #[test]
+    fn processes_are_told_apart() {
+        let resource = resource("edge");
+        let value = |name: &'static str| resource.get(&opentelemetry::Key::new(name)).map(|value| value.to_string());
+        assert_eq!(value("service.name").as_deref(), Some("millstream-edge"));
+        assert_eq!(value("service.version").as_deref(), Some(env!("CARGO_PKG_VERSION")));
+        let instance = value("service.instance.id").expect("each process has one");
+        assert_eq!(instance.len(), 32);
     }
 }

@@ -4,6 +4,7 @@
 mod database;
 mod locate;
 mod names;
+mod numeric;
 mod predicate;
 
 use std::io::{self, Write as _};
@@ -219,6 +220,7 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
     problems.extend(misfits.iter().map(|error| Problem::sectioned(&error.to_string())));
     problems.extend(names::check(&catalog));
     let mut warnings = database::unindexed(connection, &catalog).await?;
+    warnings.extend(numeric::undeclared(&catalog));
     for table in &catalog.tables {
         problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
         warnings.extend(predicate::unguarded(connection, table).await.map_err(Error::Postgres)?);

@@ -32,6 +32,8 @@ pub fn tables() -> Vec<Table> {
             type_oid: 0,
             growth: Default::default(),
             merge: None,
+            numeric: None,
+            domain: None,
             default: None,
             nullable: true,
             writable,

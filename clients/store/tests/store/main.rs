@@ -10,6 +10,7 @@ mod order;
 mod parents;
 mod spelling;
 mod territory;
+mod types;
 mod wide;
 
 use std::sync::atomic::Ordering;

@@ -4,6 +4,7 @@
 mod database;
 mod locate;
 mod names;
+mod numeric;
 mod predicate;
 
 use std::io::{self, Write as _};
@@ -221,6 +222,7 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
     let mut warnings = database::unindexed(connection, &catalog).await?;
     warnings.extend(database::stand_in_keys(connection, &catalog).await?);
     warnings.extend(database::emitters(connection).await?);
+    warnings.extend(numeric::undeclared(&catalog));
     for table in &catalog.tables {
         problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
         warnings.extend(predicate::unguarded(connection, table).await.map_err(Error::Postgres)?);

@@ -136,6 +136,7 @@ fn connection() -> Connection {
         writable: true,
         default: None,
         merge: None,
+        numeric: None,
     };
     let table = TableSchema {
         name: "values".into(),

@@ -56,6 +56,8 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
         growth: Growth::default(),
         default: None,
         merge: None,
+        numeric: None,
+        domain: None,
     };
     let always = || Some("true".to_owned());
     Table {

@@ -28,7 +28,7 @@ pub use change::{Change, Operation, Row, TableChanges, TableOp, Value};
 pub use clock::{Clock, Clocks};
 pub use code::{Code, Retry};
 pub use position::{Lsn, Position};
-pub use schema::{ColumnSchema, Merge, Reference, Schema, TableSchema, TableScope};
+pub use schema::{ColumnSchema, Merge, Numeric, Reference, Schema, TableSchema, TableScope};
 pub use subject::Scope;
 
 /// Version of the protocol that this crate speaks. A client of another version gets `upgrade_required`.

@@ -54,7 +54,7 @@ impl TableSchema {
 pub struct ColumnSchema {
     /// Its name.
     pub name: String,
-    /// Postgres' name of its type, such as `timestamp with time zone`.
+    /// Postgres' name of its type, such as `timestamp with time zone`; of a domain, of the type below it.
     pub r#type: String,
     /// Whether it may be null.
     pub nullable: bool,
@@ -66,6 +66,21 @@ pub struct ColumnSchema {
     /// How concurrent changes of it meet, if both are to count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge: Option<Merge>,
+    /// What SQLite has for its values, if it is a `numeric` and that is declared; else they are text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numeric: Option<Numeric>,
+}
+
+/// What SQLite has for the values of a `numeric` column. On the wire they are text, whatever is declared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Numeric {
+    /// A floating-point number: it compares as a number, with some 15 digits.
+    Real,
+    /// A whole number of the smallest unit that the column's scale has: 12.50 in `numeric(10,2)` is 1250.
+    Integer,
+    /// Postgres' own text: exact, and compared as text.
+    Text,
 }
 
 /// How concurrent changes of a column meet, where neither may be lost: in any order they come to the same.

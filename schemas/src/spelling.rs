@@ -53,16 +53,39 @@ pub fn spelling<'a>(sql_type: &str, text: &'a str) -> Spelling<'a> {
         "timestamp without time zone" => known(timestamp(text, digits(&modifiers), false), "2026-11-29 08:30:00"),
         "timestamp with time zone" => known(timestamp(text, digits(&modifiers), true), "2026-11-29 08:30:00+00"),
         "time without time zone" if text == "24:00:00" => Spelling::Known(Cow::Borrowed(text)),
-        "time without time zone" => known(
-            clock_time(text).and_then(|(time, rest)| (rest.is_empty()).then(|| time.text(digits(&modifiers)))?),
-            "08:30:00",
-        ),
+        "time without time zone" => known(time(text, digits(&modifiers)), "08:30:00"),
         // Postgres writes the last four bytes of some of these as of an IPv4 address.
         "inet" if text.trim_start().starts_with("::") => Spelling::Any,
         "inet" => known(inet(text), "192.0.2.1 or 2001:db8::1"),
         "bytea" => known(text.strip_prefix("\\x").is_some().then(|| text.to_ascii_lowercase()), "\\x00ff"),
         _ => Spelling::Any,
     }
+}
+
+/// A value as Postgres spells it, where that is known; else as it is.
+pub fn respelt<'a>(sql_type: &str, text: &'a str) -> Cow<'a, str> {
+    match spelling(sql_type, text) {
+        Spelling::Known(known) => known,
+        Spelling::Other(_) | Spelling::Any => Cow::Borrowed(text),
+    }
+}
+
+/// Greatest scale of which one is still a number of 64 bits.
+pub const MAX_SCALE: u32 = 18;
+
+/// Precision and scale of a `numeric(p,s)` whose smallest unit can be counted: the scale is 0 to [`MAX_SCALE`].
+///
+/// ```
+/// use millstream_schemas::spelling::decimals;
+///
+/// assert_eq!(decimals("numeric(10,2)"), Some((10, 2)));
+/// assert_eq!((decimals("numeric"), decimals("numeric(3,-2)"), decimals("numeric(40,19)")), (None, None, None));
+/// ```
+pub fn decimals(sql_type: &str) -> Option<(u32, u32)> {
+    let (name, modifiers) = split(sql_type);
+    let [precision, scale] = modifiers[..] else { return None };
+    let found = (u32::try_from(precision).ok()?, u32::try_from(scale).ok()?);
+    (name == "numeric" && found.1 <= MAX_SCALE).then_some(found)
 }
 
 /// Whether texts of a type may be spelt in ways that Postgres does not give back, and that is known here.
@@ -178,60 +201,56 @@ fn decimal(text: &str, scale: Option<i64>) -> Option<String> {
     Some(if fraction.is_empty() { format!("{sign}{whole}") } else { format!("{sign}{whole}.{fraction}") })
 }
 
-/// A day of the Gregorian calendar, in the years 1 to 9999.
-#[derive(Clone, Copy)]
-struct Day {
-    year: i64,
-    month: i64,
-    day: i64,
+/// Microseconds of a second, and of a day.
+const SECOND: i64 = 1_000_000;
+const DAY: i64 = 86_400 * SECOND;
+
+/// Days since 2000-01-01 of a day in the years 1 to 9999 of the Gregorian calendar.
+/// Source: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+fn days(year: i64, month: i64, day: i64) -> Option<i64> {
+    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let last = match month {
+        2 if leap => 29,
+        2 => 28,
+        4 | 6 | 9 | 11 => 30,
+        1..=12 => 31,
+        _ => return None,
+    };
+    if !(1..=9_999).contains(&year) || !(1..=last).contains(&day) {
+        return None;
+    }
+    // Years that begin in March: the leap day is their last.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let of_year = (153 * month + 2) / 5 + day - 1;
+    Some(365 * year + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + of_year - 730_425)
 }
 
-impl Day {
-    fn new(year: i64, month: i64, day: i64) -> Option<Day> {
-        let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-        let last = match month {
-            2 if leap => 29,
-            2 => 28,
-            4 | 6 | 9 | 11 => 30,
-            1..=12 => 31,
-            _ => return None,
-        };
-        ((1..=9_999).contains(&year) && (1..=last).contains(&day)).then_some(Day { year, month, day })
-    }
-
-    fn next(self) -> Option<Day> {
-        Day::new(self.year, self.month, self.day + 1)
-            .or_else(|| Day::new(self.year, self.month + 1, 1))
-            .or_else(|| Day::new(self.year + 1, 1, 1))
-    }
-
-    fn previous(self) -> Option<Day> {
-        let last = |year, month| (28..=31).rev().find_map(|day| Day::new(year, month, day));
-        Day::new(self.year, self.month, self.day - 1)
-            .or_else(|| last(self.year, self.month - 1))
-            .or_else(|| last(self.year - 1, 12))
-    }
-
-    fn text(self) -> String {
-        format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
-    }
+/// The text of a day, in the years 1 to 9999.
+fn day_text(days: i64) -> Option<String> {
+    let days = days + 730_425;
+    let (era, of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (year, month) = (year + 400 * era, month + 3);
+    let (year, month) = if month > 12 { (year + 1, month - 12) } else { (year, month) };
+    (1..=9_999).contains(&year).then(|| format!("{year:04}-{month:02}-{day:02}"))
 }
 
-/// A time of the day.
-struct Time<'a> {
-    seconds: i64,
-    /// Digits behind the point.
-    fraction: &'a str,
+/// The text of microseconds since midnight.
+fn time_text(micros: i64) -> String {
+    let seconds = micros / SECOND;
+    let fraction = format!("{:06}", micros % SECOND);
+    let fraction = fraction.trim_end_matches('0');
+    let point = if fraction.is_empty() { "" } else { "." };
+    format!("{:02}:{:02}:{:02}{point}{fraction}", seconds / 3_600, seconds / 60 % 60, seconds % 60)
 }
 
-impl Time<'_> {
-    /// None if the fraction would have to be rounded.
-    fn text(&self, digits: usize) -> Option<String> {
-        let fraction = self.fraction.trim_end_matches('0');
-        let (hours, minutes, seconds) = (self.seconds / 3_600, self.seconds / 60 % 60, self.seconds % 60);
-        let point = if fraction.is_empty() { "" } else { "." };
-        (fraction.len() <= digits).then(|| format!("{hours:02}:{minutes:02}:{seconds:02}{point}{fraction}"))
-    }
+/// Microseconds since 2000, or since midnight, rounded to so many digits of a second, away from zero in the middle, as Postgres does it.
+fn rounded(micros: i64, digits: usize) -> i64 {
+    let unit = 10_i64.pow(6 - digits.min(6) as u32);
+    (micros.abs() + unit / 2) / unit * unit * micros.signum()
 }
 
 /// Splits a number of at most `most` digits off the front of a text; gives the number and the rest of the text.
@@ -240,19 +259,11 @@ fn number(text: &str, most: usize) -> Option<(i64, &str)> {
     Some((text[..end].parse().ok()?, &text[end..]))
 }
 
-fn day(text: &str) -> Option<(Day, &str)> {
+fn day(text: &str) -> Option<(i64, &str)> {
     let (year, rest) = number(text, 4).filter(|(_, rest)| text.len() - rest.len() == 4)?;
     let (month, rest) = number(rest.strip_prefix('-')?, 2)?;
     let (day, rest) = number(rest.strip_prefix('-')?, 2)?;
-    Some((Day::new(year, month, day)?, rest))
-}
-
-fn date(text: &str) -> Option<String> {
-    if let Some(end) = endless(text) {
-        return Some(end);
-    }
-    let (day, rest) = day(text.trim())?;
-    rest.is_empty().then(|| day.text())
+    Some((days(year, month, day)?, rest))
 }
 
 fn endless(text: &str) -> Option<String> {
@@ -260,7 +271,8 @@ fn endless(text: &str) -> Option<String> {
     ["infinity", "-infinity"].contains(&text.as_str()).then_some(text)
 }
 
-fn clock_time(text: &str) -> Option<(Time<'_>, &str)> {
+/// Microseconds since midnight, and the rest of the text.
+fn clock_time(text: &str) -> Option<(i64, &str)> {
     let (hours, rest) = number(text, 2)?;
     let (minutes, rest) = number(rest.strip_prefix(':')?, 2)?;
     // Without seconds, a fraction would have Postgres take the two numbers for minutes and seconds.
@@ -274,14 +286,18 @@ fn clock_time(text: &str) -> Option<(Time<'_>, &str)> {
         }
         None => (0, "", rest),
     };
-    (hours < 24 && minutes < 60 && seconds < 60)
-        .then_some((Time { seconds: hours * 3_600 + minutes * 60 + seconds, fraction }, rest))
+    // By way of a floating-point number, as Postgres reads it.
+    let fraction = format!("0.{fraction}0").parse::<f64>().ok()? * SECOND as f64;
+    let micros = (hours * 3_600 + minutes * 60 + seconds) * SECOND + fraction.round_ties_even() as i64;
+    (hours < 24 && minutes < 60 && seconds < 60).then_some((micros, rest))
 }
 
 /// Seconds that a zone is ahead of UTC.
 fn zone(text: &str) -> Option<i64> {
+    if ["z", "utc", "gmt"].contains(&text.to_ascii_lowercase().as_str()) {
+        return Some(0);
+    }
     let (sign, rest) = match text.split_at_checked(1)? {
-        ("Z" | "z", "") => return Some(0),
         ("+", rest) => (1, rest),
         ("-", rest) => (-1, rest),
         _ => return None,
@@ -294,26 +310,40 @@ fn zone(text: &str) -> Option<i64> {
     (rest.is_empty() && hours < 16 && minutes < 60).then_some(sign * (hours * 3_600 + minutes * 60))
 }
 
+/// A time of the day; Postgres ignores a zone, and a day before it.
+fn time(text: &str, digits: usize) -> Option<String> {
+    let text = text.trim();
+    let behind_day = day(text).and_then(|(_, rest)| rest.strip_prefix(' '));
+    let (micros, rest) = clock_time(behind_day.map_or(text, str::trim_start))?;
+    let is_whole = rest.is_empty() || zone(rest.trim_start()).is_some();
+    is_whole.then(|| time_text(rounded(micros, digits)))
+}
+
+/// A day, the microseconds since its midnight, and the seconds that the zone is ahead of UTC.
+fn moment(text: &str) -> Option<(i64, i64, i64)> {
+    let (day, rest) = day(text.trim())?;
+    let (micros, rest) = match rest.strip_prefix([' ', 'T', 't']) {
+        Some(rest) => clock_time(rest)?,
+        None => (0, rest),
+    };
+    Some((day, micros, if rest.is_empty() { 0 } else { zone(rest.trim_start())? }))
+}
+
+/// A day; Postgres ignores a time behind it.
+fn date(text: &str) -> Option<String> {
+    endless(text).or_else(|| moment(text).and_then(|(day, ..)| day_text(day)))
+}
+
 fn timestamp(text: &str, digits: usize, zoned: bool) -> Option<String> {
     if let Some(end) = endless(text) {
         return Some(end);
     }
-    let (mut day, rest) = day(text.trim())?;
-    let (mut time, rest) = match rest.strip_prefix([' ', 'T', 't']) {
-        Some(rest) => clock_time(rest)?,
-        None => (Time { seconds: 0, fraction: "" }, rest),
-    };
-    let ahead = if rest.is_empty() { 0 } else { zone(rest.trim_start())? };
+    let (day, micros, ahead) = moment(text)?;
     // Without a zone in its type, Postgres ignores that of the text.
-    if zoned {
-        time.seconds -= ahead;
-        if time.seconds < 0 {
-            (day, time.seconds) = (day.previous()?, time.seconds + 86_400);
-        } else if time.seconds >= 86_400 {
-            (day, time.seconds) = (day.next()?, time.seconds - 86_400);
-        }
-    }
-    Some(format!("{} {}{}", day.text(), time.text(digits)?, if zoned { "+00" } else { "" }))
+    let ahead = if zoned { ahead } else { 0 };
+    let micros = rounded(day * DAY + micros - ahead * SECOND, digits);
+    let day = day_text(micros.div_euclid(DAY))?;
+    Some(format!("{day} {}{}", time_text(micros.rem_euclid(DAY)), if zoned { "+00" } else { "" }))
 }
 
 /// An address without a network, or with one that is smaller than it.
@@ -353,7 +383,8 @@ mod tests {
             ("date", "29.11.2026"),
             ("timestamp with time zone", "2026-11-29 25:00"),
             ("timestamp with time zone", "2026-11-29 08:00 Europe/Berlin"),
-            ("timestamp(3) with time zone", "2026-11-29 08:00:00.1234"),
+            ("timestamp with time zone", "9999-12-31 23:00-02"),
+            ("date", "2026-11-29 25:00"),
             ("time without time zone", "noon"),
             ("inet", "10.1"),
             ("boolean", "perhaps"),

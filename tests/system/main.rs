@@ -6,6 +6,7 @@ mod batches;
 mod bulk;
 mod command_line;
 mod content;
+mod domains;
 mod epochs;
 mod exchanges;
 mod executor;

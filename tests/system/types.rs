@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::executor::database::Database;
 
 /// Column, type, and values as SQL expressions.
-const TYPES: [(&str, &str, &[&str]); 39] = [
+const TYPES: [(&str, &str, &[&str]); 43] = [
     ("smallint_", "smallint", &["-32768", "32767", "0"]),
     ("integer_", "integer", &["-2147483648", "2147483647", "7"]),
     ("bigint_", "bigint", &["-9223372036854775808", "9223372036854775807", "9007199254740993"]),
@@ -67,6 +67,10 @@ const TYPES: [(&str, &str, &[&str]); 39] = [
     ("mood_", "mood", &["'happy'", "'so-so, really'"]),
     ("email_", "email", &["'a@b.c'", "'d@e'"]),
     ("positive_", "positive", &["1", "9223372036854775807"]),
+    ("nested_", "nested", &["1", "99"]),
+    ("moments_", "moment", &["'2026-07-01 12:00:00.5+02'"]),
+    ("units_", "numeric(12, 2)", &["'1.5'", "'-9999999999.99'", "'0'", "'NaN'"]),
+    ("float_", "numeric", &["'1.5'", "'-0.001'", "'123456789012345'", "'NaN'", "'Infinity'"]),
     ("pair_", "pair", &["ROW(1, 'a,b')", "ROW(NULL, '')"]),
 ];
 
@@ -76,6 +80,8 @@ fn schema() -> String {
         "CREATE TYPE mood AS ENUM ('happy', 'so-so, really');
          CREATE DOMAIN email AS text CHECK (VALUE LIKE '%@%');
          CREATE DOMAIN positive AS bigint CHECK (VALUE > 0);
+         CREATE DOMAIN nested AS positive CHECK (VALUE < 100);
+         CREATE DOMAIN moment AS timestamptz;
          CREATE TYPE pair AS (n int, t text);
          CREATE TABLE kinds (id uuid PRIMARY KEY, {}, length int GENERATED ALWAYS AS (length(text_)) STORED);",
         columns.join(", ")
@@ -85,18 +91,24 @@ fn schema() -> String {
 fn config() -> String {
     let columns: Vec<String> = TYPES.iter().map(|(name, ..)| format!("{name:?}")).collect();
     format!(
-        "[tables.kinds]\nscope = {{ kind = \"global\" }}\nwritable = [\"id\", {}]\nwrite.insert = \"true\"\nwrite.update = \"true\"\n",
+        "[tables.kinds]\nscope = {{ kind = \"global\" }}\nwritable = [\"id\", {}]\nwrite.insert = \"true\"\nwrite.update = \"true\"\n\
+         numeric = {{ units_ = \"integer\", float_ = \"real\" }}\n",
         columns.join(", ")
     )
 }
 
-/// What SQLite has for a value of a type that Postgres writes as `text`: the table in docs/tables.md.
-fn held(sql_type: &str, text: Option<String>) -> SqlValue {
+/// What SQLite has for a value of a column that Postgres writes as `text`: the table in docs/tables.md.
+fn held(name: &str, sql_type: &str, text: Option<String>) -> SqlValue {
     let Some(text) = text else { return SqlValue::Null };
     match sql_type {
+        _ if text == "NaN" => SqlValue::Text(text),
+        "numeric(12, 2)" if name == "units_" => SqlValue::Integer(text.replace('.', "").parse().expect("units")),
+        "numeric" if name == "float_" => SqlValue::Real(text.parse().expect("a number")),
         "boolean" => SqlValue::Integer(i64::from(text == "t")),
-        "smallint" | "integer" | "bigint" => SqlValue::Integer(text.parse().expect("an integer")),
-        "real" | "double precision" if text != "NaN" => SqlValue::Real(text.parse().expect("a number")),
+        "smallint" | "integer" | "bigint" | "positive" | "nested" => {
+            SqlValue::Integer(text.parse().expect("an integer"))
+        }
+        "real" | "double precision" => SqlValue::Real(text.parse().expect("a number")),
         "bytea" => {
             let digits: Vec<char> = text.trim_start_matches("\\x").chars().collect();
             let byte = |pair: &[char]| u8::from_str_radix(&String::from_iter(pair), 16).expect("hex");
@@ -145,11 +157,11 @@ async fn expected(postgres: &mut PgConnection) -> Result<Vec<Vec<SqlValue>>> {
         }
         Some(text)
     };
-    let types: Vec<&str> = std::iter::once("uuid").chain(TYPES.iter().map(|(_, sql_type, _)| *sql_type)).collect();
+    let types: Vec<_> = std::iter::once(("id", "uuid")).chain(TYPES.iter().map(|(name, of, _)| (*name, *of))).collect();
     let text = String::from_utf8(lines)?;
     Ok(text
         .lines()
-        .map(|line| line.split('\t').zip(&types).map(|(field, sql_type)| held(sql_type, unescape(field))).collect())
+        .map(|line| line.split('\t').zip(&types).map(|(field, (name, of))| held(name, of, unescape(field))).collect())
         .collect())
 }
 
@@ -239,7 +251,7 @@ async fn run(board: &Board) -> Result<()> {
 }
 
 /// Types whose spellings `millstream_schemas::spelling` knows, and letters of which texts of them are made.
-const SPELT: [(&str, &[&str]); 16] = [
+const SPELT: [(&str, &[&str]); 20] = [
     (
         "uuid",
         &[
@@ -258,8 +270,15 @@ const SPELT: [(&str, &[&str]); 16] = [
     ("numeric(5)", &["7", "0", "-", ".", "e1", "12"]),
     ("boolean", &["t", "rue", "f", "alse", "yes", "no", "on", "off", "1", "0", " "]),
     ("date", &["2026", "2024", "1900", "-", "-", "-", "1", "02", "11", "29", "30", "infinity", " "]),
+    ("date", &["2026-11-29", "2024-2-29", "T", " ", "8:00", "23:59:59", ".5", "Z", "+02", "-infinity", " UTC"]),
     ("time", &["8:00", "08:30:15", "23:59:59", "24:00:00", ".5", ".250", ".1234567", ":30", "Z"]),
-    ("time(2)", &["8:00", "08:30:15", ".5", ".250", ".125", ":07"]),
+    ("time", &["2026-11-29 ", "8:00", "23:59:59", ".9999999", "T", "Z", "+02", " GMT"]),
+    ("time(2)", &["8:00", "08:30:15", "23:59:59", ".5", ".250", ".125", ".995", ":07"]),
+    ("timestamp(0)", &["1999-12-31", "2026-12-31", "T", "23:59:59", "0:00:01", ".5", ".4999999", ".49999999", ".25"]),
+    (
+        "timestamptz(2)",
+        &["1999-12-31", "2026-12-31", "T", "23:59:59", ".995", ".125", ".004999", ".0000005", "Z", "-01", "utc"],
+    ),
     (
         "timestamp",
         &["2026-11-29", "2024-2-29", "0001-01-01", "T", " ", "8:00", "08:30:15", ".5", "Z", "+02", "-infinity"],

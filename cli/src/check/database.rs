@@ -307,7 +307,7 @@ async fn inserts(connection: &mut PgConnection, table: &Table) -> Result<Vec<Pro
     }
     let rows = sqlx::query(
         "SELECT a.attname::text, quote_ident(a.attname), a.attidentity = 'a', \
-           a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND t.typdefault IS NULL AND NOT EXISTS ( \
+           (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef AND a.attidentity = '' AND t.typdefault IS NULL AND NOT EXISTS ( \
              SELECT FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid \
              WHERE g.tgrelid = a.attrelid AND g.tgtype & 6 = 6 AND NOT g.tgisinternal AND g.tgenabled <> 'D' \
                AND p.pronamespace IS DISTINCT FROM to_regnamespace('millstream')::oid) \

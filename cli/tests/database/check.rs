@@ -356,3 +356,39 @@ async fn scope_columns_that_no_predicate_looks_at_are_warned_of() {
     assert_eq!(places, ["[tables.tasks] write.insert", "[tables.tasks] write.update"], "{found:?}");
     assert!(found[0].2.contains("may set `position`, which says who becomes a member"), "{found:?}");
 }
+
+/// Undeclared columns of `numeric` are told of once a table, with a line that helps; what cannot be as declared is a problem.
+#[tokio::test(flavor = "multi_thread")]
+async fn numeric_columns_are_declared_or_told_of() {
+    let schema = "CREATE DOMAIN price AS numeric(10,2);
+        CREATE TABLE goods (id numeric(12,0) PRIMARY KEY, cost price, weight numeric, \"Net total\" numeric(20,4), owner numeric(4,0), list numeric[], n int);
+        ALTER TABLE goods REPLICA IDENTITY FULL;
+        CREATE INDEX ON goods (owner);
+        CREATE TABLE others (id int PRIMARY KEY, n int);";
+    let config = "[tables.goods]\nscope = { kind = \"user\", column = \"owner\" }\nwritable = [\"cost\"]\n\
+                  [tables.others]\nscope = { kind = \"global\" }\n";
+    let (_stack, mut connection) = database(schema, config).await;
+    let found = check(&mut connection, &parse(config), config).await.expect("Postgres does");
+    let [warning] = &found.warnings[..] else { panic!("{found:#?}") };
+    assert_eq!((warning.place.as_deref(), warning.line), (Some("[tables.goods]"), Some(1)));
+    let fix = warning.fix.as_deref().expect("a remedy");
+    let line = "numeric = { id = \"integer\", cost = \"integer\", weight = \"real\", \"Net total\" = \"real\", owner = \"text\" }";
+    assert!(warning.message.contains("`cost`") && fix.starts_with(line), "{warning:#?}");
+    assert_eq!(found.problems, []);
+    let declared = |line: &str| config.replacen("writable", &format!("{line}\nwritable"), 1);
+    let better = declared(fix);
+    let found = check(&mut connection, &parse(&better), &better).await.expect("Postgres does");
+    assert_eq!(found, millstream::check::Findings::default());
+    for (line, says) in [
+        ("numeric = { n = \"real\" }", "`n`: its type is integer, and has to be numeric"),
+        ("numeric = { list = \"text\" }", "`list`: its type is numeric[], and has to be numeric"),
+        ("numeric = { nothing = \"real\" }", "it has no column `nothing`"),
+        ("numeric = { weight = \"integer\" }", "`weight`: \"integer\" counts the smallest unit"),
+        ("numeric = { id = \"real\" }", "`id`: it is part of the key"),
+        ("numeric = { owner = \"integer\" }", "`owner`: it names a scope"),
+    ] {
+        let text = declared(line);
+        let found = check(&mut connection, &parse(&text), &text).await.expect("Postgres does").problems;
+        assert!(found.len() == 1 && found[0].message.contains(says), "{line}: {found:#?}");
+    }
+}

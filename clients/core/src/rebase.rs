@@ -118,6 +118,7 @@ mod tests {
             writable: true,
             default: None,
             merge,
+            numeric: None,
         };
         TableSchema {
             name: "t".into(),

@@ -6,18 +6,22 @@
 //!
 //! The triggers are silent while the store itself writes: `millstream_tx()` is null then. They call these functions of
 //! the store's connection: `millstream_tx()`, `millstream_seq()`, `millstream_instance()`, `millstream_uuid()`,
-//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`, and `millstream_spelt(name, type, text)`, which refuses
-//! what Postgres would give back in another spelling.
+//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`, `millstream_spelt(name, type, text)`, which refuses
+//! what Postgres would give back in another spelling, and `millstream_spelling(type, value)`, which gives that spelling, or null where it is not known or no other.
+//!
+//! Keys are refused in another spelling, since rows are known by them. Of other columns the spelling is recorded, and two more triggers
+//! bring it to the row, so that values compare the same before and after their confirmation. That is no change: the trigger that records
+//! updates compares by the same function.
 //!
 //! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
 //! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
 
-use millstream_schemas::spelling::is_spelt;
-use millstream_schemas::{Merge, TableSchema};
+use millstream_schemas::spelling::{decimals, is_spelt};
+use millstream_schemas::{ColumnSchema, Merge, Numeric, TableSchema};
 
 /// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
 /// app's by SQLite's own documentation.
-pub const STORE_VERSION: i64 = 4;
+pub const STORE_VERSION: i64 = 5;
 
 /// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
 pub const UPGRADE_FROM_0: &str = "
@@ -52,6 +56,9 @@ pub const UPGRADE_FROM_2: &str = "PRAGMA user_version = 0;";
 /// Brings the tables of a store of version 3, where every value was what a column becomes, up to version 4.
 pub const UPGRADE_FROM_3: &str =
     "ALTER TABLE local_changes ADD COLUMN adds TEXT; ALTER TABLE local_changes ADD COLUMN gone INTEGER;";
+
+/// Brings the tables of a store of version 4, whose triggers recorded values as they were written, up to version 5.
+pub const UPGRADE_FROM_4: &str = "";
 
 /// Tables of the store itself.
 ///
@@ -112,7 +119,10 @@ pub fn is_reserved(table: &str) -> bool {
     name == LOCAL_CHANGES || name.starts_with("millstream_") || name.starts_with("sqlite_")
 }
 
-/// How SQLite stores a Postgres type.
+/// Most digits of which every number has 64 bits.
+const MAX_DIGITS: u32 = 18;
+
+/// How SQLite stores the values of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// 0 and 1; `f` and `t` on the wire.
@@ -121,6 +131,13 @@ pub enum Kind {
     Integer,
     /// 64 bits; `NaN`, which SQLite lacks, stays text.
     Real,
+    /// The smallest units of a `numeric(precision, scale)`, as 64 bits: 1250 for 12.50. What has no place in these stays text.
+    Units {
+        /// Number of all digits.
+        precision: u32,
+        /// Number of digits behind the point.
+        scale: u32,
+    },
     /// Bytes; `\x…` on the wire.
     Bytes,
     /// Everything else, as Postgres writes it: exact for `numeric`, times, JSON and arrays.
@@ -128,13 +145,17 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Of a type as `format_type` names it.
-    pub fn of(postgres_type: &str) -> Kind {
-        match postgres_type {
-            "boolean" => Kind::Bool,
-            "smallint" | "integer" | "bigint" => Kind::Integer,
-            "real" | "double precision" => Kind::Real,
-            "bytea" => Kind::Bytes,
+    /// Of a column, by its type, as `format_type` names it, and what is declared.
+    pub fn of(column: &ColumnSchema) -> Kind {
+        match (column.numeric, column.r#type.as_str()) {
+            (Some(Numeric::Real), _) => Kind::Real,
+            (Some(Numeric::Integer), r#type) => {
+                decimals(r#type).map_or(Kind::Text, |(precision, scale)| Kind::Units { precision, scale })
+            }
+            (_, "boolean") => Kind::Bool,
+            (_, "smallint" | "integer" | "bigint") => Kind::Integer,
+            (_, "real" | "double precision") => Kind::Real,
+            (_, "bytea") => Kind::Bytes,
             _ => Kind::Text,
         }
     }
@@ -145,6 +166,7 @@ impl Kind {
         match self {
             Kind::Bool => Some(if text == "t" { "1" } else { "0" }.to_owned()),
             Kind::Integer => text.parse::<i64>().ok().map(|number| number.to_string()),
+            Kind::Units { scale, .. } => units(text, scale).map(|number| number.to_string()),
             Kind::Real => {
                 text.parse::<f64>().ok().filter(|number| number.is_finite()).map(|number| format!("{number:e}"))
             }
@@ -156,12 +178,24 @@ impl Kind {
     /// The declared type. `INT`, because `INTEGER` would make a sole key column an alias of the rowid, which SQLite fills in.
     fn declaration(self) -> &'static str {
         match self {
-            Kind::Bool | Kind::Integer => "INT",
+            // SQLite would make a rounded number of text that has no place in 64 bits.
+            Kind::Units { precision, .. } if precision > MAX_DIGITS => "BLOB",
+            Kind::Bool | Kind::Integer | Kind::Units { .. } => "INT",
             Kind::Real => "REAL",
             Kind::Bytes => "BLOB",
             Kind::Text => "TEXT",
         }
     }
+}
+
+/// How many of the smallest units a decimal number is, in Postgres' text form; none if that has no place in 64 bits, or is no such number.
+pub fn units(text: &str, scale: u32) -> Option<i64> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let digits = whole.strip_prefix('-').unwrap_or(whole);
+    if digits.is_empty() || fraction.len() > scale as usize || !fraction.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    format!("{whole}{fraction:0<width$}", width = scale as usize).parse().ok()
 }
 
 /// An identifier, quoted.
@@ -198,6 +232,19 @@ pub fn text_expr(kind: Kind, value: &str) -> String {
             "CASE WHEN {value} IS NULL THEN NULL WHEN {value} IN (1, 't', 'true') THEN 't' WHEN {value} IN (0, 'f', 'false') THEN 'f' ELSE {text} END"
         ),
         Kind::Integer | Kind::Text => text,
+        Kind::Units { scale: 0, .. } => text,
+        Kind::Units { scale, .. } => {
+            let (digits, least) = (format!("ltrim({text}, '-')"), scale + 1);
+            let digits = format!(
+                "substr('{0:0<least$}', 1, {least} - length({digits})) || {digits}",
+                "",
+                least = least as usize
+            );
+            format!(
+                "CASE WHEN typeof({value}) = 'integer' THEN iif({value} < 0, '-', '') || substr({digits}, 1, length({digits}) - {scale}) \
+                 || '.' || substr({digits}, -{scale}) ELSE {text} END"
+            )
+        }
         // SQLite's cast keeps 15 digits: 17 where that is not exact, and whole numbers as Postgres writes them.
         Kind::Real => format!(
             "CASE WHEN typeof({value}) <> 'real' THEN {text} \
@@ -224,7 +271,7 @@ pub fn add_column(table: &TableSchema, column: usize) -> String {
 /// A column's name, type and default: what the server would fill in shows at once. Parts of the key have to be given.
 fn declared(table: &TableSchema, index: usize) -> String {
     let column = &table.columns[index];
-    let kind = Kind::of(&column.r#type);
+    let kind = Kind::of(column);
     let value = column.default.as_deref().filter(|_| !table.key.contains(&index));
     let default = value.and_then(|text| kind.literal(text)).map(|literal| format!(" DEFAULT {literal}"));
     format!("{} {}{}", quote(&column.name), kind.declaration(), default.unwrap_or_default())
@@ -232,7 +279,7 @@ fn declared(table: &TableSchema, index: usize) -> String {
 
 /// SQL that drops the triggers of a table, if they exist.
 pub fn drop_triggers(table: &str) -> String {
-    ["insert", "update", "delete"]
+    ["insert", "update", "delete", "spell_insert", "spell_update"]
         .map(|op| format!("DROP TRIGGER IF EXISTS {};", quote(&format!("millstream_{op}_{table}"))))
         .join("\n")
 }
@@ -258,7 +305,7 @@ pub fn row_expr(table: &TableSchema, prefix: &str) -> String {
 
 fn column_text(table: &TableSchema, index: usize, prefix: &str) -> String {
     let column = &table.columns[index];
-    text_expr(Kind::of(&column.r#type), &format!("{prefix}{}", quote(&column.name)))
+    text_expr(Kind::of(column), &format!("{prefix}{}", quote(&column.name)))
 }
 
 /// The column's name as JSON, within an SQL literal.
@@ -329,7 +376,92 @@ fn trigger(table: &TableSchema, op: &str, when: &str, body: &str) -> String {
 /// A trigger cannot tell a null that was written from one that was left out. Where SQLite has a default, it was written; else it
 /// is left to the server, which may have a default that SQLite cannot.
 pub fn create_triggers(table: &TableSchema, tables: &[TableSchema], defaults: &[Option<String>]) -> String {
-    [insert_trigger(table, defaults), update_trigger(table), delete_trigger(table, tables)].join("\n")
+    let recording = [insert_trigger(table, defaults), update_trigger(table), delete_trigger(table, tables)];
+    [&recording[..], &spelling_triggers(table)].concat().join("\n")
+}
+
+/// Whether Postgres' spelling of a column's values is known, and its values can be brought to it.
+fn is_respelt(table: &TableSchema, index: usize) -> bool {
+    let column = &table.columns[index];
+    column.writable && !table.key.contains(&index) && Kind::of(column) == Kind::Text && is_spelt(&column.r#type)
+}
+
+/// SQL that gives a value in Postgres' spelling.
+fn spelling_of(table: &TableSchema, index: usize, value: &str) -> String {
+    format!("coalesce({}, {value})", other_spelling(table, index, value))
+}
+
+/// SQL that gives the spelling of a value that has another one than Postgres gives it, else null.
+fn other_spelling(table: &TableSchema, index: usize, value: &str) -> String {
+    format!("millstream_spelling({}, {value})", literal(&table.columns[index].r#type))
+}
+
+/// SQL that gives the text that is recorded for a column.
+fn recorded_text(table: &TableSchema, index: usize, prefix: &str) -> String {
+    let text = column_text(table, index, prefix);
+    if !is_respelt(table, index) {
+        return text;
+    }
+    let value = format!("{prefix}{}", quote(&table.columns[index].name));
+    format!("coalesce({}, {text})", other_spelling(table, index, &value))
+}
+
+/// SQL that says whether an update changes a column.
+fn changes(table: &TableSchema, index: usize) -> String {
+    let name = quote(&table.columns[index].name);
+    let differs = format!("OLD.{name} IS NOT NEW.{name}");
+    if !is_respelt(table, index) {
+        return differs;
+    }
+    let spelt = |prefix| spelling_of(table, index, &format!("{prefix}{name}"));
+    format!("({differs} AND {} IS NOT {})", spelt("OLD."), spelt("NEW."))
+}
+
+/// SQL of the triggers that bring the columns of a row that the app wrote to Postgres' spelling.
+fn spelling_triggers(table: &TableSchema) -> Vec<String> {
+    let respelt: Vec<usize> = (0..table.columns.len()).filter(|&index| is_respelt(table, index)).collect();
+    if respelt.is_empty() {
+        return Vec::new();
+    }
+    let name = |index: &usize| quote(&table.columns[*index].name);
+    let new = |index: &usize| format!("NEW.{}", name(index));
+    let differs = |index: &usize| format!("{} IS NOT NULL", other_spelling(table, *index, &new(index)));
+    let set = |index: &usize| format!("{} = {}", name(index), spelling_of(table, *index, &new(index)));
+    let key = |index: &usize| format!("{} = {}", name(index), new(index));
+    let list = |of: &[usize], sql: &dyn Fn(&usize) -> String| of.iter().map(sql).collect::<Vec<_>>();
+    let (columns, set) = (list(&respelt, &name).join(", "), list(&respelt, &set).join(", "));
+    let (any, by_key) = (joined(&list(&respelt, &differs), "OR"), list(&table.key, &key).join(" AND "));
+    let to = quote(&table.name);
+    [("spell_insert", "INSERT".to_owned()), ("spell_update", format!("UPDATE OF {columns}"))]
+        .map(|(op, event)| {
+            format!(
+                "CREATE TRIGGER {} AFTER {event} ON {to} WHEN millstream_tx() IS NOT NULL AND ({any}) BEGIN\n  \
+                 UPDATE {to} SET {set} WHERE {by_key};\nEND;",
+                quote(&format!("millstream_{op}_{}", table.name))
+            )
+        })
+        .to_vec()
+}
+
+/// SQL that refuses what is no number of units, where `when` holds; empty for other kinds.
+fn require_units(table: &TableSchema, index: usize, when: &str) -> String {
+    let column = &table.columns[index];
+    let Kind::Units { precision, scale } = Kind::of(column) else { return String::new() };
+    let new = format!("NEW.{}", quote(&column.name));
+    let (mut wrong, mut most) =
+        (format!("typeof({new}) NOT IN ('integer', 'null') AND {new} IS NOT 'NaN'"), "64 bits".to_owned());
+    if precision <= MAX_DIGITS {
+        let bound = 10_i64.pow(precision) - 1;
+        wrong += &format!(" OR typeof({new}) = 'integer' AND {new} NOT BETWEEN -{bound} AND {bound}");
+        most = format!("{precision} digits");
+    }
+    let (zeros, of_one) = ("0".repeat((scale as usize).saturating_sub(1)), 10_i64.pow(scale));
+    let unit = if scale == 0 { "1".to_owned() } else { format!("0.{zeros}1") };
+    let message = format!(
+        "column \"{}\" of \"{}\", a {}, is kept as a whole number of units of {unit}, with at most {most}: {of_one} for 1",
+        column.name, table.name, column.r#type
+    );
+    refuse(&message, &format!("{when} AND ({wrong})"))
 }
 
 fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
@@ -347,7 +479,7 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
                 let name = literal(&format!("key column \"{}\" of \"{}\"", column.name, table.name));
                 let (sql_type, text) = (literal(&column.r#type), column_text(table, index, "NEW."));
                 // A text is not the bytes that come back for it.
-                let text = match Kind::of(&column.r#type) {
+                let text = match Kind::of(column) {
                     Kind::Bytes => format!("iif(typeof({0}) = 'blob', {text}, {0})", new(index)),
                     _ => text,
                 };
@@ -360,7 +492,8 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
             body += &refuse(&message, &format!("{} IS NOT NULL{filled}", new(index)));
             continue;
         }
-        let current = column.default.as_deref().and_then(|text| Kind::of(&column.r#type).literal(text));
+        body += &require_units(table, index, "true");
+        let current = column.default.as_deref().and_then(|text| Kind::of(column).literal(text));
         let when = match default {
             Some(default) if Some(default) == current.as_deref() => "true".to_owned(),
             // Another one than the server has by now.
@@ -368,7 +501,7 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
             None => format!("{} IS NOT NULL", new(index)),
         };
         columns.push((when.clone(), name_literal(table, index, "", "")));
-        values.push((when, format!("json_quote({})", column_text(table, index, "NEW."))));
+        values.push((when, format!("json_quote({})", recorded_text(table, index, "NEW."))));
     }
     let key = key_expr(table, "NEW.");
     body += &keep_base(table, &key, "NULL");
@@ -406,7 +539,7 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
         );
     };
     for &index in &settable {
-        let (old, new) = (old_text(table, index), column_text(table, index, "NEW."));
+        let (old, new) = (old_text(table, index), recorded_text(table, index, "NEW."));
         let mut differs = format!("{old} IS NOT {new}");
         if !table.columns[index].nullable {
             // Left out: the server's to fill.
@@ -420,7 +553,7 @@ fn replace(table: &TableSchema, key: &str, replaced: &str, last: &str) -> String
         values.push((differs.clone(), format!("json_quote({set})")));
         previous.push((differs, format!("json_quote({old})")));
     }
-    let (old, new) = (old_text(table, first), column_text(table, first, "NEW."));
+    let (old, new) = (old_text(table, first), recorded_text(table, first, "NEW."));
     let first_name = literal(&table.columns[first].name);
     let (value, added) = match table.columns[first].nullable {
         _ if is_sum(&first) => ("'0'".to_owned(), format!("json_array({first_name})")),
@@ -450,7 +583,7 @@ fn adding(table: &TableSchema, index: usize, old: &str) -> Option<(String, Strin
 
 /// SQL that gives what is recorded for a column: its text, or by how much it changed.
 fn set_text(table: &TableSchema, index: usize, old: &str) -> String {
-    let text = column_text(table, index, "NEW.");
+    let text = recorded_text(table, index, "NEW.");
     match adding(table, index, old) {
         Some((amount, is_recorded)) => format!("iif({is_recorded}, CAST({amount} AS TEXT), {text})"),
         None => text,
@@ -473,10 +606,7 @@ fn old_text(table: &TableSchema, index: usize) -> String {
 }
 
 fn update_trigger(table: &TableSchema) -> String {
-    let changed = |index: usize| {
-        let name = quote(&table.columns[index].name);
-        format!("OLD.{name} IS NOT NEW.{name}")
-    };
+    let changed = |index: usize| changes(table, index);
     let mut body = String::new();
     let (mut columns, mut values, mut previous, mut adds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (index, column) in table.columns.iter().enumerate() {
@@ -487,6 +617,7 @@ fn update_trigger(table: &TableSchema) -> String {
             let message = format!("column \"{}\" of \"{}\" is not writable", column.name, table.name);
             body += &refuse(&message, &changed(index));
         } else {
+            body += &require_units(table, index, &changed(index));
             let (name, old) = (name_literal(table, index, "", ""), format!("OLD.{}", quote(&column.name)));
             adds.extend(
                 adding(table, index, &old).map(|(_, is)| (format!("{} AND {is}", changed(index)), name.clone())),
@@ -576,6 +707,7 @@ mod tests {
                     writable,
                     default: None,
                     merge: None,
+                    numeric: None,
                 })
                 .collect(),
             key: vec![0],
@@ -632,11 +764,50 @@ mod tests {
             ("n", "numeric(10,2)", true),
             ("y", "bytea", true),
             ("l", "integer[]", true),
+            ("u", "numeric(18,2)", true),
+            ("v", "numeric(19,2)", true),
+            ("w", "numeric", true),
         ]);
+        let mut table = table;
+        table.columns[6].numeric = Some(Numeric::Integer);
+        table.columns[7].numeric = Some(Numeric::Integer);
+        table.columns[8].numeric = Some(Numeric::Real);
         assert_eq!(
             create_table(&table),
-            r#"CREATE TABLE "it's" ("id" INT, "b" INT, "r" REAL, "n" TEXT, "y" BLOB, "l" TEXT, PRIMARY KEY ("id"))"#
+            r#"CREATE TABLE "it's" ("id" INT, "b" INT, "r" REAL, "n" TEXT, "y" BLOB, "l" TEXT, "u" INT, "v" BLOB, "w" REAL, PRIMARY KEY ("id"))"#
         );
+    }
+
+    /// 64 bits are the limit of units, either way.
+    #[test]
+    fn units_leave_and_come_back_as_decimals() {
+        for (scale, text, number) in [
+            (2, "12.50", 1250),
+            (2, "-0.05", -5),
+            (2, "0.00", 0),
+            (2, "-123.45", -12345),
+            (0, "7", 7),
+            (0, "-7", -7),
+            (4, "0.0001", 1),
+            (18, "9.223372036854775807", i64::MAX),
+            (18, "-9.223372036854775808", i64::MIN),
+            (2, "92233720368547758.07", i64::MAX),
+        ] {
+            assert_eq!(units(text, scale), Some(number), "{text}");
+            check(Kind::Units { precision: 20, scale }, &number.to_string(), Some(text));
+        }
+        assert_eq!((units("12.5", 2), units("12", 2)), (Some(1250), Some(1200)));
+        for (scale, text) in
+            [(2, "92233720368547758.08"), (2, "1.505"), (2, "NaN"), (2, ""), (2, "."), (2, "-"), (2, "1.-5")]
+        {
+            assert_eq!(units(text, scale), None, "{text}");
+        }
+        let kind = Kind::Units { precision: 20, scale: 2 };
+        for (stored, text) in
+            [("NULL", None), ("'NaN'", Some("NaN")), ("'92233720368547758.08'", Some("92233720368547758.08"))]
+        {
+            check(kind, stored, text);
+        }
     }
 
     #[test]

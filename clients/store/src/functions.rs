@@ -1,12 +1,13 @@
 //! SQL functions of the store's connections, and the guard over what the app's statements may do.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::trigger;
 use millstream_schemas::Clocks;
-use millstream_schemas::spelling::{Spelling, spelling};
+use millstream_schemas::spelling::{Spelling, respelt, spelling};
 use rusqlite::Connection;
 use rusqlite::functions::FunctionFlags;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
@@ -266,6 +267,17 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
                 Spelling::Other(form) => format!("'{text}' is not how {name} is written, as a {sql_type}: write it like '{form}'"),
             };
             Err(rusqlite::Error::UserFunctionError(format!("millstream: {message}").into()))
+        })
+        .during(operation)?;
+    connection
+        .create_scalar_function("millstream_spelling", 2, flags | FunctionFlags::SQLITE_DETERMINISTIC, |context| {
+            Ok(match (context.get_raw(0).as_str(), context.get_raw(1).as_str()) {
+                (Ok(sql_type), Ok(text)) => {
+                    Some(respelt(sql_type, text)).filter(|spelt| spelt != text).map(Cow::into_owned)
+                }
+                // Null, a blob, or no UTF-8.
+                _ => None,
+            })
         })
         .during(operation)?;
     let s = Arc::clone(session);

@@ -278,8 +278,13 @@ fn create_tables(connection: &Connection) -> Result<bool, StoreError> {
         if let Some(found) = found.filter(|found| *found > trigger::STORE_VERSION) {
             return Err(StoreError::TooNew { found, known: trigger::STORE_VERSION });
         }
-        let upgrades =
-            [trigger::UPGRADE_FROM_0, trigger::UPGRADE_FROM_1, trigger::UPGRADE_FROM_2, trigger::UPGRADE_FROM_3];
+        let upgrades = [
+            trigger::UPGRADE_FROM_0,
+            trigger::UPGRADE_FROM_1,
+            trigger::UPGRADE_FROM_2,
+            trigger::UPGRADE_FROM_3,
+            trigger::UPGRADE_FROM_4,
+        ];
         for (version, upgrade) in (0..).zip(upgrades) {
             if found.is_some_and(|found| found <= version) {
                 connection.execute_batch(upgrade).during("upgrading the store's tables")?;

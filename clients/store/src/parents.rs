@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use millstream_client_core::rebase::Image;
-use millstream_schemas::spelling::{Spelling, spelling};
+use millstream_schemas::spelling::respelt;
 use millstream_schemas::{Operation, Value};
 use rusqlite::params;
 
@@ -74,12 +74,8 @@ impl Store {
             };
             let value = |name| set.get(name).or(rest.as_ref().and_then(|rest| rest.get(name))).cloned().flatten();
             let types = parent.table.key.iter().map(|&index| &parent.table.columns[index].r#type);
-            let spelt = |(text, sql_type): (String, &String)| match spelling(sql_type, &text) {
-                Spelling::Known(known) => known.into_owned(),
-                Spelling::Other(_) | Spelling::Any => text,
-            };
-            let parts: Option<Vec<String>> =
-                names().map(value).zip(types).map(|(text, r#type)| Some(spelt((text?, r#type)))).collect();
+            let spelt = |(text, sql_type): (Value, &String)| Some(respelt(sql_type, &text?).into_owned());
+            let parts: Option<Vec<String>> = names().map(value).zip(types).map(spelt).collect();
             if let Some(parts) = parts.filter(|parts| parts.len() == parent.table.key.len()) {
                 found.insert((parent.name(), encode(&parts)));
             }

@@ -2,6 +2,7 @@
 
 use millstream_client_core::outbox::Entry;
 use millstream_schemas::frame::Submit;
+use millstream_schemas::spelling::respelt;
 use millstream_schemas::stream::{self, Loss};
 use millstream_schemas::{Change, Clocks, Code, Operation, Value};
 use rusqlite::types::Type;
@@ -397,11 +398,13 @@ impl Store {
         if !table.table.columns[column].writable || table.table.key.contains(&column) {
             return Err(refuse(format!("the column {name} cannot be changed")));
         }
+        let sql_type = &table.table.columns[column].r#type;
+        let value = edit.value.as_ref().map(|text| respelt(sql_type, text).into_owned());
         match change.columns.iter().position(|column| column == name) {
-            Some(place) => change.values[place] = edit.value.clone(),
+            Some(place) => change.values[place] = value,
             None => {
                 change.columns.push(name.clone());
-                change.values.push(edit.value.clone());
+                change.values.push(value);
             }
         }
         self.connection

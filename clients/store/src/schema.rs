@@ -35,7 +35,7 @@ pub(crate) struct TableSql {
 
 impl TableSql {
     pub fn new(table: TableSchema) -> Self {
-        let kinds = table.columns.iter().map(|column| Kind::of(&column.r#type)).collect();
+        let kinds = table.columns.iter().map(Kind::of).collect();
         let key: Vec<String> = table.key.iter().map(|&index| quote(&table.columns[index].name)).collect();
         let mut sql = TableSql {
             kinds,
@@ -146,7 +146,7 @@ impl TableSql {
 /// Whether rows are told apart by the same columns, of the same kinds.
 fn has_key_of(table: &TableSchema, before: &TableSchema) -> bool {
     let key = |table: &TableSchema| -> Vec<(String, Kind)> {
-        table.key.iter().map(|&i| (table.columns[i].name.clone(), Kind::of(&table.columns[i].r#type))).collect()
+        table.key.iter().map(|&i| (table.columns[i].name.clone(), Kind::of(&table.columns[i]))).collect()
     };
     key(table) == key(before)
 }
@@ -356,7 +356,7 @@ impl Store {
             altered => altered?,
         }
         let stale = |column: &ColumnSchema| match before.column(&column.name) {
-            Some(index) => Kind::of(&before.columns[index].r#type) != Kind::of(&column.r#type),
+            Some(index) => Kind::of(&before.columns[index]) != Kind::of(column),
             // Rows on hand have no value for it, and null cannot be the right one.
             None => !column.nullable,
         };
@@ -367,7 +367,7 @@ impl Store {
         for column in &before.columns {
             let kept = table.column(&column.name).map(|index| &table.columns[index]);
             // Another representation: drop the column and add it again, empty.
-            if kept.is_none_or(|kept| Kind::of(&kept.r#type) != Kind::of(&column.r#type)) {
+            if kept.is_none_or(|kept| Kind::of(kept) != Kind::of(column)) {
                 self.batch(&format!("ALTER TABLE {} DROP COLUMN {}", quote(&table.name), quote(&column.name)))?;
                 if let Some(index) = table.column(&column.name) {
                     self.batch(&trigger::add_column(table, index))?;
@@ -388,7 +388,7 @@ impl Store {
         let new = TableSchema { name: "millstream_rebuilt".into(), ..table.clone() };
         self.batch(&trigger::create_table(&new))?;
         let is_kept = |column: &&ColumnSchema| {
-            let same = |index: usize| Kind::of(&before.columns[index].r#type) == Kind::of(&column.r#type);
+            let same = |index: usize| Kind::of(&before.columns[index]) == Kind::of(column);
             before.column(&column.name).is_some_and(same)
         };
         let mut names: Vec<String> = table.columns.iter().filter(is_kept).map(|column| quote(&column.name)).collect();

@@ -1,6 +1,6 @@
 //! Between Postgres' text form and SQLite's values.
 
-use millstream_client_core::trigger::Kind;
+use millstream_client_core::trigger::{Kind, units};
 use rusqlite::ToSql;
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 
@@ -22,6 +22,7 @@ impl ToSql for Wire<'_> {
         let parsed = match (self.kind, text) {
             (Kind::Bool, "t") => Some(Value::Integer(1)),
             (Kind::Bool, "f") => Some(Value::Integer(0)),
+            (Kind::Units { scale, .. }, _) => units(text, scale).map(Value::Integer),
             (Kind::Integer, _) => text.parse().ok().map(Value::Integer),
             // SQLite has no NaN.
             (Kind::Real, _) => text.parse().ok().filter(|real: &f64| !real.is_nan()).map(Value::Real),
@@ -73,5 +74,9 @@ mod tests {
         check(Kind::Bytes, "\\x00ff", Value::Blob(vec![0, 255]));
         check(Kind::Bytes, "\\x0", Value::Text("\\x0".into()));
         check(Kind::Text, "1.50", Value::Text("1.50".into()));
+        let units = Kind::Units { precision: 19, scale: 2 };
+        check(units, "-1.50", Value::Integer(-150));
+        check(units, "92233720368547758.08", Value::Text("92233720368547758.08".into()));
+        check(units, "NaN", Value::Text("NaN".into()));
     }
 }

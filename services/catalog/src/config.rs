@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
 use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use millstream_schemas::subject::{GLOBAL_KIND, USER_KIND};
-use millstream_schemas::{Merge, Operation};
+use millstream_schemas::{Merge, Numeric, Operation};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -104,6 +104,9 @@ pub struct TableConfig {
     /// Columns of which concurrent changes all count: sums, greatest and least values.
     #[serde(default)]
     pub merge: BTreeMap<String, Merge>,
+    /// What SQLite has for the values of `numeric` columns; text, where nothing is declared.
+    #[serde(default)]
+    pub numeric: BTreeMap<String, Numeric>,
     /// Business rules beyond the database's own constraints.
     #[serde(default)]
     pub rules: Vec<RuleConfig>,

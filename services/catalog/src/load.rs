@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use millstream_schemas::{Merge, Reference, TableScope};
+use millstream_schemas::spelling::{MAX_SCALE, decimals};
+use millstream_schemas::{Merge, Numeric, Reference, TableScope};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
@@ -262,8 +263,8 @@ fn version(catalog: &Catalog) -> String {
         for column in &schema.columns {
             layout.update(format!("{}\t{}\n", column.name, column.r#type));
             rest.update(format!(
-                "{}\t{}\t{:?}\t{:?}\n",
-                column.nullable, column.writable, column.default, column.merge
+                "{}\t{}\t{:?}\t{:?}\t{:?}\n",
+                column.nullable, column.writable, column.default, column.merge, column.numeric
             ));
         }
     }
@@ -331,7 +332,7 @@ async fn table(
         .iter()
         .flat_map(|(kind, scope)| scope.membership.as_slice().iter().map(move |membership| (kind, membership)))
         .filter(|(_, membership)| membership.table == name);
-    let memberships =
+    let memberships: Vec<Membership> =
         declared_memberships.filter_map(|(kind, declared)| membership(kind, declared, &columns, problems)).collect();
     if declared.write.insert.is_some() {
         for missing in key.iter().map(|&column| &columns[column]).filter(|column| !column.writable) {
@@ -339,6 +340,9 @@ async fn table(
         }
     }
     merges(declared, &columns, &key, problems);
+    let named = scopes.iter().filter_map(|scope| scope.column);
+    let granted = memberships.iter().flat_map(|found| [Some(found.scope), found.members().column]).flatten();
+    numerics(declared, &columns, &key, &named.chain(granted).collect::<Vec<_>>(), problems);
     let conflict = conflict(declared.conflict, &declared.clocks, &columns, problems);
     Ok(Some(Table {
         oid: u32::try_from(oid).unwrap_or_default(),
@@ -467,6 +471,32 @@ fn merges(declared: &TableConfig, columns: &[Column], key: &[usize], problems: &
     }
 }
 
+/// Columns declared in `numeric` have to be ones for which SQLite can have it so.
+fn numerics(declared: &TableConfig, columns: &[Column], key: &[usize], ids: &[usize], problems: &mut Problems<'_>) {
+    for (name, numeric) in &declared.numeric {
+        let Some(index) = problems.column(columns, name) else { continue };
+        let sql_type = &columns[index].sql_type;
+        let is_numeric = sql_type == "numeric" || sql_type.starts_with("numeric(");
+        let fault = match numeric {
+            _ if !is_numeric => Some(format!("its type is {sql_type}, and has to be numeric")),
+            Numeric::Integer if decimals(sql_type).is_none() => Some(format!(
+                "\"integer\" counts the smallest unit, so the type has to be numeric(p,s) with a scale of 0 to {MAX_SCALE}, and is \
+                 {sql_type}; choose \"real\" or \"text\", or give the column a scale"
+            )),
+            Numeric::Real if key.contains(&index) => {
+                Some("it is part of the key, which has to be exact; choose \"text\" or \"integer\"".to_owned())
+            }
+            Numeric::Real | Numeric::Integer if ids.contains(&index) => {
+                Some("it names a scope or its members, whose ids are text; choose \"text\"".to_owned())
+            }
+            _ => None,
+        };
+        if let Some(fault) = fault {
+            problems.add(format!("`numeric` of `{name}`: {fault}"));
+        }
+    }
+}
+
 /// A membership with its columns; none if one is missing.
 fn membership(
     kind: &str,
@@ -545,9 +575,21 @@ async fn columns(
 ) -> Result<(Vec<Column>, Vec<i16>), CatalogError> {
     let rows = sqlx::query(
         "SELECT attname::text AS name, quote_ident(attname) AS sql_name, attnum AS number, atttypid::int8 AS type,
-                format_type(atttypid, atttypmod) AS sql_type, attnotnull AS not_null, attgenerated <> '' AS generated,
-                (SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) AS default
-         FROM pg_attribute WHERE attrelid = $1::int8::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+                format_type(below.type, below.typmod) AS sql_type, attgenerated <> '' AS generated,
+                CASE WHEN below.depth > 0 THEN format_type(atttypid, atttypmod) END AS domain,
+                attnotnull OR below.not_null AS not_null,
+                coalesce((SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum),
+                         (SELECT pg_get_expr(typdefaultbin, 0) FROM pg_type WHERE pg_type.oid = atttypid AND typtype = 'd')) AS default
+         FROM pg_attribute, LATERAL (
+             WITH RECURSIVE levels AS (
+                 SELECT atttypid AS type, atttypmod AS typmod, false AS not_null, 0 AS depth
+               UNION ALL
+                 SELECT typbasetype, typtypmod, not_null OR typnotnull, depth + 1
+                 FROM levels JOIN pg_type ON pg_type.oid = levels.type WHERE typtype = 'd'
+             )
+             SELECT * FROM levels ORDER BY depth DESC LIMIT 1
+         ) AS below
+         WHERE attrelid = $1::int8::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
     )
     .bind(oid)
     .fetch_all(&mut *connection)
@@ -570,12 +612,14 @@ async fn columns(
         columns.push(Column {
             sql_name: row.get("sql_name"),
             sql_type,
+            domain: row.get("domain"),
             type_oid: u32::try_from(row.get::<i64, _>("type")).unwrap_or_default(),
             growth: growth.get(&row.get::<i16, _>("number")).copied().unwrap_or_default(),
             nullable: !row.get::<bool, _>("not_null"),
             writable,
             default,
             merge: declared.merge.get(&column).copied(),
+            numeric: declared.numeric.get(&column).copied(),
             name: column,
         });
         numbers.push(row.get("number"));

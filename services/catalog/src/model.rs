@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use millstream_schemas::subject::USER_KIND;
-use millstream_schemas::{ColumnSchema, Merge, Operation, Reference, Schema, Scope, TableSchema, TableScope};
+use millstream_schemas::{ColumnSchema, Merge, Numeric, Operation, Reference, Schema, Scope, TableSchema, TableScope};
 
 use crate::growth::Growth;
 
@@ -146,6 +146,7 @@ impl Table {
                     writable: column.writable,
                     default: column.default.clone(),
                     merge: column.merge,
+                    numeric: column.numeric,
                 })
                 .collect(),
             key: self.key.clone(),
@@ -166,8 +167,11 @@ pub struct Column {
     pub name: String,
     /// The name, quoted for SQL.
     pub sql_name: String,
-    /// Its type as `format_type` writes it, fit for a cast.
+    /// Its type as `format_type` writes it, fit for a cast; of a domain, the type below it. What is assigned to the column is still held
+    /// to the domain's checks.
     pub sql_type: String,
+    /// The domain, if it is one.
+    pub domain: Option<String>,
     /// Object id of the type.
     pub type_oid: u32,
     /// How much longer its values may become when Postgres writes them.
@@ -180,6 +184,8 @@ pub struct Column {
     pub default: Option<String>,
     /// How concurrent changes of it meet, if both are to count.
     pub merge: Option<Merge>,
+    /// What SQLite has for its values, if that is declared.
+    pub numeric: Option<Numeric>,
 }
 
 impl Column {
@@ -399,6 +405,8 @@ mod tests {
                 growth: Growth::default(),
                 default: None,
                 merge: None,
+                numeric: None,
+                domain: None,
                 nullable: true,
                 writable: true,
             };

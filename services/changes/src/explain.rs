@@ -135,7 +135,7 @@ async fn misfit_among(
 ) -> Result<Option<Refusal>, sqlx::Error> {
     for (index, value) in values {
         let column = &table.columns[*index];
-        let sql_type = &column.sql_type;
+        let sql_type = column.domain.as_ref().unwrap_or(&column.sql_type);
         let cast = format!("SELECT $1::text::{} IS NULL", column.cast_type());
         // The type's own reading of a text looks at its length too; a JSON text would be taken as it is.
         let read = format!("SELECT v IS NULL FROM json_to_record(json_build_object('v', $1::text)) AS r(v {sql_type})");

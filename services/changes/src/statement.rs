@@ -691,6 +691,8 @@ mod tests {
                 type_oid: 0,
                 growth: Default::default(),
                 merge: None,
+                numeric: None,
+                domain: None,
                 default: None,
                 nullable: false,
                 writable: false,

@@ -266,6 +266,8 @@ pub(crate) mod tests {
             growth: Growth::default(),
             default: None,
             merge: None,
+            numeric: None,
+            domain: None,
             nullable: true,
             writable,
         };

@@ -85,6 +85,8 @@ mod tests {
             growth: Growth::default(),
             default: None,
             merge: None,
+            numeric: None,
+            domain: None,
         };
         Table {
             oid: 1,

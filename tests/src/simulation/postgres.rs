@@ -36,6 +36,8 @@ pub fn tables() -> Vec<Table> {
             type_oid: 0,
             growth: Default::default(),
             merge: (name == "count").then_some(Merge::Add),
+            numeric: None,
+            domain: None,
             default: None,
             nullable: true,
             writable,

@@ -87,6 +87,7 @@ pub fn schema() -> Schema {
         writable,
         default: None,
         merge: None,
+        numeric: None,
     };
     Schema {
         version: "v1".into(),

@@ -37,7 +37,15 @@ pub struct Fixture {
 }
 
 pub fn column(name: &str, r#type: &str, writable: bool) -> ColumnSchema {
-    ColumnSchema { name: name.into(), r#type: r#type.into(), nullable: true, writable, default: None, merge: None }
+    ColumnSchema {
+        name: name.into(),
+        r#type: r#type.into(),
+        nullable: true,
+        writable,
+        default: None,
+        merge: None,
+        numeric: None,
+    }
 }
 
 pub fn schema() -> Schema {

@@ -8,8 +8,10 @@ mod guard;
 mod identity;
 mod order;
 mod parents;
+mod recorded;
 mod spelling;
 mod territory;
+mod types;
 mod wide;
 
 use std::sync::atomic::Ordering;

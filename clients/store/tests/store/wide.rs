@@ -11,7 +11,8 @@ const MAX_COLUMNS: usize = 1_600;
 /// Most columns of a Postgres key.
 const MAX_KEY: usize = 32;
 
-const KINDS: [(&str, &str, &str); 5] = [
+const KINDS: [(&str, &str, &str); 6] = [
+    ("timestamp with time zone", "'2026-11-29T08:00Z'", "2026-11-29 08:00:00+00"),
     ("text", "'x'", "x"),
     ("boolean", "1", "t"),
     ("double precision", "0.1", "0.1"),

@@ -24,6 +24,8 @@ fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<Tabl
                 type_oid: 25,
                 growth: Default::default(),
                 merge: None,
+                numeric: None,
+                domain: None,
                 default: None,
                 nullable: true,
                 writable: true,

@@ -8,6 +8,7 @@ mod guard;
 mod identity;
 mod order;
 mod parents;
+mod recorded;
 mod spelling;
 mod territory;
 mod types;

@@ -353,16 +353,24 @@ impl Session<'_> {
             .await
             .map_err(Error::client("the write failed"))?;
         let (count, shown) = write.value();
-        // Of the last statement that has any; as JSON, one document is printed.
-        if let Some(rows) = shown.as_ref().filter(|_| self.args.output == Output::Text) {
-            output::rows(rows, self.args.output);
+        // Of the last statement that has any. As JSON, one document is printed, which holds them.
+        let mut returned = None;
+        match (shown, self.args.output) {
+            (Some(rows), Output::Text) => output::rows(rows, Output::Text),
+            (Some(rows), Output::Json) => returned = Some(output::objects(rows)),
+            (None, _) => {}
         }
-        self.verdict(&write, Some(*count)).await
+        self.verdict(&write, Some(*count), returned).await
     }
 
     /// Waits for what becomes of a write, while that is of use, and prints it.
-    async fn verdict<T>(&self, write: &Write<T>, rows: Option<usize>) -> Result<Exit, Error> {
-        let mut written = output::Written { rows, tx: write.tx(), ..output::Written::default() };
+    async fn verdict<T>(
+        &self,
+        write: &Write<T>,
+        rows: Option<usize>,
+        returned: Option<Vec<serde_json::Value>>,
+    ) -> Result<Exit, Error> {
+        let mut written = output::Written { rows, returned, tx: write.tx(), ..output::Written::default() };
         if let Some(tx) = write.tx() {
             written.state = output::WriteState::Queued;
             if let Some(entry) = self.entry(tx).await?.filter(|entry| entry.state == EntryState::Held) {
@@ -469,7 +477,7 @@ impl Session<'_> {
                 return Ok(Exit::Ok);
             }
         };
-        self.verdict(&write, None).await
+        self.verdict(&write, None, None).await
     }
 
     async fn import(&self, file: &Path, incomplete: bool) -> Result<Exit, Error> {

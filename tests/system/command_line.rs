@@ -86,6 +86,30 @@ async fn statements_that_give_rows_show_them() -> Result<()> {
         says(&board, &["sql", with], 0, &["applied, 1 row (transaction 2)"]).await?;
         let several = ["sql", "UPDATE projects SET name = 'r'", "SELECT name || name FROM projects"];
         says(&board, &several, 0, &["rr", "applied", "(transaction 3)"]).await?;
+        // As JSON, one document: rows, or what became of a write with the rows that it gave.
+        let put = "WITH p AS (SELECT id FROM projects) INSERT INTO projects (id, name) SELECT id, 's' FROM p WHERE true \
+                   ON CONFLICT (id) DO UPDATE SET name = excluded.name RETURNING id AS \"the id\", name";
+        let renamed = "/* one */ -- and two\n update projects set name = 't' returning name";
+        for (statements, expected) in [
+            (vec!["SELECT name FROM projects"], serde_json::json!([{"name": "r"}])),
+            (
+                vec![put],
+                serde_json::json!({"state": "applied", "rows": 1, "returned": [{"the id": &project, "name": "s"}], "tx": 4}),
+            ),
+            (
+                vec![renamed],
+                serde_json::json!({"state": "applied", "rows": 1, "returned": [{"name": "t"}], "tx": 5}),
+            ),
+            (
+                vec!["UPDATE projects SET name = 'u'", "SELECT count(*) AS n FROM projects"],
+                serde_json::json!({"state": "applied", "rows": 2, "returned": [{"n": 1}], "tx": 6}),
+            ),
+            (vec!["UPDATE projects SET name = 'v'"], serde_json::json!({"state": "applied", "rows": 1, "tx": 7})),
+        ] {
+            let (code, text) = client(&board, "alice", &[&["--output", "json", "sql"], &statements[..]].concat()).await?;
+            let found: serde_json::Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+            ensure!(code == 0 && found == expected, "{statements:?}: exit {code}, {found}");
+        }
         says(&board, &["sql", "SELECT nix FROM projects"], 1, &["no such column: nix"]).await?;
         Ok(())
     }

@@ -40,6 +40,9 @@ pub struct Written {
     /// Rows changed here; none where an earlier write was submitted again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rows: Option<usize>,
+    /// Rows that it gave (`RETURNING`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub returned: Option<Vec<Value>>,
     /// Number of the transaction in the queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tx: Option<u64>,
@@ -184,17 +187,16 @@ fn why(entry: &QueueEntry) -> String {
 pub fn rows(rows: &Rows, output: Output) {
     match output {
         Output::Text => print(&table(rows, MAX_COLUMN)),
-        Output::Json => {
-            let objects: Vec<Value> = rows
-                .rows
-                .iter()
-                .map(|row| {
-                    Value::Object(rows.columns.iter().cloned().zip(row.iter().map(json_value)).collect::<Map<_, _>>())
-                })
-                .collect();
-            print(&to_json(&objects));
-        }
+        Output::Json => print(&to_json(&objects(rows))),
     }
+}
+
+/// Rows as JSON objects.
+pub fn objects(rows: &Rows) -> Vec<Value> {
+    let object = |row: &Vec<SqlValue>| {
+        Value::Object(rows.columns.iter().cloned().zip(row.iter().map(json_value)).collect::<Map<_, _>>())
+    };
+    rows.rows.iter().map(object).collect()
 }
 
 /// Prints the status.

@@ -183,11 +183,19 @@ async fn children_follow_a_parent_that_is_corrected() -> Result<()> {
         for write in writes {
             ensure!(write.confirmed().await? == Outcome::Applied);
         }
+        // REPLACE of what they refer to is an update of what differs: they stay, here and there.
+        let replaced = a.execute("REPLACE INTO projects VALUES ('p', 'Attic')", ()).await?;
+        ensure!(replaced.confirmed().await? == Outcome::Applied);
+        let shown: Vec<(i64, i64)> =
+            a.query_as("SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM comments)", ()).await?;
+        ensure!(shown == [(4, 3)], "{shown:?}");
         let mut sql = PgConnection::connect(&board.stack.postgres_url()).await?;
-        let counts: (i64, i64) = sqlx::query_as("SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM comments)")
-            .fetch_one(&mut sql)
-            .await?;
-        ensure!(counts == (4, 3), "{counts:?}");
+        let counts: (i64, i64, String) = sqlx::query_as(
+            "SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM comments), (SELECT name FROM projects WHERE id = 'p')",
+        )
+        .fetch_one(&mut sql)
+        .await?;
+        ensure!(counts == (4, 3, "Attic".to_owned()), "{counts:?}");
         // The app deletes it all itself, from the top, each in a transaction of its own; the first of them took the rest along.
         offline(&a).await?;
         let mut writes = Vec::new();

@@ -15,7 +15,7 @@ use crate::executor::database::{Client, Database, change};
 const FIRST_TRY: Duration = Duration::from_millis(1_000);
 
 /// Types, and texts that are none of their values.
-const LITERALS: [(&str, &[&str]); 44] = [
+const LITERALS: [(&str, &[&str]); 45] = [
     ("json", &["{", "nul"]),
     ("jsonb", &["{", "1e999999"]),
     ("document", &["{"]),
@@ -37,6 +37,7 @@ const LITERALS: [(&str, &[&str]); 44] = [
     ("tstzrange", &["[soon,]"]),
     ("int4multirange", &["{[5,1]}", "{[1,2]"]),
     ("integer[]", &["{", "{{1},{2,3}}", "{a}", "[1:2]={1}"]),
+    ("text[]", &["[\"a\", \"b\"]", "a, b"]),
     ("regclass[]", &["{nowhere}"]),
     ("tsquery[]", &["{a &}"]),
     ("pair", &["(1", "(a,b)", "(1,nowhere)", "1"]),

@@ -54,10 +54,16 @@ pub struct Tx<'a> {
 impl Tx<'_> {
     /// Executes one statement; gives the number of rows it changed.
     pub fn execute(&mut self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
+        self.require_open()?;
         if territory::defines(sql) {
             return self.define(sql, params);
         }
         self.noted(self.store.noting(sql, |_| self.run(sql, params)).map_err(StoreError::statement))
+    }
+
+    /// SQLite may have ended the transaction with a statement that failed (`OR ROLLBACK`, a full disk): what follows would be one by itself.
+    fn require_open(&self) -> Result<(), StoreError> {
+        if self.store.connection.is_autocommit() { Err(StoreError::TransactionLost) } else { Ok(()) }
     }
 
     /// Executes a statement that makes, changes or drops something of the database, and holds it to the rules (`territory.rs`).
@@ -111,6 +117,7 @@ impl Tx<'_> {
 
     /// Reads, seeing the transaction's own writes.
     pub fn query(&mut self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
+        self.require_open()?;
         if territory::defines(sql) {
             return self.define(sql, params).map(|_| Table::default());
         }
@@ -122,10 +129,15 @@ impl Tx<'_> {
         &mut self,
         part: impl FnOnce(&mut Tx<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
+        self.require_open()?;
         let name = format!("millstream_{}", self.depth);
         let run = |sql: String| self.store.connection.execute_batch(&sql).map_err(StoreError::statement);
         run(format!("SAVEPOINT {name}"))?;
         let result = part(&mut Tx { store: self.store, depth: self.depth + 1 });
+        if self.require_open().is_err() {
+            // With the savepoint. The cause is better than "the transaction is gone", if there is one.
+            return result.and(Err(StoreError::TransactionLost.into()));
+        }
         if result.is_err() {
             run(format!("ROLLBACK TO {name}"))?;
         }

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests panic on what must not happen")]
 
+mod clauses;
 mod damage;
 mod fixture;
 mod guard;

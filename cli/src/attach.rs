@@ -370,10 +370,7 @@ mod tests {
             assert_eq!(config.tables["tasks"].clocks, names);
             assert_eq!(with_clocks(&changed, "tasks", &line), None, "once");
         }
-        assert_eq!(
-            with_clocks(&format!("[tables]\ntasks = {{ scope = {{ kind = \"global\" }} }}\n"), "tasks", &line),
-            None
-        );
+        assert_eq!(with_clocks("[tables]\ntasks = { scope = { kind = \"global\" } }\n", "tasks", &line), None);
     }
 
     #[test]

@@ -27,8 +27,8 @@ impl Drop for Cluster {
 }
 
 fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
+    let listeners: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("it works")).collect();
+    listeners.iter().map(|listener| listener.local_addr().expect("it works").port()).collect()
 }
 
 impl Cluster {
@@ -46,8 +46,8 @@ impl Cluster {
                 routes[number],
                 all.join(", ")
             );
-            std::fs::write(&conf, text).unwrap();
-            Command::new(&program).arg("-c").arg(conf).stderr(Stdio::null()).spawn().unwrap()
+            std::fs::write(&conf, text).expect("it works");
+            Command::new(&program).arg("-c").arg(conf).stderr(Stdio::null()).spawn().expect("it works")
         };
         Cluster { servers: (0..size).map(start).collect(), ports }
     }
@@ -76,7 +76,7 @@ async fn copies(args: &nats::Args) -> [usize; 3] {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_is_reached_while_a_server_is_away_and_keeps_its_copies() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().expect("it works");
     let mut cluster = Cluster::start(dir.path(), 3);
     let three = StreamArgs { replicas: Some(3), wal_max_hours: Some(5), ..StreamArgs::default() };
     let deadline = Instant::now() + PATIENCE;
@@ -91,7 +91,7 @@ async fn a_cluster_is_reached_while_a_server_is_away_and_keeps_its_copies() {
 
     // Whoever connects now finds the first server of the list down; who is connected goes on by another.
     let connected = nats::connect(&cluster.args(), "test").await.expect("a server answers");
-    cluster.servers[0].kill().and_then(|()| cluster.servers[0].wait()).unwrap();
+    cluster.servers[0].kill().and_then(|()| cluster.servers[0].wait()).expect("it works");
     for _ in 0..3 {
         let found = tokio::time::timeout(PATIENCE, nats::connect(&cluster.args(), "test")).await;
         found.expect("it connects").expect("a server answers");

@@ -15,8 +15,8 @@ const TLS: u32 = 80_877_103;
 
 /// Passes connections on to a server, without `options`, as PgBouncer does with `ignore_startup_parameters`. Returns its port.
 fn pooler(server: String) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("it works");
+    let port = listener.local_addr().expect("it works").port();
     std::thread::spawn(move || {
         for client in listener.incoming() {
             let server = server.clone();
@@ -62,21 +62,21 @@ async fn a_pooler_that_drops_settings_is_refused() {
     let (stack, connection) = database("CREATE TABLE notes (id int PRIMARY KEY)", config).await;
     drop(connection);
     let direct = stack.postgres_url();
-    let (rest, path) = direct.rsplit_once('/').unwrap();
-    let (user, server) = rest.rsplit_once('@').unwrap();
+    let (rest, path) = direct.rsplit_once('/').expect("it works");
+    let (user, server) = rest.rsplit_once('@').expect("it works");
     let args = |server: &str| postgres::Args { database_url: format!("{user}@{server}/{path}") };
     let through = args(&format!("127.0.0.1:{}", pooler(server.to_owned())));
 
     // What `check`, `attach` and `setup` say.
     setup::connect(&args(server), Duration::ZERO).await.expect("Postgres itself");
     let error = setup::connect(&through, Duration::ZERO).await.expect_err("through the pooler");
-    let text = std::error::Error::source(&error).unwrap().to_string();
+    let text = std::error::Error::source(&error).expect("it works").to_string();
     for part in ["IntervalStyle", "pooler", "ignore_startup_parameters", "DATABASE_URL"] {
         assert!(text.contains(part), "{part}: {text}");
     }
     // What services connect by.
-    let pool = postgres::pool(&args(server), "test", 1).unwrap();
+    let pool = postgres::pool(&args(server), "test", 1).expect("it works");
     assert!(pool.acquire().await.is_ok());
-    let pool = postgres::pool(&through, "test", 1).unwrap();
+    let pool = postgres::pool(&through, "test", 1).expect("it works");
     assert!(pool.acquire().await.is_err());
 }

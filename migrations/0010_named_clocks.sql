@@ -24,7 +24,8 @@ BEGIN
         kept := jsonb_build_object(TG_ARGV[0], jsonb_build_object('', coalesce(cause, lpad(stamp::text, 16, '0') || nobody)));
     ELSE
         before := to_jsonb(OLD);
-        held := before -> TG_ARGV[0];
+        -- A column of the application's may be null.
+        held := coalesce(nullif(before -> TG_ARGV[0], 'null'), '{}');
         -- Of a writer that is no client: newer than all that the row holds.
         SELECT max(newer.stamp), jsonb_object_agg(written.key, CASE
             WHEN cause IS NULL THEN lpad(newer.stamp::text, 16, '0') || nobody

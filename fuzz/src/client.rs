@@ -115,7 +115,7 @@ pub fn value(input: &[u8]) {
             digits.is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)))
         }
         Kind::Text => !text.contains('\0'),
-        Kind::Real => false,
+        Kind::Real | Kind::Units { .. } => false,
     };
     if as_it_was {
         assert_eq!(back, text);

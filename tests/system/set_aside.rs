@@ -17,7 +17,7 @@ const SCHEMA: &str = "CREATE TABLE tasks (id int PRIMARY KEY, v text);
     CREATE TABLE notes (id int PRIMARY KEY, org text NOT NULL, v text); ALTER TABLE notes REPLICA IDENTITY FULL;
     INSERT INTO tasks VALUES (1, 'before'); INSERT INTO notes VALUES (1, 'acme', 'a note');";
 const CONFIG: &str = "[tables.tasks]\nscope = { kind = \"global\" }\nwritable = [\"id\", \"v\"]\nwrite.update = \"true\"\n\
-    [tables.notes]\nscope = { kind = \"org\", column = \"org\" }\n";
+    [tables.notes]\nscope = { kind = \"org\", column = \"org\" }\nwritable = [\"v\"]\nwrite.update = \"true\"\n";
 
 impl Scene {
     async fn health(&self, service: Service) -> Result<String> {
@@ -159,6 +159,42 @@ async fn a_table_that_a_migration_breaks_stops_no_other() -> Result<()> {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         scene.others_go_on("memberships").await
+    }
+    .await;
+    scene.board.explain(outcome)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_a_table_that_is_set_aside_wait() -> Result<()> {
+    let mut scene = scene(SCHEMA, CONFIG).await?;
+    let outcome = async {
+        scene.equal("notes", "id, v", true).await?;
+        let (user, eve) = scene.clients.pop().context("eve")?;
+        eve.pause();
+        let write = eve.execute("UPDATE notes SET v = 'meanwhile' WHERE id = 1", ()).await?;
+        scene.sql("ALTER TABLE notes DROP CONSTRAINT notes_pkey").await?;
+        is_gone(&scene.clients[0].1, "notes").await?;
+        for restarted in [false, true] {
+            if restarted {
+                scene.board.kill_and_restart(Service::Changes).await?;
+            }
+            eve.resume();
+            let start = Instant::now();
+            while !scene.health(Service::Changes).await?.contains("clients wait for another try") {
+                ensure!(start.elapsed() < PATIENCE, "nobody waits: {:?}", eve.queue(1).await?);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            scene.others_go_on(&format!("while a change waits {restarted}")).await?;
+        }
+        ensure!(eve.failed().await?.is_empty(), "{:?}", eve.failed().await?);
+        scene.sql("ALTER TABLE notes ADD PRIMARY KEY (id)").await?;
+        tokio::time::timeout(PATIENCE, write.confirmed()).await??;
+        scene.clients.push((user, eve));
+        scene.equal("notes", "id, v", true).await?;
+        let value: String =
+            sqlx::query_scalar("SELECT v FROM notes WHERE id = 1").fetch_one(&mut scene.postgres).await?;
+        ensure!(value == "meanwhile", "{value}");
+        Ok(())
     }
     .await;
     scene.board.explain(outcome)

@@ -116,14 +116,15 @@ fn word(statement: &str, number: usize) -> String {
 /// database, and no part.
 pub fn parts(text: &str) -> Result<Vec<Part<'_>>, (usize, String)> {
     let mut parts = Vec::new();
-    let mut at = 0;
+    let (mut at, mut line, mut counted) = (0, 1, 0);
     loop {
         at += blank(&text[at..]);
         let rest = &text[at..];
         if rest.is_empty() {
             return Ok(parts);
         }
-        let line = 1 + text[..at].matches('\n').count();
+        line += text[counted..at].matches('\n').count();
+        counted = at;
         if let Some(command) = rest.strip_prefix('\\') {
             let end = command.find('\n').unwrap_or(command.len());
             match command[..end].split_whitespace().next().unwrap_or_default() {

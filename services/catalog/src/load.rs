@@ -8,7 +8,9 @@ use millstream_schemas::{Merge, Numeric, Reference, TableScope};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
-use crate::config::{ClockNames, Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, TableConfig};
+use crate::config::{
+    ClockNames, Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, ScopeConfig, TableConfig,
+};
 use crate::model::{
     Aside, Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
 };
@@ -31,6 +33,14 @@ pub enum CatalogError {
         /// As written there.
         column: String,
     },
+    /// A declaration of what SQLite has for numbers does not fit.
+    #[error("[tables.{table}]: {what}")]
+    Numeric {
+        /// As written in the file.
+        table: String,
+        /// What is wrong and what to do.
+        what: String,
+    },
     /// A declaration does not fit.
     #[error("[tables.{table}]: {what}")]
     Table {
@@ -44,7 +54,7 @@ pub enum CatalogError {
 impl Catalog {
     /// Finds every declared table, its columns, types and key in the database. A table that is not there, that `publication`
     /// lacks, or that does not fit what is declared of it is set aside ([`Catalog::aside`]): a migration on one table stops no
-    /// other. `writable` columns that are not there are passed over.
+    /// other. `writable` columns that are not there, and declarations of numbers that do not fit, are passed over.
     ///
     /// # Errors
     /// No table fits (the first reason), or the database cannot be asked.
@@ -54,15 +64,29 @@ impl Catalog {
         publication: Option<&str>,
     ) -> Result<Catalog, CatalogError> {
         let (mut tables, mut problems) = found(connection, config).await?;
-        // A column that was dropped is no reason for standing still: clients may not set what is not there.
-        problems.retain(|problem| !matches!(problem, CatalogError::Writable { .. }));
+        // A column that was dropped is no reason for standing still: clients may not set what is not there. Nor is another type
+        // of a number: SQLite has its text then.
+        problems.retain(|problem| !matches!(problem, CatalogError::Writable { .. } | CatalogError::Numeric { .. }));
         if let Some(publication) = publication {
             problems.extend(unpublished(connection, &tables, publication).await?);
         }
         let aside: Vec<Aside> = problems
             .iter()
             .filter_map(|problem| match problem {
-                CatalogError::Table { table, what } => Some(Aside { table: table.clone(), why: what.clone() }),
+                CatalogError::Table { table, what } => {
+                    let grants = |scope: &ScopeConfig| scope.membership.as_slice().iter().any(|of| of.table == *table);
+                    let kinds: Vec<&str> = config
+                        .scopes
+                        .iter()
+                        .filter(|(_, scope)| grants(scope))
+                        .map(|(kind, _)| kind.as_str())
+                        .collect();
+                    let ends = match kinds.is_empty() {
+                        true => String::new(),
+                        false => format!("; meanwhile it grants nobody a scope of these kinds: {}", kinds.join(", ")),
+                    };
+                    Some(Aside { table: table.clone(), why: format!("{what}{ends}") })
+                }
                 _ => None,
             })
             .collect();
@@ -135,7 +159,8 @@ async fn unpublished(
     .fetch_all(connection)
     .await
     .map_err(CatalogError::Query)?;
-    let missing = tables.iter().filter(|table| !published.contains(&i64::from(table.oid)));
+    // None at all: `setup` was not run yet, or it has another name, which replication knows.
+    let missing = tables.iter().filter(|table| !published.is_empty() && !published.contains(&i64::from(table.oid)));
     Ok(missing
         .map(|table| CatalogError::Table {
             table: table.name.clone(),
@@ -226,6 +251,11 @@ impl Problems<'_> {
         self.problems.push(CatalogError::Table { table: self.table.to_owned(), what: what.into() });
     }
 
+    fn numeric(&mut self, column: &str, what: &str) {
+        let what = format!("`numeric` of `{column}`: {what}");
+        self.problems.push(CatalogError::Numeric { table: self.table.to_owned(), what });
+    }
+
     /// The index of a column, if there is one of that name.
     fn column(&mut self, columns: &[Column], name: &str) -> Option<usize> {
         let found = columns.iter().position(|column| column.name == name);
@@ -313,7 +343,7 @@ async fn table(
     }
     let oid: i64 = found.get("oid");
 
-    let (columns, numbers) = columns(connection, oid, declared, problems).await?;
+    let (mut columns, numbers) = columns(connection, oid, declared, problems).await?;
     let key_numbers = key(connection, oid, declared, problems).await?;
     let key: Vec<usize> = key_numbers.iter().filter_map(|number| numbers.iter().position(|n| n == number)).collect();
     if key.len() < key_numbers.len() {
@@ -342,7 +372,8 @@ async fn table(
     merges(declared, &columns, &key, problems);
     let named = scopes.iter().filter_map(|scope| scope.column);
     let granted = memberships.iter().flat_map(|found| [Some(found.scope), found.members().column]).flatten();
-    numerics(declared, &columns, &key, &named.chain(granted).collect::<Vec<_>>(), problems);
+    let ids: Vec<usize> = named.chain(granted).collect();
+    numerics(declared, &mut columns, &key, &ids, problems);
     let conflict = conflict(declared.conflict, &declared.clocks, &columns, problems);
     Ok(Some(Table {
         oid: u32::try_from(oid).unwrap_or_default(),
@@ -472,9 +503,12 @@ fn merges(declared: &TableConfig, columns: &[Column], key: &[usize], problems: &
 }
 
 /// Columns declared in `numeric` have to be ones for which SQLite can have it so.
-fn numerics(declared: &TableConfig, columns: &[Column], key: &[usize], ids: &[usize], problems: &mut Problems<'_>) {
+fn numerics(declared: &TableConfig, columns: &mut [Column], key: &[usize], ids: &[usize], problems: &mut Problems<'_>) {
     for (name, numeric) in &declared.numeric {
-        let Some(index) = problems.column(columns, name) else { continue };
+        let Some(index) = columns.iter().position(|column| column.name == *name) else {
+            problems.numeric(name, "there is no such column");
+            continue;
+        };
         let sql_type = &columns[index].sql_type;
         let is_numeric = sql_type == "numeric" || sql_type.starts_with("numeric(");
         let fault = match numeric {
@@ -492,7 +526,8 @@ fn numerics(declared: &TableConfig, columns: &[Column], key: &[usize], ids: &[us
             _ => None,
         };
         if let Some(fault) = fault {
-            problems.add(format!("`numeric` of `{name}`: {fault}"));
+            problems.numeric(name, &fault);
+            columns[index].numeric = None;
         }
     }
 }
@@ -531,7 +566,8 @@ fn conflict(
     problems: &mut Problems<'_>,
 ) -> ConflictPolicy {
     let mut find = |name: &str, sql_type: &str| {
-        let found = columns.iter().position(|column| column.name == name && column.sql_type == sql_type)?;
+        let is_it = |column: &Column| column.name == name && column.sql_type == sql_type && column.domain.is_none();
+        let found = columns.iter().position(is_it)?;
         if columns[found].writable {
             problems.add(format!(
                 "`{name}` is kept by Millstream: take it out of `writable`, or name another column in `clocks`"

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use millstream_catalog::Table;
+use millstream_catalog::{Aside, Catalog, Table};
 use millstream_schemas::Code;
 use millstream_schemas::stream::{Failure, Loss, Submission, TransactionResult, Verdict};
 use uuid::Uuid;
@@ -207,6 +207,16 @@ pub(crate) fn depends_on_catalog(plan: &[Planned<'_>]) -> bool {
         matches!(&planned.action, Action::Reject(rejection)
             if matches!(rejection.code, Code::UnknownTable | Code::UnknownColumn | Code::ColumnNotWritable | Code::InvalidValue))
     })
+}
+
+/// A table that is set aside and of which somebody has changes: they wait until it fits again, since nobody knows yet what they would
+/// be.
+pub(crate) fn waits_for<'a>(plan: &[Planned<'_>], catalog: &'a Catalog) -> Option<&'a Aside> {
+    let refused = plan
+        .iter()
+        .filter(|planned| matches!(&planned.action, Action::Reject(rejection) if rejection.code == Code::UnknownTable));
+    let mut changes = refused.flat_map(|planned| &planned.submission.changes);
+    changes.find_map(|change| catalog.aside.iter().find(|aside| aside.table == change.table))
 }
 
 #[cfg(test)]

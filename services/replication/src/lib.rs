@@ -170,6 +170,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
                 "the write-ahead log is gone that the replication slot needs: another slot is made, and a new epoch begins"
             );
             shared.wal_gone.store(true, Ordering::Relaxed);
+            without_wal = 0;
         }
         if faults.failed(&error)
             && let Some(place) = error.place()

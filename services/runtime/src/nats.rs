@@ -64,10 +64,10 @@ pub enum Error {
         number: usize,
     },
     /// A server refuses us.
-    #[error("cannot connect to NATS at {url}")]
+    #[error("cannot connect to NATS at {servers}")]
     Connect {
-        /// Where.
-        url: String,
+        /// Hosts and ports.
+        servers: String,
         /// Why.
         source: async_nats::ConnectError,
     },
@@ -144,10 +144,9 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
             }
             std::future::ready(())
         });
-    let client = options
-        .connect(servers(&args.nats_url)?)
-        .await
-        .map_err(|source| Error::Connect { url: args.nats_url.clone(), source })?;
+    let servers = servers(&args.nats_url)?;
+    let client =
+        options.connect(&servers[..]).await.map_err(|source| Error::Connect { servers: shown(&servers), source })?;
     while client.connection_state() != State::Connected || client.server_info().version.is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -157,6 +156,12 @@ pub async fn connect(args: &Args, service: &'static str) -> Result<Nats, Error> 
     }
     let jetstream = jetstream::ContextBuilder::new().timeout(API_TIMEOUT).build(client.clone());
     Ok(Nats { client, jetstream, connections })
+}
+
+/// Hosts and ports, without what else a URL may hold.
+fn shown(servers: &[ServerAddr]) -> String {
+    let place = |server: &ServerAddr| format!("{}:{}", server.host(), server.port());
+    servers.iter().map(place).collect::<Vec<_>>().join(", ")
 }
 
 /// The servers of a list.

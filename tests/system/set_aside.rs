@@ -154,7 +154,7 @@ async fn a_table_that_a_migration_breaks_stops_no_other() -> Result<()> {
         // The table that says who is a member: nobody may read what it granted, and all else goes on.
         scene.sql("DROP TABLE orgs").await?;
         let start = Instant::now();
-        while scene.clients[0].1.query("SELECT id FROM notes", ()).await?.rows.len() > 0 {
+        while !scene.clients[0].1.query("SELECT id FROM notes", ()).await?.rows.is_empty() {
             ensure!(start.elapsed() < PATIENCE, "rows are still there");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

@@ -272,7 +272,9 @@ async fn migrator(mut postgres: PgConnection, schema: &Schema, seed: u64, mut rn
                 if error
                     .as_database_error()
                     .is_some_and(|error| REFUSALS.contains(&&*error.code().unwrap_or_default())) => {}
-            other => drop(other.context(sql)?),
+            other => {
+                other.context(sql)?;
+            }
         }
     }
     Ok(())

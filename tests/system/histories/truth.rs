@@ -36,6 +36,13 @@ struct Memberships<'a> {
     teams: BTreeSet<&'a str>,
 }
 
+impl<'a> Memberships<'a> {
+    fn and(&self, other: &Memberships<'a>) -> Memberships<'a> {
+        let both = |one: &BTreeSet<&'a str>, other| one.intersection(other).copied().collect();
+        Memberships { projects: both(&self.projects, &other.projects), teams: both(&self.teams, &other.teams) }
+    }
+}
+
 /// What differs, for people.
 fn differences(wanted: &View, shown: &View) -> String {
     let missing = wanted.difference(shown).map(|row| format!("\nmissing: {row:?}"));
@@ -148,14 +155,17 @@ impl Truth {
     /// Whether what a client showed, in this order, are states of its user's rows, in this order, up to the last one.
     ///
     /// Memberships are read when a commit that moves them is delivered, and so may be those of a later one: whoever left a
-    /// project and is back by then never lost it. And a snapshot may miss the rows of a table that is truncated while it is
+    /// project and is back by then never lost it. Who catches up with more than an edge remembers has at first what was theirs and still
+    /// is: lost scopes are gone at once, new ones come at the end. And a snapshot may miss the rows of a table that is truncated while it is
     /// read (PostgreSQL documentation, "TRUNCATE": it is not MVCC-safe); the truncation follows in the stream.
     pub fn check(&self, user: &str, all: &[Shown]) -> Result<()> {
         let (mut at, last) = (0, self.states.len() - 1);
         for (nth, Shown { view: shown, .. }) in all.iter().enumerate() {
             let is = |commit: &usize| {
                 let read: BTreeSet<_> = (*commit..=last).map(|later| self.memberships(later, user)).collect();
-                let views = read.iter().map(|memberships| self.view(*commit, user, memberships));
+                let then = self.memberships(*commit, user);
+                let both: BTreeSet<_> = read.iter().map(|later| then.and(later)).collect();
+                let views = read.union(&both).map(|memberships| self.view(*commit, user, memberships));
                 let emptied: BTreeSet<usize> =
                     self.truncations.iter().filter(|(at, _)| at > commit).map(|(_, table)| *table).collect();
                 let lacks = |view: View| {

@@ -243,8 +243,10 @@ pub async fn before_setup(connection: &mut PgConnection, config: &Config) -> Res
         CatalogError::Query(source) => Error::Postgres(source),
         other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
     })?;
-    // A column in `writable` that is not there stops nothing.
-    let misfits = misfits.iter().filter(|misfit| !matches!(misfit, CatalogError::Writable { .. }));
+    // A column in `writable` that is not there stops nothing, nor does a number that SQLite cannot have as declared.
+    let stops =
+        |misfit: &&CatalogError| !matches!(misfit, CatalogError::Writable { .. } | CatalogError::Numeric { .. });
+    let misfits = misfits.iter().filter(stops);
     let mut problems: Vec<Problem> = misfits.map(|error| Problem::sectioned(&error.to_string())).collect();
     problems.extend(names::check(&catalog));
     problems.extend(database::unroutable(connection, &catalog).await?);

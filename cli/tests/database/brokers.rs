@@ -39,7 +39,7 @@ impl Cluster {
         let start = |number: usize| {
             let conf = dir.join(format!("{number}.conf"));
             let text = format!(
-                "server_name: n{number}\nlisten: 127.0.0.1:{}\nmax_payload: 8MB\njetstream {{ store_dir: \"{}\" }}\n\
+                "server_name: n{number}\nlisten: 127.0.0.1:{}\nmax_payload: 8MB\njetstream {{ store_dir: \"{}\", max_file_store: 20GB, max_memory_store: 256MB }}\n\
                  cluster {{ name: test, listen: 127.0.0.1:{}, routes: [{}] }}\n",
                 ports[number],
                 dir.join(number.to_string()).display(),

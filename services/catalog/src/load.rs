@@ -251,8 +251,7 @@ impl Problems<'_> {
         self.problems.push(CatalogError::Table { table: self.table.to_owned(), what: what.into() });
     }
 
-    fn numeric(&mut self, column: &str, what: &str) {
-        let what = format!("`numeric` of `{column}`: {what}");
+    fn numeric(&mut self, what: String) {
         self.problems.push(CatalogError::Numeric { table: self.table.to_owned(), what });
     }
 
@@ -506,7 +505,7 @@ fn merges(declared: &TableConfig, columns: &[Column], key: &[usize], problems: &
 fn numerics(declared: &TableConfig, columns: &mut [Column], key: &[usize], ids: &[usize], problems: &mut Problems<'_>) {
     for (name, numeric) in &declared.numeric {
         let Some(index) = columns.iter().position(|column| column.name == *name) else {
-            problems.numeric(name, "there is no such column");
+            problems.numeric(format!("it has no column `{name}`"));
             continue;
         };
         let sql_type = &columns[index].sql_type;
@@ -526,7 +525,7 @@ fn numerics(declared: &TableConfig, columns: &mut [Column], key: &[usize], ids: 
             _ => None,
         };
         if let Some(fault) = fault {
-            problems.numeric(name, &fault);
+            problems.numeric(format!("`numeric` of `{name}`: {fault}"));
             columns[index].numeric = None;
         }
     }

@@ -20,7 +20,7 @@ use crate::batch::{Item, Mode};
 use crate::error::{Fault, classify, is_drift, keeps_connection};
 use crate::history;
 use crate::model::{Model, ModelError, Origin, Source};
-use crate::plan::{Action, Condemned, Planned, Rejected, depends_on_catalog, plan, predecessors, waits_for};
+use crate::plan::{Action, Condemned, Planned, Rejected, depends_on_catalog, name_set_aside, plan, predecessors};
 use crate::progress::{Fence, Owned};
 use crate::results::Results;
 use crate::settle;
@@ -339,10 +339,7 @@ impl<'a> Transaction<'a> {
         if depends_on_catalog(&plan) {
             self.ensure_current(origin).await?;
             current = true;
-            if let Some(aside) = waits_for(&plan, catalog) {
-                let text = format!("table {} is set aside: {}", aside.table, aside.why);
-                return Err(Failed::Busy(sqlx::Error::Configuration(text.into())));
-            }
+            name_set_aside(&mut plan, &catalog.aside);
         }
         let spans = self.spans.take().unwrap_or_else(|| spans(&plan));
         let mut applier = Applier::new(self.connection, statements, now);

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use millstream_catalog::{Aside, Catalog, Table};
+use millstream_catalog::{Aside, Table};
 use millstream_schemas::Code;
 use millstream_schemas::stream::{Failure, Loss, Submission, TransactionResult, Verdict};
 use uuid::Uuid;
@@ -209,14 +209,21 @@ pub(crate) fn depends_on_catalog(plan: &[Planned<'_>]) -> bool {
     })
 }
 
-/// A table that is set aside and of which somebody has changes: they wait until it fits again, since nobody knows yet what they would
-/// be.
-pub(crate) fn waits_for<'a>(plan: &[Planned<'_>], catalog: &'a Catalog) -> Option<&'a Aside> {
-    let refused = plan
-        .iter()
-        .filter(|planned| matches!(&planned.action, Action::Reject(rejection) if rejection.code == Code::UnknownTable));
-    let mut changes = refused.flat_map(|planned| &planned.submission.changes);
-    changes.find_map(|change| catalog.aside.iter().find(|aside| aside.table == change.table))
+/// Name of the rule by which changes of a table that is set aside are refused.
+const SET_ASIDE: &str = "table_set_aside";
+
+/// Refuses changes of tables that are set aside by a rule of that name instead of for good: clients try them again by themselves,
+/// then keep them for a person.
+pub(crate) fn name_set_aside(plan: &mut [Planned<'_>], asides: &[Aside]) {
+    for planned in plan {
+        let Action::Reject(rejection) = &mut planned.action else { continue };
+        let table = planned.submission.changes.get(rejection.index).map(|change| &change.table);
+        if rejection.code == Code::UnknownTable && asides.iter().any(|aside| Some(&aside.table) == table) {
+            rejection.code = Code::BusinessRule;
+            rejection.rule = Some(SET_ASIDE.to_owned());
+            rejection.message += "; it is set aside until it fits its declaration again";
+        }
+    }
 }
 
 #[cfg(test)]

@@ -581,7 +581,7 @@ impl Worker {
         true
     }
 
-    /// Statements for the first items of the batch met a lock, a deadlock or a lack of resources, or wait for a table. Each is tried alone; if
+    /// Statements for the first items of the batch met a lock, a deadlock or a lack of resources. Each is tried alone; if
     /// that does not help, the client waits, for as long as it takes.
     async fn busy(&mut self, count: usize, mode: Mode, error: &sqlx::Error) {
         if mode != Mode::Single {
@@ -593,10 +593,6 @@ impl Worker {
         self.park(0, error);
         // Locks and deadlocks are between transactions; everything else may be the server's state.
         let state = error.as_database_error().and_then(|error| error.code());
-        if matches!(error, sqlx::Error::Configuration(_)) {
-            // One table's trouble is one table's.
-            return;
-        }
         if !state.is_some_and(|state| state.starts_with("40") || state.starts_with("55")) {
             self.busy += 1;
             if self.busy >= MAX_BUSY {

@@ -289,7 +289,7 @@ pub fn rename_taken(table: &mut Found, policy: Policy) -> bool {
         }
     }
     let renamed = names != table.clocks;
-    // What was looked at is a column of the application's.
+    // The column found there is the application's.
     table.client_id_used &= names.client_id == table.clocks.client_id;
     table.clocks = names;
     renamed

@@ -89,7 +89,7 @@ pub async fn stand_in_keys(connection: &mut PgConnection, catalog: &Catalog) -> 
     Ok(warnings)
 }
 
-/// Forged origin records: whoever may write messages into the write-ahead log may say that clients' changes took effect.
+/// Forged origin records: a role that may write messages into the write-ahead log can claim that clients' changes took effect.
 pub async fn emitters(connection: &mut PgConnection) -> Result<Vec<Problem>, Error> {
     let functions: Vec<String> = sqlx::query_scalar(
         "SELECT p.oid::regprocedure::text FROM pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS acl \

@@ -89,7 +89,7 @@ async fn a_cluster_is_reached_while_a_server_is_away_and_keeps_its_copies() {
     cluster.declare(StreamArgs::default()).await.expect("a second deployment");
     assert_eq!(copies(&cluster.args()).await, [3, 3, 3], "a deployment without --replicas");
 
-    // Whoever connects now finds the first server of the list down; who is connected goes on by another.
+    // New connections find the first server of the list down; connections that exist move to another server.
     let connected = nats::connect(&cluster.args(), "test").await.expect("a server answers");
     cluster.servers[0].kill().and_then(|()| cluster.servers[0].wait()).expect("it works");
     for _ in 0..3 {

@@ -167,7 +167,7 @@ impl SyncWorker {
         }
         let (before, until) = self.stuck;
         let count = if Instant::now() < until { before + 1 } else { 1 };
-        // It may pass by itself: a schema that changes under way is told whole in the next session.
+        // It may pass by itself: the next session sends the whole of a schema that changed meanwhile.
         let wait = (STUCK_WAIT_MS << (count - 1).min(16)).min(STUCK_WAIT_MAX_MS);
         self.stuck = (count, Instant::now() + Duration::from_millis(2 * wait) + STUCK_MEMORY);
         if end.then == Then::Snapshot && count == 1 {

@@ -341,7 +341,7 @@ impl Writer {
         Ok(meeting)
     }
 
-    /// Transactions got other numbers: who waits for all of them waits for the new ones.
+    /// Transactions got other numbers: callers that wait for all of them wait for the new numbers.
     fn renumbered(&mut self) -> Result<(), StoreError> {
         self.last_seq = self.store.info()?.last_seq;
         let waiting: Vec<Reply<()>> = std::mem::take(&mut self.flushing).into_values().flatten().collect();

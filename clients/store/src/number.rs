@@ -221,7 +221,7 @@ impl Store {
             for (tx, _) in &again[kept..] {
                 store.number(*tx as u64)?;
             }
-            // Nothing that was rejected is in trouble any more.
+            // Rejected transactions are submitted again, so that none is in trouble.
             store.release()?;
             applier.finish()
         })

@@ -66,7 +66,7 @@ impl Reach {
     pub fn concerns(&self, moves: &Moves, scope: &Scope) -> bool {
         match moves {
             Moves::Any => self.through.contains_key(&scope.kind),
-            // Truncations of all tables are messages of the global scope: what it skips as known, all others have to know.
+            // Truncations of all tables are messages of the global scope: where it skips one, the other scopes must have it, too.
             Moves::Again(kinds) => kinds.contains(&scope.kind) || kinds.iter().any(|kind| kind == GLOBAL_KIND),
             Moves::Scopes(moved) => moved.iter().any(|moved| {
                 moved == scope || self.through.get(&moved.kind).is_some_and(|below| below.contains(&scope.kind))

@@ -155,8 +155,8 @@ impl Truth {
     /// Whether what a client showed, in this order, are states of its user's rows, in this order, up to the last one.
     ///
     /// Memberships are read when a commit that moves them is delivered, and so may be those of a later one: whoever left a
-    /// project and is back by then never lost it. Who catches up with more than an edge remembers has at first what was theirs and still
-    /// is: lost scopes are gone at once, new ones come at the end. And a snapshot may miss the rows of a table that is truncated while it is
+    /// project and is back by then never lost it. A client that catches up with more than an edge remembers shows at first the scopes
+    /// that it held then and holds later: lost ones are gone at once, new ones come at the end. And a snapshot may miss the rows of a table that is truncated while it is
     /// read (PostgreSQL documentation, "TRUNCATE": it is not MVCC-safe); the truncation follows in the stream.
     pub fn check(&self, user: &str, all: &[Shown]) -> Result<()> {
         let (mut at, last) = (0, self.states.len() - 1);

@@ -135,7 +135,7 @@ fn several_statements_in_one_text_are_refused() {
     let refused = f.write(&[two]).unwrap_err();
     assert!(whole(&refused).contains("Multiple statements"), "{}", whole(&refused));
     assert_eq!(same(&f), "a|1|-\nb|2|-");
-    // What is behind the last one is nothing.
+    // No statement follows the last one.
     f.write(&["INSERT INTO tasks (id) VALUES ('z'); -- that is all"]).unwrap();
     assert_eq!(same(&f), "a|1|-\nb|2|-\nz|-|-");
 }

@@ -89,7 +89,7 @@ fn a_restored_server_gets_again_what_it_lost() {
     assert_eq!(f.read("SELECT id FROM tasks ORDER BY id"), "b\nc\nd");
 }
 
-/// What was rejected is submitted again, so that nothing is in trouble: who waited for it is not forgotten.
+/// A restored server gets the rejected transaction again, which ends its trouble: the transaction held back behind it goes on, too.
 #[test]
 fn what_was_held_back_goes_on_with_a_restored_server() {
     let mut f = fixture();

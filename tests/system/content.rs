@@ -220,6 +220,43 @@ async fn a_broker_with_a_small_max_payload_stops_nobody() -> Result<()> {
     scene.board.explain(outcome)
 }
 
+/// A transaction is decoded before it is visible: a moment as a rule, as long as it takes where its commit waits for a
+/// standby. Values that it does not repeat are read from the table only once the read sees it.
+#[tokio::test(flavor = "multi_thread")]
+async fn values_are_read_once_their_transaction_is_visible() -> Result<()> {
+    let mut scene = scene(|builder| builder.postgres_setting("synchronous_commit", "local")).await?;
+    let outcome = async {
+        scene.sql("ALTER TABLE blobs ALTER COLUMN a SET STORAGE EXTERNAL").await?;
+        scene.sql("INSERT INTO blobs (id, note, a) VALUES (1, 'n', repeat('x', 10000)), (2, 'n', repeat('y', 10000))").await?;
+        scene.canary().await?;
+        scene.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'").await?;
+        scene.sql("SELECT pg_reload_conf()").await?;
+        let mut waits = scene.board.postgres().await?;
+        let decoded = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        // The second keeps a value of the first, which is not the one that reads find until then.
+        let moved = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE blobs SET id = 11 WHERE id = 1; \
+                     UPDATE blobs SET a = repeat('z', 20000) WHERE id = 2; UPDATE blobs SET id = 12 WHERE id = 2; COMMIT";
+        let commit = tokio::spawn(async move { sqlx::raw_sql(moved).execute(&mut waits).await.map(|_| ()) });
+        let start = Instant::now();
+        while sqlx::raw_sql(decoded).fetch_all(&mut scene.postgres).await?.is_empty() {
+            ensure!(start.elapsed() < PATIENCE, "the commit waits for nobody");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // Time enough for whoever does not wait.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        scene.sql("ALTER SYSTEM RESET synchronous_standby_names").await?;
+        scene.sql("SELECT pg_reload_conf()").await?;
+        tokio::time::timeout(PATIENCE, commit).await???;
+        scene.canary().await?;
+        let query = "SELECT id FROM blobs WHERE (id = 11 AND a LIKE 'x%' AND length(a) = 10000) \
+                     OR (id = 12 AND a LIKE 'z%' AND length(a) = 20000)";
+        scene.shows(query, 2).await.context("both rows are whole")?;
+        Ok(())
+    }
+    .await;
+    scene.board.explain(outcome)
+}
+
 /// Origin records of any size, also of a writer that is not ours: who is not told by the stream is told by the ledger.
 #[tokio::test(flavor = "multi_thread")]
 async fn origin_records_of_any_size_stop_nobody() -> Result<()> {

@@ -29,6 +29,7 @@ mod identity;
 mod lag;
 mod leader;
 pub mod left_out;
+mod lookup;
 pub mod moves;
 mod origin;
 pub mod pgoutput;

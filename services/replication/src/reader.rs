@@ -7,18 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millstream_catalog::Table;
-use millstream_runtime::postgres::is_about_content;
 use millstream_runtime::telemetry;
 use millstream_schemas::Lsn;
-use sqlx::{PgPool, Row};
+use sqlx::PgPool;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tracing::Span;
 
-use crate::assemble::{AGAIN_INTERVAL_MICROS, AssembleError, Assembler, Filled, Found, Limits, Lookup, Outgoing, Step};
+use crate::assemble::{AGAIN_INTERVAL_MICROS, AssembleError, Assembler, Filled, Limits, Outgoing, Step};
 use crate::content;
 use crate::error::Error;
 use crate::left_out::{LeftOut, Report};
+use crate::lookup::Lookups;
 use crate::pgoutput::{self, Message};
 use crate::shape::Shape;
 use crate::wal::{Event, Wal};
@@ -30,6 +30,11 @@ pub const QUEUE_MESSAGES: usize = 8 * 1024;
 pub const QUEUE_BYTES: usize = 32 * 1024 * 1024;
 /// How long a table that was sent again a moment ago waits for the next time.
 const AGAIN_INTERVAL: Duration = Duration::from_micros(AGAIN_INTERVAL_MICROS.unsigned_abs());
+/// How soon a transaction that is not visible yet is looked at again, and how rarely at most.
+const VISIBLE_POLL: Duration = Duration::from_millis(1);
+const MAX_VISIBLE_POLL: Duration = Duration::from_millis(100);
+/// Waiting for a transaction to be visible is told after this long.
+const VISIBLE_TELL: Duration = Duration::from_secs(10);
 /// What a message costs beyond its payload.
 const MESSAGE_OVERHEAD_BYTES: usize = 512;
 
@@ -55,11 +60,10 @@ pub struct Reached {
 /// The reading half.
 pub struct Reader {
     wal: Wal,
-    tables: Arc<[Table]>,
     assembler: Assembler,
     witness: Witness,
     pool: PgPool,
-    limits: Limits,
+    lookups: Lookups,
     report: Report,
     queue: mpsc::Sender<Queued>,
     room: Arc<Semaphore>,
@@ -96,9 +100,8 @@ impl Reader {
             late: BTreeSet::new(),
             late_since: Instant::now(),
             witness,
-            tables,
+            lookups: Lookups::new(pool.clone(), tables, limits),
             pool,
-            limits,
             report,
             queue,
             room: Arc::new(Semaphore::new(QUEUE_BYTES)),
@@ -153,7 +156,11 @@ impl Reader {
                 self.witness.skips(lsn)?;
             }
             let filled = match self.assembler.lookup(&message)? {
-                Some(lookup) => self.fill(&lookup).await?,
+                Some(lookup) => {
+                    let (_, xid) = self.assembler.open().unwrap_or_default();
+                    self.wait_until_visible(xid).await?;
+                    self.lookups.fill(&lookup).await?
+                }
                 None => Filled::new(),
             };
             let (lsn, xid) = self.assembler.open().unwrap_or_default();
@@ -225,101 +232,26 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads large values that the change stream did not repeat, unless they are too large to be sent. A row that is gone by
-    /// now, or has another key or scope, is settled by a later message of the change stream.
-    async fn fill(&mut self, lookup: &Lookup) -> Result<Filled, Error> {
-        let table = &self.tables[lookup.table];
-        let limit = self.limits.row;
-        let (mut inner, mut outer) = (Vec::new(), Vec::new());
-        for (index, &column) in lookup.columns.iter().enumerate() {
-            let column = &table.columns[column];
-            let (name, text) = (&column.sql_name, column.text());
-            let text = match is_stored_as_text(&column.sql_type) {
-                true => format!("CASE WHEN octet_length({name}) <= {limit} THEN {text} END"),
-                false => text,
-            };
-            inner.push(format!("{text} AS t{index}, {name} IS DISTINCT FROM NULL AS p{index}"));
-            let fits = format!("octet_length(t{index}) <= {limit}");
-            outer.push(format!("CASE WHEN {fits} THEN t{index} END, p{index} AND NOT coalesce({fits}, false)"));
-        }
-        let fixed: Vec<String> = lookup
-            .fixed
-            .iter()
-            .enumerate()
-            .map(|(index, (place, _))| {
-                let column = &table.columns[*place];
-                // An index serves equality only.
-                let is = if table.key.contains(place) { "=" } else { "IS NOT DISTINCT FROM" };
-                format!("{} {is} ${}::text::{}", column.sql_name, index + 1, column.sql_type)
-            })
-            .collect();
-        if lookup.lengths
-            && let Some(lengths) = self.lengths(lookup, &fixed).await?
-        {
-            return Ok(lengths);
-        }
-        // OFFSET keeps the two levels apart: a long text is made once.
-        let sql = format!(
-            "SELECT {} FROM (SELECT {} FROM {} WHERE {} OFFSET 0) AS found",
-            outer.join(", "),
-            inner.join(", "),
-            table.sql_rows(),
-            fixed.join(" AND ")
-        );
-        // Every name in the statement comes from the catalog; values are bound.
-        let mut query = sqlx::query(sqlx::AssertSqlSafe(sql));
-        for (_, value) in &lookup.fixed {
-            query = query.bind(value);
-        }
-        let row = match query.fetch_optional(&self.pool).await {
-            Ok(Some(row)) => row,
-            Ok(None) => return Ok(Filled::new()),
-            // So large that Postgres itself cannot write it as text.
-            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| is_about_content(&code)) => {
-                return Ok(lookup.columns.iter().map(|&column| (column, Found::TooLarge)).collect());
+    /// A transaction is decoded a moment before others see it, and long before where its commit waits for a standby: a read
+    /// that does not see it yet finds the rows as they were.
+    async fn wait_until_visible(&mut self, xid: u32) -> Result<(), Error> {
+        let start = Instant::now();
+        let mut told = false;
+        let mut pause = VISIBLE_POLL;
+        while !self.lookups.sees(xid).await? {
+            if !told && start.elapsed() > VISIBLE_TELL {
+                told = true;
+                tracing::warn!(
+                    wal.xid = xid,
+                    "a transaction is in the write-ahead log and not visible yet, and others wait behind it: \
+                     does its commit wait for a synchronous standby?"
+                );
             }
-            Err(source) => return Err(Error::Lookup { source }),
-        };
-        let found = |index: usize| match row.get(2 * index + 1) {
-            true => Found::TooLarge,
-            false => row.get::<Option<String>, _>(2 * index).into(),
-        };
-        Ok(lookup.columns.iter().enumerate().map(|(index, &column)| (column, found(index))).collect())
-    }
-
-    /// How long values are, by the condition that finds their row; none if they may be too long together, or cannot be measured.
-    async fn lengths(&self, lookup: &Lookup, fixed: &[String]) -> Result<Option<Filled>, Error> {
-        let table = &self.tables[lookup.table];
-        let length = |&column: &usize| {
-            let column = &table.columns[column];
-            let text = if is_stored_as_text(&column.sql_type) { column.sql_name.clone() } else { column.text() };
-            format!("coalesce(octet_length({text}), 0)::int8")
-        };
-        let lengths: Vec<String> = lookup.columns.iter().map(length).collect();
-        let sql =
-            format!("SELECT ARRAY[{}] FROM {} WHERE {}", lengths.join(", "), table.sql_rows(), fixed.join(" AND "));
-        let mut query = sqlx::query_scalar::<_, Vec<i64>>(sqlx::AssertSqlSafe(sql));
-        for (_, value) in &lookup.fixed {
-            query = query.bind(value);
-        }
-        let lengths = match query.fetch_optional(&self.pool).await {
-            Ok(Some(lengths)) => lengths,
-            Ok(None) => return Ok(Some(Filled::new())),
-            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| is_about_content(&code)) => {
-                return Ok(None);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(MAX_VISIBLE_POLL),
+                changed = self.confirmed.changed() => self.confirm(changed)?,
             }
-            Err(source) => return Err(Error::Lookup { source }),
-        };
-        // As JSON they are longer, by a little as a rule.
-        let is_far_below = lengths.iter().sum::<i64>() < i64::try_from(self.limits.row / 2).unwrap_or(i64::MAX);
-        let found =
-            |(&column, length): (&usize, i64)| (column, Found::Length(usize::try_from(length).unwrap_or_default()));
-        Ok(is_far_below.then(|| lookup.columns.iter().zip(lengths).map(found).collect()))
+        }
+        Ok(())
     }
-}
-
-/// Whether the size of a type's value in store tells, without reading it, how long its text is at least.
-fn is_stored_as_text(sql_type: &str) -> bool {
-    let is_varchar = sql_type.starts_with("character varying(") && sql_type.ends_with(')');
-    is_varchar || matches!(sql_type, "text" | "bytea" | "character varying")
 }

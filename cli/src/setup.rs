@@ -525,6 +525,7 @@ mod tests {
 
     fn table(write: WriteRules) -> Table {
         Table {
+            synced: true,
             oid: 1,
             name: "tasks".into(),
             sql_name: "\"public\".\"tasks\"".into(),

@@ -61,6 +61,7 @@ fn table(oid: u32, name: &str, columns: &[(&str, &str)], key: &[usize], scopes: 
     };
     let always = || Some("true".to_owned());
     Table {
+        synced: true,
         oid,
         name: name.into(),
         sql_name: format!("\"public\".\"{name}\""),

@@ -4,10 +4,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream_client::{Client, SqlValue};
+use millstream::check;
+use millstream_catalog::Config;
+use millstream_client::{Client, SqlValue, State};
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::raw::{Raw, hello};
-use sqlx::AssertSqlSafe;
+use sqlx::{AssertSqlSafe, Executor as _};
 
 const SCHEMA: &str = "
 CREATE TABLE staff (organisation text NOT NULL, user_id text NOT NULL, role text NOT NULL, PRIMARY KEY (organisation, user_id));
@@ -238,5 +240,157 @@ async fn scopes_go_by_the_spelling_of_their_ids() -> Result<()> {
         Ok(())
     };
     let outcome = outcome.await;
+    board.explain(outcome)
+}
+
+/// Memberships may be kept in a table of another schema that clients are not to know of: all that leaves the database is that
+/// memberships have moved.
+#[tokio::test(flavor = "multi_thread")]
+async fn memberships_of_a_table_that_is_not_synced() -> Result<()> {
+    let schema = "CREATE SCHEMA auth;
+        CREATE TABLE auth.staff (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, org text, person text, role text, secret text);
+        ALTER TABLE auth.staff REPLICA IDENTITY FULL;
+        CREATE TABLE notes (id int PRIMARY KEY, org text NOT NULL, v text); ALTER TABLE notes REPLICA IDENTITY FULL;
+        CREATE TABLE desks (id text PRIMARY KEY, org text NOT NULL); ALTER TABLE desks REPLICA IDENTITY FULL;
+        CREATE TABLE drawers (id int PRIMARY KEY, desk text NOT NULL, v text); ALTER TABLE drawers REPLICA IDENTITY FULL;
+        INSERT INTO notes VALUES (1, 'acme', 'one'), (2, 'bolt', 'two');
+        INSERT INTO desks VALUES ('d1', 'acme'), ('d2', 'bolt'); INSERT INTO drawers VALUES (1, 'd1', 'one'), (2, 'd2', 'two');
+        INSERT INTO auth.staff (org, person, role, secret) VALUES ('acme', 'alice', 'boss', 'secret-1'), ('bolt', 'alice', 'guest', 'secret-2');";
+    let config = "[scopes.org]
+        membership = { table = \"auth.staff\", user = \"person\", scope = \"org\", roles = { column = \"role\", in = [\"boss\"] } }
+        [scopes.desk]
+        membership = { table = \"desks\", scope = \"id\", through = \"org\", via = \"org\" }
+        [tables.notes]
+        scope = { kind = \"org\", column = \"org\" }
+        writable = [\"id\", \"org\", \"v\"]
+        write.insert = \"EXISTS (SELECT FROM auth.staff s WHERE s.person = auth.user_id AND s.org = new.org AND s.role = 'boss')\"
+        [tables.desks]
+        scope = { kind = \"org\", column = \"org\" }
+        [tables.drawers]
+        scope = { kind = \"desk\", column = \"desk\" }
+";
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("millstream.toml");
+    std::fs::write(&file, config)?;
+    let board = Board::with(|builder| builder.app_schema(schema).config(&file)).await?;
+    let outcome = async {
+        let mut postgres = board.postgres().await?;
+        let alice = board.client("alice", "alice").await?;
+        let shows = async |expected: &[&str]| -> Result<()> {
+            let all = "SELECT 'note ' || v FROM notes UNION ALL SELECT 'drawer ' || v FROM drawers ORDER BY 1";
+            let start = Instant::now();
+            loop {
+                let found = alice.query(all, ()).await?.rows;
+                let found: Vec<&str> = found
+                    .iter()
+                    .filter_map(|row| if let SqlValue::Text(text) = &row[0] { Some(text.as_str()) } else { None })
+                    .collect();
+                if found == expected {
+                    return Ok(());
+                }
+                ensure!(start.elapsed() < PATIENCE, "{found:?} instead of {expected:?}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let (one, two) = (["drawer one", "note one"], ["drawer two", "note two"]);
+        let both = ["drawer one", "drawer two", "note one", "note two"];
+        shows(&one).await.context("at first")?;
+        for (sql, expected) in [
+            ("UPDATE auth.staff SET role = 'boss', secret = 'secret-3' WHERE org = 'bolt'", both.as_slice()),
+            ("UPDATE auth.staff SET secret = 'secret-4'", &both),
+            ("UPDATE auth.staff SET role = 'guest' WHERE org = 'acme'", &two),
+            ("DELETE FROM auth.staff WHERE org = 'bolt'", &[]),
+            (
+                "INSERT INTO auth.staff (org, person, role) VALUES ('bolt', 'alice', 'boss'), ('bolt', 'bob', 'boss')",
+                &two,
+            ),
+            ("UPDATE auth.staff SET org = 'acme' WHERE person = 'alice'", &one),
+            ("TRUNCATE auth.staff", &[]),
+            ("INSERT INTO auth.staff (org, person, role, secret) VALUES ('acme', 'alice', 'boss', 'secret-5')", &one),
+        ] {
+            postgres.execute(sql).await?;
+            shows(expected).await.context(sql)?;
+        }
+        // The write rule asks the same table; away meanwhile, and after a restart of everything.
+        let write = alice.execute("INSERT INTO notes VALUES (3, 'acme', 'three')", ()).await?;
+        tokio::time::timeout(PATIENCE, write.confirmed()).await??;
+        alice.pause();
+        let mut status = alice.status();
+        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.state == State::Offline)).await??;
+        postgres.execute("UPDATE auth.staff SET org = 'bolt'").await?;
+        alice.resume();
+        shows(&two).await.context("back again")?;
+        ensure!(
+            alice.query("SELECT * FROM sqlite_schema WHERE sql LIKE '%staff%'", ()).await?.rows.is_empty(),
+            "the store knows the table"
+        );
+        for suffix in ["", "-wal"] {
+            let bytes = std::fs::read(format!("{}{suffix}", board.store("alice").display())).unwrap_or_default();
+            ensure!(!bytes.windows(7).any(|found| found == b"secret-"), "a secret is in the store");
+        }
+        let text = std::fs::read_to_string(&file)?;
+        let found = check::check(&mut postgres, &Config::read(&file)?, &text).await?.problems;
+        ensure!(found.is_empty(), "{found:?}");
+        // Without what its deletes need, `check` and `setup` say so.
+        postgres.execute("ALTER TABLE auth.staff REPLICA IDENTITY DEFAULT").await?;
+        let found = check::check(&mut postgres, &Config::read(&file)?, &text).await?.problems;
+        ensure!(found.iter().any(|problem| problem.to_string().contains("auth.staff")), "{found:?}");
+        // A client cannot write it, nor learn whether it is there.
+        ensure!(alice.execute("INSERT INTO \"auth.staff\" (org) VALUES ('acme')", ()).await.is_err());
+        Ok(())
+    }
+    .await;
+    board.explain(outcome)
+}
+
+/// What is wrong with the declaration of a table is no reason to take from users the rows of others.
+#[tokio::test(flavor = "multi_thread")]
+async fn memberships_of_a_table_that_is_set_aside_still_count() -> Result<()> {
+    let schema = "CREATE TABLE orgs (org text NOT NULL, user_id text NOT NULL, level int, PRIMARY KEY (org, user_id));
+        CREATE TABLE notes (id int PRIMARY KEY, org text NOT NULL, v text); ALTER TABLE notes REPLICA IDENTITY FULL;
+        INSERT INTO notes VALUES (1, 'acme', 'one'), (2, 'bolt', 'two'); INSERT INTO orgs VALUES ('acme', 'alice', 1);";
+    let config = "[scopes.org]
+        membership = { table = \"orgs\", user = \"user_id\", scope = \"org\" }
+        [tables.orgs]
+        scope = { kind = \"org\", column = \"org\" }
+        hidden = [\"level\"]
+        [tables.notes]
+        scope = { kind = \"org\", column = \"org\" }
+";
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("millstream.toml");
+    std::fs::write(&file, config)?;
+    let board = Board::with(|builder| builder.app_schema(schema).config(&file)).await?;
+    let outcome = async {
+        let mut postgres = board.postgres().await?;
+        let alice = board.client("alice", "alice").await?;
+        let mut lost = false;
+        let mut shows = async |expected: usize, gone: bool| -> Result<()> {
+            let start = Instant::now();
+            loop {
+                let notes =
+                    alice.query("SELECT v FROM notes ORDER BY id", ()).await.map_or(99, |found| found.rows.len());
+                let orgs = alice.query("SELECT org FROM orgs", ()).await;
+                lost |= notes == 0;
+                if notes == expected && orgs.is_err() == gone {
+                    return Ok(());
+                }
+                ensure!(start.elapsed() < PATIENCE, "{notes} notes instead of {expected}; {orgs:?}");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        shows(1, false).await.context("at first")?;
+        postgres.execute("ALTER TABLE orgs DROP COLUMN level").await?;
+        shows(1, true).await.context("set aside")?;
+        postgres.execute("INSERT INTO orgs VALUES ('bolt', 'alice')").await?;
+        shows(2, true).await.context("a grant meanwhile")?;
+        postgres.execute("DELETE FROM orgs WHERE org = 'acme'").await?;
+        shows(1, true).await.context("a revocation meanwhile")?;
+        postgres.execute("ALTER TABLE orgs ADD COLUMN level int").await?;
+        shows(1, false).await.context("back")?;
+        ensure!(!lost, "rows of other tables were gone meanwhile");
+        Ok(())
+    }
+    .await;
     board.explain(outcome)
 }

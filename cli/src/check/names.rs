@@ -12,13 +12,13 @@ const QUEUE: &str = "local_changes";
 /// What no client could make a table of.
 pub fn check(catalog: &Catalog) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for (one, other) in alike(catalog.tables.iter().map(|table| table.name.as_str())) {
+    for (one, other) in alike(catalog.synced().map(|table| table.name.as_str())) {
         problems.push(
             Problem::table(other, format!("SQLite takes its name for that of `{one}`: they differ in case only"))
                 .fix("rename one of them, or leave one out of the file"),
         );
     }
-    catalog.tables.iter().for_each(|table| problems.extend(of(table)));
+    catalog.synced().for_each(|table| problems.extend(of(table)));
     problems
 }
 

@@ -10,7 +10,7 @@ const MAX_DIGITS: u32 = 18;
 
 /// Tables with such columns for which nothing is declared, one warning each.
 pub fn undeclared(catalog: &Catalog) -> Vec<Problem> {
-    catalog.tables.iter().filter_map(of).collect()
+    catalog.synced().filter_map(of).collect()
 }
 
 fn of(table: &Table) -> Option<Problem> {

@@ -1,6 +1,6 @@
 //! `millstream.toml` as written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use millstream_schemas::clock::{CLIENT_ID, FIELD_CLOCKS, UPDATED_AT};
@@ -42,7 +42,7 @@ pub struct ScopeConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MembershipConfig {
-    /// A synced table.
+    /// A synced table, or one that is read for its memberships alone.
     pub table: String,
     /// Column with the scope's id.
     pub scope: String,
@@ -56,6 +56,14 @@ pub struct MembershipConfig {
     pub via: Option<String>,
 }
 
+impl MembershipConfig {
+    /// The columns that it names.
+    pub(crate) fn columns(&self) -> impl Iterator<Item = &str> {
+        let role = self.roles.as_ref().map(|roles| roles.column.as_str());
+        [Some(self.scope.as_str()), self.user.as_deref(), self.via.as_deref(), role].into_iter().flatten()
+    }
+}
+
 /// The roles that count.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,7 +75,7 @@ pub struct RolesConfig {
 }
 
 /// A synced table.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TableConfig {
     /// The scope, or scopes, of its rows.
@@ -250,6 +258,12 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
     }
 }
 
+impl<T> Default for OneOrMany<T> {
+    fn default() -> Self {
+        OneOrMany::Many(Vec::new())
+    }
+}
+
 impl<T> OneOrMany<T> {
     /// As a slice.
     pub fn as_slice(&self) -> &[T] {
@@ -361,12 +375,23 @@ impl Config {
         problems
     }
 
+    /// Tables that are read for the memberships that their rows grant, and are not synced: clients do not know of them.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        let granting = self.scopes.values().flat_map(|scope| scope.membership.as_slice());
+        let names: BTreeSet<&str> = granting.map(|membership| membership.table.as_str()).collect();
+        names.into_iter().filter(|name| !self.tables.contains_key(*name))
+    }
+
+    /// The memberships that rows of a table grant, each with its kind of scope.
+    pub(crate) fn granted_by<'c>(&'c self, table: &str) -> impl Iterator<Item = (&'c str, &'c MembershipConfig)> {
+        let all =
+            self.scopes.iter().flat_map(|(kind, scope)| scope.membership.as_slice().iter().map(move |of| (kind, of)));
+        all.filter(move |(_, of)| of.table == table).map(|(kind, of)| (kind.as_str(), of))
+    }
+
     /// What contradicts itself in a membership: the first thing.
     fn membership_problem(&self, membership: &MembershipConfig) -> Option<String> {
         let MembershipConfig { table, user, roles, through, via, .. } = membership;
-        if !self.tables.contains_key(table) {
-            return Some(format!("membership table `{table}` is not synced; declare [tables.{table}]"));
-        }
         match (user, through, via) {
             (Some(_), None, None) => {}
             (None, Some(through), Some(_)) if self.scopes.contains_key(through) => {}
@@ -418,6 +443,11 @@ impl Config {
 }
 
 impl TableConfig {
+    /// Of a table that is read for its memberships alone.
+    pub(crate) fn source() -> TableConfig {
+        TableConfig { conflict: Some(Conflict::Arrival), ..TableConfig::default() }
+    }
+
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         for (index, rule) in self.rules.iter().enumerate() {
@@ -485,10 +515,6 @@ mod tests {
             (
                 &format!("{table}[scopes.user]\nmembership = {{ table = \"notes\", user = \"a\", scope = \"b\" }}"),
                 "built in",
-            ),
-            (
-                &format!("{table}[scopes.team]\nmembership = {{ table = \"m\", user = \"a\", scope = \"b\" }}"),
-                "declare [tables.m]",
             ),
             (&format!("{table}conflict = \"maybe\""), "maybe"),
             (

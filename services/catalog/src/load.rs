@@ -1,6 +1,7 @@
 //! Resolving the configuration against the database.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use millstream_schemas::spelling::{MAX_SCALE, decimals};
@@ -8,9 +9,7 @@ use millstream_schemas::{Merge, Numeric, Reference, TableScope};
 use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 
-use crate::config::{
-    ClockNames, Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, ScopeConfig, TableConfig,
-};
+use crate::config::{ClockNames, Config, Conflict, DeleteMissing, InsertExisting, MembershipConfig, TableConfig};
 use crate::model::{
     Aside, Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
 };
@@ -70,28 +69,31 @@ impl Catalog {
         if let Some(publication) = publication {
             problems.extend(unpublished(connection, &tables, publication).await?);
         }
-        let aside: Vec<Aside> = problems
+        let mut aside: Vec<Aside> = problems
             .iter()
             .filter_map(|problem| match problem {
-                CatalogError::Table { table, what } => {
-                    let grants = |scope: &ScopeConfig| scope.membership.as_slice().iter().any(|of| of.table == *table);
-                    let kinds: Vec<&str> = config
-                        .scopes
-                        .iter()
-                        .filter(|(_, scope)| grants(scope))
-                        .map(|(kind, _)| kind.as_str())
-                        .collect();
-                    let ends = match kinds.is_empty() {
-                        true => String::new(),
-                        false => format!("; meanwhile it grants nobody a scope of these kinds: {}", kinds.join(", ")),
-                    };
-                    Some(Aside { table: table.clone(), why: format!("{what}{ends}") })
-                }
+                CatalogError::Table { table, what } => Some(Aside { table: table.clone(), why: what.clone() }),
                 _ => None,
             })
             .collect();
         tables.retain(|table| !aside.iter().any(|aside| aside.table == table.name));
-        if tables.is_empty()
+        let mut seen = BTreeSet::new();
+        for aside in aside.iter_mut().filter(|aside| seen.insert(aside.table.clone())) {
+            let kinds: Vec<&str> = config.granted_by(&aside.table).map(|(kind, _)| kind).collect();
+            if kinds.is_empty() {
+                continue;
+            }
+            // Whose rows the others are is another question than whether clients can have its own.
+            let kept = match source(connection, &aside.table, config, publication, &tables).await? {
+                Some(source) => {
+                    tables.push(source);
+                    "its memberships still count"
+                }
+                None => "meanwhile it grants nobody a scope of these kinds",
+            };
+            aside.why = format!("{}; {kept}: {}", aside.why, kinds.join(", "));
+        }
+        if !tables.iter().any(|table| table.synced)
             && let Some(problem) = problems.into_iter().next()
         {
             return Err(problem);
@@ -120,7 +122,8 @@ impl Catalog {
     ) -> Result<Catalog, CatalogError> {
         references(connection, &mut tables).await?;
         let kinds = config.kinds().unwrap_or_default().into_iter().map(str::to_owned).collect();
-        let by_name = tables.iter().enumerate().map(|(index, table)| (table.name.clone(), index)).collect();
+        let synced = tables.iter().enumerate().filter(|(_, table)| table.synced);
+        let by_name = synced.map(|(index, table)| (table.name.clone(), index)).collect();
         let mut catalog = Catalog { version: String::new(), tables, aside, kinds, by_name };
         catalog.version = version(&catalog);
         let readable: Vec<String> = catalog.tables.iter().map(|table| catalog.readable(table)).collect();
@@ -138,10 +141,39 @@ async fn found(
     let mut problems = Vec::new();
     for (name, declared) in &config.tables {
         let mut found = Problems { table: name, problems: &mut problems, left_out: HashMap::new() };
-        tables.extend(table(connection, name, declared, config, &mut found).await?);
+        tables.extend(table(connection, name, Some(declared), config, &mut found).await?);
+    }
+    for name in config.sources() {
+        let mut found = Problems { table: name, problems: &mut problems, left_out: HashMap::new() };
+        let before = found.problems.len();
+        tables.extend(table(connection, name, None, config, &mut found).await?);
+        for problem in &mut problems[before..] {
+            if let (CatalogError::Table { what, .. }, Some((kind, _))) = (problem, config.granted_by(name).next()) {
+                let _ = write!(what, " (it is read for the memberships of [scopes.{kind}])");
+            }
+        }
     }
     problems.extend(id_types(&tables));
     Ok((tables, problems))
+}
+
+/// A table that is set aside, as one that is read for its memberships alone; `None` if not even that can be done.
+async fn source(
+    connection: &mut PgConnection,
+    name: &str,
+    config: &Config,
+    publication: Option<&str>,
+    others: &[Table],
+) -> Result<Option<Table>, CatalogError> {
+    let mut problems = Vec::new();
+    let mut found = Problems { table: name, problems: &mut problems, left_out: HashMap::new() };
+    let Some(source) = table(connection, name, None, config, &mut found).await? else { return Ok(None) };
+    if let Some(publication) = publication {
+        problems.extend(unpublished(connection, std::slice::from_ref(&source), publication).await?);
+    }
+    let all: Vec<Table> = others.iter().chain([&source]).cloned().collect();
+    problems.extend(id_types(&all));
+    Ok(problems.is_empty().then_some(source))
 }
 
 /// Tables whose changes are not published.
@@ -278,6 +310,9 @@ fn version(catalog: &Catalog) -> String {
     let (mut layout, mut rest) = (Sha256::new(), Sha256::new());
     layout.update(FORMAT);
     for table in &catalog.tables {
+        if !table.synced {
+            layout.update("for its memberships alone\n");
+        }
         let schema = table.schema();
         // Its oid too: rows do not say it when another table takes the name of one.
         layout.update(format!(
@@ -310,10 +345,11 @@ pub fn layout(version: &str) -> &str {
     version.get(..8).unwrap_or(version)
 }
 
+/// A table as it is `declared`; without that, as one that is read for its memberships alone.
 async fn table(
     connection: &mut PgConnection,
     name: &str,
-    declared: &TableConfig,
+    declared: Option<&TableConfig>,
     config: &Config,
     problems: &mut Problems<'_>,
 ) -> Result<Option<Table>, CatalogError> {
@@ -342,8 +378,15 @@ async fn table(
     }
     let oid: i64 = found.get("oid");
 
-    let (mut columns, numbers) = columns(connection, oid, declared, problems).await?;
+    let (synced, nothing) = (declared.is_some(), TableConfig::source());
+    let declared = declared.unwrap_or(&nothing);
     let key_numbers = key(connection, oid, declared, problems).await?;
+    let (mut columns, mut numbers) = columns(connection, oid, declared, problems).await?;
+    if !synced {
+        let named: BTreeSet<&str> = config.granted_by(name).flat_map(|(_, of)| of.columns()).collect();
+        let needed = |column: &Column, number: &i16| named.contains(&*column.name) || key_numbers.contains(number);
+        (columns, numbers) = columns.into_iter().zip(numbers).filter(|(column, number)| needed(column, number)).unzip();
+    }
     let key: Vec<usize> = key_numbers.iter().filter_map(|number| numbers.iter().position(|n| n == number)).collect();
     if key.len() < key_numbers.len() {
         problems.add("a generated or hidden column is part of its key");
@@ -356,13 +399,8 @@ async fn table(
             scopes.push(TableScope { kind: scope.kind.clone(), column: column.flatten() });
         }
     }
-    let declared_memberships = config
-        .scopes
-        .iter()
-        .flat_map(|(kind, scope)| scope.membership.as_slice().iter().map(move |membership| (kind, membership)))
-        .filter(|(_, membership)| membership.table == name);
     let memberships: Vec<Membership> =
-        declared_memberships.filter_map(|(kind, declared)| membership(kind, declared, &columns, problems)).collect();
+        config.granted_by(name).filter_map(|(kind, of)| membership(kind, of, &columns, problems)).collect();
     if declared.write.insert.is_some() {
         for missing in key.iter().map(|&column| &columns[column]).filter(|column| !column.writable) {
             problems.add(format!("clients may insert, so the key column `{}` must be in `writable`", missing.name));
@@ -375,6 +413,7 @@ async fn table(
     numerics(declared, &mut columns, &key, &ids, problems);
     let conflict = conflict(declared.conflict, &declared.clocks, &columns, problems);
     Ok(Some(Table {
+        synced,
         oid: u32::try_from(oid).unwrap_or_default(),
         name: name.to_owned(),
         sql_name: found.get("sql_name"),

@@ -13,7 +13,7 @@ use crate::growth::Growth;
 pub struct Catalog {
     /// Hash of what clients see of the tables (16 hexadecimal digits).
     pub version: String,
-    /// The tables, by name.
+    /// The tables, by name: the synced ones, and those that are read for their memberships alone.
     pub tables: Vec<Table>,
     /// Declared tables that cannot be synced as they are: no part of it, while all others are.
     pub aside: Vec<Aside>,
@@ -28,6 +28,11 @@ impl Catalog {
         self.by_name.get(name).map(|&index| &self.tables[index])
     }
 
+    /// The tables that clients have.
+    pub fn synced(&self) -> impl Iterator<Item = &Table> {
+        self.tables.iter().filter(|table| table.synced)
+    }
+
     /// What makes users members of scopes: each behind those of the kinds that it is reached through.
     pub fn memberships(&self) -> impl Iterator<Item = (&Table, &Membership)> {
         self.kinds.iter().flat_map(move |kind| {
@@ -39,7 +44,7 @@ impl Catalog {
 
     /// What clients are told.
     pub fn schema(&self) -> Schema {
-        Schema { version: self.version.clone(), tables: self.tables.iter().map(Table::schema).collect() }
+        Schema { version: self.version.clone(), tables: self.synced().map(Table::schema).collect() }
     }
 }
 
@@ -52,9 +57,12 @@ pub struct Aside {
     pub why: String,
 }
 
-/// One synced table.
+/// One synced table, or one that is read for its memberships alone.
 #[derive(Clone, Debug)]
 pub struct Table {
+    /// Whether clients have its rows. If not, its columns are the key and those that memberships name, and all that leaves the
+    /// database is that memberships have moved.
+    pub synced: bool,
     /// Object id.
     pub oid: u32,
     /// Its name: the same in Postgres, on the wire and in local stores.

@@ -148,7 +148,8 @@ impl Model {
         source: &Source,
     ) -> Result<(), ModelError> {
         let (number, config) = source.look().map_err(ModelError::Config)?;
-        let tables: Vec<String> = config.tables.keys().cloned().collect();
+        let tables: Vec<String> =
+            config.tables.keys().map(String::as_str).chain(config.sources()).map(str::to_owned).collect();
         // First, so that a change meanwhile shows.
         let shape = Shape { tables: shape(connection, &tables).await.map_err(ModelError::Traits)?, config: number };
         let origin = Origin { tables, shape };
@@ -219,7 +220,8 @@ impl Watcher {
     async fn look(&self) -> Result<(Option<Shape>, Option<String>), sqlx::Error> {
         // Without a configuration there are no models yet.
         let Ok((config, declared)) = self.source.look() else { return Ok((None, None)) };
-        let tables: Vec<String> = declared.tables.keys().cloned().collect();
+        let tables: Vec<String> =
+            declared.tables.keys().map(String::as_str).chain(declared.sources()).map(str::to_owned).collect();
         let mut connection = self.pool.acquire().await?;
         let shape = Shape { tables: shape(&mut connection, &tables).await?, config };
         Ok((Some(shape), sqlx::query_scalar(ATTACHED).fetch_one(&mut *connection).await?))

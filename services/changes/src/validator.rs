@@ -272,6 +272,7 @@ pub(crate) mod tests {
             writable,
         };
         Table {
+            synced: true,
             oid: 1,
             name: "tasks".into(),
             sql_name: "\"public\".\"tasks\"".into(),

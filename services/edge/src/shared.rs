@@ -178,7 +178,7 @@ impl Shared {
     async fn fill(&self, adopted: Adopted, scope: &Scope, part: &Part) -> Result<bool, SnapshotError> {
         let (known, scopes) = (adopted.moment.known.clone(), [scope.clone()]);
         let mut rows = 0;
-        if known.catalog.tables.iter().any(|table| table.row_scope_columns().any(|of| of.kind == scope.kind)) {
+        if known.catalog.synced().any(|table| table.row_scope_columns().any(|of| of.kind == scope.kind)) {
             let Ok(_permit) = self.reads.acquire().await else { return Ok(false) };
             let mut snapshot = Snapshot::adopt(&self.pool, adopted).await?;
             rows = snapshot.count(&known.catalog, &scopes).await?;

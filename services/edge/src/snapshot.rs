@@ -288,7 +288,7 @@ impl Snapshot {
     pub async fn count(&mut self, catalog: &Catalog, scopes: &[Scope]) -> Result<u64, SnapshotError> {
         let ids = by_kind(scopes);
         let (mut counts, mut bound) = (Vec::new(), Vec::new());
-        for table in &catalog.tables {
+        for table in catalog.synced() {
             for ScopeColumn { kind, column } in table.row_scope_columns() {
                 let Some(ids) = ids.get(kind) else { continue };
                 let mut sql = format!("(SELECT count(*) FROM {}", table.sql_rows());
@@ -333,7 +333,7 @@ impl Snapshot {
             let behind = behind.take();
             let ids = by_kind(some);
             let mut passes = Vec::new();
-            for table in &catalog.tables {
+            for table in catalog.synced() {
                 passes.extend(table.row_scope_columns().map(|of| (table, of)));
             }
             for (pass, (table, ScopeColumn { kind, column })) in passes.into_iter().enumerate() {

@@ -286,6 +286,9 @@ impl Assembler {
             return Ok(None);
         }
         let table = &self.tables[mapping.table];
+        if !table.synced {
+            return Ok(None);
+        }
         let nothing = Filled::new();
         let (before, after) = images(table, mapping, old.as_ref(), new, &nothing)?;
         let columns: Vec<usize> = (0..after.len()).filter(|&c| after[c] == Cell::Unchanged).collect();
@@ -385,6 +388,11 @@ impl Assembler {
                     self.with(*relation, out, |change, handover| {
                         handover.truncate(change.mapping.table);
                         let grants = !change.table.memberships.is_empty();
+                        if !change.table.synced {
+                            change.chunks.flush(change.pieces);
+                            change.pieces.push(silent(Moved::Any));
+                            return Ok(());
+                        }
                         change.chunks.add_truncate(&Scope::global(), &change.table.name, grants, change.pieces);
                         Ok(())
                     })?;
@@ -530,16 +538,17 @@ impl Assembler {
             let interval =
                 if goes_on { interval.saturating_mul(2).min(MAX_AGAIN_INTERVAL_MICROS) } else { AGAIN_INTERVAL_MICROS };
             self.sent_again.insert(index, (transaction.at, interval));
-            kinds.extend(table.row_scope_columns().map(|scope| scope.kind));
+            if table.synced {
+                kinds.extend(table.row_scope_columns().map(|scope| scope.kind));
+            }
             grants |= !table.memberships.is_empty();
         }
-        let message = |moves| Chunk { subject: Scope::global().subject(), payload: Bytes::from_static(b"[]"), moves };
         if !kinds.is_empty() {
             let header: Vec<String> = kinds.iter().map(|kind| format!("{WAL_PREFIX}{kind}{EVERY_SCOPE}")).collect();
-            self.pieces.push(message(Moved::Again(header.join(" "))));
+            self.pieces.push(silent(Moved::Again(header.join(" "))));
         }
         if grants {
-            self.pieces.push(message(Moved::Any));
+            self.pieces.push(silent(Moved::Any));
         }
     }
 
@@ -589,6 +598,11 @@ impl Transaction {
     }
 }
 
+/// A message to everybody that brings no row.
+fn silent(moves: Moved) -> Chunk {
+    Chunk { subject: Scope::global().subject(), payload: Bytes::from_static(b"[]"), moves }
+}
+
 /// Sends a row change, or keeps it where keys may change hands.
 fn change_row(
     change: &mut Change<'_>,
@@ -598,6 +612,12 @@ fn change_row(
     is_update: bool,
 ) {
     let (index, mapping) = (change.mapping.table, change.mapping);
+    if !change.table.synced {
+        for (member, moved) in moves(change.table, before, after, is_update) {
+            change.chunks.add_moves(&member, &moved, change.pieces);
+        }
+        return;
+    }
     if change.loose_key && handover.keeps(index) {
         return handover.take(index, change, before, after, is_update, |column| mapping.covers(column));
     }

@@ -98,7 +98,7 @@ struct Buffer {
 
 impl Buffer {
     fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.bytes.is_empty() && self.moves == Moved::None
     }
 
     fn add(&mut self, head: &[u8], row: &[u8]) {
@@ -122,7 +122,7 @@ impl Buffer {
     fn take(&mut self) -> Chunk {
         let mut bytes = std::mem::take(&mut self.bytes);
         self.head.clear();
-        bytes.extend_from_slice(b"]}]");
+        bytes.extend_from_slice(if bytes.is_empty() { b"[]" } else { b"]}]" });
         Chunk { subject: self.scope.subject(), payload: Bytes::from(bytes), moves: std::mem::take(&mut self.moves) }
     }
 }
@@ -208,18 +208,7 @@ impl Chunks {
                 out.push(chunk);
             }
         }
-        let id = id.unwrap_or_else(|| {
-            let id = self.base + self.buffers.len() as u64;
-            self.buffers.push_back(Buffer {
-                scope: scope.clone(),
-                bytes: Vec::new(),
-                head: Vec::new(),
-                moves: Moved::None,
-            });
-            self.ids.insert(scope.clone(), id);
-            self.bytes += BUFFER_OVERHEAD_BYTES;
-            id
-        });
+        let id = id.unwrap_or_else(|| self.open(scope));
         let buffer = &mut self.buffers[(id - self.base) as usize];
         let before = buffer.bytes.len();
         buffer.add(&head, row);
@@ -230,6 +219,28 @@ impl Chunks {
             *last = (*last).max(id);
         }
         self.head = head;
+    }
+
+    /// Tells those who read `scope` that they come to hold other scopes, or hold them no more, by a row that is not theirs to see.
+    pub fn add_moves(&mut self, scope: &Scope, moved: &[Scope], out: &mut Vec<Chunk>) {
+        if self.bytes + BUFFER_OVERHEAD_BYTES > self.limit {
+            self.flush(out);
+        }
+        let id = self.ids.get(scope).copied().unwrap_or_else(|| self.open(scope));
+        self.buffers[(id - self.base) as usize].moves.add(moved);
+    }
+
+    fn open(&mut self, scope: &Scope) -> u64 {
+        let id = self.base + self.buffers.len() as u64;
+        self.buffers.push_back(Buffer {
+            scope: scope.clone(),
+            bytes: Vec::new(),
+            head: Vec::new(),
+            moves: Moved::None,
+        });
+        self.ids.insert(scope.clone(), id);
+        self.bytes += BUFFER_OVERHEAD_BYTES;
+        id
     }
 
     /// Adds a truncation (`grants`: of a table that grants memberships), which keeps its place among the rows of every scope.

@@ -89,6 +89,7 @@ mod tests {
             domain: None,
         };
         Table {
+            synced: true,
             oid: 1,
             name: "staff".into(),
             sql_name: "staff".into(),

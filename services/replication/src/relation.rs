@@ -39,9 +39,10 @@ impl Mapping {
             .collect();
         let differs =
             table.oid != relation.id
-                || relation.columns.iter().any(|found| {
-                    table.column(found.name).is_none() && !table.hidden.iter().any(|hidden| hidden == found.name)
-                })
+                || table.synced
+                    && relation.columns.iter().any(|found| {
+                        table.column(found.name).is_none() && !table.hidden.iter().any(|hidden| hidden == found.name)
+                    })
                 || table.columns.iter().zip(&positions).any(|(column, position)| {
                     position.is_none_or(|at| relation.columns[at].type_oid != column.type_oid)
                 });

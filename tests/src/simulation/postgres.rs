@@ -44,6 +44,7 @@ pub fn tables() -> Vec<Table> {
         });
         let rule = (name != "members").then(|| "member".to_owned());
         Table {
+            synced: true,
             oid,
             name: name.into(),
             sql_name: format!("\"public\".\"{name}\""),

@@ -12,6 +12,7 @@ const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 fn table(oid: u32, name: &str, columns: &[&str], key: &[usize], scopes: Vec<TableScope>) -> Table {
     Table {
+        synced: true,
         oid,
         name: name.into(),
         sql_name: format!("\"public\".\"{name}\""),

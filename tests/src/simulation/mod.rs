@@ -70,7 +70,10 @@ fn simulation() {
                     }
                     match run(seed, false) {
                         Ok(hits) => points.lock().expect("points").add(&hits),
-                        Err(why) => failed.lock().expect("failures").push((seed, why)),
+                        Err(why) => {
+                            say(format_args!("seed {seed} fails"));
+                            failed.lock().expect("failures").push((seed, why));
+                        }
                     }
                 }
             });

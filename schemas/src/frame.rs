@@ -1,7 +1,7 @@
 //! Frames of the WebSocket between a client and an edge: JSON texts, told apart by `type`.
 //!
 //! Order of a session: the client sends [`ClientFrame::Hello`] and nothing before it; the edge answers `welcome` or a
-//! fatal `error`. From then on both directions are independent.
+//! fatal `error`; before that it may ask for the scopes that the client holds. From then on both directions are independent.
 //!
 //! **Staging.** What the edge sends between two `commit`s belongs together: a client stages `rows` (with `last: false`),
 //! `confirmed` and `scope_removed`, and applies them with the position in one local transaction when `commit`, or
@@ -15,6 +15,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::change::{Change, TableChanges};
@@ -26,9 +27,10 @@ use crate::subject::Scope;
 
 /// Largest frame that an edge accepts after `hello`, in bytes.
 pub const MAX_FRAME_BYTES: usize = 512 * 1024;
-/// Largest `hello`, in bytes: the only frame before authentication. It names every scope that the client holds, which
-/// this allows some 5,000 of.
+/// Largest `hello`, in bytes: the only frame before authentication.
 pub const MAX_HELLO_BYTES: usize = 256 * 1024;
+/// Most bytes of all `scopes` frames that answer one `scopes_wanted`.
+pub const MAX_SCOPES_BYTES: usize = 4 * 1024 * 1024;
 /// Most changes in one client transaction.
 pub const MAX_TRANSACTION_CHANGES: usize = 1_000;
 /// Most transactions of a client between submission and `accepted`.
@@ -40,6 +42,13 @@ pub const SUBMIT_WINDOW: u32 = 256;
 pub enum ClientFrame {
     /// First frame of a session.
     Hello(Hello),
+    /// Scopes whose rows the client holds: the answer to `scopes_wanted`.
+    Scopes {
+        /// The scopes, each in one of these frames.
+        scopes: Vec<Scope>,
+        /// Whether they are complete with this frame.
+        last: bool,
+    },
     /// One local transaction.
     Submit(Submit),
 }
@@ -63,11 +72,40 @@ pub struct Hello {
     /// Scopes whose rows the client holds at that position.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub scopes: Vec<Scope>,
+    /// The same, where the list would be long, and then instead of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scopes_digest: Option<ScopesDigest>,
     /// Highest `client_seq` that the client knows to be confirmed.
     pub confirmed_seq: u64,
     /// Where a snapshot was cut whose rows the client still has staged: the server may go on behind them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotMark>,
+}
+
+/// A set of scopes, told by a digest. Where the user may read exactly these scopes, nobody has to name them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ScopesDigest {
+    /// How many they are.
+    pub count: usize,
+    /// SHA-256, in lower-case hexadecimal digits, of the scopes as `kind:id` in the order of their UTF-8 bytes, each followed by a
+    /// line feed.
+    pub sha256: String,
+}
+
+impl ScopesDigest {
+    /// Of these scopes, in any order.
+    pub fn of<'a>(scopes: impl IntoIterator<Item = &'a Scope>) -> ScopesDigest {
+        let mut names: Vec<String> = scopes.into_iter().map(Scope::to_string).collect();
+        names.sort_unstable();
+        let mut hash = Sha256::new();
+        for name in &names {
+            hash.update(name);
+            hash.update("\n");
+        }
+        let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        ScopesDigest { count: names.len(), sha256 }
+    }
 }
 
 /// How far a snapshot has come. Both texts are the server's own; clients keep them with the staged rows.
@@ -109,6 +147,8 @@ pub struct Submit {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ServerFrame {
+    /// Before `welcome`: the user may read others than the scopes of `scopes_digest`, so the client is to name those that it holds.
+    ScopesWanted {},
     /// Answer to `hello`.
     Welcome(Welcome),
     /// Every submission up to and including `seq` is stored on the broker. The client still keeps its entries.

@@ -5,11 +5,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use millstream_schemas::frame::{ClientFrame, ServerFrame};
+use millstream_schemas::frame::{ClientFrame, ScopesDigest, ServerFrame};
 use millstream_schemas::stream::{
     ChangesMessage, OriginRecord, ResultsMessage, ValidateRequest, ValidateResponse, WalPayload, Watermark,
 };
-use millstream_schemas::{Code, PROTOCOL_VERSION};
+use millstream_schemas::{Code, PROTOCOL_VERSION, Scope};
 use schemars::{JsonSchema, schema_for};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 /// Hash of the JSON Schemas for each protocol version. A change of the schemas is a change of the protocol: raise
 /// [`PROTOCOL_VERSION`] and add a line, or, before the first release, replace the last one.
-const HASHES: &[(u32, &str)] = &[(1, "e2d8b8a8c5170d48")];
+const HASHES: &[(u32, &str)] = &[(1, "ccc2a4f84e322a37")];
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
@@ -143,4 +143,20 @@ fn codes_are_words_that_come_back() {
         assert_eq!(code.as_str().parse::<Code>().unwrap(), *code);
         assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
     }
+}
+
+/// A client in another language makes the same digest, in whatever order it has the scopes.
+#[test]
+fn a_digest_of_scopes_is_that_of_the_vector() {
+    let text = std::fs::read_to_string(folder("vectors").join("client-frame.json")).unwrap();
+    let vectors: Value = serde_json::from_str(&text).unwrap();
+    let told = &vectors["valid"]["hello_of_many_scopes"]["scopes_digest"];
+    let mut scopes: Vec<Scope> =
+        vec!["user:alice".parse().unwrap(), "project:0190f3c2-7d1e-7000-8000-000000000005".parse().unwrap()];
+    for _ in 0..2 {
+        assert_eq!(&serde_json::to_value(ScopesDigest::of(&scopes)).unwrap(), told);
+        scopes.reverse();
+    }
+    scopes.pop();
+    assert_ne!(&serde_json::to_value(ScopesDigest::of(&scopes)).unwrap(), told);
 }

@@ -16,6 +16,7 @@ mod histories;
 mod history;
 mod kills;
 mod leaks;
+mod many_scopes;
 mod memberships;
 mod merges;
 mod offline;

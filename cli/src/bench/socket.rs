@@ -35,6 +35,7 @@ impl Socket {
             schema: None,
             position: None,
             scopes: Vec::new(),
+            scopes_digest: None,
             confirmed_seq: 0,
             snapshot: None,
         });

@@ -10,7 +10,7 @@ use millstream_client_core::replica::{Replica, Work};
 use millstream_client_core::status::{LastError, Role, State, Status};
 use millstream_client_store::{Applied, Meeting, StoreError};
 use millstream_schemas::PROTOCOL_VERSION;
-use millstream_schemas::frame::{ClientFrame, Hello, ServerFrame, Welcome};
+use millstream_schemas::frame::{ClientFrame, Hello, MAX_SCOPES_BYTES, ScopesDigest, ServerFrame, Welcome};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_tungstenite::tungstenite::{self, Message};
@@ -27,6 +27,12 @@ use crate::{Error, Result, leader};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// From `hello` to `welcome`. The edge may have to wait for Postgres.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer lists of scopes are not in `hello`: it has their digest.
+const HELLO_SCOPES_BYTES: usize = 64 * 1024;
+/// What a scope takes in a list beyond its own bytes.
+const SCOPE_OVERHEAD_BYTES: usize = 4;
+/// Most scopes in one frame; the longest ones fill it nearly.
+const SCOPES_A_FRAME: usize = 2_000;
 /// Between pings.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// A connection this long silent is dead, or as long as the edge bears silence if that is less: it answers pings.
@@ -70,6 +76,25 @@ pub(crate) struct SyncWorker {
     pub cut: u64,
     /// Sessions that ended because the store could not take what came, and until when they count.
     pub stuck: (u32, Instant),
+}
+
+/// Sends a text, if there is one, and waits for the next frame.
+async fn exchange(socket: &mut Socket, text: Option<String>) -> Result<ServerFrame, End> {
+    let exchange = async {
+        if let Some(text) = text {
+            socket.send(Message::text(text)).await.map_err(End::socket)?;
+        }
+        loop {
+            match socket.next().await {
+                Some(Ok(Message::Text(text))) => return decode(&text),
+                Some(Ok(Message::Close(frame))) => return Err(closed_by(frame)),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(End::socket(error)),
+                None => return Err(End::socket("the edge closed the connection")),
+            }
+        }
+    };
+    timeout(WELCOME_TIMEOUT, exchange).await.map_err(|_| End::socket("no welcome came in time"))?
 }
 
 /// Which token was refused, and what follows from it.
@@ -307,30 +332,37 @@ impl SyncWorker {
     async fn welcome(&mut self, socket: &mut Socket, token: String) -> Result<Welcome, End> {
         let info = self.ask(WriterCommand::Info).await?;
         self.cut = info.snapshot.as_ref().map_or(0, |(_, staged)| *staged);
+        let bytes =
+            info.scopes.iter().map(|scope| scope.kind.len() + scope.id.len() + SCOPE_OVERHEAD_BYTES).sum::<usize>();
+        // Nobody would take them: their rows come again, compared with those on hand.
+        let position = info.position.filter(|_| !info.resync && bytes < MAX_SCOPES_BYTES / 2);
+        let mut scopes = if position.is_some() { info.scopes } else { Vec::new() };
+        let mut many = if bytes > HELLO_SCOPES_BYTES { std::mem::take(&mut scopes) } else { Vec::new() };
         let hello = ClientFrame::Hello(Hello {
             protocol: PROTOCOL_VERSION,
             client_id: info.client_id,
             token,
             schema: info.schema,
-            position: info.position.filter(|_| !info.resync),
-            scopes: if info.position.is_some() && !info.resync { info.scopes } else { Vec::new() },
+            position,
+            scopes,
+            scopes_digest: (!many.is_empty()).then(|| ScopesDigest::of(&many)),
             confirmed_seq: info.confirmed_seq,
             snapshot: info.snapshot.as_ref().map(|(mark, _)| mark.clone()),
         });
         let text = serde_json::to_string(&hello).map_err(End::socket)?;
-        let exchange = async {
-            socket.send(Message::text(text)).await.map_err(End::socket)?;
-            loop {
-                match socket.next().await {
-                    Some(Ok(Message::Text(text))) => return decode(&text),
-                    Some(Ok(Message::Close(frame))) => return Err(closed_by(frame)),
-                    Some(Ok(_)) => {}
-                    Some(Err(error)) => return Err(End::socket(error)),
-                    None => return Err(End::socket("the edge closed the connection")),
-                }
+        let mut frame = exchange(socket, Some(text)).await?;
+        if let ServerFrame::ScopesWanted {} = frame {
+            while !many.is_empty() {
+                let rest = many.split_off(many.len().min(SCOPES_A_FRAME));
+                let scopes = ClientFrame::Scopes { scopes: std::mem::replace(&mut many, rest), last: many.is_empty() };
+                let text = serde_json::to_string(&scopes).map_err(End::socket)?;
+                timeout(WELCOME_TIMEOUT, socket.send(Message::text(text)))
+                    .await
+                    .map_err(|_| End::socket("naming the scopes took too long"))?
+                    .map_err(End::socket)?;
             }
-        };
-        let frame = timeout(WELCOME_TIMEOUT, exchange).await.map_err(|_| End::socket("no welcome came in time"))??;
+            frame = exchange(socket, None).await?;
+        }
         let mut welcome = match frame {
             ServerFrame::Welcome(welcome) => welcome,
             ServerFrame::Error(error) => return Err(End::error(error)),

@@ -16,6 +16,7 @@ log = logging.getLogger("millstream")
 
 MESSAGE_BYTES = 16 * 1024 * 1024
 WELCOME_S, PING_S, SILENCE_S = 20, 15, 30
+SCOPES_A_FRAME = 2000
 NOT_ACCEPTED_S, NOT_CONFIRMED_S, NOT_CONFIRMED_MOST_S = 15, 30, 480
 BACKOFF_LEAST_S, BACKOFF_MOST_S, GOOD_SESSION_S = 0.5, 60, 30
 
@@ -134,6 +135,12 @@ class Client:
             self._socket = socket
             await socket.send(json.dumps(self.store.hello(token)))
             welcome = json.loads(await asyncio.wait_for(socket.recv(), WELCOME_S))
+            if welcome["type"] == "scopes_wanted":
+                scopes = self.store.get("scopes")
+                for start in range(0, len(scopes), SCOPES_A_FRAME):
+                    some, last = scopes[start:start + SCOPES_A_FRAME], start + SCOPES_A_FRAME >= len(scopes)
+                    await socket.send(json.dumps({"type": "scopes", "scopes": some, "last": last}))
+                welcome = json.loads(await asyncio.wait_for(socket.recv(), WELCOME_S))
             if welcome["type"] == "error":
                 raise ended(welcome)
             self.store.welcome(welcome)

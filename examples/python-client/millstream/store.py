@@ -5,6 +5,7 @@ Every synced table `tasks` is three things in SQLite: `tasks__server`, the rows 
 of the first. All values are texts as Postgres writes them.
 """
 
+import hashlib
 import json
 import secrets
 import sqlite3
@@ -15,6 +16,12 @@ from contextlib import contextmanager
 FRAME_BYTES, TRANSACTION_CHANGES = 512 * 1024, 1000
 FRAME_RESERVE = 24 * 1024  # of a `submit` frame: what is not changes, and what the edge adds
 SETTLED_KEPT = 1000  # settled transactions that a server restored from a backup can still be given
+MANY_SCOPES_BYTES = 64 * 1024  # longer lists of scopes are not in `hello`: it has their digest
+
+
+def digest(scopes):
+    names = sorted(scope.encode() + b"\n" for scope in scopes)
+    return {"count": len(names), "sha256": hashlib.sha256(b"".join(names)).hexdigest()}
 
 
 class NewIdentity(Exception):
@@ -144,7 +151,9 @@ class Store:
         if self.get("schema"):
             frame["schema"] = self.get("schema")["version"]
             if self.get("position"):
-                frame.update(position=self.get("position"), scopes=self.get("scopes"))
+                scopes = self.get("scopes")
+                many = sum(len(scope.encode()) + 4 for scope in scopes) > MANY_SCOPES_BYTES
+                frame.update(position=self.get("position"), **({"scopes_digest": digest(scopes)} if many else {"scopes": scopes}))
         return frame
 
     # Local writes

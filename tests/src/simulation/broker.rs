@@ -31,6 +31,8 @@ pub struct Broker {
     stream: u64,
     /// Outbound messages; sequence 1 first.
     pub outbound: Vec<Arc<Message>>,
+    /// It has lost outbound messages that clients may have seen.
+    pub has_lost: bool,
 }
 
 struct Item {
@@ -122,6 +124,7 @@ impl World {
             let lost = self.rng.random_range(0..=2.min(self.broker.outbound.len() - 1));
             trace!(self, "the broker loses {lost} outbound messages");
             let kept = self.broker.outbound.len() - lost;
+            self.broker.has_lost |= lost > 0;
             self.broker.outbound.truncate(kept);
             self.replication.is_up = false;
             self.soon(500, Event::ReplicationUp);
@@ -364,11 +367,11 @@ impl World {
         if self.replication.is_up {
             return;
         }
-        let tail = self.broker.outbound.last().map(|message| (message.lsn(), message.last));
-        let (lsn, last) = tail.unwrap_or_default();
-        // As `epoch::verdict` has it: the slot must not be ahead of the stream.
+        let tail = self.broker.outbound.last().map(|message| (message.lsn(), message.last, message.position.epoch));
+        let (lsn, last, epoch) = tail.unwrap_or_default();
+        // As `epoch::verdict` has it: the stream's history is the database's, and the slot is not ahead of the stream.
         let held = if last { lsn.0 + 1 } else { lsn.0 };
-        if self.replication.is_lost || self.replication.confirmed.0 > held {
+        if self.replication.is_lost || epoch != self.replication.epoch || self.replication.confirmed.0 > held {
             self.new_epoch();
         } else {
             self.replication.is_up = true;

@@ -435,6 +435,7 @@ impl World {
             schema: info.schema,
             position: known,
             scopes: if known.is_some() { info.scopes } else { Vec::new() },
+            scopes_digest: None,
             confirmed_seq: info.confirmed_seq,
             snapshot: None,
         };
@@ -469,6 +470,7 @@ impl World {
             return;
         }
         let frame: ServerFrame = serde_json::from_str(text).expect("an edge's frame");
+        trace!(self, "client {index} gets {}", text.get(..400).unwrap_or(text));
         if let ServerFrame::Welcome(welcome) = frame {
             let meeting = self.clients[index]
                 .store()

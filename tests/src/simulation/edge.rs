@@ -402,7 +402,7 @@ impl World {
         }
         match serde_json::from_str(text).expect("a client's frame") {
             ClientFrame::Submit(submit) => self.submit(session, edge, submit),
-            ClientFrame::Hello(_) => unreachable!("hello is not sent as text here"),
+            ClientFrame::Hello(_) | ClientFrame::Scopes { .. } => unreachable!("hello is not sent as text here"),
         }
     }
 

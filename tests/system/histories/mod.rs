@@ -25,7 +25,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use schema::{Columns, Pool, SERIAL, Schema};
+use schema::{Columns, MEMBERSHIPS, Pool, SERIAL, Schema};
 use truth::{Shown, Truth, View};
 
 /// Histories of an ordinary run.
@@ -114,7 +114,8 @@ fn everything(schema: &Schema) -> String {
         let columns: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
         format!("SELECT {n}, json_array({}) FROM {table}", columns.join(", "))
     };
-    schema.columns().iter().enumerate().map(part).collect::<Vec<_>>().join(" UNION ALL ")
+    let foreign = if schema.memberships_synced { 0 } else { MEMBERSHIPS.len() };
+    schema.columns().iter().enumerate().skip(foreign).map(part).collect::<Vec<_>>().join(" UNION ALL ")
 }
 
 async fn look(client: &Client, schema: &Schema, sql: &str) -> Result<View> {

@@ -1,6 +1,7 @@
 //! Random schemas: memberships of projects, of teams, and of projects through teams; and two to five tables of rows that
 //! belong to projects, users, both, or to everybody, as databases have them: with keys and replica identities of all kinds,
-//! deferrable keys, partitions, hidden columns, sums, triggers that change or leave out rows, and migrations meanwhile.
+//! deferrable keys, partitions, children by inheritance, composite values, hidden columns, sums, triggers that change or leave out
+//! rows, memberships that clients have or do not have as rows, and migrations meanwhile.
 
 use std::fmt::Write;
 
@@ -26,6 +27,8 @@ pub enum Kind {
     Numeric,
     Jsonb,
     Enum,
+    /// A row of two columns.
+    Composite,
     /// A `bigint` of which every change counts.
     Sum,
     /// A `bigint` of which the greatest value stays.
@@ -33,8 +36,17 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 8] =
-        [Kind::Text, Kind::Bigint, Kind::Boolean, Kind::Numeric, Kind::Jsonb, Kind::Enum, Kind::Sum, Kind::Max];
+    const ALL: [Kind; 9] = [
+        Kind::Text,
+        Kind::Bigint,
+        Kind::Boolean,
+        Kind::Numeric,
+        Kind::Jsonb,
+        Kind::Enum,
+        Kind::Composite,
+        Kind::Sum,
+        Kind::Max,
+    ];
 
     fn sql(self) -> &'static str {
         match self {
@@ -44,6 +56,7 @@ impl Kind {
             Kind::Numeric => "numeric",
             Kind::Jsonb => "jsonb",
             Kind::Enum => "mood",
+            Kind::Composite => "spot",
         }
     }
 
@@ -77,6 +90,7 @@ impl Kind {
             Kind::Numeric => format!("'{n}.{:03}0'", n % 7),
             Kind::Jsonb => format!("'{{\"n\": {n}, \"list\": [1, null, \"x\"]}}'"),
             Kind::Enum => (*["'sad'", "'so so'", "'Happy'"].choose(rng).unwrap_or(&"NULL")).to_owned(),
+            Kind::Composite => format!("'({n},\"a ü{n}\")'"),
             Kind::Sum | Kind::Max => n.to_string(),
         }
     }
@@ -170,6 +184,8 @@ pub struct Table {
     hidden: bool,
     /// Has a trigger that changes texts and leaves out rows.
     gate: bool,
+    /// May get a child by inheritance, whose rows belong to nobody.
+    pub child: bool,
 }
 
 impl Table {
@@ -332,6 +348,8 @@ fn watched(name: &str) -> String {
 pub struct Schema {
     /// Behind [`MEMBERSHIPS`].
     pub tables: Vec<Table>,
+    /// Whether clients have [`MEMBERSHIPS`] too.
+    pub memberships_synced: bool,
 }
 
 /// The tables that grant memberships, which come first, with their columns: users of projects and of teams, unless they are
@@ -359,7 +377,9 @@ membership = [
     { table = "members", user = "user_id", scope = "project", roles = { column = "role", in = ["member", "owner"] } },
     { table = "plans", scope = "project", through = "team", via = "team" },
 ]
+"#;
 
+const MEMBERSHIPS_SYNCED: &str = r#"
 [tables.members]
 scope = { kind = "project", column = "project" }
 write.delete = "old.user_id = auth.user_id"
@@ -422,9 +442,10 @@ impl Schema {
                 deferrable: identity == Identity::Full && rng.random_bool(0.3),
                 parts,
                 hidden: rng.random_bool(0.2),
+                child: parts.is_none() && rng.random_bool(0.2),
             });
         }
-        Schema { tables }
+        Schema { tables, memberships_synced: rng.random_bool(0.75) }
     }
 
     /// The app's tables, and a log of what was committed, in the order of commits: whoever writes waits for his turn first.
@@ -437,6 +458,7 @@ impl Schema {
              CREATE FUNCTION plain(r jsonb) RETURNS jsonb LANGUAGE sql AS
              $$ SELECT jsonb_object_agg(key, value) FROM jsonb_each_text(r{}) $$;
              CREATE TYPE mood AS ENUM ('sad', 'so so', 'Happy');
+             CREATE TYPE spot AS (x int, what text);
              CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
                IF NEW.v0 LIKE 'ü99%' THEN RETURN NULL; END IF;
                NEW.v0 := replace(NEW.v0, 'ü1', 'Ü1');
@@ -464,6 +486,9 @@ impl Schema {
 
     pub fn config(&self) -> String {
         let mut text = MEMBERSHIPS_CONFIG.to_owned();
+        if self.memberships_synced {
+            text += MEMBERSHIPS_SYNCED;
+        }
         for table in &self.tables {
             text += &table.config();
         }
@@ -578,6 +603,20 @@ impl Schema {
                 let id = Pool::any(&pool.ids[n], rng);
                 let set = if *hidden { "secret = md5(random()::text)" } else { "v0 = v0" };
                 format!("UPDATE {name} SET {set} WHERE id = '{id}'")
+            }
+            66..70 => {
+                let children: Vec<&Table> = self.tables.iter().filter(|table| table.child).collect();
+                match children.choose(rng) {
+                    Some(Table { name, .. }) if rng.random_bool(0.3) => {
+                        format!("CREATE TABLE IF NOT EXISTS {name}_child () INHERITS ({name})")
+                    }
+                    Some(Table { name, .. }) => format!(
+                        "DO $$ BEGIN IF to_regclass('{name}_child') IS NOT NULL THEN
+                           DELETE FROM {name}_child; INSERT INTO {name}_child SELECT * FROM ONLY {name} LIMIT 2;
+                         END IF; END $$"
+                    ),
+                    None => self.statement(pool, true, rng),
+                }
             }
             _ => self.statement(pool, true, rng),
         }

@@ -59,7 +59,8 @@ pub async fn read(postgres: &mut PgConnection, schema: &Schema) -> Result<View> 
     let mut rows = View::new();
     for (table, (name, columns)) in schema.columns().iter().enumerate() {
         let columns: Vec<String> = columns.iter().map(|(name, _)| format!("{name}::text")).collect();
-        let sql = format!("SELECT ARRAY[{}] FROM {name}", columns.join(", "));
+        let only = if schema.tables.iter().any(|table| table.name == *name && table.child) { "ONLY " } else { "" };
+        let sql = format!("SELECT ARRAY[{}] FROM {only}{name}", columns.join(", "));
         for row in sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *postgres).await? {
             rows.insert((table, row.get(0)));
         }
@@ -133,7 +134,7 @@ impl Truth {
             match table.checked_sub(MEMBERSHIPS.len()).map(|table| self.schema.tables[table].belongs) {
                 Some(Belongs::Project) => in_project,
                 Some(Belongs::User) => is_own,
-                None => in_project || in_team || is_own,
+                None => self.schema.memberships_synced && (in_project || in_team || is_own),
                 Some(Belongs::Both) => in_project || is_own,
                 Some(Belongs::Everybody) => true,
             }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use millstream_catalog::layout;
 use millstream_schemas::frame::{
-    Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW, ServerFrame,
-    Welcome,
+    Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_SCOPES_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW,
+    ScopesDigest, ServerFrame, Welcome,
 };
 use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::join::Cut;
 use super::uplink::Unsettled;
+use super::wire::Room;
 use super::{
     End, HEARTBEAT, STORED_QUEUE, Session, Socket, SocketError, Start, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE,
     VISIBLE_WAIT, Wire, text,
@@ -34,6 +35,12 @@ use crate::token::Identity;
 const HEAD_WAIT: Duration = Duration::from_secs(2);
 /// How long the ledger is waited for to show what the client knows to be confirmed.
 const LEDGER_WAIT: Duration = Duration::from_millis(500);
+/// A client that is asked for its scopes has this long to name them.
+const SCOPES_TIMEOUT: Duration = Duration::from_secs(30);
+/// What a list of scopes takes in memory, as a multiple of its text.
+const SCOPES_WEIGHT: usize = 3;
+/// A client that names more scopes that its user may not read gets a snapshot instead of being told of each.
+const MAX_LOST: usize = 10_000;
 /// `hello` must have come within this time.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -61,6 +68,36 @@ pub(super) async fn hello(edge: &Edge, wire: &mut Wire) -> Result<(Hello, Identi
         return Err(End::fatal(Code::NeedsAuth, "an operator ended this user's sessions; sign in again"));
     }
     Ok((hello, identity))
+}
+
+/// Asks the client for the scopes whose rows it holds; they take room while the session begins.
+async fn name_scopes(wire: &mut Wire) -> Result<(Vec<Scope>, Vec<Room>), End> {
+    wire.own(ServerFrame::ScopesWanted {}).await?;
+    let named = async {
+        let (mut scopes, mut rooms, mut bytes) = (Vec::new(), Vec::new(), 0);
+        loop {
+            let text = match wire.next().await {
+                Some(Ok(Socket::Text(text))) => text,
+                Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => continue,
+                Some(Ok(Socket::Binary(_))) => return Err(End::fatal(Code::BadFrame, "frames are JSON texts")),
+                Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
+            };
+            bytes += text.len();
+            if bytes > MAX_SCOPES_BYTES {
+                let message = format!("the scopes have over {MAX_SCOPES_BYTES} bytes: say hello without a position");
+                return Err(End::fatal(Code::TooLarge, message));
+            }
+            rooms.push(wire.room_for((text.len() * SCOPES_WEIGHT).div_ceil(1024))?);
+            let (some, last) = text::scopes(&text).map_err(|refused| End::fatal(refused.code, refused.message))?;
+            scopes.extend(some);
+            if last {
+                return Ok((scopes, rooms));
+            }
+        }
+    };
+    tokio::time::timeout(SCOPES_TIMEOUT, named)
+        .await
+        .map_err(|_| End::fatal(Code::HeartbeatTimeout, "the scopes did not come within 30 s"))?
 }
 
 pub(super) fn another_user() -> End {
@@ -131,6 +168,18 @@ pub(super) async fn open(
     let fence = Arc::new(snapshot.fence.clone());
     // Nor while it is sent anything.
     drop(snapshot);
+    // What is held is a claim yet: see `Session::begin`.
+    let (claimed, _room) = match (kept, &hello.scopes_digest) {
+        (None, _) => Default::default(),
+        (Some(_), None) => (hello.scopes, Vec::new()),
+        (Some(_), Some(digest)) if *digest == ScopesDigest::of(&scopes) => {
+            (scopes.iter().cloned().collect(), Vec::new())
+        }
+        (Some(_), Some(_)) => name_scopes(wire).await?,
+    };
+    let (held, lost): (Vec<Scope>, Vec<Scope>) = claimed.into_iter().partition(|scope| scopes.contains(scope));
+    let kept = kept.filter(|_| lost.len() <= MAX_LOST);
+    let (held, lost) = if kept.is_some() { (held, lost) } else { Default::default() };
 
     if !known.agrees(&edge.hub) {
         // They changed while we read: rows behind this head would meet the old schema.
@@ -161,11 +210,6 @@ pub(super) async fn open(
     }))
     .await?;
 
-    // What is held is a claim yet: see `Session::begin`.
-    let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
-        Some(_) => hello.scopes.into_iter().partition(|scope| scopes.contains(scope)),
-        None => (Vec::new(), Vec::new()),
-    };
     let stands = kept.or(cut.as_ref().map(|cut| cut.token.from)).unwrap_or(head);
     let open = open.filter(|_| stands == head);
     let mut downlink = Downlink::new(hello.client_id, &user_id, known.reach.clone(), stands, open, held, fence.clone());

@@ -3,7 +3,7 @@
 use millstream_schemas::frame::{
     ClientFrame, Hello, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Submit,
 };
-use millstream_schemas::{Code, PROTOCOL_VERSION};
+use millstream_schemas::{Code, PROTOCOL_VERSION, Scope};
 
 /// Why a text is refused.
 #[derive(Debug)]
@@ -40,6 +40,21 @@ pub fn hello(text: &str) -> Result<Hello, Refused> {
     Ok(hello)
 }
 
+/// Reads a frame that names scopes.
+///
+/// # Errors
+/// It is another one, or too large.
+pub fn scopes(text: &str) -> Result<(Vec<Scope>, bool), Refused> {
+    if text.len() > MAX_FRAME_BYTES {
+        return Err(refused(Code::TooLarge, format!("the frame is over {MAX_FRAME_BYTES} bytes")));
+    }
+    match serde_json::from_str(text) {
+        Ok(ClientFrame::Scopes { scopes, last }) => Ok((scopes, last)),
+        Ok(_) => Err(refused(Code::OutOfOrder, "after scopes_wanted come the scopes, and nothing else")),
+        Err(error) => Err(refused(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
+    }
+}
+
 /// Reads a later frame.
 ///
 /// # Errors
@@ -53,6 +68,9 @@ pub fn submit(text: &str) -> Result<Submit, Refused> {
         Ok(ClientFrame::Submit(submit)) => submit,
         Ok(ClientFrame::Hello(_)) => {
             return Err(refused(Code::OutOfOrder, "hello comes once, as the first frame"));
+        }
+        Ok(ClientFrame::Scopes { .. }) => {
+            return Err(refused(Code::OutOfOrder, "scopes are named where they are asked for, before welcome"));
         }
         Err(error) => return Err(refused(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
     };

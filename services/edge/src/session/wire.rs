@@ -123,7 +123,7 @@ where
 }
 
 /// Room that is taken, of the user's and the edge's.
-type Room = [Option<OwnedSemaphorePermit>; 2];
+pub type Room = [Option<OwnedSemaphorePermit>; 2];
 
 /// A socket, which cuts clients that take nothing.
 pub struct Wire {
@@ -246,7 +246,11 @@ impl Wire {
             Out::Shared(text) => text.len(),
             Out::Own(_) => 0,
         };
-        let kib = frames.iter().map(weight).sum::<usize>().div_ceil(1024).saturating_sub(ALLOWANCE_KIB);
+        self.room_for(frames.iter().map(weight).sum::<usize>().div_ceil(1024).saturating_sub(ALLOWANCE_KIB))
+    }
+
+    /// Room for so many KiB, of the user's and the edge's.
+    pub fn room_for(&self, kib: usize) -> Result<Room, End> {
         let take = |room: &Arc<Semaphore>, most: usize| {
             let room = room.clone().try_acquire_many_owned(u32::try_from(kib.min(most)).unwrap_or(u32::MAX));
             room.map_err(|_| End::retry(Code::SlowConsumer, "too much waits for slow clients; connect again to go on"))

@@ -30,7 +30,7 @@ pub(crate) struct Session {
     /// The app's transaction; 0 outside of one and while the store writes for itself.
     tx: AtomicI64,
     /// The `client_seq` that it gets, unless it is held back.
-    seq: AtomicI64,
+    client_seq: AtomicI64,
     /// This run of the store; see [`millstream_schemas::frame::Submit::instance`].
     instance: Mutex<Option<Uuid>>,
     /// The app's statements are being prepared: the guard is up.
@@ -59,7 +59,7 @@ impl Session {
         Session {
             host,
             tx: AtomicI64::new(0),
-            seq: AtomicI64::new(0),
+            client_seq: AtomicI64::new(0),
             instance: Mutex::new(None),
             guarded: AtomicBool::new(false),
             damaged: AtomicBool::new(false),
@@ -153,11 +153,11 @@ impl Session {
         }
     }
 
-    /// The app's statements follow, as transaction `tx` with the number `seq`.
-    pub fn begin(&self, tx: u64, seq: u64, traceparent: Option<&str>) {
+    /// The app's statements follow, as transaction `tx` with the number `client_seq`.
+    pub fn begin(&self, tx: u64, client_seq: u64, traceparent: Option<&str>) {
         *self.traceparent.lock().unwrap_or_else(PoisonError::into_inner) = traceparent.map(str::to_owned);
         self.tx.store(tx as i64, Ordering::Relaxed);
-        self.seq.store(seq as i64, Ordering::Relaxed);
+        self.client_seq.store(client_seq as i64, Ordering::Relaxed);
         self.guarded.store(true, Ordering::Relaxed);
     }
 
@@ -237,7 +237,7 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
         .during(operation)?;
     let s = Arc::clone(session);
     connection
-        .create_scalar_function("millstream_seq", 0, flags, move |_| Ok(s.seq.load(Ordering::Relaxed)))
+        .create_scalar_function("millstream_seq", 0, flags, move |_| Ok(s.client_seq.load(Ordering::Relaxed)))
         .during(operation)?;
     let s = Arc::clone(session);
     connection

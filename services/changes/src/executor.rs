@@ -356,7 +356,7 @@ impl<'a> Transaction<'a> {
         let repeated: Vec<(Uuid, u64)> = plan
             .iter()
             .filter(|planned| matches!(planned.action, Action::Repeat))
-            .map(|planned| (planned.submission.client_id, planned.submission.seq))
+            .map(|planned| (planned.submission.client_id, planned.submission.client_seq))
             .collect();
         results.extend(&plan);
         if !repeated.is_empty() {
@@ -396,10 +396,10 @@ impl<'a> Transaction<'a> {
             (Fault::Verdict(refusal), Some(planned)) => {
                 let submission = planned.submission;
                 let rejection = Rejection::new(submission, submission.changes.len().saturating_sub(1), refusal);
-                Failed::Condemned(submission.client_id, submission.seq, rejection)
+                Failed::Condemned(submission.client_id, submission.client_seq, rejection)
             }
             (Fault::Unknown, Some(planned)) => {
-                Failed::Strike(planned.submission.client_id, planned.submission.seq, error)
+                Failed::Strike(planned.submission.client_id, planned.submission.client_seq, error)
             }
             (Fault::Verdict(_) | Fault::Unknown, None) => Failed::Isolate { why: error.to_string(), at: None },
         })
@@ -425,7 +425,7 @@ fn span(planned: &Planned<'_>) -> tracing::Span {
     let span = tracing::info_span!(
         "apply",
         client.id = %submission.client_id,
-        client.seq = submission.seq,
+        client.seq = submission.client_seq,
         changes = submission.changes.len(),
     );
     telemetry::set_parent(&span, submission.traceparent.as_deref());

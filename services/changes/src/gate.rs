@@ -26,15 +26,15 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     client_id: Uuid,
-    seq: u64,
+    client_seq: u64,
     attempt: u32,
     instance: Uuid,
 }
 
 impl Key {
     pub fn of(submission: &Submission) -> Key {
-        let &Submission { client_id, seq, attempt, instance, .. } = submission;
-        Key { client_id, seq, attempt, instance }
+        let &Submission { client_id, client_seq, attempt, instance, .. } = submission;
+        Key { client_id, client_seq, attempt, instance }
     }
 }
 
@@ -169,7 +169,7 @@ mod tests {
         let submission = Submission {
             client_id: Uuid::from_u128(u128::from(partition)),
             user_id: "u".into(),
-            seq: sequence,
+            client_seq: sequence,
             attempt,
             instance: Uuid::nil(),
             previous: None,
@@ -205,7 +205,7 @@ mod tests {
         }
         assert!(gate.push(item(2, 9, 1), false).is_some(), "another partition");
         let questions = asked(&mut gate, now);
-        assert_eq!(questions.iter().map(|(_, key)| key.seq).collect::<Vec<_>>(), [2, 4]);
+        assert_eq!(questions.iter().map(|(_, key)| key.client_seq).collect::<Vec<_>>(), [2, 4]);
         assert!(asked(&mut gate, now).is_empty(), "under way already");
         // The later answer comes first.
         gate.answered(1, questions[1].1, Some(Some(rejection())), now);
@@ -275,7 +275,7 @@ mod tests {
             gate.push(item(partition, sequence, 1), true);
         }
         gate.retain(&BTreeMap::from([(1, Owned { epoch: 1, position: 5 })]));
-        assert_eq!(asked(&mut gate, now).iter().map(|(_, key)| key.seq).collect::<Vec<_>>(), [6]);
+        assert_eq!(asked(&mut gate, now).iter().map(|(_, key)| key.client_seq).collect::<Vec<_>>(), [6]);
         gate.retain(&BTreeMap::new());
         assert!(gate.is_empty());
     }

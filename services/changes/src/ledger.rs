@@ -57,22 +57,22 @@ impl Ledger {
     }
 
     /// Whether the database, as opposed to this batch, has taken a transaction.
-    pub fn is_stored(&self, client_id: Uuid, seq: u64) -> bool {
-        self.clients.get(&client_id).and_then(|client| client.stored).is_some_and(|stored| seq <= stored)
+    pub fn is_stored(&self, client_id: Uuid, client_seq: u64) -> bool {
+        self.clients.get(&client_id).and_then(|client| client.stored).is_some_and(|stored| client_seq <= stored)
     }
 
     /// Applies the rule to a submission, and takes it if it is the next.
     pub fn decide(&mut self, submission: &Submission) -> Decision {
-        let &Submission { client_id, seq, instance, previous, .. } = submission;
+        let &Submission { client_id, client_seq, instance, previous, .. } = submission;
         let (last, known) = match self.clients.get(&client_id) {
             Some(client) if client.user_id != submission.user_id => return Decision::Foreign,
             Some(client) => (client.last, client.instance),
             None => (0, None),
         };
-        if seq == 0 || seq > last.saturating_add(1) {
+        if client_seq == 0 || client_seq > last.saturating_add(1) {
             return Decision::Gap;
         }
-        if seq <= last {
+        if client_seq <= last {
             return Decision::Duplicate;
         }
         // A store goes on where its last run ended; a copy of it goes on where that copy's did.
@@ -86,9 +86,9 @@ impl Ledger {
             stored: None,
             last: 0,
         });
-        client.last = seq;
+        client.last = client_seq;
         if client.instance.replace(instance) != Some(instance) {
-            self.spans.push((client_id, InstanceSpan { instance, first_seq: seq }));
+            self.spans.push((client_id, InstanceSpan { instance, first_seq: client_seq }));
         }
         Decision::Take
     }
@@ -116,11 +116,11 @@ mod tests {
 
     const CLIENT: Uuid = Uuid::from_u128(1);
 
-    fn submission(user: &str, seq: u64, instance: u128, previous: Option<u128>) -> Submission {
+    fn submission(user: &str, client_seq: u64, instance: u128, previous: Option<u128>) -> Submission {
         Submission {
             client_id: CLIENT,
             user_id: user.into(),
-            seq,
+            client_seq,
             attempt: 1,
             instance: Uuid::from_u128(instance),
             previous: previous.map(Uuid::from_u128),
@@ -132,11 +132,11 @@ mod tests {
 
     fn check(stored: Option<(&str, u64)>, submissions: &[(&str, u64, Decision)], last: Option<u64>) {
         let mut ledger = Ledger::default();
-        if let Some((user, seq)) = stored {
-            ledger.load(CLIENT, Client::stored(user.into(), seq, None));
+        if let Some((user, client_seq)) = stored {
+            ledger.load(CLIENT, Client::stored(user.into(), client_seq, None));
         }
-        for &(user, seq, expected) in submissions {
-            assert_eq!(ledger.decide(&submission(user, seq, 0, None)), expected, "{user} {seq}");
+        for &(user, client_seq, expected) in submissions {
+            assert_eq!(ledger.decide(&submission(user, client_seq, 0, None)), expected, "{user} {client_seq}");
         }
         assert_eq!(ledger.changed().map(|(_, client)| client.last).next(), last);
     }
@@ -162,8 +162,12 @@ mod tests {
         let check = |stored: Option<u128>, steps: &[(u64, u128, Option<u128>, Decision)], spans: &[(u64, u128)]| {
             let mut ledger = Ledger::default();
             ledger.load(CLIENT, Client::stored("a".into(), 7, stored.map(Uuid::from_u128)));
-            for &(seq, instance, previous, expected) in steps {
-                assert_eq!(ledger.decide(&submission("a", seq, instance, previous)), expected, "{seq} {instance}");
+            for &(client_seq, instance, previous, expected) in steps {
+                assert_eq!(
+                    ledger.decide(&submission("a", client_seq, instance, previous)),
+                    expected,
+                    "{client_seq} {instance}"
+                );
             }
             let found: Vec<_> = ledger.spans().iter().map(|(_, s)| (s.first_seq, s.instance.as_u128())).collect();
             assert_eq!(found, spans);

@@ -62,7 +62,8 @@ pub fn settle(
         ledger.load(client_id, Client::stored(user_id, last_seq, instance));
     }
     let named = predecessors(submissions.iter(), &ledger);
-    let mut refused = Rejected(HashSet::from_iter(named.into_iter().filter(|(client, seq)| rejected(*client, *seq))));
+    let mut refused =
+        Rejected(HashSet::from_iter(named.into_iter().filter(|(client, client_seq)| rejected(*client, *client_seq))));
     let find = |name: &str| tables.iter().find(|table| table.name == name);
     let mut plan = plan(submissions.iter(), &mut ledger, find, &Condemned::new(), &mut refused);
     for planned in &mut plan {
@@ -116,5 +117,5 @@ pub fn answer(
 
 fn failure(submission: &Submission, why: Rejection) -> (usize, Failure) {
     let Rejection { index, change_id, code, rule, message } = why;
-    (index, Failure { seq: submission.seq, change_id, code, rule, message })
+    (index, Failure { client_seq: submission.client_seq, change_id, code, rule, message })
 }

@@ -198,7 +198,7 @@ pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> 
     let entry = |(id, client): (Uuid, &Client)| OriginEntry {
         client_id: id,
         first_seq: client.stored.unwrap_or(0) + 1,
-        seq: client.last,
+        client_seq: client.last,
         instance: client.instance.unwrap_or_default(),
         failed: failures.remove(&id).unwrap_or_default(),
         lost: losses.remove(&id).unwrap_or_default(),

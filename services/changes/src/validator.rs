@@ -329,7 +329,7 @@ pub(crate) mod tests {
             instance: Uuid::nil(),
             previous: None,
             after: Vec::new(),
-            seq: 1,
+            client_seq: 1,
             attempt: 1,
             changes,
             traceparent: None,

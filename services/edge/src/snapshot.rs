@@ -112,10 +112,10 @@ impl Ledger {
 
     /// What the client is told once the stream has passed the snapshot that this was read from; none if it is new.
     pub fn confirmed(self) -> Option<Confirmed> {
-        let seq = self.told_seq;
-        let instance = self.instances.iter().rev().find(|span| span.first_seq <= seq)?.instance;
-        let lost = self.lost.into_iter().filter(|loss| loss.seq <= seq).collect();
-        Some(Confirmed { seq, instance, failed: self.failed, lost })
+        let client_seq = self.told_seq;
+        let instance = self.instances.iter().rev().find(|span| span.first_seq <= client_seq)?.instance;
+        let lost = self.lost.into_iter().filter(|loss| loss.client_seq <= client_seq).collect();
+        Some(Confirmed { client_seq, instance, failed: self.failed, lost })
     }
 }
 
@@ -250,7 +250,7 @@ impl Snapshot {
         .bind(MAX_FAILURES);
         let failed = self.lease.all(failed).await.map_err(query("read the client's failures"))?;
         let failure = |row: &sqlx::postgres::PgRow| Failure {
-            seq: row.get::<i64, _>("seq").cast_unsigned(),
+            client_seq: row.get::<i64, _>("seq").cast_unsigned(),
             change_id: row.get("change_id"),
             code: row.get::<&str, _>("code").parse().unwrap_or(Code::Internal),
             rule: row.get("rule"),
@@ -259,9 +259,9 @@ impl Snapshot {
         let last_seq = row.get::<i64, _>("last_seq").cast_unsigned();
         let cut = failed.len() as i64 == MAX_FAILURES;
         let failed: Vec<Failure> = failed.iter().map(failure).collect();
-        let told_seq = failed.last().filter(|_| cut).map_or(last_seq, |last| last.seq);
+        let told_seq = failed.last().filter(|_| cut).map_or(last_seq, |last| last.client_seq);
         let lost: Vec<Loss> = serde_json::from_str(row.get("lost")).unwrap_or_default();
-        let lost = lost.into_iter().filter(|loss| loss.seq > confirmed_seq).collect();
+        let lost = lost.into_iter().filter(|loss| loss.client_seq > confirmed_seq).collect();
         // The span that covers the first number behind it, and those after.
         let instances = sqlx::query(
             "SELECT instance, first_seq FROM (

@@ -161,7 +161,7 @@ impl Stored {
 pub struct Taken {
     pub change_id: Uuid,
     pub client_id: Uuid,
-    pub seq: u64,
+    pub client_seq: u64,
     /// Number of changes in its transaction.
     pub of: usize,
     /// All of it lost to newer changes.
@@ -212,12 +212,12 @@ impl State {
     pub fn ledger(&self, client_id: Uuid, confirmed_seq: u64) -> (u64, Vec<InstanceSpan>, Option<Confirmed>) {
         let Some(client) = self.clients.get(&client_id) else { return (0, Vec::new(), None) };
         let failed = self.history.range((client_id, confirmed_seq + 1)..=(client_id, u64::MAX)).map(|(_, f)| f.clone());
-        let lost = client.lost.iter().filter(|loss| loss.seq > confirmed_seq).cloned();
+        let lost = client.lost.iter().filter(|loss| loss.client_seq > confirmed_seq).cloned();
         let first = client.spans.iter().rposition(|span| span.first_seq <= confirmed_seq + 1).unwrap_or(0);
         let spans = client.spans[first..].to_vec();
         let instance = client.spans.iter().rev().find(|span| span.first_seq <= client.last_seq);
         let confirmed = instance.map(|span| Confirmed {
-            seq: client.last_seq,
+            client_seq: client.last_seq,
             instance: span.instance,
             failed: failed.collect(),
             lost: lost.collect(),
@@ -430,7 +430,7 @@ impl Transaction {
         let taken = submission.changes.iter().enumerate().map(|(index, change)| Taken {
             change_id: change.change_id,
             client_id: submission.client_id,
-            seq: submission.seq,
+            client_seq: submission.client_seq,
             of: submission.changes.len(),
             lost: lost.contains(&(index, true)),
         });
@@ -447,15 +447,15 @@ impl Transaction {
         change: &Change,
         now: u64,
     ) -> Result<Option<bool>, (Code, &'static str)> {
-        let Submission { client_id, seq, user_id, .. } = submission;
+        let Submission { client_id, client_seq, user_id, .. } = submission;
         let number = tables.iter().position(|table| table.name == change.table).expect("a known table");
         let (table, key) = (&tables[number], (number, change.key.clone()));
         let stamp = change.stamp.min(now + MAX_AHEAD_MICROS);
-        let clock = Clock { stamp, client_id: *client_id, seq: *seq, index: index as u32 };
+        let clock = Clock { stamp, client_id: *client_id, client_seq: *client_seq, index: index as u32 };
         let (mut clock, by_row) = (clock, number == LABELS);
         if by_row {
             // All that `updated_at` and `client_id` tell.
-            (clock.seq, clock.index) = (0, 0);
+            (clock.client_seq, clock.index) = (0, 0);
         }
         let old = self.state.rows.get(&key).cloned();
         let merges = change.op == Operation::Insert && old.is_some();
@@ -556,7 +556,7 @@ impl Transaction {
         for entry in &settled.origin {
             self.state.clients.entry(entry.client_id).or_default().lost.extend(entry.lost.iter().cloned());
             for failure in &entry.failed {
-                self.state.history.entry((entry.client_id, failure.seq)).or_insert_with(|| failure.clone());
+                self.state.history.entry((entry.client_id, failure.client_seq)).or_insert_with(|| failure.clone());
             }
         }
     }

@@ -150,7 +150,7 @@ impl Generator {
         let mut submission = Submission {
             client_id: author.id,
             user_id: author.user.to_owned(),
-            seq: author.last + 1,
+            client_seq: author.last + 1,
             attempt: self.rng.random_range(1..=3),
             instance: author.instance,
             previous: None,
@@ -160,13 +160,13 @@ impl Generator {
         };
         if !self.calm && self.rng.random_bool(0.2) {
             let back = self.rng.random_range(1..=5).min(author.last);
-            submission.after = (submission.seq - back..submission.seq).collect();
+            submission.after = (submission.client_seq - back..submission.client_seq).collect();
         }
         if self.rng.random_bool(odd) {
             match self.rng.random_range(0..6) {
                 // Again, perhaps what came just before.
-                0 if author.last > 0 => submission.seq -= self.rng.random_range(1..=author.last.min(3)),
-                1 => submission.seq += self.rng.random_range(1..=2),
+                0 if author.last > 0 => submission.client_seq -= self.rng.random_range(1..=author.last.min(3)),
+                1 => submission.client_seq += self.rng.random_range(1..=2),
                 2 => submission.instance = Uuid::from_u128(self.rng.random()),
                 3 => submission.user_id = "dan".to_owned(),
                 4 => {
@@ -179,7 +179,7 @@ impl Generator {
             }
         }
         let skipped = submission.instance != author.instance || submission.user_id != author.user;
-        if submission.seq == author.last + 1 && (!skipped || author.last == 0) {
+        if submission.client_seq == author.last + 1 && (!skipped || author.last == 0) {
             author.last += 1;
             author.instance = submission.instance;
         }

@@ -49,7 +49,7 @@ struct Author {
     client_id: Uuid,
     user_id: String,
     instance: Uuid,
-    seq: u64,
+    client_seq: u64,
     projects: Vec<u64>,
 }
 
@@ -80,7 +80,7 @@ impl Workload {
                 client_id: Uuid::from_u128(rng.random()),
                 user_id: format!("user-{number}"),
                 instance: Uuid::from_u128(rng.random()),
-                seq: 0,
+                client_seq: 0,
                 projects: (0..MEMBERSHIPS).map(|k| (number * 7 + k * 13) % PROJECTS).collect(),
             })
             .collect();
@@ -109,11 +109,11 @@ impl Workload {
                 change
             };
             let author = &mut self.authors[author];
-            author.seq += 1;
+            author.client_seq += 1;
             batch.submissions.push(Submission {
                 client_id: author.client_id,
                 user_id: author.user_id.clone(),
-                seq: author.seq,
+                client_seq: author.client_seq,
                 attempt: 1,
                 instance: author.instance,
                 previous: None,

@@ -67,7 +67,10 @@ fn a_restored_server_finds_the_old_numbers() {
     let mut f = f.reopen();
     assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }], &[], &[]).unwrap(), Meeting::WentBack);
     let again = submits(&f);
-    assert_eq!(again.iter().map(|s| (s.seq, s.instance)).collect::<Vec<_>>(), [2, 3, 4].map(|seq| (seq, instance)));
+    assert_eq!(
+        again.iter().map(|s| (s.client_seq, s.instance)).collect::<Vec<_>>(),
+        [2, 3, 4].map(|client_seq| (client_seq, instance))
+    );
     assert!(again.iter().zip(&before[1..]).all(|(now, then)| now.changes == then.changes));
 }
 
@@ -95,8 +98,8 @@ fn what_was_held_back_goes_on_with_a_restored_server() {
     let mut f = fixture();
     insert(&mut f, "a");
     update(&mut f, "a", "behind");
-    let refused =
-        [(1, Code::InvalidValue), (2, Code::PredecessorFailed)].map(|(seq, code)| failure(seq, Uuid::nil(), code));
+    let refused = [(1, Code::InvalidValue), (2, Code::PredecessorFailed)]
+        .map(|(client_seq, code)| failure(client_seq, Uuid::nil(), code));
     f.apply(vec![told(2, refused.to_vec())]);
     assert_eq!((queue(&f), f.store.info().unwrap().held), (vec![], 1));
     assert_eq!(f.store.meet(0, &[], &[], &[]).unwrap(), Meeting::WentBack);
@@ -123,12 +126,12 @@ impl Server {
         for submit in submits {
             let known = self.instances.last().map(|span| span.instance);
             let follows = known.is_none() || known == Some(submit.instance) || known == submit.previous;
-            if submit.seq != self.last + 1 || !follows {
+            if submit.client_seq != self.last + 1 || !follows {
                 continue;
             }
             self.last += 1;
             if known != Some(submit.instance) {
-                self.instances.push(InstanceSpan { instance: submit.instance, first_seq: submit.seq });
+                self.instances.push(InstanceSpan { instance: submit.instance, first_seq: submit.client_seq });
             }
             self.taken.extend(submit.changes.iter().map(|change| change.change_id));
         }
@@ -136,7 +139,7 @@ impl Server {
 
     fn confirm(&self) -> Step {
         let instance = self.instances.last().unwrap().instance;
-        Step::Confirmed(Confirmed { seq: self.last, instance, failed: vec![], lost: vec![] })
+        Step::Confirmed(Confirmed { client_seq: self.last, instance, failed: vec![], lost: vec![] })
     }
 }
 
@@ -232,7 +235,7 @@ fn a_copy_does_not_take_a_rejected_or_lost_change_for_applied() {
     let mut server = Server::default();
     server.submit(&submits(&original));
     server.failed = vec![2];
-    server.lost = vec![Loss { seq: 3, verdict: stream::Verdict::Superseded, change_id: Uuid::nil() }];
+    server.lost = vec![Loss { client_seq: 3, verdict: stream::Verdict::Superseded, change_id: Uuid::nil() }];
     let mut clone = copy(&original);
     insert(&mut original, "own");
     server.submit(&submits(&original));

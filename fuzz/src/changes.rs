@@ -96,7 +96,7 @@ pub fn validator(input: &[u8]) {
         user_id: "alice".into(),
         client_seq: 1,
         attempt: 1,
-        instance: Uuid::nil(),
+        run_id: Uuid::nil(),
         previous: None,
         after: Vec::new(),
         changes,

@@ -42,7 +42,7 @@ pub fn client_frame(input: &[u8]) {
                 user_id: "alice".into(),
                 client_seq: submit.client_seq,
                 attempt: submit.attempt,
-                instance: submit.instance,
+                run_id: submit.run_id,
                 previous: submit.previous,
                 after: submit.after,
                 changes: submit.changes,

@@ -21,7 +21,7 @@ use crate::change::{Change, TableChanges};
 use crate::code::Code;
 use crate::position::{Lsn, Position};
 use crate::schema::Schema;
-use crate::stream::{Failure, InstanceSpan, Loss, TransactionResult};
+use crate::stream::{Failure, Loss, RunSpan, TransactionResult};
 use crate::subject::Scope;
 
 /// Largest frame that an edge accepts after `hello`, in bytes.
@@ -89,9 +89,9 @@ pub struct Submit {
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// Which run of the store gave it its number. Each process that opens a store takes a random id before its first
-    /// write, so two copies of a store never share an instance beyond the point where they were copied.
-    pub instance: Uuid,
-    /// Instance of the transaction `client_seq - 1`, where that is another one.
+    /// write, so two copies of a store never share a run beyond the point where they were copied.
+    pub run_id: Uuid,
+    /// Run of the transaction `client_seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
     /// Earlier transactions that wrote rows which this one writes too, and that were not settled when it was recorded: if
@@ -185,10 +185,10 @@ pub struct Welcome {
     pub limits: Limits,
     /// Last `client_seq` in the ledger: the client goes on submitting after it.
     pub last_seq: u64,
-    /// Which instances submitted what the ledger has behind the client's `confirmed_seq`, by rising `first_seq`. Where the
-    /// client's own entry has another instance, another copy of its store used that number.
+    /// Which runs submitted what the ledger has behind the client's `confirmed_seq`, by rising `first_seq`. Where the
+    /// client's own entry has another run, another copy of its store used that number.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub instances: Vec<InstanceSpan>,
+    pub runs: Vec<RunSpan>,
     /// `client_seq` of the rejected transactions among them: what a copy of a store takes for its own and settled, but these.
     /// Their reasons come with `confirmed`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -256,9 +256,9 @@ pub struct Rows {
 pub struct Confirmed {
     /// All up to and including this `client_seq` are settled.
     pub client_seq: u64,
-    /// Instance that submitted the transaction `client_seq`. Another one than in the client's queue: a copy of its store
+    /// Run that submitted the transaction `client_seq`. Another one than in the client's queue: a copy of its store
     /// did.
-    pub instance: Uuid,
+    pub run_id: Uuid,
     /// Those among them that failed, as far as the client has not been told before; the others are applied.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Failure>,

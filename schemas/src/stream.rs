@@ -58,8 +58,8 @@ pub struct Submission {
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// Which run of the client's store gave it its number.
-    pub instance: Uuid,
-    /// Instance of the transaction `client_seq - 1`, where that is another one.
+    pub run_id: Uuid,
+    /// Run of the transaction `client_seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
     /// Earlier transactions of the client: if one of them is rejected, this one is refused with `predecessor_failed`.
@@ -137,12 +137,12 @@ pub struct Loss {
     pub change_id: Uuid,
 }
 
-/// Part of a client's upload that one instance of its store submitted; it ends where the next span begins.
+/// Part of a client's upload that one run of its store submitted; it ends where the next span begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct InstanceSpan {
-    /// The instance.
-    pub instance: Uuid,
+pub struct RunSpan {
+    /// The run.
+    pub run_id: Uuid,
     /// Its first `client_seq`.
     pub first_seq: u64,
 }
@@ -176,8 +176,8 @@ pub struct OriginEntry {
     pub first_seq: u64,
     /// Its transactions up to and including this `client_seq` are settled.
     pub client_seq: u64,
-    /// Instance that submitted the transaction `client_seq`.
-    pub instance: Uuid,
+    /// Run that submitted the transaction `client_seq`.
+    pub run_id: Uuid,
     /// Those that failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Failure>,

@@ -46,7 +46,7 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
             (json!({"type": "drop_everything"}).to_string(), "bad_frame"),
             (json!({"type": "submit", "client_seq": 1}).to_string(), "bad_frame"),
             (
-                json!({"type": "submit", "client_seq": 1, "attempt": 1, "instance": Uuid::nil(), "changes": []})
+                json!({"type": "submit", "client_seq": 1, "attempt": 1, "run_id": Uuid::nil(), "changes": []})
                     .to_string(),
                 "too_large",
             ),

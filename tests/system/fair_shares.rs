@@ -69,7 +69,7 @@ impl Speaker {
 
     async fn submit(&mut self, changes: Vec<Value>) -> Result<u64> {
         self.client_seq += 1;
-        let frame = json!({"type": "submit", "client_seq": self.client_seq, "attempt": 1, "instance": Uuid::nil(), "changes": changes});
+        let frame = json!({"type": "submit", "client_seq": self.client_seq, "attempt": 1, "run_id": Uuid::nil(), "changes": changes});
         self.raw.frame(frame).await?;
         Ok(self.client_seq)
     }

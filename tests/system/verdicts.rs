@@ -24,7 +24,7 @@ use uuid::Uuid;
 struct Hand {
     raw: Raw,
     id: Uuid,
-    instance: Uuid,
+    run_id: Uuid,
     client_seq: u64,
 }
 
@@ -32,7 +32,7 @@ impl Hand {
     async fn connect(board: &Board, user: &str) -> Result<Hand> {
         let (mut raw, id) = (Raw::connect(&board.stack.edge_url()).await?, Uuid::now_v7());
         raw.hello(id, &board.stack.token(user)).await?;
-        Ok(Hand { raw, id, instance: Uuid::new_v4(), client_seq: 0 })
+        Ok(Hand { raw, id, run_id: Uuid::new_v4(), client_seq: 0 })
     }
 
     /// Submits one change and waits for what becomes of it: a verdict's word, or a code.
@@ -58,9 +58,11 @@ impl Hand {
 
     async fn submit(&mut self, changes: Value) -> Result<Confirmed> {
         self.client_seq += 1;
-        let (client_seq, instance) = (self.client_seq, self.instance);
+        let (client_seq, run_id) = (self.client_seq, self.run_id);
         self.raw
-            .frame(json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "instance": instance, "changes": changes}))
+            .frame(
+                json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": run_id, "changes": changes}),
+            )
             .await?;
         self.raw
             .wait(|frame| match frame {

@@ -211,7 +211,7 @@ async fn submit(nats: &Nats, record: Record) -> Result<(), Error> {
         user_id: record.user_id,
         client_seq: SEQ,
         attempt: record.attempt.saturating_add(1),
-        instance: Uuid::new_v4(),
+        run_id: Uuid::new_v4(),
         previous: None,
         after: Vec::new(),
         changes: record.submission.changes,

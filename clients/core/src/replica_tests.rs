@@ -25,7 +25,7 @@ fn rows(lsn: u64, index: u32, last: bool, name: &str) -> ServerFrame {
 }
 
 fn confirmed(client_seq: u64) -> ServerFrame {
-    ServerFrame::Confirmed(Confirmed { client_seq, instance: Uuid::nil(), failed: vec![], lost: vec![] })
+    ServerFrame::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed: vec![], lost: vec![] })
 }
 
 fn commit(stream_seq: u64) -> ServerFrame {

@@ -344,9 +344,9 @@ impl SyncWorker {
             }
         }
         let last_seq = welcome.last_seq;
-        let (instances, failed) = (std::mem::take(&mut welcome.instances), std::mem::take(&mut welcome.failed));
+        let (runs, failed) = (std::mem::take(&mut welcome.runs), std::mem::take(&mut welcome.failed));
         let lost = std::mem::take(&mut welcome.lost);
-        match self.ask(|reply| WriterCommand::Meet { last_seq, instances, failed, lost, reply }).await? {
+        match self.ask(|reply| WriterCommand::Meet { last_seq, runs, failed, lost, reply }).await? {
             Meeting::Continue | Meeting::WentBack => Ok(welcome),
             Meeting::NewIdentity => Err(End::new(Then::Now, "new_identity", "the store has a new identity")),
         }

@@ -135,9 +135,8 @@ impl Writer {
                 self.refresh_or_report();
                 self.answer(reply, result);
             }
-            WriterCommand::Meet { last_seq, instances, failed, lost, reply } => {
-                let result =
-                    self.store.meet(last_seq, &instances, &failed, &lost).and_then(|met| self.met(met, last_seq));
+            WriterCommand::Meet { last_seq, runs, failed, lost, reply } => {
+                let result = self.store.meet(last_seq, &runs, &failed, &lost).and_then(|met| self.met(met, last_seq));
                 self.answer(reply, result);
             }
             WriterCommand::ForgetPosition(reply) => {

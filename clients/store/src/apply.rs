@@ -244,7 +244,7 @@ impl<'a> Applier<'a> {
         if confirmed.client_seq <= before {
             return Ok(());
         }
-        if store.instance_of(confirmed.client_seq)? != Some(confirmed.instance) {
+        if store.run_of(confirmed.client_seq)? != Some(confirmed.run_id) {
             return Err(StoreError::Copied);
         }
         let range = [before as i64, confirmed.client_seq as i64];
@@ -300,7 +300,7 @@ impl<'a> Applier<'a> {
             ))
             .and_then(|mut statement| statement.execute(range))
             .during("settling changes")?;
-        store.set_confirmed(confirmed.client_seq, Some(confirmed.instance))?;
+        store.set_confirmed(confirmed.client_seq, Some(confirmed.run_id))?;
         held.sort_unstable();
         self.released |= if relieved { store.release()? } else { store.release_of(held)? };
         Ok(())

@@ -31,8 +31,8 @@ pub(crate) struct Session {
     tx: AtomicI64,
     /// The `client_seq` that it gets, unless it is held back.
     client_seq: AtomicI64,
-    /// This run of the store; see [`millstream_schemas::frame::Submit::instance`].
-    instance: Mutex<Option<Uuid>>,
+    /// This run of the store; see [`millstream_schemas::frame::Submit::run_id`].
+    run_id: Mutex<Option<Uuid>>,
     /// The app's statements are being prepared: the guard is up.
     guarded: AtomicBool,
     /// A statement of the app's met damage.
@@ -60,7 +60,7 @@ impl Session {
             host,
             tx: AtomicI64::new(0),
             client_seq: AtomicI64::new(0),
-            instance: Mutex::new(None),
+            run_id: Mutex::new(None),
             guarded: AtomicBool::new(false),
             damaged: AtomicBool::new(false),
             stamp: AtomicU64::new(0),
@@ -190,14 +190,14 @@ impl Session {
 
     /// This run of the store: made when it first numbers a transaction, so that a copy of the file that another process
     /// opens never numbers under the same.
-    pub fn instance(&self) -> Uuid {
-        let mut instance = self.instance.lock().unwrap_or_else(PoisonError::into_inner);
-        *instance.get_or_insert_with(|| self.host.uuid())
+    pub fn run_id(&self) -> Uuid {
+        let mut run_id = self.run_id.lock().unwrap_or_else(PoisonError::into_inner);
+        *run_id.get_or_insert_with(|| self.host.uuid())
     }
 
-    /// Numbers that are given from now on are of another instance: some of those given before mean something else now.
-    pub fn renew_instance(&self) {
-        *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// Numbers that are given from now on are of another run: some of those given before mean something else now.
+    pub fn renew_run(&self) {
+        *self.run_id.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Next stamp: the time, or one more than the last stamp where the clock stands or was set back.
@@ -241,7 +241,7 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
         .during(operation)?;
     let s = Arc::clone(session);
     connection
-        .create_scalar_function("millstream_instance", 0, flags, move |_| Ok(s.instance().to_string()))
+        .create_scalar_function("millstream_instance", 0, flags, move |_| Ok(s.run_id().to_string()))
         .during(operation)?;
     let s = Arc::clone(session);
     connection.create_scalar_function("millstream_now", 0, flags, move |_| Ok(s.now() as i64)).during(operation)?;

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
-use millstream_schemas::stream::{InstanceSpan, Loss};
+use millstream_schemas::stream::{Loss, RunSpan};
 use rusqlite::{OptionalExtension, params};
 use uuid::Uuid;
 
@@ -79,7 +79,7 @@ impl Store {
                  WHERE tx = ?1",
             )
             .and_then(|mut statement| {
-                statement.execute(params![tx as i64, client_seq as i64, self.session.instance().to_string()])
+                statement.execute(params![tx as i64, client_seq as i64, self.session.run_id().to_string()])
             })
             .during("numbering a transaction")?;
         self.put_behind(tx, client_seq)?;
@@ -158,16 +158,16 @@ impl Store {
     pub fn meet(
         &mut self,
         last_seq: u64,
-        instances: &[InstanceSpan],
+        runs: &[RunSpan],
         failed: &[u64],
         lost: &[Loss],
     ) -> Result<Meeting, StoreError> {
         let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
-        let own = self.instance_of(last_seq)?;
-        let theirs = submitted_by(instances, last_seq);
+        let own = self.run_of(last_seq)?;
+        let theirs = submitted_by(runs, last_seq);
         let foreign = own.zip(theirs).is_some_and(|(own, theirs)| own != theirs);
         if foreign || last_seq > self.last_seq().during("reading the last number")? {
-            self.become_new(last_seq, instances, failed, lost)?;
+            self.become_new(last_seq, runs, failed, lost)?;
             Ok(Meeting::NewIdentity)
         } else if last_seq < confirmed {
             self.rewind(last_seq, theirs)?;
@@ -180,10 +180,10 @@ impl Store {
     /// The ledger stands before what this store knows to be settled. Everything after it that is still in the queue is
     /// submitted again, in the old order; what was rejected, too, for the server does not know that it was.
     ///
-    /// Numbers and instances stay as they are, as far as there is no gap: the broker may still hold the old submissions, and
+    /// Numbers and runs stay as they are, as far as there is no gap: the broker may still hold the old submissions, and
     /// what comes from there and from here has to be the same. Behind a gap (what was rejected was discarded, or has a higher
-    /// number since) they are given anew, by another instance: no two transactions ever have the same number and instance.
-    fn rewind(&mut self, last_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
+    /// number since) they are given anew, by another run: no two transactions ever have the same number and run.
+    fn rewind(&mut self, last_seq: u64, run_id: Option<Uuid>) -> Result<(), StoreError> {
         self.unhindered(|store| {
             let again: Vec<(i64, i64)> = store
                 .connection
@@ -205,14 +205,14 @@ impl Store {
                     [last_seq as i64],
                 )
                 .during("queueing again")?;
-            store.set_confirmed(last_seq, instance)?;
+            store.set_confirmed(last_seq, run_id)?;
             let kept = again.iter().zip(last_seq as i64 + 1..).take_while(|((_, client_seq), next)| client_seq == next).count();
             store
                 .connection
                 .execute("UPDATE local_changes SET seq = NULL, instance = NULL WHERE seq > ?1", [(last_seq + kept as u64) as i64])
                 .during("taking numbers back")?;
             if kept < again.len() {
-                store.session.renew_instance();
+                store.session.renew_run();
             }
             // Those before them were settled when they got their numbers, and are not any more.
             for (tx, client_seq) in &again[..kept] {
@@ -228,15 +228,9 @@ impl Store {
     }
 
     /// The numbers that this store would use are taken: it goes on as a new installation. What the ledger shows to have been
-    /// submitted by this store's own instances (before it was copied), and not to have been rejected, is settled; the rest is
+    /// submitted by this store's own runs (before it was copied), and not to have been rejected, is settled; the rest is
     /// numbered anew. So is what was settled and is not there any more: the server was restored, and another copy came first.
-    fn become_new(
-        &mut self,
-        last_seq: u64,
-        instances: &[InstanceSpan],
-        failed: &[u64],
-        lost: &[Loss],
-    ) -> Result<(), StoreError> {
+    fn become_new(&mut self, last_seq: u64, runs: &[RunSpan], failed: &[u64], lost: &[Loss]) -> Result<(), StoreError> {
         self.unhindered(|store| {
             let numbered: Vec<(i64, i64, Option<String>, bool)> = store
                 .connection
@@ -250,10 +244,10 @@ impl Store {
                 .during("reading the queue")?;
             let mut applier = Applier::new(store)?;
             let mut rest = Vec::new();
-            for (tx, client_seq, instance, confirmed) in numbered {
+            for (tx, client_seq, run_id, confirmed) in numbered {
                 let (tx, client_seq) = (tx as u64, client_seq as u64);
-                let own = instance.and_then(|text| text.parse::<Uuid>().ok());
-                let known = submitted_by(instances, client_seq);
+                let own = run_id.and_then(|text| text.parse::<Uuid>().ok());
+                let known = submitted_by(runs, client_seq);
                 if confirmed {
                     // Of what lies further back, the server does not say who submitted it.
                     if client_seq > last_seq || (known.is_some() && known != own) {
@@ -297,9 +291,9 @@ impl Store {
         })
     }
 
-    pub(crate) fn set_confirmed(&self, client_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
+    pub(crate) fn set_confirmed(&self, client_seq: u64, run_id: Option<Uuid>) -> Result<(), StoreError> {
         self.set_meta("confirmed_seq", client_seq as i64)?;
-        self.set_meta("confirmed_instance", instance.map(|instance| instance.to_string()))
+        self.set_meta("confirmed_instance", run_id.map(|run_id| run_id.to_string()))
     }
 
     fn transactions(&self, suffix: &str) -> Result<Vec<u64>, StoreError> {
@@ -314,7 +308,7 @@ impl Store {
     }
 }
 
-/// The instance whose span covers a number.
-fn submitted_by(instances: &[InstanceSpan], client_seq: u64) -> Option<Uuid> {
-    instances.iter().rev().find(|span| span.first_seq <= client_seq).map(|span| span.instance)
+/// The run whose span covers a number.
+fn submitted_by(runs: &[RunSpan], client_seq: u64) -> Option<Uuid> {
+    runs.iter().rev().find(|span| span.first_seq <= client_seq).map(|span| span.run_id)
 }

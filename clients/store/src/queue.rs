@@ -179,7 +179,7 @@ const COLUMNS: &str = "tx, seq, instance, change_id, tbl, key, op, columns, vals
 
 struct Raw {
     entry: QueueEntry,
-    instance: Option<Uuid>,
+    run_id: Option<Uuid>,
     traceparent: Option<String>,
     /// A JSON array.
     predecessors: Option<String>,
@@ -223,7 +223,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 4])> {
     };
     let raw = Raw {
         entry,
-        instance: row.get::<_, Option<String>>(2)?.map(|text| id(2, text)).transpose()?,
+        run_id: row.get::<_, Option<String>>(2)?.map(|text| id(2, text)).transpose()?,
         traceparent: row.get(19)?,
         predecessors: row.get(20)?,
     };
@@ -259,23 +259,23 @@ impl Store {
             "INDEXED BY local_changes_by_seq WHERE seq > ?1 AND seq <= ?2 ORDER BY seq, id",
             params![after as i64, (after + limit as u64) as i64],
         )?;
-        let mut before = self.instance_of(after)?;
+        let mut before = self.run_of(after)?;
         let mut submits: Vec<Submit> = Vec::new();
-        for Raw { entry, instance, traceparent, predecessors } in raws {
-            let (client_seq, instance) = (entry.client_seq.unwrap_or_default(), instance.unwrap_or_default());
+        for Raw { entry, run_id, traceparent, predecessors } in raws {
+            let (client_seq, run_id) = (entry.client_seq.unwrap_or_default(), run_id.unwrap_or_default());
             match submits.last_mut() {
                 Some(submit) if submit.client_seq == client_seq => submit.changes.push(entry.change),
                 _ => {
                     submits.push(Submit {
                         client_seq,
                         attempt: entry.attempts + 1,
-                        instance,
-                        previous: before.filter(|before| *before != instance),
+                        run_id,
+                        previous: before.filter(|before| *before != run_id),
                         after: predecessors.map_or(Ok(Vec::new()), |text| self.unsettled(&text, confirmed))?,
                         changes: vec![entry.change],
                         traceparent,
                     });
-                    before = Some(instance);
+                    before = Some(run_id);
                 }
             }
         }
@@ -548,13 +548,13 @@ impl Store {
         Ok(())
     }
 
-    /// Instance that numbered `client_seq`, as far as this store knows.
-    pub(crate) fn instance_of(&self, client_seq: u64) -> Result<Option<Uuid>, StoreError> {
+    /// Run that numbered `client_seq`, as far as this store knows.
+    pub(crate) fn run_of(&self, client_seq: u64) -> Result<Option<Uuid>, StoreError> {
         let own: Option<Option<String>> = self
             .connection
             .prepare_cached("SELECT instance FROM local_changes WHERE seq = ?1 LIMIT 1")
             .and_then(|mut statement| statement.query_row([client_seq as i64], |row| row.get(0)).optional())
-            .during("reading an instance")?;
+            .during("reading a run")?;
         match own.flatten() {
             Some(text) => Ok(text.parse().ok()),
             None if client_seq == self.confirmed_seq().during("reading confirmed_seq")? => {

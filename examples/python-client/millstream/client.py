@@ -191,7 +191,7 @@ class Client:
                     staged = self._apply(staged, {"epoch": frame["epoch"], "stream_seq": frame["stream_seq"], "lsn": frame["lsn"]})
             elif kind in ("confirmed", "scope_removed"):
                 if kind == "confirmed":
-                    self._check_instance(frame)
+                    self._check_run(frame)
                 staged.append(frame)
             elif kind == "commit":
                 if snapshot is None:
@@ -222,8 +222,8 @@ class Client:
         self._notify()
         return []
 
-    def _check_instance(self, frame):
-        own = self.query("SELECT instance FROM local_changes WHERE client_seq = ? AND instance <> ?", [frame["client_seq"], frame["instance"]])
+    def _check_run(self, frame):
+        own = self.query("SELECT run_id FROM local_changes WHERE client_seq = ? AND run_id <> ?", [frame["client_seq"], frame["run_id"]])
         if own:
             raise SessionEnded("copied", "another copy of this store has submitted under its client id")
 

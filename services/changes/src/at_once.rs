@@ -83,7 +83,7 @@ impl Memory {
                 client.last
             });
             *last += 1;
-            let next = submission.client_seq == *last && client.instance == Some(submission.instance);
+            let next = submission.client_seq == *last && client.run_id == Some(submission.run_id);
             if !next || client.user_id != submission.user_id {
                 return None;
             }

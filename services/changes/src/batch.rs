@@ -424,7 +424,7 @@ pub(crate) mod tests {
         Submission {
             client_id: Uuid::from_u128(client),
             user_id: String::new(),
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             client_seq,

@@ -346,7 +346,7 @@ mod tests {
             user_id: "u".into(),
             client_seq: 1,
             attempt: 1,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             changes: request().changes,

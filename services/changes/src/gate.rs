@@ -21,20 +21,20 @@ const ASK_AHEAD: usize = MAX_TRANSACTIONS;
 /// Pauses before a partition's questions are asked again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Which transaction, in which attempt: client, `client_seq`, attempt, and the instance, since two copies of a store may
+/// Which transaction, in which attempt: client, `client_seq`, attempt, and the run, since two copies of a store may
 /// use the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     client_id: Uuid,
     client_seq: u64,
     attempt: u32,
-    instance: Uuid,
+    run_id: Uuid,
 }
 
 impl Key {
     pub fn of(submission: &Submission) -> Key {
-        let &Submission { client_id, client_seq, attempt, instance, .. } = submission;
-        Key { client_id, client_seq, attempt, instance }
+        let &Submission { client_id, client_seq, attempt, run_id, .. } = submission;
+        Key { client_id, client_seq, attempt, run_id }
     }
 }
 
@@ -171,7 +171,7 @@ mod tests {
             user_id: "u".into(),
             client_seq: sequence,
             attempt,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             changes: Vec::new(),

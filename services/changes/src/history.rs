@@ -155,7 +155,7 @@ mod tests {
         let submission = Submission {
             client_id: Uuid::nil(),
             user_id: "u".into(),
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             client_seq: 1,

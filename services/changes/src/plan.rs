@@ -239,7 +239,7 @@ mod tests {
             user_id: "u".into(),
             client_seq,
             attempt: 1,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: after.to_vec(),
             changes: vec![change(Operation::Update, "1", &[("title", Some(title))])],

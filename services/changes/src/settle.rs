@@ -19,8 +19,8 @@ use crate::progress::Fence;
 pub(crate) const MAX_LOST: usize = 100;
 /// Largest origin record of several transactions: it travels in a header, and the broker takes 64 KiB of those.
 const MAX_ORIGIN_BYTES: usize = 40 * 1024;
-/// Newest instances kept a client.
-const MAX_INSTANCES: i64 = 1_000;
+/// Newest runs kept a client.
+const MAX_RUNS: i64 = 1_000;
 
 macro_rules! fenced {
     () => {
@@ -74,8 +74,8 @@ failed AS (
 SELECT (SELECT count(*) FROM known) + (SELECT count(*) FROM fresh) AS settled,
        pg_logical_emit_message(true, $8, $9)::text AS lsn";
 
-/// Where instances of stores begin; rare, so in a round trip of its own.
-const INSTANCES: &str = "\
+/// Where runs of stores begin; rare, so in a round trip of its own.
+const RUNS: &str = "\
 WITH n AS (SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[]) AS n(client_id, first_seq, instance)),
 old AS (
     DELETE FROM millstream.instances i USING (SELECT DISTINCT client_id FROM n) AS c
@@ -109,9 +109,9 @@ pub(crate) async fn fence(
         now = row.try_get::<i64, _>("now").map_err(Failed::Server)? as u64;
         if let Some(client_id) = row.try_get::<Option<Uuid>, _>("client_id").map_err(Failed::Server)? {
             let last: i64 = row.try_get("last_seq").map_err(Failed::Server)?;
-            let instance = row.try_get("instance").map_err(Failed::Server)?;
+            let run_id = row.try_get("instance").map_err(Failed::Server)?;
             let user_id = row.try_get("user_id").map_err(Failed::Server)?;
-            ledger.load(client_id, Client::stored(user_id, last as u64, instance));
+            ledger.load(client_id, Client::stored(user_id, last as u64, run_id));
         }
     }
     Ok((ledger, now))
@@ -150,11 +150,11 @@ pub(crate) async fn settle(
     }
     if !ledger.spans().is_empty() {
         let spans = ledger.spans();
-        sqlx::query(INSTANCES)
+        sqlx::query(RUNS)
             .bind(spans.iter().map(|(id, _)| *id).collect::<Vec<_>>())
             .bind(spans.iter().map(|(_, span)| span.first_seq as i64).collect::<Vec<_>>())
-            .bind(spans.iter().map(|(_, span)| span.instance).collect::<Vec<_>>())
-            .bind(MAX_INSTANCES)
+            .bind(spans.iter().map(|(_, span)| span.run_id).collect::<Vec<_>>())
+            .bind(MAX_RUNS)
             .execute(&mut *connection)
             .await
             .map_err(Failed::at_work)?;
@@ -172,7 +172,7 @@ pub(crate) async fn settle(
         .bind(changed.iter().map(|(id, _)| *id).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.user_id.clone()).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.last as i64).collect::<Vec<_>>())
-        .bind(changed.iter().map(|(_, client)| client.instance).collect::<Vec<_>>())
+        .bind(changed.iter().map(|(_, client)| client.run_id).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.stored.map(|stored| stored as i64)).collect::<Vec<_>>())
         .bind(lost)
         .bind(encode(&records)?)
@@ -199,7 +199,7 @@ pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> 
         client_id: id,
         first_seq: client.stored.unwrap_or(0) + 1,
         client_seq: client.last,
-        instance: client.instance.unwrap_or_default(),
+        run_id: client.run_id.unwrap_or_default(),
         failed: failures.remove(&id).unwrap_or_default(),
         lost: losses.remove(&id).unwrap_or_default(),
     };

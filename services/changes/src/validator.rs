@@ -326,7 +326,7 @@ pub(crate) mod tests {
         Submission {
             client_id: Uuid::from_u128(1),
             user_id: "u".into(),
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             client_seq: 1,

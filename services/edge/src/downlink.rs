@@ -339,7 +339,7 @@ impl Downlink {
                 self.confirmed = entry.client_seq;
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
                     client_seq: entry.client_seq,
-                    instance: entry.instance,
+                    run_id: entry.run_id,
                     failed: entry.failed.clone(),
                     lost: entry.lost.clone(),
                 })));

@@ -71,7 +71,7 @@ fn origin(mut message: Message, client: Uuid, client_seq: u64) -> Message {
         client_id: client,
         first_seq: client_seq,
         client_seq,
-        instance: Uuid::nil(),
+        run_id: Uuid::nil(),
         failed: Vec::new(),
         lost: Vec::new(),
     }];
@@ -80,7 +80,7 @@ fn origin(mut message: Message, client: Uuid, client_seq: u64) -> Message {
 
 /// What a ledger that ends at `client_seq` says.
 fn ledger(client_seq: u64) -> Option<Confirmed> {
-    Some(Confirmed { client_seq, instance: Uuid::nil(), failed: Vec::new(), lost: Vec::new() })
+    Some(Confirmed { client_seq, run_id: Uuid::nil(), failed: Vec::new(), lost: Vec::new() })
 }
 
 #[test]

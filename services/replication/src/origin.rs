@@ -102,7 +102,7 @@ mod tests {
             client_id: Uuid::from_u128(client as u128),
             first_seq: 4,
             client_seq: 5,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             failed: vec![failure; failures],
             lost: Vec::new(),
         }

@@ -472,7 +472,7 @@ impl World {
         if let ServerFrame::Welcome(welcome) = frame {
             let meeting = self.clients[index]
                 .store()
-                .meet(welcome.last_seq, &welcome.instances, &welcome.failed, &welcome.lost)
+                .meet(welcome.last_seq, &welcome.runs, &welcome.failed, &welcome.lost)
                 .expect("a meeting");
             trace!(self, "client {index} is welcomed: ledger {}, {:?}, {meeting:?}", welcome.last_seq, welcome.resume);
             let client = &mut self.clients[index];

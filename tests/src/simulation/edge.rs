@@ -163,7 +163,7 @@ impl World {
         let Some((state, fence)) = self.settled(session, head.stream_seq, (state, fence)) else {
             return self.fatal(session, Code::Unavailable);
         };
-        let (last_seq, instances, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
+        let (last_seq, runs, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
         let scopes = state.scopes(&hello.token);
         let vouched = |position: &Position| {
             position.epoch == head.epoch
@@ -183,7 +183,7 @@ impl World {
                 heartbeat_ms: 45_000,
             },
             last_seq,
-            instances,
+            runs,
             failed: confirmed
                 .iter()
                 .flat_map(|confirmed| &confirmed.failed)
@@ -437,7 +437,7 @@ impl World {
             user_id: state.user.clone(),
             client_seq,
             attempt: submit.attempt,
-            instance: submit.instance,
+            run_id: submit.run_id,
             previous: submit.previous,
             after: submit.after,
             changes: submit.changes,

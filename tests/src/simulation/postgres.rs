@@ -9,7 +9,7 @@ use millstream_changes::pure::{Effect, Known, Settled};
 use millstream_edge::pure::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::frame::Confirmed;
-use millstream_schemas::stream::{Failure, InstanceSpan, Loss, OriginEntry, Submission};
+use millstream_schemas::stream::{Failure, Loss, OriginEntry, RunSpan, Submission};
 use millstream_schemas::{
     Change, Clock, Code, Lsn, Merge, Operation, Reference, Row, Scope, TableChanges, TableOp, TableScope, Value,
 };
@@ -172,9 +172,9 @@ pub struct Taken {
 pub struct Client {
     pub user_id: String,
     pub last_seq: u64,
-    instance: Option<Uuid>,
+    run_id: Option<Uuid>,
     lost: Vec<Loss>,
-    spans: Vec<InstanceSpan>,
+    spans: Vec<RunSpan>,
 }
 
 /// Everything that a transaction changes.
@@ -209,16 +209,16 @@ impl State {
     }
 
     /// What `welcome` and the first `confirmed` tell a client.
-    pub fn ledger(&self, client_id: Uuid, confirmed_seq: u64) -> (u64, Vec<InstanceSpan>, Option<Confirmed>) {
+    pub fn ledger(&self, client_id: Uuid, confirmed_seq: u64) -> (u64, Vec<RunSpan>, Option<Confirmed>) {
         let Some(client) = self.clients.get(&client_id) else { return (0, Vec::new(), None) };
         let failed = self.history.range((client_id, confirmed_seq + 1)..=(client_id, u64::MAX)).map(|(_, f)| f.clone());
         let lost = client.lost.iter().filter(|loss| loss.client_seq > confirmed_seq).cloned();
         let first = client.spans.iter().rposition(|span| span.first_seq <= confirmed_seq + 1).unwrap_or(0);
         let spans = client.spans[first..].to_vec();
-        let instance = client.spans.iter().rev().find(|span| span.first_seq <= client.last_seq);
-        let confirmed = instance.map(|span| Confirmed {
+        let run = client.spans.iter().rev().find(|span| span.first_seq <= client.last_seq);
+        let confirmed = run.map(|span| Confirmed {
             client_seq: client.last_seq,
-            instance: span.instance,
+            run_id: span.run_id,
             failed: failed.collect(),
             lost: lost.collect(),
         });
@@ -544,9 +544,9 @@ impl Transaction {
 
     /// Stores what the executor's rules say of the batch.
     pub fn settle(&mut self, settled: &Settled) {
-        for Known { client_id, user_id, last_seq, instance } in &settled.clients {
+        for Known { client_id, user_id, last_seq, run_id } in &settled.clients {
             let client = self.state.clients.entry(*client_id).or_default();
-            (client.user_id, client.last_seq, client.instance) = (user_id.clone(), *last_seq, *instance);
+            (client.user_id, client.last_seq, client.run_id) = (user_id.clone(), *last_seq, *run_id);
         }
         for (client_id, span) in &settled.spans {
             let spans = &mut self.state.clients.entry(*client_id).or_default().spans;
@@ -567,8 +567,8 @@ impl Transaction {
         ids.dedup();
         let known = |client_id: Uuid| {
             let client = self.state.clients.get(&client_id)?;
-            let (user_id, last_seq, instance) = (client.user_id.clone(), client.last_seq, client.instance);
-            Some(Known { client_id, user_id, last_seq, instance })
+            let (user_id, last_seq, run_id) = (client.user_id.clone(), client.last_seq, client.run_id);
+            Some(Known { client_id, user_id, last_seq, run_id })
         };
         ids.into_iter().filter_map(known).collect()
     }

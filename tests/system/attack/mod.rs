@@ -398,8 +398,8 @@ fn insert(table: &str, set: &[(&str, &str)]) -> Value {
 }
 
 /// A transaction as a client's frame.
-fn submit(client_seq: u64, instance: Uuid, changes: Vec<Value>) -> Value {
-    json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "instance": instance, "changes": changes})
+fn submit(client_seq: u64, run_id: Uuid, changes: Vec<Value>) -> Value {
+    json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": run_id, "changes": changes})
 }
 
 /// Waits for what becomes of a submission: `applied`, or the code of its refusal.

@@ -135,7 +135,7 @@ struct Neighbour {
     seats: Seats,
     samples: Samples,
     faults: Arc<Mutex<Vec<String>>>,
-    instance: Uuid,
+    run_id: Uuid,
     next: Instant,
     confirmed: u64,
     /// Submitted and not confirmed, with when it was due.
@@ -145,13 +145,13 @@ struct Neighbour {
 
 impl Neighbour {
     fn new(number: usize, seats: Seats, samples: Samples, faults: Arc<Mutex<Vec<String>>>) -> Neighbour {
-        let (instance, next) = (Uuid::new_v4(), Instant::now());
+        let (run_id, next) = (Uuid::new_v4(), Instant::now());
         Neighbour {
             number,
             seats,
             samples,
             faults,
-            instance,
+            run_id,
             next,
             confirmed: 0,
             unsettled: BTreeMap::new(),
@@ -181,7 +181,7 @@ impl Neighbour {
             let (client_seq, task) = (self.client_seq, format!("neighbour-{}", self.number));
             let change = json!({"change_id": Uuid::now_v7(), "table": "tasks", "op": "update", "key": [task],
                 "columns": ["title"], "values": [format!("{} {client_seq}", self.number)], "stamp": client_seq});
-            let frame = json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "instance": self.instance, "changes": [change]});
+            let frame = json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": self.run_id, "changes": [change]});
             self.samples.lock().expect("no panic")[self.number].push(Sample { due, confirmed: None, arrived: None });
             self.unsettled.insert(client_seq, frame.clone());
             new.push(frame);

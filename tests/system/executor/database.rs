@@ -91,13 +91,13 @@ impl Database {
 pub struct Client {
     pub id: Uuid,
     pub user: &'static str,
-    pub instance: Uuid,
+    pub run_id: Uuid,
     pub client_seq: u64,
 }
 
 impl Client {
     pub fn new(id: u128, user: &'static str) -> Client {
-        Client { id: Uuid::from_u128(id), user, instance: Uuid::from_u128(id + 1000), client_seq: 0 }
+        Client { id: Uuid::from_u128(id), user, run_id: Uuid::from_u128(id + 1000), client_seq: 0 }
     }
 
     pub fn submit(&mut self, changes: Vec<Change>) -> Submission {
@@ -107,7 +107,7 @@ impl Client {
             user_id: self.user.into(),
             client_seq: self.client_seq,
             attempt: 1,
-            instance: self.instance,
+            run_id: self.run_id,
             previous: None,
             after: Vec::new(),
             changes,

@@ -249,10 +249,10 @@ async fn copies_and_successors_are_told_apart() {
     let first = store.submit(vec![note(&ids[0])]);
     is(&database.batch(vec![first]).await, Verdict::Applied);
     // A copy made before the next run of the original wrote.
-    let mut copy = Client { instance: Uuid::from_u128(77), ..Client::new(1, "ann") };
+    let mut copy = Client { run_id: Uuid::from_u128(77), ..Client::new(1, "ann") };
     copy.client_seq = 1;
-    let previous = store.instance;
-    store.instance = Uuid::from_u128(66);
+    let previous = store.run_id;
+    store.run_id = Uuid::from_u128(66);
     let mut second = store.submit(vec![note(&ids[1])]);
     second.previous = Some(previous);
     is(&database.batch(vec![second]).await, Verdict::Applied);

@@ -48,7 +48,7 @@ fn id(kind: u64, number: u64) -> Uuid {
 struct Author {
     client_id: Uuid,
     user_id: String,
-    instance: Uuid,
+    run_id: Uuid,
     client_seq: u64,
     projects: Vec<u64>,
 }
@@ -79,7 +79,7 @@ impl Workload {
             .map(|number| Author {
                 client_id: Uuid::from_u128(rng.random()),
                 user_id: format!("user-{number}"),
-                instance: Uuid::from_u128(rng.random()),
+                run_id: Uuid::from_u128(rng.random()),
                 client_seq: 0,
                 projects: (0..MEMBERSHIPS).map(|k| (number * 7 + k * 13) % PROJECTS).collect(),
             })
@@ -115,7 +115,7 @@ impl Workload {
                 user_id: author.user_id.clone(),
                 client_seq: author.client_seq,
                 attempt: 1,
-                instance: author.instance,
+                run_id: author.run_id,
                 previous: None,
                 after: Vec::new(),
                 changes: vec![change],

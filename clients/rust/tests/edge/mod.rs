@@ -9,7 +9,7 @@ use millstream_schemas::frame::{
     ClientFrame, Confirmed, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, Resume, Rows,
     ServerFrame, Submit, Welcome,
 };
-use millstream_schemas::stream::{Failure, InstanceSpan};
+use millstream_schemas::stream::{Failure, RunSpan};
 use millstream_schemas::{
     Code, ColumnSchema, Lsn, Operation, PROTOCOL_VERSION, Position, Row, Schema, Scope, TableChanges, TableOp,
     TableSchema, TableScope,
@@ -35,8 +35,8 @@ pub struct State {
     pub deaf: bool,
     /// The next submission is answered by closing the socket with this code.
     pub close_with: Option<Option<u16>>,
-    /// Which instances submitted what each client's ledger has.
-    pub instances: HashMap<Uuid, Vec<InstanceSpan>>,
+    /// Which runs submitted what each client's ledger has.
+    pub runs: HashMap<Uuid, Vec<RunSpan>>,
     /// Every submission in the order of arrival.
     pub received: Vec<u64>,
     pub connections: usize,
@@ -260,7 +260,7 @@ impl Edge {
                 heartbeat_ms: if state.heartbeat_ms == 0 { 30_000 } else { state.heartbeat_ms },
             },
             last_seq: if state.late_ledger { last_seq.saturating_sub(1) } else { last_seq },
-            instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),
+            runs: state.runs.get(&hello.client_id).cloned().unwrap_or_default(),
             failed: state
                 .failures
                 .get(&hello.client_id)
@@ -291,9 +291,9 @@ impl Edge {
             }
         }
         let failed = state.failures.get(&hello.client_id).cloned().unwrap_or_default();
-        let spans = state.instances.get(&hello.client_id);
-        let instance = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.instance);
-        frames.push(ServerFrame::Confirmed(Confirmed { client_seq: last_seq, instance, failed, lost: Vec::new() }));
+        let spans = state.runs.get(&hello.client_id);
+        let run_id = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.run_id);
+        frames.push(ServerFrame::Confirmed(Confirmed { client_seq: last_seq, run_id, failed, lost: Vec::new() }));
         frames.push(ServerFrame::Commit { position });
         frames
     }
@@ -322,14 +322,14 @@ impl Edge {
                 fatal: false,
             });
         }
-        let known = state.instances.get(&hello.client_id).and_then(|spans| spans.last()).map(|span| span.instance);
-        let follows = known.is_none() || known == Some(submit.instance) || known == submit.previous;
+        let known = state.runs.get(&hello.client_id).and_then(|spans| spans.last()).map(|span| span.run_id);
+        let follows = known.is_none() || known == Some(submit.run_id) || known == submit.previous;
         if submit.client_seq == last + 1 && follows {
             state.traceparents.push(submit.traceparent.clone());
             state.ledger.insert(hello.client_id, submit.client_seq);
-            let spans = state.instances.entry(hello.client_id).or_default();
-            if spans.last().is_none_or(|span| span.instance != submit.instance) {
-                spans.push(InstanceSpan { instance: submit.instance, first_seq: submit.client_seq });
+            let spans = state.runs.entry(hello.client_id).or_default();
+            if spans.last().is_none_or(|span| span.run_id != submit.run_id) {
+                spans.push(RunSpan { run_id: submit.run_id, first_seq: submit.client_seq });
             }
             let bad = submit.changes.iter().find(|change| change.values.contains(&Some("bad".into())));
             let failures = state.failures.get(&hello.client_id);
@@ -386,7 +386,7 @@ impl Edge {
             state.failures.entry(hello.client_id).or_default().extend(failure.clone());
             let confirmed = Confirmed {
                 client_seq: submit.client_seq,
-                instance: submit.instance,
+                run_id: submit.run_id,
                 lost: Vec::new(),
                 failed: failure.into_iter().collect(),
             };

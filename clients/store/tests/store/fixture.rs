@@ -122,14 +122,14 @@ impl Fixture {
         self.try_apply(steps).unwrap()
     }
 
-    /// Applies steps; confirmations without an instance get that of the queue's entry.
+    /// Applies steps; confirmations without a run get that of the queue's entry.
     pub fn try_apply(&mut self, mut steps: Vec<Step>) -> Result<Applied, StoreError> {
         for step in &mut steps {
             if let Step::Confirmed(confirmed) = step
-                && confirmed.instance.is_nil()
+                && confirmed.run_id.is_nil()
             {
                 let sql = format!("SELECT instance FROM local_changes WHERE seq = {}", confirmed.client_seq);
-                confirmed.instance = self.read(&sql).lines().next().unwrap().parse().unwrap();
+                confirmed.run_id = self.read(&sql).lines().next().unwrap().parse().unwrap();
             }
         }
         let position = Position { epoch: Uuid::nil(), stream_seq: 1, lsn: Lsn(1) };
@@ -190,12 +190,12 @@ pub fn delete(id: &str) -> Step {
 }
 
 pub fn confirmed(client_seq: u64) -> Step {
-    Step::Confirmed(Confirmed { client_seq, instance: Uuid::nil(), failed: vec![], lost: vec![] })
+    Step::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed: vec![], lost: vec![] })
 }
 
 pub fn failed(client_seq: u64, code: Code) -> Step {
     let failure = Failure { client_seq, change_id: Uuid::nil(), code, rule: None, message: "no".into() };
-    Step::Confirmed(Confirmed { client_seq, instance: Uuid::nil(), failed: vec![failure], lost: vec![] })
+    Step::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed: vec![failure], lost: vec![] })
 }
 
 pub fn stage(f: &mut Fixture, rows: Vec<Row>) {
@@ -207,7 +207,7 @@ pub fn failure(client_seq: u64, change_id: Uuid, code: Code) -> Failure {
 }
 
 pub fn told(client_seq: u64, failed: Vec<Failure>) -> Step {
-    Step::Confirmed(Confirmed { client_seq, instance: Uuid::nil(), failed, lost: vec![] })
+    Step::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed, lost: vec![] })
 }
 
 pub fn submits(f: &Fixture) -> Vec<Submit> {

@@ -265,7 +265,7 @@ fn what_lost_to_newer_changes_is_settled() {
         change_id: Uuid::nil(),
     });
     let newer = upsert(vec![task("a", "p", "theirs", true)]);
-    let step = Step::Confirmed(Confirmed { client_seq: 2, instance: Uuid::nil(), failed: vec![], lost: lost.to_vec() });
+    let step = Step::Confirmed(Confirmed { client_seq: 2, run_id: Uuid::nil(), failed: vec![], lost: lost.to_vec() });
     let applied = f.apply(vec![newer, step]);
     let outcomes: Vec<_> = applied.settled.iter().map(|settled| settled.result.clone().unwrap()).collect();
     assert_eq!(outcomes, [Outcome::Superseded, Outcome::Merged]);

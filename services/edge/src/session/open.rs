@@ -153,7 +153,7 @@ pub(super) async fn open(
             heartbeat_ms: HEARTBEAT.as_millis() as u64,
         },
         last_seq: ledger.last_seq,
-        instances: ledger.instances.clone(),
+        runs: ledger.runs.clone(),
         failed: ledger.failed.iter().map(|failure| failure.client_seq).collect(),
         lost: ledger.lost.clone(),
         epoch: head.epoch,

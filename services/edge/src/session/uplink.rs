@@ -69,7 +69,7 @@ impl Session {
             user_id: self.user_id.clone(),
             client_seq,
             attempt: submit.attempt,
-            instance: submit.instance,
+            run_id: submit.run_id,
             previous: submit.previous,
             after: submit.after,
             changes: submit.changes,

@@ -551,7 +551,7 @@ pub(crate) mod tests {
         assert!(!queue.is_ready() && !queue.is_empty());
         assert_eq!(queue.wakes(), Some(until));
         // The position waits with it: message 2 is not done, though 3 is.
-        let owned = BTreeMap::from([(1, Owned { epoch: 1, position: 0 })]);
+        let owned = BTreeMap::from([(1, Owned { term: 1, position: 0 })]);
         queue.wake(until);
         assert!(queue.is_ready());
         assert_eq!(queue.batch(), (1, Mode::Single));
@@ -591,7 +591,7 @@ pub(crate) mod tests {
                 Item::of_message(*partition, sequence, submissions.clone(), None)
             };
             let mut queue = Queue::default();
-            let mut owned: BTreeMap<u16, Owned> = (0..3).map(|p| (p, Owned { epoch: 1, position: 0 })).collect();
+            let mut owned: BTreeMap<u16, Owned> = (0..3).map(|p| (p, Owned { term: 1, position: 0 })).collect();
             let mut open: Vec<usize> = messages.iter().map(|(_, submissions)| submissions.len().max(1)).collect();
             let (mut done, mut handed, mut now) = ([0; CLIENTS as usize], 0, Instant::now());
             let committed = |done: &mut [u64], open: &mut [usize], item: &Item| {
@@ -678,7 +678,7 @@ pub(crate) mod tests {
         let mut queue = queue(vec![message(1, 5, &[1]), message(2, 6, &[1]), message(1, 7, &[1])]);
         queue.batch();
         queue.extend(message(2, 8, &[1]));
-        queue.retain(&BTreeMap::from([(1, Owned { epoch: 1, position: 5 })]));
+        queue.retain(&BTreeMap::from([(1, Owned { term: 1, position: 5 })]));
         queue.batch();
         assert_eq!(queue.items().iter().map(|item| item.sequence).collect::<Vec<_>>(), [7]);
         queue.forget(1);

@@ -274,7 +274,7 @@ mod tests {
         for (partition, sequence) in [(1, 5), (1, 6), (2, 7)] {
             gate.push(item(partition, sequence, 1), true);
         }
-        gate.retain(&BTreeMap::from([(1, Owned { epoch: 1, position: 5 })]));
+        gate.retain(&BTreeMap::from([(1, Owned { term: 1, position: 5 })]));
         assert_eq!(asked(&mut gate, now).iter().map(|(_, key)| key.client_seq).collect::<Vec<_>>(), [6]);
         gate.retain(&BTreeMap::new());
         assert!(gate.is_empty());

@@ -35,7 +35,7 @@ macro_rules! fenced {
 pub(crate) const FENCED: &str = fenced!();
 
 /// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
-/// another owner changed the ledger meanwhile, it would have moved the position or the epoch too, and the fence fails.
+/// another owner changed the ledger meanwhile, it would have moved the position or the term too, and the fence fails.
 const FENCE: &str = concat!(
     "WITH ",
     fenced!(),
@@ -46,7 +46,7 @@ FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uu
 );
 
 /// Ledger, history and origin in one round trip, the last before COMMIT. The ledger is compared and set, so that even
-/// an owner under another stream epoch cannot take a transaction twice.
+/// an owner of another incarnation of the stream cannot take a transaction twice.
 const SETTLE: &str = "\
 WITH n AS (
     SELECT * FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::uuid[], $5::bigint[], $6::text[])
@@ -88,14 +88,14 @@ ON CONFLICT (client_id, first_seq) DO UPDATE SET instance = excluded.instance";
 /// Moves the positions; gives the ledger of the batch's clients, and the database's time in microseconds since 1970.
 pub(crate) async fn fence(
     connection: &mut PgConnection,
-    stream_epoch: &str,
+    incarnation: &str,
     items: &[Item],
     fences: &[Fence],
 ) -> Result<(Ledger, u64), Failed> {
     let mut clients: Vec<Uuid> = items.iter().filter_map(|item| Some(item.submission.as_ref()?.client_id)).collect();
     clients.sort_unstable();
     clients.dedup();
-    let rows = bind_fences(sqlx::query(FENCE), stream_epoch, fences)
+    let rows = bind_fences(sqlx::query(FENCE), incarnation, fences)
         .bind(clients)
         .fetch_all(connection)
         .await
@@ -120,14 +120,14 @@ pub(crate) async fn fence(
 /// The parameters `$1` to `$5` of [`FENCED`].
 pub(crate) fn bind_fences<'q>(
     query: Query<'q, Postgres, PgArguments>,
-    stream_epoch: &'q str,
+    incarnation: &'q str,
     fences: &[Fence],
 ) -> Query<'q, Postgres, PgArguments> {
     let column = |value: fn(&Fence) -> i64| fences.iter().map(value).collect::<Vec<i64>>();
     query
-        .bind(stream_epoch)
+        .bind(incarnation)
         .bind(fences.iter().map(|fence| fence.partition as i16).collect::<Vec<i16>>())
-        .bind(column(|fence| fence.epoch))
+        .bind(column(|fence| fence.term))
         .bind(column(|fence| fence.old as i64))
         .bind(column(|fence| fence.new as i64))
 }

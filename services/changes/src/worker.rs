@@ -52,7 +52,7 @@ pub(crate) enum Command {
     Own {
         /// Which.
         partition: u16,
-        /// Its epoch and position.
+        /// Its term and position.
         state: Owned,
     },
     /// Finish the batch at hand and give the partition up, in Postgres too if it still is ours.
@@ -85,8 +85,8 @@ pub(crate) enum Command {
 pub(crate) struct Lost {
     /// Which.
     pub partition: u16,
-    /// The epoch under which it was ours.
-    pub epoch: i64,
+    /// The term under which it was ours.
+    pub term: i64,
 }
 
 /// What workers share.
@@ -258,7 +258,7 @@ impl Worker {
             Command::Release { partition } => {
                 let Some(state) = self.owned.remove(&partition) else { return };
                 self.retain();
-                if let Err(error) = self.executor.release(partition, state.epoch).await {
+                if let Err(error) = self.executor.release(partition, state.term).await {
                     // Others see it as ours until the ownership task releases it a little later.
                     tracing::warn!(%error, partition, "cannot release a partition");
                 }
@@ -336,12 +336,12 @@ impl Worker {
             let Some(state) = self.owned.get(&item.partition) else { return self.queue.drop_aside(&item) };
             let known = item.name().and_then(|name| self.condemned.get_key_value(&name));
             let condemned = known.into_iter().map(|(name, rejection)| (*name, rejection.clone())).collect();
-            self.aside.start(item, state.epoch, mode, condemned);
+            self.aside.start(item, state.term, mode, condemned);
         }
     }
 
     /// A transaction that was applied aside has ended.
-    async fn done_aside(&mut self, Done { item, epoch, mode, outcome, took }: Done) {
+    async fn done_aside(&mut self, Done { item, term, mode, outcome, took }: Done) {
         let Some((client_id, client_seq)) = item.name() else { return };
         let now = Instant::now();
         // While others are at work, too, it is not all of the machine that it may have.
@@ -351,7 +351,7 @@ impl Worker {
             self.queue.took_aside(&item, took, now);
         }
         // Where the partition was somebody else's meanwhile, its messages are read again: what is done is a repeat then.
-        let is_ours = self.owned.get(&item.partition).is_some_and(|state| state.epoch == epoch);
+        let is_ours = self.owned.get(&item.partition).is_some_and(|state| state.term == term);
         let (error, is_strike) = match outcome {
             Ok(results) => {
                 self.settled(&item);
@@ -483,7 +483,7 @@ impl Worker {
                 if let Some(stored) = self.recover().await
                     && fences.iter().any(|fence| fence.new != fence.old)
                     && fences.iter().all(|fence| {
-                        stored.get(&fence.partition) == Some(&Owned { epoch: fence.epoch, position: fence.new })
+                        stored.get(&fence.partition) == Some(&Owned { term: fence.term, position: fence.new })
                     })
                 {
                     return Some(results);
@@ -644,7 +644,7 @@ impl Worker {
         }
     }
 
-    /// Takes epochs and positions from Postgres, for as long as it takes; none if asked to stop meanwhile.
+    /// Takes terms and positions from Postgres, for as long as it takes; none if asked to stop meanwhile.
     async fn recover(&mut self) -> Option<BTreeMap<u16, Owned>> {
         let partitions: Vec<u16> = self.owned.keys().copied().collect();
         let stored = loop {
@@ -665,13 +665,13 @@ impl Worker {
         for partition in partitions {
             let Some(state) = self.owned.get_mut(&partition) else { continue };
             match stored.get(&partition) {
-                Some(now) if now.epoch == state.epoch => {
+                Some(now) if now.term == state.term => {
                     changed |= now.position != state.position;
                     state.position = now.position;
                 }
                 _ => {
-                    tracing::info!(partition, epoch = state.epoch, "a partition was taken over");
-                    let lost = Lost { partition, epoch: state.epoch };
+                    tracing::info!(partition, term = state.term, "a partition was taken over");
+                    let lost = Lost { partition, term: state.term };
                     self.owned.remove(&partition);
                     changed = true;
                     if self.shared.lost.send(lost).await.is_err() {

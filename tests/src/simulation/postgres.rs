@@ -184,7 +184,7 @@ pub struct State {
     pub clients: BTreeMap<Uuid, Client>,
     pub history: BTreeMap<(Uuid, u64), Failure>,
     pub taken: Vec<Taken>,
-    /// By epoch of the inbound stream: the owner's epoch, and the position.
+    /// By incarnation of the inbound stream: the owner's term, and the position.
     pub partition: BTreeMap<u64, (i64, u64)>,
 }
 

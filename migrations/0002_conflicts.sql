@@ -14,7 +14,7 @@ CREATE TABLE millstream.instances (
 INSERT INTO millstream.instances (client_id, first_seq, instance)
 SELECT client_id, 1, instance FROM millstream.clients WHERE instance IS NOT NULL AND last_seq > 0;
 
--- Newest transactions that lost to newer changes: [{"seq", "verdict", "change_id"}, …], a bounded number.
+-- Newest transactions that lost to newer changes: [{"client_seq", "verdict", "change_id"}, …], a bounded number.
 ALTER TABLE millstream.clients ADD COLUMN lost jsonb NOT NULL DEFAULT '[]';
 
 -- The constraint, declared rule or external validator that refused.

@@ -39,7 +39,7 @@ AND ($6::text IS NULL OR h.at >= $6::text::timestamptz)";
   millstream history replay 17 18                 once their cause is gone; doing it again changes nothing
   millstream history export --code business_rule > failed.jsonl
   millstream history parked                       what waits, for a lock or because it fails, and why
-  millstream history reject CLIENT_ID SEQ -m 'the order is closed'")]
+  millstream history reject CLIENT_ID CLIENT_SEQ -m 'the order is closed'")]
 #[command(
     after_help = "Reads the database as its owner. `replay` also needs the NATS key `operator.nk` that `millstream \
 keys` makes, which may submit changes and nothing else. Without DATABASE_URL the stack of `millstream dev` in --data is \
@@ -98,7 +98,7 @@ pub enum Command {
         /// Its client, as `parked` shows it
         client_id: Uuid,
         /// Its `client_seq`, as `parked` shows it
-        seq: i64,
+        client_seq: i64,
         /// What its author is told
         #[arg(short, long, default_value = "an operator rejected it, since it could not be applied")]
         message: String,
@@ -174,13 +174,13 @@ pub enum Error {
     Adds(i64),
     /// No such transaction, or not any more.
     #[error(
-        "transaction {seq} of client {client_id} is not parked (any more); `millstream history parked` shows those that are"
+        "transaction {client_seq} of client {client_id} is not parked (any more); `millstream history parked` shows those that are"
     )]
     NotParked {
         /// The client.
         client_id: Uuid,
         /// `client_seq`.
-        seq: i64,
+        client_seq: i64,
     },
     /// What was recorded is not a transaction of this version.
     #[error("the record {id} cannot be replayed by this version")]
@@ -228,8 +228,8 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
         Command::List { filter, limit } => list(&mut connection, filter, *limit, args.output).await?,
         Command::Show { id } => show(&mut connection, *id, args.output).await?,
         Command::Parked => parked::list(&mut connection, args.output).await?,
-        Command::Reject { client_id, seq, message } => {
-            parked::reject(&mut connection, *client_id, *seq, message).await?
+        Command::Reject { client_id, client_seq, message } => {
+            parked::reject(&mut connection, *client_id, *client_seq, message).await?
         }
         Command::Export { filter } => export(&mut connection, filter).await?,
         Command::Replay { ids, wait } => {
@@ -276,8 +276,19 @@ impl Filter {
 }
 
 async fn list(connection: &mut PgConnection, filter: &Filter, limit: u32, output: Output) -> Result<Exit, Error> {
-    const COLUMNS: [&str; 11] =
-        ["id", "at", "user_id", "client_id", "seq", "attempt", "table_name", "operation", "code", "rule", "message"];
+    const COLUMNS: [&str; 11] = [
+        "id",
+        "at",
+        "user_id",
+        "client_id",
+        "client_seq",
+        "attempt",
+        "table_name",
+        "operation",
+        "code",
+        "rule",
+        "message",
+    ];
     let sql = format!(
         "SELECT h.id, to_char(h.at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), h.user_id, h.client_id::text, \
          h.seq, h.attempt::int8, h.table_name, h.operation, h.code, h.rule, h.message \
@@ -291,7 +302,7 @@ async fn list(connection: &mut PgConnection, filter: &Filter, limit: u32, output
         .map_err(Error::Query)?;
     let value = |row: &PgRow, index: usize| -> Result<SqlValue, sqlx::Error> {
         Ok(match COLUMNS[index] {
-            "id" | "seq" | "attempt" => SqlValue::Integer(row.try_get(index)?),
+            "id" | "client_seq" | "attempt" => SqlValue::Integer(row.try_get(index)?),
             _ => row.try_get::<Option<String>, _>(index)?.map_or(SqlValue::Null, SqlValue::Text),
         })
     };

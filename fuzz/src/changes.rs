@@ -44,9 +44,9 @@ pub fn submission(input: &[u8]) {
     let settled = pure::settle(Vec::new(), &TABLES, &message.submissions, |_, _| false, &mut apply);
     let taken: HashMap<Uuid, u64> = settled.clients.iter().map(|known| (known.client_id, known.last_seq)).collect();
     for entry in &settled.origin {
-        assert_eq!(taken.get(&entry.client_id), Some(&entry.seq), "{entry:?}");
+        assert_eq!(taken.get(&entry.client_id), Some(&entry.client_seq), "{entry:?}");
         for failure in &entry.failed {
-            assert!((entry.first_seq..=entry.seq).contains(&failure.seq));
+            assert!((entry.first_seq..=entry.client_seq).contains(&failure.client_seq));
             assert!(failure.message.len() <= MAX_FAILURE_MESSAGE_BYTES);
         }
     }
@@ -59,7 +59,7 @@ pub fn submission(input: &[u8]) {
         |submission| {
             // Behind what was taken, only what could not be taken yet is left.
             let last = taken.get(&submission.client_id).copied().unwrap_or_default();
-            assert!(submission.seq > last, "{} is applied again, {last} was taken", submission.seq);
+            assert!(submission.client_seq > last, "{} is applied again, {last} was taken", submission.client_seq);
             Effect::Applied(Vec::new())
         },
     );
@@ -94,9 +94,9 @@ pub fn validator(input: &[u8]) {
     let submission = Submission {
         client_id: Uuid::nil(),
         user_id: "alice".into(),
-        seq: 1,
+        client_seq: 1,
         attempt: 1,
-        instance: Uuid::nil(),
+        run_id: Uuid::nil(),
         previous: None,
         after: Vec::new(),
         changes,
@@ -105,7 +105,7 @@ pub fn validator(input: &[u8]) {
     let request = ValidateRequest {
         user_id: "alice".into(),
         client_id: Uuid::nil(),
-        seq: 1,
+        client_seq: 1,
         attempt: 1,
         changes: asked,
         traceparent: None,

@@ -28,7 +28,7 @@ pub fn client_frame(input: &[u8]) {
         (Ok(_), _) => panic!("a hello that is none"),
         (Err(refused), _) => assert!(
             matches!(refused.code, Code::BadFrame | Code::TooLarge | Code::OutOfOrder | Code::UpgradeRequired)
-                && refused.seq.is_none(),
+                && refused.client_seq.is_none(),
             "{refused:?}"
         ),
     }
@@ -40,9 +40,9 @@ pub fn client_frame(input: &[u8]) {
             let submission = Submission {
                 client_id: Uuid::nil(),
                 user_id: "alice".into(),
-                seq: submit.seq,
+                client_seq: submit.client_seq,
                 attempt: submit.attempt,
-                instance: submit.instance,
+                run_id: submit.run_id,
                 previous: submit.previous,
                 after: submit.after,
                 changes: submit.changes,
@@ -129,7 +129,7 @@ pub fn stream(input: &[u8]) {
     let traceparent = raw["traceparent"].as_str();
     assert!(traceparent.is_none_or(trace::is_valid), "{traceparent:?}");
     let expected = ServerFrame::Rows(Rows {
-        seq: 7,
+        stream_seq: 7,
         lsn: message.lsn(),
         index: message.index,
         last: message.last,

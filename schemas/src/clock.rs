@@ -31,7 +31,7 @@ pub struct Clock {
     /// The client; nil for writers other than clients.
     pub client_id: Uuid,
     /// Its `client_seq`.
-    pub seq: u64,
+    pub client_seq: u64,
     /// Index of the change in its transaction.
     pub index: u32,
 }
@@ -39,7 +39,7 @@ pub struct Clock {
 /// Written with fixed widths: stamp, client, sequence, index.
 impl fmt::Display for Clock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016}-{}-{:012}-{:04}", self.stamp, self.client_id.as_simple(), self.seq, self.index)
+        write!(f, "{:016}-{}-{:012}-{:04}", self.stamp, self.client_id.as_simple(), self.client_seq, self.index)
     }
 }
 
@@ -57,7 +57,7 @@ impl FromStr for Clock {
         Ok(Clock {
             stamp: part()?.parse().map_err(|_| InvalidClock)?,
             client_id: part()?.parse().map_err(|_| InvalidClock)?,
-            seq: part()?.parse().map_err(|_| InvalidClock)?,
+            client_seq: part()?.parse().map_err(|_| InvalidClock)?,
             index: part()?.parse().map_err(|_| InvalidClock)?,
         })
     }
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn texts_sort_as_clocks_compare() {
         let (a, b) = (Uuid::from_u128(1), Uuid::from_u128(u128::MAX));
-        let clock = |stamp, client_id, seq, index| Clock { stamp, client_id, seq, index };
+        let clock = |stamp, client_id, client_seq, index| Clock { stamp, client_id, client_seq, index };
         let rising = [
             clock(0, Uuid::nil(), 0, 0),
             clock(9, b, 1, 0),

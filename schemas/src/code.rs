@@ -78,7 +78,8 @@ codes! {
     BadFrame = "bad_frame", Never;
     /// The frame or transaction is over the limit that the message names.
     TooLarge = "too_large", Never;
-    /// A frame came before `hello`, or `hello` came twice; or, with `seq`, a submission leaves a gap: go on from `seq`.
+    /// A frame came before `hello`, or `hello` came twice; or, with `client_seq`, a submission leaves a gap: go on from
+    /// that number.
     OutOfOrder = "out_of_order", Never;
     /// The token is missing, malformed, wrongly signed or for another audience.
     BadToken = "bad_token", Manual;

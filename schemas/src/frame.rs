@@ -22,7 +22,7 @@ use crate::change::{Change, TableChanges};
 use crate::code::Code;
 use crate::position::{Lsn, Position};
 use crate::schema::Schema;
-use crate::stream::{Failure, InstanceSpan, Loss, TransactionResult};
+use crate::stream::{Failure, Loss, RunSpan, TransactionResult};
 use crate::subject::Scope;
 
 /// Largest frame that an edge accepts after `hello`, in bytes.
@@ -123,13 +123,13 @@ pub struct SnapshotMark {
 #[serde(deny_unknown_fields)]
 pub struct Submit {
     /// `client_seq`: 1, 2, 3 … without gaps.
-    pub seq: u64,
+    pub client_seq: u64,
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// Which run of the store gave it its number. Each process that opens a store takes a random id before its first
-    /// write, so two copies of a store never share an instance beyond the point where they were copied.
-    pub instance: Uuid,
-    /// Instance of the transaction `seq - 1`, where that is another one.
+    /// write, so two copies of a store never share a run beyond the point where they were copied.
+    pub run_id: Uuid,
+    /// Run of the transaction `client_seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
     /// Earlier transactions that wrote rows which this one writes too, and that were not settled when it was recorded: if
@@ -151,10 +151,10 @@ pub enum ServerFrame {
     ScopesWanted {},
     /// Answer to `hello`.
     Welcome(Welcome),
-    /// Every submission up to and including `seq` is stored on the broker. The client still keeps its entries.
+    /// Every submission up to and including `client_seq` is stored on the broker. The client still keeps its entries.
     Accepted {
         /// Highest `client_seq` stored.
-        seq: u64,
+        client_seq: u64,
     },
     /// A hint: these transactions are committed or rejected in Postgres. Only `confirmed` settles them.
     Results {
@@ -192,7 +192,7 @@ pub enum ServerFrame {
     },
     /// Row changes of a committed transaction.
     Rows(Rows),
-    /// The transactions of this client up to `seq` are settled by what is staged with it.
+    /// The transactions of this client up to `client_seq` are settled by what is staged with it.
     Confirmed(Confirmed),
     /// Apply what is staged.
     Commit {
@@ -225,10 +225,10 @@ pub struct Welcome {
     pub limits: Limits,
     /// Last `client_seq` in the ledger: the client goes on submitting after it.
     pub last_seq: u64,
-    /// Which instances submitted what the ledger has behind the client's `confirmed_seq`, by rising `first_seq`. Where the
-    /// client's own entry has another instance, another copy of its store used that number.
+    /// Which runs submitted what the ledger has behind the client's `confirmed_seq`, by rising `first_seq`. Where the
+    /// client's own entry has another run, another copy of its store used that number.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub instances: Vec<InstanceSpan>,
+    pub runs: Vec<RunSpan>,
     /// `client_seq` of the rejected transactions among them: what a copy of a store takes for its own and settled, but these.
     /// Their reasons come with `confirmed`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -272,7 +272,7 @@ pub struct Limits {
 #[serde(deny_unknown_fields)]
 pub struct Rows {
     /// Sequence of the message in the outbound stream.
-    pub seq: u64,
+    pub stream_seq: u64,
     /// Commit LSN of the transaction.
     pub lsn: Lsn,
     /// Index of the message within the transaction.
@@ -295,9 +295,10 @@ pub struct Rows {
 #[serde(deny_unknown_fields)]
 pub struct Confirmed {
     /// All up to and including this `client_seq` are settled.
-    pub seq: u64,
-    /// Instance that submitted the transaction `seq`. Another one than in the client's queue: a copy of its store did.
-    pub instance: Uuid,
+    pub client_seq: u64,
+    /// Run that submitted the transaction `client_seq`. Another one than in the client's queue: a copy of its store
+    /// did.
+    pub run_id: Uuid,
     /// Those among them that failed, as far as the client has not been told before; the others are applied.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Failure>,
@@ -317,7 +318,7 @@ pub struct ErrorFrame {
     /// A `client_seq`. In `overloaded`, and in `out_of_order` for a gap: the number to go on from. Otherwise the
     /// submission that was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub seq: Option<u64>,
+    pub client_seq: Option<u64>,
     /// Try again no sooner than this (milliseconds).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,

@@ -75,17 +75,17 @@ impl JsonSchema for Lsn {
     }
 }
 
-/// A client's place in the outbound stream: everything up to and including message `seq` has been applied.
+/// A client's place in the outbound stream: everything up to and including message `stream_seq` has been applied.
 ///
-/// `lsn` is the commit LSN that the stream holds at `seq`. If the epoch differs, or the stream holds another LSN at
-/// `seq`, the history that the client knows is not the history of this stream, and it needs a new snapshot.
+/// `lsn` is the commit LSN that the stream holds at `stream_seq`. If the epoch differs, or the stream holds another LSN at
+/// `stream_seq`, the history that the client knows is not the history of this stream, and it needs a new snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
     /// Random id of the outbound stream's history.
     pub epoch: Uuid,
     /// Sequence of the message in `MS_WAL`.
-    pub seq: u64,
+    pub stream_seq: u64,
     /// Commit LSN of the transaction which that message belongs to.
     pub lsn: Lsn,
 }

@@ -41,7 +41,7 @@ pub fn message_limit(max_payload: usize) -> usize {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChangesMessage {
-    /// In the order of arrival; the submissions of one client are in the order of their `seq`.
+    /// In the order of arrival; the submissions of one client are in the order of their `client_seq`.
     pub submissions: Vec<Submission>,
 }
 
@@ -54,12 +54,12 @@ pub struct Submission {
     /// The user, from the token.
     pub user_id: String,
     /// `client_seq`.
-    pub seq: u64,
+    pub client_seq: u64,
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// Which run of the client's store gave it its number.
-    pub instance: Uuid,
-    /// Instance of the transaction `seq - 1`, where that is another one.
+    pub run_id: Uuid,
+    /// Run of the transaction `client_seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
     /// Earlier transactions of the client: if one of them is rejected, this one is refused with `predecessor_failed`.
@@ -90,7 +90,7 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResultsMessage {
-    /// One entry a transaction, by rising `seq`.
+    /// One entry a transaction, by rising `client_seq`.
     pub results: Vec<TransactionResult>,
 }
 
@@ -99,7 +99,7 @@ pub struct ResultsMessage {
 #[serde(deny_unknown_fields)]
 pub struct TransactionResult {
     /// `client_seq`.
-    pub seq: u64,
+    pub client_seq: u64,
     /// What became of it.
     pub verdict: Verdict,
     /// Why it was rejected.
@@ -112,7 +112,7 @@ pub struct TransactionResult {
 #[serde(deny_unknown_fields)]
 pub struct Failure {
     /// `client_seq` of the transaction.
-    pub seq: u64,
+    pub client_seq: u64,
     /// The change that failed.
     pub change_id: Uuid,
     /// Why.
@@ -130,19 +130,19 @@ pub struct Failure {
 #[serde(deny_unknown_fields)]
 pub struct Loss {
     /// `client_seq` of the transaction.
-    pub seq: u64,
+    pub client_seq: u64,
     /// `merged` or `superseded`.
     pub verdict: Verdict,
     /// The first change that lost.
     pub change_id: Uuid,
 }
 
-/// Part of a client's upload that one instance of its store submitted; it ends where the next span begins.
+/// Part of a client's upload that one run of its store submitted; it ends where the next span begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct InstanceSpan {
-    /// The instance.
-    pub instance: Uuid,
+pub struct RunSpan {
+    /// The run.
+    pub run_id: Uuid,
     /// Its first `client_seq`.
     pub first_seq: u64,
 }
@@ -175,9 +175,9 @@ pub struct OriginEntry {
     #[serde(default)]
     pub first_seq: u64,
     /// Its transactions up to and including this `client_seq` are settled.
-    pub seq: u64,
-    /// Instance that submitted the transaction `seq`.
-    pub instance: Uuid,
+    pub client_seq: u64,
+    /// Run that submitted the transaction `client_seq`.
+    pub run_id: Uuid,
     /// Those that failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Failure>,
@@ -195,7 +195,7 @@ pub struct ValidateRequest {
     /// The installation.
     pub client_id: Uuid,
     /// `client_seq`.
-    pub seq: u64,
+    pub client_seq: u64,
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
     pub attempt: u32,
     /// The transaction's changes to the table, in their order.
@@ -266,7 +266,7 @@ pub mod header {
 }
 
 /// Answer on `ms.replication.watermark`: every transaction that committed before `lsn` is in the stream, at or
-/// before message `seq`.
+/// before message `stream_seq`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Watermark {
@@ -275,5 +275,5 @@ pub struct Watermark {
     /// Everything before this LSN is published.
     pub lsn: Lsn,
     /// Last sequence of the outbound stream when that was so.
-    pub seq: u64,
+    pub stream_seq: u64,
 }

@@ -107,7 +107,7 @@ pub fn hello(client_id: Uuid, token: &str) -> Value {
 }
 
 /// A `submit` of one insert.
-pub fn submit(seq: u64, table: &str, columns: &[&str], values: &[&str]) -> Value {
-    json!({"type": "submit", "seq": seq, "attempt": 1, "instance": Uuid::nil(), "changes": [{"change_id": Uuid::now_v7(), "table": table,
+pub fn submit(client_seq: u64, table: &str, columns: &[&str], values: &[&str]) -> Value {
+    json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": Uuid::nil(), "changes": [{"change_id": Uuid::now_v7(), "table": table,
         "op": "insert", "key": [values.first()], "columns": columns, "values": values, "stamp": 1}]})
 }

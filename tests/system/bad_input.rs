@@ -44,9 +44,10 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
         for (sent, code) in [
             ("{".to_owned(), "bad_frame"),
             (json!({"type": "drop_everything"}).to_string(), "bad_frame"),
-            (json!({"type": "submit", "seq": 1}).to_string(), "bad_frame"),
+            (json!({"type": "submit", "client_seq": 1}).to_string(), "bad_frame"),
             (
-                json!({"type": "submit", "seq": 1, "attempt": 1, "instance": Uuid::nil(), "changes": []}).to_string(),
+                json!({"type": "submit", "client_seq": 1, "attempt": 1, "run_id": Uuid::nil(), "changes": []})
+                    .to_string(),
                 "too_large",
             ),
             (good.to_string(), "out_of_order"),
@@ -72,11 +73,13 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
             (submit(7, "projects", &["id", "name"], &[&id, "a\u{0}b"]), "invalid_value"),
         ];
         for (frame, code) in changes {
-            let seq = frame["seq"].as_u64();
+            let client_seq = frame["client_seq"].as_u64();
             raw.frame(frame).await?;
             let failure = raw
                 .wait(|frame| match frame {
-                    ServerFrame::Confirmed(confirmed) => confirmed.failed.into_iter().find(|f| Some(f.seq) == seq),
+                    ServerFrame::Confirmed(confirmed) => {
+                        confirmed.failed.into_iter().find(|f| Some(f.client_seq) == client_seq)
+                    }
                     _ => None,
                 })
                 .await?;

@@ -76,7 +76,7 @@ impl Side {
         for (client_id, result) in self.direct.execute(batch, self.isolated).await? {
             let failure = result.failure;
             let known: Known = (result.verdict, failure.as_ref().map(|f| f.code), failure.and_then(|f| f.rule));
-            verdicts.entry((client_id, result.seq)).or_insert_with(|| format!("{known:?}"));
+            verdicts.entry((client_id, result.client_seq)).or_insert_with(|| format!("{known:?}"));
         }
         let at_once: bool = sqlx::query_scalar(AT_ONCE).fetch_one(&mut self.watch).await?;
         self.at_once += u64::from(at_once);
@@ -245,10 +245,14 @@ fn without(batch: &[Submission], range: std::ops::Range<usize>) -> Vec<Submissio
     for index in range.rev() {
         let gone = batch.remove(index);
         let later = batch.iter_mut().skip(index);
-        for later in later.filter(|later| later.client_id == gone.client_id && later.seq > gone.seq) {
-            later.seq -= 1;
-            later.after.retain(|seq| *seq != gone.seq);
-            later.after.iter_mut().filter(|seq| **seq > gone.seq).for_each(|seq| *seq -= 1);
+        for later in later.filter(|later| later.client_id == gone.client_id && later.client_seq > gone.client_seq) {
+            later.client_seq -= 1;
+            later.after.retain(|client_seq| *client_seq != gone.client_seq);
+            later
+                .after
+                .iter_mut()
+                .filter(|client_seq| **client_seq > gone.client_seq)
+                .for_each(|client_seq| *client_seq -= 1);
         }
     }
     batch

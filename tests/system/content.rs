@@ -263,8 +263,8 @@ async fn origin_records_of_any_size_stop_nobody() -> Result<()> {
     let mut scene = scene(|builder| builder).await?;
     let outcome = async {
         scene.canary().await?;
-        let entry = r#"{"client_id":"%s","first_seq":1,"seq":1,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}"#;
-        let failed = r#"{"client_id":"%s","first_seq":1,"seq":1,"instance":"0190f3c2-7d1e-7000-8000-000000000007","failed":[{"seq":1,"change_id":"0190f3c2-7d1e-7000-8000-000000000007","code":"entity_missing","message":"%s"}]}"#;
+        let entry = r#"{"client_id":"%s","first_seq":1,"client_seq":1,"run_id":"0190f3c2-7d1e-7000-8000-000000000007"}"#;
+        let failed = r#"{"client_id":"%s","first_seq":1,"client_seq":1,"run_id":"0190f3c2-7d1e-7000-8000-000000000007","failed":[{"client_seq":1,"change_id":"0190f3c2-7d1e-7000-8000-000000000007","code":"entity_missing","message":"%s"}]}"#;
         let entries = |template: &str, count: usize, text: &str| {
             let entries = (0..count).map(|n| {
                 let id = format!("0190f3c2-7d1e-7000-8000-{n:012x}");

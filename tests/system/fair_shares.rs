@@ -57,22 +57,21 @@ fn client_id(fits: impl Fn(u16) -> bool) -> Uuid {
 struct Speaker {
     raw: Raw,
     user: String,
-    seq: u64,
+    client_seq: u64,
 }
 
 impl Speaker {
     async fn connect(board: &Board, user: &str, client_id: Uuid) -> Result<Speaker> {
         let mut raw = Raw::connect(&board.stack.edge_url()).await?;
         raw.hello(client_id, &board.stack.token(user)).await?;
-        Ok(Speaker { raw, user: user.to_owned(), seq: 0 })
+        Ok(Speaker { raw, user: user.to_owned(), client_seq: 0 })
     }
 
     async fn submit(&mut self, changes: Vec<Value>) -> Result<u64> {
-        self.seq += 1;
-        let frame =
-            json!({"type": "submit", "seq": self.seq, "attempt": 1, "instance": Uuid::nil(), "changes": changes});
+        self.client_seq += 1;
+        let frame = json!({"type": "submit", "client_seq": self.client_seq, "attempt": 1, "run_id": Uuid::nil(), "changes": changes});
         self.raw.frame(frame).await?;
-        Ok(self.seq)
+        Ok(self.client_seq)
     }
 
     fn insert(&self, body: &str) -> Value {
@@ -87,12 +86,14 @@ impl Speaker {
     }
 
     /// Waits for the verdict on a transaction.
-    async fn verdict(&mut self, seq: u64) -> Result<Verdict> {
+    async fn verdict(&mut self, client_seq: u64) -> Result<Verdict> {
         let of = |frame| match frame {
-            ServerFrame::Results { results } => results.into_iter().find(|r| r.seq == seq).map(|r| r.verdict),
+            ServerFrame::Results { results } => {
+                results.into_iter().find(|r| r.client_seq == client_seq).map(|r| r.verdict)
+            }
             _ => None,
         };
-        self.raw.wait(of).await.with_context(|| format!("no verdict on {} of {}", seq, self.user))
+        self.raw.wait(of).await.with_context(|| format!("no verdict on {} of {}", client_seq, self.user))
     }
 }
 
@@ -120,8 +121,8 @@ impl Neighbours {
                 while !stop.load(Ordering::Relaxed) {
                     let change = speaker.insert("x");
                     let start = Instant::now();
-                    let seq = speaker.submit(vec![change]).await?;
-                    ensure!(speaker.verdict(seq).await? == Verdict::Applied, "a neighbour's change is refused");
+                    let client_seq = speaker.submit(vec![change]).await?;
+                    ensure!(speaker.verdict(client_seq).await? == Verdict::Applied, "a neighbour's change is refused");
                     times.push(start.elapsed());
                     tokio::time::sleep(RHYTHM).await;
                 }
@@ -160,8 +161,8 @@ async fn a_flood_of_large_transactions_holds_up_nobody_else() -> Result<()> {
         for _ in 0..3 {
             let changes = changes(&flood);
             let start = Instant::now();
-            let seq = flood.submit(changes).await?;
-            ensure!(flood.verdict(seq).await? == Verdict::Applied);
+            let client_seq = flood.submit(changes).await?;
+            ensure!(flood.verdict(client_seq).await? == Verdict::Applied);
             alone = start.elapsed();
         }
         let [_, before, _] = Neighbours::measure(&board, id, Duration::from_secs(3)).await?;
@@ -192,7 +193,7 @@ async fn a_flood_of_large_transactions_holds_up_nobody_else() -> Result<()> {
 }
 
 /// Waits until the ledger has taken a client's transaction.
-async fn settled(board: &Board, id: Uuid, seq: u64) -> Result<()> {
+async fn settled(board: &Board, id: Uuid, client_seq: u64) -> Result<()> {
     let mut postgres = board.postgres().await?;
     let start = Instant::now();
     loop {
@@ -200,10 +201,10 @@ async fn settled(board: &Board, id: Uuid, seq: u64) -> Result<()> {
             .bind(id)
             .fetch_optional(&mut postgres)
             .await?;
-        if applied == Some(seq as i64) {
+        if applied == Some(client_seq as i64) {
             return Ok(());
         }
-        ensure!(start.elapsed() < PATIENCE * 4, "{applied:?} of {seq}");
+        ensure!(start.elapsed() < PATIENCE * 4, "{applied:?} of {client_seq}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -239,8 +240,8 @@ async fn a_change_that_waits_for_a_lock_holds_up_its_client_only() -> Result<()>
         let mut speaker = Speaker::connect(&board, "locked", id).await?;
         let row = speaker.insert("mine");
         let key: Uuid = row["key"][0].as_str().context("a key")?.parse()?;
-        let seq = speaker.submit(vec![row]).await?;
-        ensure!(speaker.verdict(seq).await? == Verdict::Applied);
+        let client_seq = speaker.submit(vec![row]).await?;
+        ensure!(speaker.verdict(client_seq).await? == Verdict::Applied);
         let [_, before, _] = Neighbours::measure(&board, id, Duration::from_secs(3)).await?;
         let mut admin = PgConnection::connect(&board.stack.postgres_url()).await?;
         sqlx::raw_sql("BEGIN").execute(&mut admin).await?;

@@ -109,7 +109,7 @@ async fn the_history_is_listed_shown_exported_and_replayed() -> Result<()> {
         let (alice, bob) = (board.client("a", "alice").await?, board.client("b", "bob").await?);
         let project = Uuid::now_v7();
         bob.execute("INSERT INTO projects (id, name) VALUES (?, 'bobs')", (project,)).await?.confirmed().await?;
-        let seq = refused(&alice, project, "first").await?;
+        let client_seq = refused(&alice, project, "first").await?;
         refused(&alice, project, "second").await?;
         refused(&bob, Uuid::now_v7(), "third").await?;
 
@@ -134,7 +134,7 @@ async fn the_history_is_listed_shown_exported_and_replayed() -> Result<()> {
         ensure!(text.contains("permission_denied") && text.ends_with("(3 rows)\n"), "{text}");
 
         let shown = json(&board, &["show", &first, "-o", "json"], 0).await?;
-        ensure!(shown[0]["payload"]["seq"] == seq && shown[0]["user_id"] == "alice", "{shown:?}");
+        ensure!(shown[0]["payload"]["client_seq"] == client_seq && shown[0]["user_id"] == "alice", "{shown:?}");
         let text = String::from_utf8(history(&board, &["show", &first]).await?.stdout)?;
         ensure!(text.contains("title = \"first\""), "{text}");
         ensure!(history(&board, &["show", "999999"]).await?.status.code() == Some(1));
@@ -270,9 +270,9 @@ async fn an_operator_sees_what_is_parked_and_can_reject_it() -> Result<()> {
         let task = "INSERT INTO tasks (id, project_id, title) VALUES (?1, ?2, 'next')";
         b.execute(task, (Uuid::now_v7().to_string(), project.clone())).await?.confirmed().await?;
         ensure!(start.elapsed() < Duration::from_secs(2), "another client waited {:?}", start.elapsed());
-        let seq = row["seq"].to_string();
+        let client_seq = row["client_seq"].to_string();
         json(&board, &["reject", &client_id, "999999"], 1).await?;
-        let told = history(&board, &["reject", &client_id, &seq, "--message", "closed for today"]).await?;
+        let told = history(&board, &["reject", &client_id, &client_seq, "--message", "closed for today"]).await?;
         ensure!(told.status.success(), "{told:?}");
         let error = tokio::time::timeout(PATIENCE, write.confirmed()).await?.err().context("it was applied")?;
         ensure!(error.to_string().contains("closed for today"), "{error:#}");

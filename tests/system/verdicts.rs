@@ -24,15 +24,15 @@ use uuid::Uuid;
 struct Hand {
     raw: Raw,
     id: Uuid,
-    instance: Uuid,
-    seq: u64,
+    run_id: Uuid,
+    client_seq: u64,
 }
 
 impl Hand {
     async fn connect(board: &Board, user: &str) -> Result<Hand> {
         let (mut raw, id) = (Raw::connect(&board.stack.edge_url()).await?, Uuid::now_v7());
         raw.hello(id, &board.stack.token(user)).await?;
-        Ok(Hand { raw, id, instance: Uuid::new_v4(), seq: 0 })
+        Ok(Hand { raw, id, run_id: Uuid::new_v4(), client_seq: 0 })
     }
 
     /// Submits one change and waits for what becomes of it: a verdict's word, or a code.
@@ -48,23 +48,25 @@ impl Hand {
         let change = json!({"change_id": Uuid::now_v7(), "table": table, "op": op, "key": key, "columns": columns,
             "values": values, "stamp": stamp});
         let confirmed = self.submit(json!([change])).await?;
-        if let Some(failure) = confirmed.failed.iter().find(|failure| failure.seq == self.seq) {
+        if let Some(failure) = confirmed.failed.iter().find(|failure| failure.client_seq == self.client_seq) {
             return Ok(failure.code.to_string());
         }
-        let lost = confirmed.lost.iter().find(|loss| loss.seq == self.seq);
+        let lost = confirmed.lost.iter().find(|loss| loss.client_seq == self.client_seq);
         Ok(lost
             .map_or("applied".into(), |loss| serde_json::json!(loss.verdict).as_str().unwrap_or_default().to_owned()))
     }
 
     async fn submit(&mut self, changes: Value) -> Result<Confirmed> {
-        self.seq += 1;
-        let (seq, instance) = (self.seq, self.instance);
+        self.client_seq += 1;
+        let (client_seq, run_id) = (self.client_seq, self.run_id);
         self.raw
-            .frame(json!({"type": "submit", "seq": seq, "attempt": 1, "instance": instance, "changes": changes}))
+            .frame(
+                json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": run_id, "changes": changes}),
+            )
             .await?;
         self.raw
             .wait(|frame| match frame {
-                ServerFrame::Confirmed(confirmed) if confirmed.seq >= seq => Some(confirmed),
+                ServerFrame::Confirmed(confirmed) if confirmed.client_seq >= client_seq => Some(confirmed),
                 _ => None,
             })
             .await
@@ -479,7 +481,7 @@ async fn a_rejection_names_its_rule_and_reaches_its_author_only() -> Result<()> 
                 "columns": columns, "values": values, "stamp": micros()});
             other.submit(json!([change])).await?
         };
-        ensure!(confirmed.failed.is_empty() && confirmed.seq == 1, "{confirmed:?}");
+        ensure!(confirmed.failed.is_empty() && confirmed.client_seq == 1, "{confirmed:?}");
         Ok(())
     };
     board.explain(result.await)
@@ -638,8 +640,8 @@ async fn columns_converge_to_the_newest_edit_whatever_the_clocks_and_the_network
             for entry in client.queue(10_000).await? {
                 ensure!(entry.state == EntryState::Confirmed, "{entry:?}");
                 *outcomes.entry(format!("{:?}", entry.outcome)).or_insert(0) += 1;
-                let seq = entry.seq.context("a confirmed entry has a number")?;
-                let clock = Clock { stamp: entry.change.stamp, client_id: client.client_id(), seq, index: 0 };
+                let client_seq = entry.client_seq.context("a confirmed entry has a number")?;
+                let clock = Clock { stamp: entry.change.stamp, client_id: client.client_id(), client_seq, index: 0 };
                 edits.push((entry.change, clock, *skew));
             }
         }
@@ -658,7 +660,8 @@ async fn columns_converge_to_the_newest_edit_whatever_the_clocks_and_the_network
                 let written = edits
                     .iter()
                     .find(|(change, clock, _)| {
-                        of_column(change).is_some() && (clock.client_id, clock.seq) == (winner.client_id, winner.seq)
+                        of_column(change).is_some()
+                            && (clock.client_id, clock.client_seq) == (winner.client_id, winner.client_seq)
                     })
                     .and_then(|(change, _, _)| of_column(change));
                 ensure!(

@@ -147,7 +147,12 @@ pub fn transaction(entries: &[QueueEntry], now: u64, output: Output) {
         ("transaction", first.tx.to_string()),
         ("state", state(first)),
         ("recorded", format!("{:.0} s ago", seconds(now.saturating_sub(first.recorded_at)))),
-        ("client_seq", first.seq.map_or_else(|| "none while it is held back".to_owned(), |seq| seq.to_string())),
+        (
+            "client_seq",
+            first
+                .client_seq
+                .map_or_else(|| "none while it is held back".to_owned(), |client_seq| client_seq.to_string()),
+        ),
         ("rejections", first.attempts.to_string()),
     ];
     if let Some(at) = first.next_attempt {
@@ -223,7 +228,9 @@ pub fn status(status: &Status, failed: &[FailedWrite], most: usize, output: Outp
     );
     line("failed", format!("{} transactions, {} held back behind them", status.failed, status.held));
     let position = match &status.position {
-        Some(position) => format!("{} in the stream, LSN {}, epoch {}", position.seq, position.lsn, position.epoch),
+        Some(position) => {
+            format!("{} in the stream, LSN {}, epoch {}", position.stream_seq, position.lsn, position.epoch)
+        }
         None => "none: no snapshot yet".into(),
     };
     line("position", position);

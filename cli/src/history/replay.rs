@@ -169,8 +169,8 @@ async fn record(connection: &mut PgConnection, id: i64) -> Result<Record, Error>
 
 /// The client for the replay of a record: a UUIDv8 from the SHA-256 of what names it. Its time (microseconds since 1970)
 /// is among that because ids, clients and sequences can be guessed: nobody shall take the client's id before.
-fn replay_client(id: i64, client_id: Uuid, seq: i64, at: i64) -> Uuid {
-    let hash = Sha256::digest(format!("millstream replay {id} {client_id} {seq} {at}"));
+fn replay_client(id: i64, client_id: Uuid, client_seq: i64, at: i64) -> Uuid {
+    let hash = Sha256::digest(format!("millstream replay {id} {client_id} {client_seq} {at}"));
     let mut bytes = [0; 16];
     bytes.copy_from_slice(&hash[..16]);
     uuid::Builder::from_custom_bytes(bytes).into_uuid()
@@ -199,7 +199,7 @@ async fn known(connection: &mut PgConnection, client_id: Uuid) -> Result<Known, 
     let lost: String = row.try_get("lost").map_err(Error::Query)?;
     // What this version cannot read says at least that it was not rejected.
     let lost: Vec<Loss> = serde_json::from_str(&lost).unwrap_or_default();
-    let loss = lost.iter().find(|loss| loss.seq == SEQ);
+    let loss = lost.iter().find(|loss| loss.client_seq == SEQ);
     Ok(Known::Settled(loss.map_or(Verdict::Applied, |loss| loss.verdict)))
 }
 
@@ -209,9 +209,9 @@ async fn submit(nats: &Nats, record: Record) -> Result<(), Error> {
     let submission = Submission {
         client_id,
         user_id: record.user_id,
-        seq: SEQ,
+        client_seq: SEQ,
         attempt: record.attempt.saturating_add(1),
-        instance: Uuid::new_v4(),
+        run_id: Uuid::new_v4(),
         previous: None,
         after: Vec::new(),
         changes: record.submission.changes,

@@ -66,7 +66,7 @@ async fn now_micros(connection: &mut PgConnection) -> u64 {
 /// What holds a clock of a client, `ahead_micros` before the server's time.
 async fn by_client(connection: &mut PgConnection, columns: &[&str], ahead_micros: u64) -> (Clock, String) {
     let stamp = now_micros(connection).await + ahead_micros;
-    let clock = Clock { stamp, client_id: uuid::Uuid::from_u128(7), seq: 3, index: 1 };
+    let clock = Clock { stamp, client_id: uuid::Uuid::from_u128(7), client_seq: 3, index: 1 };
     let fields: Vec<String> = columns.iter().map(|column| format!("\"{column}\": \"{clock}\"")).collect();
     (clock, format!("{{{}}}", fields.join(", ")))
 }
@@ -281,8 +281,12 @@ async fn columns_of_the_application_keep_their_names_and_values() {
     assert!(sqlx::query_scalar::<_, bool>(newer).fetch_one(&mut *pg).await.unwrap());
 
     // What triggers write because of a client's change has the clock of that change.
-    let clock =
-        Clock { stamp: now_micros(pg).await + 90_000_000, client_id: uuid::Uuid::from_u128(7), seq: 3, index: 1 };
+    let clock = Clock {
+        stamp: now_micros(pg).await + 90_000_000,
+        client_id: uuid::Uuid::from_u128(7),
+        client_seq: 3,
+        index: 1,
+    };
     run(
         pg,
         &format!(

@@ -30,7 +30,7 @@ pub const REFUSED_MS: u64 = 1_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// `client_seq`.
-    pub seq: u64,
+    pub client_seq: u64,
     /// The encoded `submit` frame.
     pub text: String,
 }
@@ -56,15 +56,15 @@ pub enum Input {
     },
     /// Answer to [`Output::Load`], by rising `client_seq`; empty when the store could not be read.
     Loaded(Vec<Entry>),
-    /// The broker has everything up to `seq`.
+    /// The broker has everything up to `client_seq`.
     Accepted {
         /// Highest `client_seq` stored.
-        seq: u64,
+        client_seq: u64,
     },
-    /// Everything up to `seq` is settled, and the store knows it.
+    /// Everything up to `client_seq` is settled, and the store knows it.
     Confirmed {
         /// Highest settled `client_seq`.
-        seq: u64,
+        client_seq: u64,
     },
     /// The edge refused a submission without ending the session: nothing more is sent for a while, and then everything from
     /// the first one that is not accepted. The pause outlives the session.
@@ -193,29 +193,29 @@ impl Outbox {
                     self.load_after = Some(now_ms + LOAD_RETRY_MS);
                 }
             }
-            Input::Accepted { seq } => {
+            Input::Accepted { client_seq } => {
                 // Beyond what was sent would be a server's mistake; it must not make us skip anything.
-                let seq = seq.min(self.next - 1);
-                if seq > self.accepted {
+                let client_seq = client_seq.min(self.next - 1);
+                if client_seq > self.accepted {
                     if self.accepted <= self.confirmed {
                         self.confirm_progress = now_ms;
                     }
-                    self.accepted = seq;
+                    self.accepted = client_seq;
                     self.accept_progress = now_ms;
                     outputs.push(self.mark());
                 }
             }
-            Input::Confirmed { seq } => {
-                if seq > self.confirmed {
-                    self.confirmed = seq;
+            Input::Confirmed { client_seq } => {
+                if client_seq > self.confirmed {
+                    self.confirmed = client_seq;
                     self.confirm_progress = now_ms;
                     self.confirm_stall = CONFIRM_STALL_MS;
-                    if seq > self.accepted {
-                        self.accepted = seq;
+                    if client_seq > self.accepted {
+                        self.accepted = client_seq;
                         self.accept_progress = now_ms;
                     }
-                    if seq >= self.next {
-                        self.go_back_to(seq + 1);
+                    if client_seq >= self.next {
+                        self.go_back_to(client_seq + 1);
                     }
                 }
             }
@@ -256,7 +256,7 @@ impl Outbox {
     }
 
     fn push(&mut self, entry: Entry) -> bool {
-        let follows = entry.seq == self.next + self.ready.len() as u64;
+        let follows = entry.client_seq == self.next + self.ready.len() as u64;
         let fits = self.ready.len() < READY_ENTRIES
             && (self.ready.is_empty() || self.ready_bytes + entry.text.len() <= READY_BYTES);
         if follows && fits {
@@ -268,7 +268,7 @@ impl Outbox {
 
     fn recorded(&mut self, entries: Vec<Entry>) {
         for entry in entries {
-            self.last = self.last.max(entry.seq);
+            self.last = self.last.max(entry.client_seq);
             if self.online.is_some() && !self.loading && self.push(entry) {
                 self.load_after = None;
             }
@@ -277,8 +277,8 @@ impl Outbox {
 
     fn loaded(&mut self, entries: Vec<Entry>) {
         for entry in entries {
-            self.last = self.last.max(entry.seq);
-            if self.online.is_some() && entry.seq >= self.next + self.ready.len() as u64 && !self.push(entry) {
+            self.last = self.last.max(entry.client_seq);
+            if self.online.is_some() && entry.client_seq >= self.next + self.ready.len() as u64 && !self.push(entry) {
                 break;
             }
         }

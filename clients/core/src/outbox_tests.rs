@@ -1,7 +1,7 @@
 use super::*;
 
-fn entry(seq: u64) -> Entry {
-    Entry { seq, text: format!("#{seq}") }
+fn entry(client_seq: u64) -> Entry {
+    Entry { client_seq, text: format!("#{client_seq}") }
 }
 
 fn entries(seqs: std::ops::RangeInclusive<u64>) -> Vec<Entry> {
@@ -13,7 +13,7 @@ fn sent(outputs: &[Output]) -> Vec<u64> {
     outputs
         .iter()
         .filter_map(|output| match output {
-            Output::Send(entry) => Some(entry.seq),
+            Output::Send(entry) => Some(entry.client_seq),
             Output::Load { after, .. } => Some(1_000 + after),
             Output::Mark { .. } => None,
         })
@@ -34,9 +34,9 @@ fn the_window_bounds_what_is_in_flight() {
     let mut outbox = Outbox::new(0, 0);
     outbox.handle(Input::Connected { last_seq: 0, window: 2 }, 0);
     assert_eq!(sent(&outbox.handle(Input::Recorded(entries(1..=5)), 0)), [1, 2]);
-    assert_eq!(sent(&outbox.handle(Input::Accepted { seq: 1 }, 0)), [3]);
+    assert_eq!(sent(&outbox.handle(Input::Accepted { client_seq: 1 }, 0)), [3]);
     assert_eq!(outbox.in_flight(), 2);
-    assert_eq!(sent(&outbox.handle(Input::Accepted { seq: 3 }, 0)), [4, 5]);
+    assert_eq!(sent(&outbox.handle(Input::Accepted { client_seq: 3 }, 0)), [4, 5]);
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn a_cut_goes_on_behind_the_ledger() {
     let mut outbox = Outbox::new(0, 0);
     outbox.handle(Input::Connected { last_seq: 0, window: 9 }, 0);
     outbox.handle(Input::Recorded(entries(1..=5)), 0);
-    outbox.handle(Input::Accepted { seq: 4 }, 0);
+    outbox.handle(Input::Accepted { client_seq: 4 }, 0);
     outbox.handle(Input::Disconnected, 0);
     assert_eq!(sent(&outbox.handle(Input::Connected { last_seq: 2, window: 9 }, 0)), [1_002]);
     assert_eq!(sent(&outbox.handle(Input::Loaded(entries(3..=5)), 0)), [3, 4, 5]);
@@ -64,7 +64,7 @@ fn a_refusal_pauses_and_resends_from_the_first_unaccepted() {
     let mut outbox = Outbox::new(0, 0);
     outbox.handle(Input::Connected { last_seq: 0, window: 9 }, 0);
     outbox.handle(Input::Recorded(entries(1..=3)), 0);
-    outbox.handle(Input::Accepted { seq: 1 }, 0);
+    outbox.handle(Input::Accepted { client_seq: 1 }, 0);
     assert_eq!(sent(&outbox.handle(Input::Refused { retry_after_ms: Some(700) }, 0)), [] as [u64; 0]);
     outbox.handle(Input::Refused { retry_after_ms: None }, 1);
     assert_eq!(outbox.poll_timeout(), Some(700), "the refusals of those behind do not lengthen the pause");
@@ -90,7 +90,7 @@ fn nothing_cuts_a_pause_short() {
         Input::Tick,
         Input::Disconnected,
         Input::Connected { last_seq: 0, window: 9 },
-        Input::Confirmed { seq: 1 },
+        Input::Confirmed { client_seq: 1 },
         Input::Tick,
     ];
     for (n, input) in meanwhile.into_iter().enumerate() {
@@ -108,7 +108,7 @@ fn what_is_accepted_during_a_pause_is_not_sent_again() {
     outbox.handle(Input::Recorded(entries(1..=5)), 0);
     // 4 and 5 are refused while 1 to 3 are on their way to the broker.
     outbox.handle(Input::Refused { retry_after_ms: Some(500) }, 0);
-    outbox.handle(Input::Accepted { seq: 3 }, 100);
+    outbox.handle(Input::Accepted { client_seq: 3 }, 100);
     assert_eq!(sent(&outbox.handle(Input::Tick, 500)), [1_003]);
 }
 
@@ -130,12 +130,12 @@ fn silence_is_answered_by_sending_again() {
     assert_eq!(sent(&outbox.handle(Input::Tick, ACCEPT_STALL_MS)), [1_000]);
     outbox.handle(Input::Loaded(entries(1..=2)), ACCEPT_STALL_MS);
     let now = ACCEPT_STALL_MS;
-    outbox.handle(Input::Accepted { seq: 2 }, now);
+    outbox.handle(Input::Accepted { client_seq: 2 }, now);
     assert_eq!(outbox.poll_timeout(), Some(now + CONFIRM_STALL_MS));
     assert_eq!(sent(&outbox.handle(Input::Tick, now + CONFIRM_STALL_MS)), [1_000]);
     outbox.handle(Input::Loaded(entries(1..=2)), now + CONFIRM_STALL_MS);
-    outbox.handle(Input::Accepted { seq: 2 }, now + CONFIRM_STALL_MS);
-    outbox.handle(Input::Confirmed { seq: 2 }, now + CONFIRM_STALL_MS);
+    outbox.handle(Input::Accepted { client_seq: 2 }, now + CONFIRM_STALL_MS);
+    outbox.handle(Input::Confirmed { client_seq: 2 }, now + CONFIRM_STALL_MS);
     assert_eq!(outbox.poll_timeout(), None);
     assert!(!outbox.is_uploading());
 }
@@ -154,7 +154,7 @@ fn accepted_beyond_what_was_sent_skips_nothing() {
     let mut outbox = Outbox::new(0, 0);
     outbox.handle(Input::Connected { last_seq: 0, window: 9 }, 0);
     outbox.handle(Input::Recorded(entries(1..=1)), 0);
-    outbox.handle(Input::Accepted { seq: u64::MAX }, 0);
+    outbox.handle(Input::Accepted { client_seq: u64::MAX }, 0);
     assert_eq!(sent(&outbox.handle(Input::Recorded(entries(2..=2)), 0)), [2]);
 }
 
@@ -192,11 +192,11 @@ fn simulation() {
                 }
                 2 if accepted < ledger => {
                     accepted = ledger;
-                    Input::Accepted { seq: accepted }
+                    Input::Accepted { client_seq: accepted }
                 }
                 3 if confirmed < ledger => {
                     confirmed += 1 + next(ledger - confirmed);
-                    Input::Confirmed { seq: confirmed }
+                    Input::Confirmed { client_seq: confirmed }
                 }
                 4 => Input::Known { last: stored },
                 8 if online => {
@@ -217,7 +217,7 @@ fn simulation() {
                     match output {
                         Output::Send(entry) => {
                             let lost = !calm && next(20) == 0;
-                            if online && !lost && entry.seq == ledger + 1 {
+                            if online && !lost && entry.client_seq == ledger + 1 {
                                 ledger += 1;
                             }
                         }

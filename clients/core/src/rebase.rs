@@ -42,7 +42,7 @@ pub fn overlay(base: Option<Image>, pending: &[Pending], table: &TableSchema) ->
             _ if change.adds.iter().any(|added| added == name) => {
                 // The row may have come back before its confirmation.
                 let clock = known.of(name);
-                let is_in = clock.client_id == change.clock.client_id && clock.seq >= change.clock.seq;
+                let is_in = clock.client_id == change.clock.client_id && clock.client_seq >= change.clock.client_seq;
                 (!is_in || clocks.is_none()).then(|| sum(old, value))
             }
             Some((column, merge @ (Merge::Max | Merge::Min))) if value.is_some() => {

@@ -275,7 +275,7 @@ impl Replica {
             });
             self.staged_bytes -= bytes;
         }
-        let position = Position { epoch: rows.epoch, seq: rows.seq, lsn: rows.lsn };
+        let position = Position { epoch: rows.epoch, stream_seq: rows.stream_seq, lsn: rows.lsn };
         let last = rows.last;
         self.open = (!last).then_some((rows.lsn, rows.index));
         self.stage(Staged::Rows(rows, bytes), bytes);

@@ -2,8 +2,8 @@ use super::*;
 use millstream_schemas::TableOp;
 use uuid::Uuid;
 
-fn position(seq: u64) -> Position {
-    Position { epoch: Uuid::nil(), seq, lsn: Lsn(seq) }
+fn position(stream_seq: u64) -> Position {
+    Position { epoch: Uuid::nil(), stream_seq, lsn: Lsn(stream_seq) }
 }
 
 fn changes(names: &[&str]) -> Vec<TableChanges> {
@@ -13,7 +13,7 @@ fn changes(names: &[&str]) -> Vec<TableChanges> {
 
 fn rows(lsn: u64, index: u32, last: bool, name: &str) -> ServerFrame {
     ServerFrame::Rows(Rows {
-        seq: lsn,
+        stream_seq: lsn,
         lsn: Lsn(lsn),
         index,
         last,
@@ -24,12 +24,12 @@ fn rows(lsn: u64, index: u32, last: bool, name: &str) -> ServerFrame {
     })
 }
 
-fn confirmed(seq: u64) -> ServerFrame {
-    ServerFrame::Confirmed(Confirmed { seq, instance: Uuid::nil(), failed: vec![], lost: vec![] })
+fn confirmed(client_seq: u64) -> ServerFrame {
+    ServerFrame::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed: vec![], lost: vec![] })
 }
 
-fn commit(seq: u64) -> ServerFrame {
-    ServerFrame::Commit { position: position(seq) }
+fn commit(stream_seq: u64) -> ServerFrame {
+    ServerFrame::Commit { position: position(stream_seq) }
 }
 
 fn scope() -> Scope {
@@ -65,12 +65,12 @@ fn check_with(mut replica: Replica, frames: Vec<ServerFrame>, expected: &[&str])
                     .map(|step| match step {
                         Step::Rows(changes) => names(changes),
                         Step::Spilled(part) => format!("spilled {part}"),
-                        Step::Confirmed(confirmed) => format!("confirmed {}", confirmed.seq),
+                        Step::Confirmed(confirmed) => format!("confirmed {}", confirmed.client_seq),
                         Step::ScopeRemoved(scope) => format!("lost {scope}"),
                         Step::Snapshot { full, .. } => format!("snapshot{}", if *full { " full" } else { "" }),
                     })
                     .collect();
-                format!("{} @{}", steps.join(", "), batch.position.unwrap().seq)
+                format!("{} @{}", steps.join(", "), batch.position.unwrap().stream_seq)
             }
         })
         .collect();
@@ -172,12 +172,12 @@ fn a_snapshot_is_staged_until_its_end_and_rows_come_on_top() {
 
 #[test]
 fn a_second_snapshot_waits_for_the_first() {
-    let snapshot = |name: &str, seq| {
+    let snapshot = |name: &str, stream_seq| {
         vec![
             ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 3, token: None, resumed: false },
             ServerFrame::SnapshotRows { changes: changes(&[name]), mark: None },
             ServerFrame::SnapshotApply {},
-            ServerFrame::SnapshotEnd { position: position(seq) },
+            ServerFrame::SnapshotEnd { position: position(stream_seq) },
         ]
     };
     let frames = [snapshot("s", 5), snapshot("t", 6)].concat();
@@ -187,7 +187,7 @@ fn a_second_snapshot_waits_for_the_first() {
 #[test]
 fn what_is_not_the_replicas_comes_back_and_nonsense_is_refused() {
     let mut replica = Replica::new(Resume::CatchUp);
-    let accepted = ServerFrame::Accepted { seq: 1 };
+    let accepted = ServerFrame::Accepted { client_seq: 1 };
     assert_eq!(replica.handle(accepted.clone(), 1).unwrap(), Some(accepted));
     assert!(replica.handle(ServerFrame::SnapshotRows { changes: vec![], mark: None }, 1).is_err());
     assert!(replica.handle(ServerFrame::SnapshotEnd { position: position(1) }, 1).is_err());

@@ -8,7 +8,7 @@ use crate::territory::SetAside;
 
 /// Where the connection stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "snake_case")]
 pub enum State {
     /// Not connected; the next attempt is at `retry_at`, if there is one.
     #[default]
@@ -30,7 +30,7 @@ pub enum State {
 
 /// Which process of those that share a store does the syncing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     /// This one.
     Leader,
@@ -114,4 +114,21 @@ pub struct Status {
     pub set_aside: Vec<SetAside>,
     /// The last thing that went wrong; cleared by a welcome.
     pub last_error: Option<LastError>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::territory::Kind;
+
+    /// As the words of the protocol and of the queue are.
+    #[test]
+    fn words_are_in_snake_case() {
+        assert_eq!(serde_json::to_value(State::NeedsAuth).unwrap(), "needs_auth");
+        assert_eq!(serde_json::to_value(Role::Follower).unwrap(), "follower");
+        for kind in [Kind::Index, Kind::View, Kind::Trigger, Kind::Table, Kind::Column, Kind::ForeignKey] {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.as_str());
+        }
+        assert_eq!(Kind::ForeignKey.as_str(), "foreign_key");
+    }
 }

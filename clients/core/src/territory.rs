@@ -4,7 +4,7 @@ use serde::Serialize;
 
 /// What kind of thing gave way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// An index on a synced table. It was dropped.
     Index,
@@ -29,7 +29,7 @@ impl Kind {
             Kind::Trigger => "trigger",
             Kind::Table => "table",
             Kind::Column => "column",
-            Kind::ForeignKey => "foreign-key",
+            Kind::ForeignKey => "foreign_key",
         }
     }
 

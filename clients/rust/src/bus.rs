@@ -25,7 +25,7 @@ use millstream_client_store::{
     Applied, Edit, FailedWrite, Imported, Info, Meeting, Outcome, QueueEntry, Recorded, Saved, Store, StoreError,
 };
 use millstream_schemas::Schema;
-use millstream_schemas::stream::{InstanceSpan, Loss};
+use millstream_schemas::stream::{Loss, RunSpan};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::sync::{mpsc, oneshot};
@@ -155,7 +155,7 @@ pub(crate) enum WriterCommand {
     /// Install the edge's schema; true: a snapshot is needed.
     Install(Box<Schema>, Reply<bool>),
     /// Compare the server's ledger with the store.
-    Meet { last_seq: u64, instances: Vec<InstanceSpan>, failed: Vec<u64>, lost: Vec<Loss>, reply: Reply<Meeting> },
+    Meet { last_seq: u64, runs: Vec<RunSpan>, failed: Vec<u64>, lost: Vec<Loss>, reply: Reply<Meeting> },
     /// This user wants to use the store.
     Claim(String, Reply<()>),
     /// The store's facts.

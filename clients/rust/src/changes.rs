@@ -115,12 +115,12 @@ impl Part for ChangesWorker {
                 }
             }
             while let Some(send) = run.sends.pop_front() {
-                let seq = send.entry.seq;
+                let client_seq = send.entry.client_seq;
                 if let Err(refused) = self.sync.try_send(send) {
                     run.sends.push_front(refused);
                     break;
                 }
-                run.handed = (seq, Instant::now());
+                run.handed = (client_seq, Instant::now());
             }
             self.tell(&run.outbox);
         }
@@ -150,7 +150,7 @@ impl Run {
                 _ => inputs.push(Input::Recorded(vec![entry])),
             },
             ToChanges::Known { last, confirmed } => {
-                inputs.extend([Input::Confirmed { seq: confirmed }, Input::Known { last }]);
+                inputs.extend([Input::Confirmed { client_seq: confirmed }, Input::Known { last }]);
             }
             ToChanges::Link(link) => self.linked(link, inputs),
         }
@@ -175,7 +175,7 @@ impl Run {
             inputs.push(Input::Disconnected);
         }
         if link.online {
-            inputs.push(Input::Accepted { seq: link.accepted });
+            inputs.push(Input::Accepted { client_seq: link.accepted });
             let lost = self.sends.is_empty() && link.sent < self.handed.0 && self.handed.1.elapsed() > HANDED_TIMEOUT;
             let refused = link.refusals > self.link.refusals;
             if refused || lost || link.losses > self.link.losses {

@@ -376,9 +376,9 @@ impl SyncWorker {
             }
         }
         let last_seq = welcome.last_seq;
-        let (instances, failed) = (std::mem::take(&mut welcome.instances), std::mem::take(&mut welcome.failed));
+        let (runs, failed) = (std::mem::take(&mut welcome.runs), std::mem::take(&mut welcome.failed));
         let lost = std::mem::take(&mut welcome.lost);
-        match self.ask(|reply| WriterCommand::Meet { last_seq, instances, failed, lost, reply }).await? {
+        match self.ask(|reply| WriterCommand::Meet { last_seq, runs, failed, lost, reply }).await? {
             Meeting::Continue | Meeting::WentBack => Ok(welcome),
             Meeting::NewIdentity => Err(End::new(Then::Now, "new_identity", "the store has a new identity")),
         }
@@ -513,12 +513,14 @@ impl SyncWorker {
 
     async fn handle(&mut self, frame: ServerFrame) -> Result<(), End> {
         let told = match frame {
-            ServerFrame::Accepted { seq } => self.tell(|link| link.accepted = link.accepted.max(seq)).await,
+            ServerFrame::Accepted { client_seq } => {
+                self.tell(|link| link.accepted = link.accepted.max(client_seq)).await
+            }
             // A hint that may be lost: nothing depends on it.
             ServerFrame::Results { .. } => return Ok(()),
             ServerFrame::Error(error) if error.fatal || wants_token(error.code) => return Err(End::error(error)),
             ServerFrame::Error(error) => {
-                tracing::warn!(error.code = %error.code, error.message = %error.message, change.seq = error.seq, "the edge refused a submission");
+                tracing::warn!(error.code = %error.code, error.message = %error.message, client.seq = error.client_seq, "the edge refused a submission");
                 self.status.send_modify(|status| {
                     status.last_error =
                         Some(LastError { code: error.code.to_string(), message: error.message.clone() });
@@ -541,8 +543,8 @@ impl SyncWorker {
         while let Some(ToSync { session, confirmed, entry }) = frame {
             // The outbox heard of the new session only after it had made frames for the old one.
             if session == self.link.session {
-                if entry.seq <= self.link.sent.max(self.link.accepted).max(confirmed) + 1 {
-                    self.link.sent = entry.seq;
+                if entry.client_seq <= self.link.sent.max(self.link.accepted).max(confirmed) + 1 {
+                    self.link.sent = entry.client_seq;
                     self.gap = false;
                     frames.push(Message::text(entry.text));
                 } else if !std::mem::replace(&mut self.gap, true) {

@@ -135,9 +135,8 @@ impl Writer {
                 self.refresh_or_report();
                 self.answer(reply, result);
             }
-            WriterCommand::Meet { last_seq, instances, failed, lost, reply } => {
-                let result =
-                    self.store.meet(last_seq, &instances, &failed, &lost).and_then(|met| self.met(met, last_seq));
+            WriterCommand::Meet { last_seq, runs, failed, lost, reply } => {
+                let result = self.store.meet(last_seq, &runs, &failed, &lost).and_then(|met| self.met(met, last_seq));
                 self.answer(reply, result);
             }
             WriterCommand::ForgetPosition(reply) => {
@@ -241,7 +240,7 @@ impl Writer {
     /// full channel loses nothing either: the outbox reads from the store what it was not told.
     fn recorded(&mut self, recorded: Recorded) {
         let Some(entry) = recorded.entry else { return self.refresh_or_report() };
-        self.last_seq = self.last_seq.max(entry.seq);
+        self.last_seq = self.last_seq.max(entry.client_seq);
         let (last, at) = (self.last_seq, recorded.at / 1_000);
         let _ = self.changes.try_send(ToChanges::Recorded(entry));
         self.status.send_modify(|status| {

@@ -74,7 +74,7 @@ async fn writes_arrive_in_order_and_are_confirmed() {
     let status = tokio::time::timeout(PATIENCE, settled).await.unwrap().unwrap().clone();
     assert_eq!(status.failed, 0);
     assert_eq!((status.state, status.role, status.user_id.as_deref()), (State::Connected, Role::Leader, Some("ann")));
-    assert!(status.position.is_some_and(|position| position.seq == 100), "{status:?}");
+    assert!(status.position.is_some_and(|position| position.stream_seq == 100), "{status:?}");
     let queue = client.queue(1_000).await.unwrap();
     assert!(queue.len() == 100 && queue.iter().all(|entry| entry.state == EntryState::Confirmed));
     // The server filled a column that the client may not set.
@@ -195,7 +195,7 @@ async fn an_overloaded_edge_is_left_alone_as_long_as_it_asks() {
         let waited = arrivals[5].0 - arrivals[0].0;
         assert!(waited >= WAIT, "cut: {cut}: again after {waited:?}");
         assert!(waited < WAIT + Duration::from_secs(1), "cut: {cut}: again after {waited:?}");
-        let again: Vec<u64> = arrivals[5..].iter().map(|(_, seq)| *seq).collect();
+        let again: Vec<u64> = arrivals[5..].iter().map(|(_, client_seq)| *client_seq).collect();
         assert_eq!(again, [1, 2, 3, 4, 5, 6], "cut: {cut}");
         assert_eq!(edge.state().connections, 1 + usize::from(cut));
     }
@@ -642,7 +642,7 @@ async fn a_cloned_store_goes_on_under_an_id_of_its_own() {
     assert_eq!(edge.state().log.len(), 11, "each took effect once");
     for client in [&a, &b] {
         let all = client.status();
-        tokio::time::timeout(PATIENCE, all.clone().wait_for(|s| s.position.is_some_and(|p| p.seq == 11)))
+        tokio::time::timeout(PATIENCE, all.clone().wait_for(|s| s.position.is_some_and(|p| p.stream_seq == 11)))
             .await
             .unwrap()
             .unwrap();

@@ -241,13 +241,13 @@ impl<'a> Applier<'a> {
     fn confirm(&mut self, confirmed: &Confirmed, settled: &mut Vec<Settled>) -> Result<(), StoreError> {
         let store = self.store;
         let before = store.confirmed_seq().during("reading confirmed_seq")?;
-        if confirmed.seq <= before {
+        if confirmed.client_seq <= before {
             return Ok(());
         }
-        if store.instance_of(confirmed.seq)? != Some(confirmed.instance) {
+        if store.run_of(confirmed.client_seq)? != Some(confirmed.run_id) {
             return Err(StoreError::Copied);
         }
-        let range = [before as i64, confirmed.seq as i64];
+        let range = [before as i64, confirmed.client_seq as i64];
         // Open entries are above what was settled before; so only those are read, not the whole history.
         let open: Vec<(i64, u64, u32, String, String)> = store
             .connection
@@ -262,17 +262,19 @@ impl<'a> Applier<'a> {
                 statement.query_map(range, row)?.collect()
             })
             .during("reading settled changes")?;
-        let failed: BTreeMap<u64, &Failure> = confirmed.failed.iter().map(|failure| (failure.seq, failure)).collect();
-        let lost: BTreeMap<u64, Outcome> = confirmed.lost.iter().map(|loss| (loss.seq, Outcome::of(loss))).collect();
+        let failed: BTreeMap<u64, &Failure> =
+            confirmed.failed.iter().map(|failure| (failure.client_seq, failure)).collect();
+        let lost: BTreeMap<u64, Outcome> =
+            confirmed.lost.iter().map(|loss| (loss.client_seq, Outcome::of(loss))).collect();
         let mut last = 0;
         // Others wait for what was in trouble; without that, only what is held back just now may have to go on.
         let (mut relieved, mut held) = (false, Vec::new());
-        for (tx, seq, attempts, table, key) in open {
+        for (tx, client_seq, attempts, table, key) in open {
             self.dirty.insert((table, key));
-            if std::mem::replace(&mut last, seq) == seq {
+            if std::mem::replace(&mut last, client_seq) == client_seq {
                 continue;
             }
-            let result = match failed.get(&seq) {
+            let result = match failed.get(&client_seq) {
                 Some(failure) if failure.code == Code::PredecessorFailed => {
                     store.hold(tx as u64)?;
                     held.push(tx as u64);
@@ -282,7 +284,7 @@ impl<'a> Applier<'a> {
                     self.reject(tx, attempts + 1, failure)?;
                     Err((*failure).clone())
                 }
-                None => Ok(lost.get(&seq).copied().unwrap_or(Outcome::Applied)),
+                None => Ok(lost.get(&client_seq).copied().unwrap_or(Outcome::Applied)),
             };
             if let Ok(outcome) = result {
                 relieved |= attempts > 0;
@@ -298,7 +300,7 @@ impl<'a> Applier<'a> {
             ))
             .and_then(|mut statement| statement.execute(range))
             .during("settling changes")?;
-        store.set_confirmed(confirmed.seq, Some(confirmed.instance))?;
+        store.set_confirmed(confirmed.client_seq, Some(confirmed.run_id))?;
         held.sort_unstable();
         self.released |= if relieved { store.release()? } else { store.release_of(held)? };
         Ok(())
@@ -377,7 +379,7 @@ impl<'a> Applier<'a> {
         }
         let client_id = self.store.meta_uuid("client_id")?.unwrap_or_default();
         rows.into_iter()
-            .map(|(op, columns, values, stamp, seq, adds)| {
+            .map(|(op, columns, values, stamp, client_seq, adds)| {
                 Ok(Pending {
                     op: operation(&op),
                     columns: parse(&columns, "list of columns")?,
@@ -387,7 +389,7 @@ impl<'a> Applier<'a> {
                     clock: Clock {
                         stamp: stamp as u64,
                         client_id,
-                        seq: seq.map_or(u64::MAX, |seq| seq as u64),
+                        client_seq: client_seq.map_or(u64::MAX, |client_seq| client_seq as u64),
                         index: u32::MAX,
                     },
                 })

@@ -83,7 +83,7 @@ impl Store {
             .prepare_cached(
                 "DELETE FROM millstream_aside WHERE \
                  (sql IS NOT NULL AND kind <> 'table' AND EXISTS (SELECT 1 FROM sqlite_schema s WHERE s.type = kind AND s.name = millstream_aside.name COLLATE NOCASE)) \
-                 OR (kind = 'foreign-key' AND NOT EXISTS (SELECT 1 FROM pragma_foreign_key_list(millstream_aside.name) f \
+                 OR (kind = 'foreign_key' AND NOT EXISTS (SELECT 1 FROM pragma_foreign_key_list(millstream_aside.name) f \
                      WHERE f.\"table\" = tbl COLLATE NOCASE)) \
                  OR (moved_to IS NOT NULL AND NOT EXISTS (SELECT 1 FROM sqlite_schema s WHERE s.name = moved_to COLLATE NOCASE) \
                      AND NOT EXISTS (SELECT 1 FROM temp.sqlite_schema s WHERE s.name = moved_to COLLATE NOCASE) \
@@ -214,7 +214,7 @@ impl Store {
     fn without_references<T>(&self, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
         let known: bool = self
             .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM millstream_aside WHERE kind = 'foreign-key')")
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM millstream_aside WHERE kind = 'foreign_key')")
             .and_then(|mut statement| statement.query_row([], |row| row.get(0)))
             .during("looking for foreign keys")?;
         if known { self.without_foreign_keys(work) } else { work() }

@@ -30,9 +30,9 @@ pub(crate) struct Session {
     /// The app's transaction; 0 outside of one and while the store writes for itself.
     tx: AtomicI64,
     /// The `client_seq` that it gets, unless it is held back.
-    seq: AtomicI64,
-    /// This run of the store; see [`millstream_schemas::frame::Submit::instance`].
-    instance: Mutex<Option<Uuid>>,
+    client_seq: AtomicI64,
+    /// This run of the store; see [`millstream_schemas::frame::Submit::run_id`].
+    run_id: Mutex<Option<Uuid>>,
     /// The app's statements are being prepared: the guard is up.
     guarded: AtomicBool,
     /// A statement of the app's met damage.
@@ -59,8 +59,8 @@ impl Session {
         Session {
             host,
             tx: AtomicI64::new(0),
-            seq: AtomicI64::new(0),
-            instance: Mutex::new(None),
+            client_seq: AtomicI64::new(0),
+            run_id: Mutex::new(None),
             guarded: AtomicBool::new(false),
             damaged: AtomicBool::new(false),
             stamp: AtomicU64::new(0),
@@ -153,11 +153,11 @@ impl Session {
         }
     }
 
-    /// The app's statements follow, as transaction `tx` with the number `seq`.
-    pub fn begin(&self, tx: u64, seq: u64, traceparent: Option<&str>) {
+    /// The app's statements follow, as transaction `tx` with the number `client_seq`.
+    pub fn begin(&self, tx: u64, client_seq: u64, traceparent: Option<&str>) {
         *self.traceparent.lock().unwrap_or_else(PoisonError::into_inner) = traceparent.map(str::to_owned);
         self.tx.store(tx as i64, Ordering::Relaxed);
-        self.seq.store(seq as i64, Ordering::Relaxed);
+        self.client_seq.store(client_seq as i64, Ordering::Relaxed);
         self.guarded.store(true, Ordering::Relaxed);
     }
 
@@ -190,14 +190,14 @@ impl Session {
 
     /// This run of the store: made when it first numbers a transaction, so that a copy of the file that another process
     /// opens never numbers under the same.
-    pub fn instance(&self) -> Uuid {
-        let mut instance = self.instance.lock().unwrap_or_else(PoisonError::into_inner);
-        *instance.get_or_insert_with(|| self.host.uuid())
+    pub fn run_id(&self) -> Uuid {
+        let mut run_id = self.run_id.lock().unwrap_or_else(PoisonError::into_inner);
+        *run_id.get_or_insert_with(|| self.host.uuid())
     }
 
-    /// Numbers that are given from now on are of another instance: some of those given before mean something else now.
-    pub fn renew_instance(&self) {
-        *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// Numbers that are given from now on are of another run: some of those given before mean something else now.
+    pub fn renew_run(&self) {
+        *self.run_id.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Next stamp: the time, or one more than the last stamp where the clock stands or was set back.
@@ -237,11 +237,11 @@ pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: 
         .during(operation)?;
     let s = Arc::clone(session);
     connection
-        .create_scalar_function("millstream_seq", 0, flags, move |_| Ok(s.seq.load(Ordering::Relaxed)))
+        .create_scalar_function("millstream_seq", 0, flags, move |_| Ok(s.client_seq.load(Ordering::Relaxed)))
         .during(operation)?;
     let s = Arc::clone(session);
     connection
-        .create_scalar_function("millstream_instance", 0, flags, move |_| Ok(s.instance().to_string()))
+        .create_scalar_function("millstream_instance", 0, flags, move |_| Ok(s.run_id().to_string()))
         .during(operation)?;
     let s = Arc::clone(session);
     connection.create_scalar_function("millstream_now", 0, flags, move |_| Ok(s.now() as i64)).during(operation)?;

@@ -172,7 +172,7 @@ impl Store {
         self.connection
             .prepare_cached("SELECT coalesce((SELECT value FROM millstream_meta WHERE key = 'confirmed_seq'), 0)")?
             .query_row([], |row| row.get::<_, i64>(0))
-            .map(|seq| seq as u64)
+            .map(|client_seq| client_seq as u64)
     }
 
     /// Highest `client_seq` given out. Only settled ones are ever removed from the queue, hence the greater of the two.
@@ -183,7 +183,7 @@ impl Store {
                  coalesce((SELECT value FROM millstream_meta WHERE key = 'confirmed_seq'), 0))",
             )?
             .query_row([], |row| row.get::<_, i64>(0))
-            .map(|seq| seq as u64)
+            .map(|client_seq| client_seq as u64)
     }
 
     /// Highest local transaction that there ever was.

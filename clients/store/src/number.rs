@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
-use millstream_schemas::stream::{InstanceSpan, Loss};
+use millstream_schemas::stream::{Loss, RunSpan};
 use rusqlite::{OptionalExtension, params};
 use uuid::Uuid;
 
@@ -72,18 +72,18 @@ impl Store {
             self.hold(tx)?;
             return Ok(None);
         }
-        let seq = self.last_seq().during("reading the last number")? + 1;
+        let client_seq = self.last_seq().during("reading the last number")? + 1;
         self.connection
             .prepare_cached(
                 "UPDATE local_changes SET state = 'pending', outcome = NULL, seq = ?2, instance = ?3, predecessors = NULL \
                  WHERE tx = ?1",
             )
             .and_then(|mut statement| {
-                statement.execute(params![tx as i64, seq as i64, self.session.instance().to_string()])
+                statement.execute(params![tx as i64, client_seq as i64, self.session.run_id().to_string()])
             })
             .during("numbering a transaction")?;
-        self.put_behind(tx, seq)?;
-        Ok(Some(seq))
+        self.put_behind(tx, client_seq)?;
+        Ok(Some(client_seq))
     }
 
     /// Numbers those held transactions that need not wait any more. True: there were some.
@@ -106,7 +106,7 @@ impl Store {
     /// Records what a transaction with a new number has to come after: the numbers of the nearest unsettled or failed ones
     /// before it that wrote its rows, or made what they refer to. Only of those recorded before it: one that is tried again has a higher number than a
     /// failed one that was made after it. Those may get other numbers later; under these the server has refused them.
-    pub(crate) fn put_behind(&self, tx: u64, seq: u64) -> Result<(), StoreError> {
+    pub(crate) fn put_behind(&self, tx: u64, client_seq: u64) -> Result<(), StoreError> {
         let parents = self.parents(tx)?;
         let mut found: Vec<u64> = self
             .connection
@@ -117,16 +117,16 @@ impl Store {
             ))
             .and_then(|mut statement| {
                 let row = |row: &rusqlite::Row<'_>| row.get::<_, Option<i64>>(0);
-                statement.query_map(params![tx as i64, parents, seq as i64], row)?.collect()
+                statement.query_map(params![tx as i64, parents, client_seq as i64], row)?.collect()
             })
-            .map(|found: Vec<Option<i64>>| found.into_iter().flatten().map(|seq| seq as u64).collect())
+            .map(|found: Vec<Option<i64>>| found.into_iter().flatten().map(|client_seq| client_seq as u64).collect())
             .during("reading earlier transactions")?;
         if found.is_empty() {
             return Ok(());
         }
         // Those of its own rows first: there are never more of them than a transaction may name.
         let mut seen = HashSet::new();
-        found.retain(|seq| seen.insert(*seq));
+        found.retain(|client_seq| seen.insert(*client_seq));
         found.truncate(MAX_TRANSACTION_CHANGES);
         found.sort_unstable();
         self.connection
@@ -158,16 +158,16 @@ impl Store {
     pub fn meet(
         &mut self,
         last_seq: u64,
-        instances: &[InstanceSpan],
+        runs: &[RunSpan],
         failed: &[u64],
         lost: &[Loss],
     ) -> Result<Meeting, StoreError> {
         let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
-        let own = self.instance_of(last_seq)?;
-        let theirs = submitted_by(instances, last_seq);
+        let own = self.run_of(last_seq)?;
+        let theirs = submitted_by(runs, last_seq);
         let foreign = own.zip(theirs).is_some_and(|(own, theirs)| own != theirs);
         if foreign || last_seq > self.last_seq().during("reading the last number")? {
-            self.become_new(last_seq, instances, failed, lost)?;
+            self.become_new(last_seq, runs, failed, lost)?;
             Ok(Meeting::NewIdentity)
         } else if last_seq < confirmed {
             self.rewind(last_seq, theirs)?;
@@ -180,10 +180,10 @@ impl Store {
     /// The ledger stands before what this store knows to be settled. Everything after it that is still in the queue is
     /// submitted again, in the old order; what was rejected, too, for the server does not know that it was.
     ///
-    /// Numbers and instances stay as they are, as far as there is no gap: the broker may still hold the old submissions, and
+    /// Numbers and runs stay as they are, as far as there is no gap: the broker may still hold the old submissions, and
     /// what comes from there and from here has to be the same. Behind a gap (what was rejected was discarded, or has a higher
-    /// number since) they are given anew, by another instance: no two transactions ever have the same number and instance.
-    fn rewind(&mut self, last_seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
+    /// number since) they are given anew, by another run: no two transactions ever have the same number and run.
+    fn rewind(&mut self, last_seq: u64, run_id: Option<Uuid>) -> Result<(), StoreError> {
         self.unhindered(|store| {
             let again: Vec<(i64, i64)> = store
                 .connection
@@ -205,18 +205,18 @@ impl Store {
                     [last_seq as i64],
                 )
                 .during("queueing again")?;
-            store.set_confirmed(last_seq, instance)?;
-            let kept = again.iter().zip(last_seq as i64 + 1..).take_while(|((_, seq), next)| seq == next).count();
+            store.set_confirmed(last_seq, run_id)?;
+            let kept = again.iter().zip(last_seq as i64 + 1..).take_while(|((_, client_seq), next)| client_seq == next).count();
             store
                 .connection
                 .execute("UPDATE local_changes SET seq = NULL, instance = NULL WHERE seq > ?1", [(last_seq + kept as u64) as i64])
                 .during("taking numbers back")?;
             if kept < again.len() {
-                store.session.renew_instance();
+                store.session.renew_run();
             }
             // Those before them were settled when they got their numbers, and are not any more.
-            for (tx, seq) in &again[..kept] {
-                store.put_behind(*tx as u64, *seq as u64)?;
+            for (tx, client_seq) in &again[..kept] {
+                store.put_behind(*tx as u64, *client_seq as u64)?;
             }
             for (tx, _) in &again[kept..] {
                 store.number(*tx as u64)?;
@@ -228,15 +228,9 @@ impl Store {
     }
 
     /// The numbers that this store would use are taken: it goes on as a new installation. What the ledger shows to have been
-    /// submitted by this store's own instances (before it was copied), and not to have been rejected, is settled; the rest is
+    /// submitted by this store's own runs (before it was copied), and not to have been rejected, is settled; the rest is
     /// numbered anew. So is what was settled and is not there any more: the server was restored, and another copy came first.
-    fn become_new(
-        &mut self,
-        last_seq: u64,
-        instances: &[InstanceSpan],
-        failed: &[u64],
-        lost: &[Loss],
-    ) -> Result<(), StoreError> {
+    fn become_new(&mut self, last_seq: u64, runs: &[RunSpan], failed: &[u64], lost: &[Loss]) -> Result<(), StoreError> {
         self.unhindered(|store| {
             let numbered: Vec<(i64, i64, Option<String>, bool)> = store
                 .connection
@@ -250,13 +244,13 @@ impl Store {
                 .during("reading the queue")?;
             let mut applier = Applier::new(store)?;
             let mut rest = Vec::new();
-            for (tx, seq, instance, confirmed) in numbered {
-                let (tx, seq) = (tx as u64, seq as u64);
-                let own = instance.and_then(|text| text.parse::<Uuid>().ok());
-                let known = submitted_by(instances, seq);
+            for (tx, client_seq, run_id, confirmed) in numbered {
+                let (tx, client_seq) = (tx as u64, client_seq as u64);
+                let own = run_id.and_then(|text| text.parse::<Uuid>().ok());
+                let known = submitted_by(runs, client_seq);
                 if confirmed {
                     // Of what lies further back, the server does not say who submitted it.
-                    if seq > last_seq || (known.is_some() && known != own) {
+                    if client_seq > last_seq || (known.is_some() && known != own) {
                         for (table, key) in store.keys(tx, "1")? {
                             applier.keep_base(&table, &key)?;
                         }
@@ -269,7 +263,7 @@ impl Store {
                     }
                     continue;
                 }
-                if seq > last_seq || failed.contains(&seq) || own.is_none() || known != own {
+                if client_seq > last_seq || failed.contains(&client_seq) || own.is_none() || known != own {
                     rest.push(tx);
                     continue;
                 }
@@ -279,7 +273,7 @@ impl Store {
                     .prepare_cached("UPDATE local_changes SET state = 'confirmed' WHERE tx = ?1")
                     .and_then(|mut statement| statement.execute([tx as i64]))
                     .during("settling what was submitted before the copy")?;
-                if let Some(loss) = lost.iter().find(|loss| loss.seq == seq) {
+                if let Some(loss) = lost.iter().find(|loss| loss.client_seq == client_seq) {
                     store.record_outcome(tx, Outcome::of(loss))?;
                 }
             }
@@ -297,9 +291,9 @@ impl Store {
         })
     }
 
-    pub(crate) fn set_confirmed(&self, seq: u64, instance: Option<Uuid>) -> Result<(), StoreError> {
-        self.set_meta("confirmed_seq", seq as i64)?;
-        self.set_meta("confirmed_instance", instance.map(|instance| instance.to_string()))
+    pub(crate) fn set_confirmed(&self, client_seq: u64, run_id: Option<Uuid>) -> Result<(), StoreError> {
+        self.set_meta("confirmed_seq", client_seq as i64)?;
+        self.set_meta("confirmed_instance", run_id.map(|run_id| run_id.to_string()))
     }
 
     fn transactions(&self, suffix: &str) -> Result<Vec<u64>, StoreError> {
@@ -314,7 +308,7 @@ impl Store {
     }
 }
 
-/// The instance whose span covers a number.
-fn submitted_by(instances: &[InstanceSpan], seq: u64) -> Option<Uuid> {
-    instances.iter().rev().find(|span| span.first_seq <= seq).map(|span| span.instance)
+/// The run whose span covers a number.
+fn submitted_by(runs: &[RunSpan], client_seq: u64) -> Option<Uuid> {
+    runs.iter().rev().find(|span| span.first_seq <= client_seq).map(|span| span.run_id)
 }

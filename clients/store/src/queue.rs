@@ -103,7 +103,7 @@ pub struct QueueEntry {
     /// The local transaction; its name for good.
     pub tx: u64,
     /// Its `client_seq`: another one each time that it is sent anew after a rejection; none while it is held back.
-    pub seq: Option<u64>,
+    pub client_seq: Option<u64>,
     /// The change.
     pub change: Change,
     /// Values before it: of the changed columns, or the deleted row; JSON.
@@ -179,7 +179,7 @@ const COLUMNS: &str = "tx, seq, instance, change_id, tbl, key, op, columns, vals
 
 struct Raw {
     entry: QueueEntry,
-    instance: Option<Uuid>,
+    run_id: Option<Uuid>,
     traceparent: Option<String>,
     /// A JSON array.
     predecessors: Option<String>,
@@ -198,7 +198,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 4])> {
     let outcome = Outcome::parse(row.get::<_, Option<String>>(12)?.as_deref());
     let entry = QueueEntry {
         tx: row.get::<_, i64>(0)? as u64,
-        seq: unsigned(row.get(1)?),
+        client_seq: unsigned(row.get(1)?),
         change: Change {
             change_id: id(3, row.get(3)?)?,
             table: row.get(4)?,
@@ -223,7 +223,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<(Raw, [String; 4])> {
     };
     let raw = Raw {
         entry,
-        instance: row.get::<_, Option<String>>(2)?.map(|text| id(2, text)).transpose()?,
+        run_id: row.get::<_, Option<String>>(2)?.map(|text| id(2, text)).transpose()?,
         traceparent: row.get(19)?,
         predecessors: row.get(20)?,
     };
@@ -259,23 +259,23 @@ impl Store {
             "INDEXED BY local_changes_by_seq WHERE seq > ?1 AND seq <= ?2 ORDER BY seq, id",
             params![after as i64, (after + limit as u64) as i64],
         )?;
-        let mut before = self.instance_of(after)?;
+        let mut before = self.run_of(after)?;
         let mut submits: Vec<Submit> = Vec::new();
-        for Raw { entry, instance, traceparent, predecessors } in raws {
-            let (seq, instance) = (entry.seq.unwrap_or_default(), instance.unwrap_or_default());
+        for Raw { entry, run_id, traceparent, predecessors } in raws {
+            let (client_seq, run_id) = (entry.client_seq.unwrap_or_default(), run_id.unwrap_or_default());
             match submits.last_mut() {
-                Some(submit) if submit.seq == seq => submit.changes.push(entry.change),
+                Some(submit) if submit.client_seq == client_seq => submit.changes.push(entry.change),
                 _ => {
                     submits.push(Submit {
-                        seq,
+                        client_seq,
                         attempt: entry.attempts + 1,
-                        instance,
-                        previous: before.filter(|before| *before != instance),
+                        run_id,
+                        previous: before.filter(|before| *before != run_id),
                         after: predecessors.map_or(Ok(Vec::new()), |text| self.unsettled(&text, confirmed))?,
                         changes: vec![entry.change],
                         traceparent,
                     });
-                    before = Some(instance);
+                    before = Some(run_id);
                 }
             }
         }
@@ -345,7 +345,7 @@ impl Store {
 
     /// As [`Store::retry`], with other values for some columns.
     pub fn edit(&mut self, tx: u64, edits: &[Edit]) -> Result<Option<Entry>, StoreError> {
-        let seq = self.unhindered(|store| {
+        let client_seq = self.unhindered(|store| {
             let keys = store.keys(tx, FAILED)?;
             if !edits.is_empty() {
                 store.meet_stamps()?;
@@ -356,13 +356,13 @@ impl Store {
                 }
                 store.keep_stamp()?;
             }
-            let seq = store.requeue(tx, true)?;
+            let client_seq = store.requeue(tx, true)?;
             // What is behind it goes on too: if this one is refused again, the server refuses those.
             store.release()?;
-            Ok::<_, StoreError>(seq)
+            Ok::<_, StoreError>(client_seq)
         })?;
-        match seq {
-            Some(seq) => Ok(self.entries_after(seq - 1, 1)?.pop()),
+        match client_seq {
+            Some(client_seq) => Ok(self.entries_after(client_seq - 1, 1)?.pop()),
             None => Ok(None),
         }
     }
@@ -468,9 +468,9 @@ impl Store {
             )
             .and_then(|mut statement| statement.execute(params![tx as i64, by_hand]))
             .during("queueing again")?;
-        let seq = self.number(tx)?;
+        let client_seq = self.number(tx)?;
         applier.finish()?;
-        Ok(seq)
+        Ok(client_seq)
     }
 
     /// Forgets a failed or held transaction; its rows show the server's state.
@@ -548,16 +548,16 @@ impl Store {
         Ok(())
     }
 
-    /// Instance that numbered `seq`, as far as this store knows.
-    pub(crate) fn instance_of(&self, seq: u64) -> Result<Option<Uuid>, StoreError> {
+    /// Run that numbered `client_seq`, as far as this store knows.
+    pub(crate) fn run_of(&self, client_seq: u64) -> Result<Option<Uuid>, StoreError> {
         let own: Option<Option<String>> = self
             .connection
             .prepare_cached("SELECT instance FROM local_changes WHERE seq = ?1 LIMIT 1")
-            .and_then(|mut statement| statement.query_row([seq as i64], |row| row.get(0)).optional())
-            .during("reading an instance")?;
+            .and_then(|mut statement| statement.query_row([client_seq as i64], |row| row.get(0)).optional())
+            .during("reading a run")?;
         match own.flatten() {
             Some(text) => Ok(text.parse().ok()),
-            None if seq == self.confirmed_seq().during("reading confirmed_seq")? => {
+            None if client_seq == self.confirmed_seq().during("reading confirmed_seq")? => {
                 self.meta_uuid("confirmed_instance")
             }
             None => Ok(None),

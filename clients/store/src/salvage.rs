@@ -40,7 +40,7 @@ const LAYOUTS: [(usize, usize, usize); 3] = [(5, 2, 21), (4, 2, 20), (2, 17, 16)
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Entry {
     pub tx: u64,
-    pub seq: Option<u64>,
+    pub client_seq: Option<u64>,
     pub state: EntryState,
     pub recorded_at: u64,
     pub change: Change,
@@ -403,7 +403,7 @@ fn integer(row: &[Value], column: usize) -> Option<i64> {
 
 /// A row of `local_changes`; `None`: it is not one, or does not read.
 fn entry(row: &[Value]) -> Option<Entry> {
-    LAYOUTS.into_iter().find_map(|(first, seq, recorded_at)| {
+    LAYOUTS.into_iter().find_map(|(first, client_seq, recorded_at)| {
         // `id` is the rowid, which the row itself does not repeat.
         if row.first() != Some(&Value::Null) {
             return None;
@@ -429,7 +429,7 @@ fn entry(row: &[Value]) -> Option<Entry> {
         let fits = change.columns.len() == change.values.len() && !change.key.is_empty();
         fits.then_some(Entry {
             tx: u64::try_from(integer(row, 1)?).ok()?,
-            seq: integer(row, seq).and_then(|seq| u64::try_from(seq).ok()),
+            client_seq: integer(row, client_seq).and_then(|client_seq| u64::try_from(client_seq).ok()),
             state,
             recorded_at: u64::try_from(integer(row, recorded_at)?).ok()?,
             change,
@@ -441,8 +441,8 @@ fn entry(row: &[Value]) -> Option<Entry> {
 fn meta(row: &[Value], found: &mut Salvage) {
     match (text(row, 0), row.get(1), row.len()) {
         (Some("client_id"), Some(Value::Text(id)), 2) => found.client_id = id.parse().ok().or(found.client_id),
-        (Some("confirmed_seq"), Some(Value::Integer(seq)), 2) => {
-            found.confirmed_seq = u64::try_from(*seq).ok().max(found.confirmed_seq);
+        (Some("confirmed_seq"), Some(Value::Integer(client_seq)), 2) => {
+            found.confirmed_seq = u64::try_from(*client_seq).ok().max(found.confirmed_seq);
         }
         _ => {}
     }

@@ -10,7 +10,7 @@
 //!   "unreadable": 0,
 //!   "transactions": [
 //!     {
-//!       "tx": 7, "seq": 9, "state": "pending", "recorded_at": 1764392399123456, "complete": true,
+//!       "tx": 7, "client_seq": 9, "state": "pending", "recorded_at": 1764392399123456, "complete": true,
 //!       "changes": [
 //!         {
 //!           "change_id": "0198c0de-…", "table": "tasks", "op": "update", "key": ["0198…"],
@@ -67,7 +67,7 @@ pub struct SavedTransaction {
     /// Its name in that store.
     pub tx: u64,
     /// Its `client_seq` there, if it had one.
-    pub seq: Option<u64>,
+    pub client_seq: Option<u64>,
     /// Where it stood. What was under way may have taken effect since.
     pub state: EntryState,
     /// When it was recorded: microseconds since 1970.
@@ -169,13 +169,14 @@ impl Saved {
         let mut transactions: BTreeMap<u64, SavedTransaction> = BTreeMap::new();
         for (&id, entry) in &entries {
             let settled = entry.state == EntryState::Confirmed
-                || entry.state.is_open() && entry.seq.is_some_and(|seq| Some(seq) <= confirmed_seq);
+                || entry.state.is_open()
+                    && entry.client_seq.is_some_and(|client_seq| Some(client_seq) <= confirmed_seq);
             if settled {
                 continue;
             }
             let transaction = transactions.entry(entry.tx).or_insert_with(|| SavedTransaction {
                 tx: entry.tx,
-                seq: entry.seq,
+                client_seq: entry.client_seq,
                 state: entry.state,
                 recorded_at: entry.recorded_at,
                 complete: true,
@@ -227,16 +228,16 @@ impl Store {
             }
             // The others are as good twice as once.
             if let Some(change) = transaction.changes.iter().find(|change| !change.adds.is_empty())
-                && transaction.seq.is_some()
+                && transaction.client_seq.is_some()
                 && transaction.state.is_open()
             {
                 let what = format!("what it adds to {} may have arrived: add by hand what is missing", change.table);
                 return Err(StoreError::Import(what));
             }
             let tx = store.last_tx()? + 1;
-            let seq = store.last_seq().during("reading the last number")? + 1;
+            let client_seq = store.last_seq().during("reading the last number")? + 1;
             store.meet_stamps()?;
-            store.session.begin(tx, seq, None);
+            store.session.begin(tx, client_seq, None);
             let mut stamps = Vec::new();
             let replayed = transaction.changes.iter().try_for_each(|change| {
                 store.replay(change)?;
@@ -264,7 +265,7 @@ impl Store {
                     .during("keeping when a change was made")?;
             }
             store.set_meta(name, tx as i64)?;
-            Ok(match store.recorded(tx, seq)? {
+            Ok(match store.recorded(tx, client_seq)? {
                 Some(Recorded { tx, .. }) => ImportOutcome::Recorded { as_tx: tx },
                 None => ImportOutcome::Present,
             })

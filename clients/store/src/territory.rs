@@ -170,7 +170,7 @@ impl Store {
             .connection
             .prepare_cached(
                 "SELECT t.name, f.\"table\" FROM sqlite_schema t, pragma_foreign_key_list(t.name) f WHERE t.type = 'table' AND \
-                 t.sql LIKE '%REFERENCES%' AND NOT EXISTS (SELECT 1 FROM millstream_aside WHERE kind = 'foreign-key' AND name = t.name)",
+                 t.sql LIKE '%REFERENCES%' AND NOT EXISTS (SELECT 1 FROM millstream_aside WHERE kind = 'foreign_key' AND name = t.name)",
             )
             .during(during)?;
         let mut rows = statement.query([]).during(during)?;

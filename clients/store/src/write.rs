@@ -171,10 +171,10 @@ impl Store {
         let store = &*self;
         store.transact(|store| {
             let tx = store.last_tx()? + 1;
-            let seq = store.last_seq().during("reading the last number")? + 1;
+            let client_seq = store.last_seq().during("reading the last number")? + 1;
             // Another process may have given out later stamps.
             store.meet_stamps()?;
-            store.session.begin(tx, seq, traceparent);
+            store.session.begin(tx, client_seq, traceparent);
             let result = work(&mut Tx { store, depth: 0 });
             store.session.end();
             if store.connection.is_autocommit() {
@@ -187,12 +187,12 @@ impl Store {
                 store.require_order()?;
                 store.note_all()?;
             }
-            Ok(Written { value, recorded: store.recorded(tx, seq)? })
+            Ok(Written { value, recorded: store.recorded(tx, client_seq)? })
         })
     }
 
     /// What the transaction under way left in the queue, within the limits.
-    pub(crate) fn recorded(&self, tx: u64, seq: u64) -> Result<Option<Recorded>, StoreError> {
+    pub(crate) fn recorded(&self, tx: u64, client_seq: u64) -> Result<Option<Recorded>, StoreError> {
         let (found, at): (i64, Option<i64>) = self
             .connection
             .prepare_cached("SELECT count(*), min(recorded_at) FROM local_changes WHERE tx = ?1")
@@ -202,9 +202,9 @@ impl Store {
         if found as usize > MAX_TRANSACTION_CHANGES {
             return Err(StoreError::TooManyChanges { found: found as usize });
         }
-        self.put_behind(tx, seq)?;
+        self.put_behind(tx, client_seq)?;
         // Also of one that is to be held back: its size must not be found out when its time comes.
-        let entry = self.entries_after(seq - 1, 1).map_err(|error| match error {
+        let entry = self.entries_after(client_seq - 1, 1).map_err(|error| match error {
             StoreError::Sqlite { source: rusqlite::Error::Utf8Error(..), .. } => StoreError::NotUtf8,
             error => error,
         });
@@ -229,15 +229,15 @@ impl Store {
         let mut found: Vec<Entry> = Vec::new();
         let mut bytes = 0;
         while found.len() < limit && bytes < READ_BYTES {
-            let from = found.last().map_or(after, |entry| entry.seq);
+            let from = found.last().map_or(after, |entry| entry.client_seq);
             let page = self.pending(from, READ_PAGE.min(limit - found.len()))?;
             if page.is_empty() {
                 break;
             }
             for submit in page {
-                let (seq, text) = (submit.seq, encode(&ClientFrame::Submit(submit)));
+                let (client_seq, text) = (submit.client_seq, encode(&ClientFrame::Submit(submit)));
                 bytes += text.len();
-                found.push(Entry { seq, text });
+                found.push(Entry { client_seq, text });
             }
         }
         Ok(found)

@@ -75,7 +75,7 @@ async def main(args):
             shown = rows
             await client.changed()
     elif args.command == "queue":
-        show(client.query("SELECT tx, state, seq, code, message, changes FROM local_changes WHERE state <> 'settled'"))
+        show(client.query("SELECT tx, state, client_seq, code, message, changes FROM local_changes WHERE state <> 'settled'"))
     else:
         if args.command in ("retry", "discard"):
             getattr(client, args.command)(args.tx)

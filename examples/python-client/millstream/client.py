@@ -195,10 +195,10 @@ class Client:
             if kind == "rows":
                 staged = restarted(staged, frame) + [frame]
                 if frame["last"] and snapshot is None:
-                    staged = self._apply(staged, {"epoch": frame["epoch"], "seq": frame["seq"], "lsn": frame["lsn"]})
+                    staged = self._apply(staged, {"epoch": frame["epoch"], "stream_seq": frame["stream_seq"], "lsn": frame["lsn"]})
             elif kind in ("confirmed", "scope_removed"):
                 if kind == "confirmed":
-                    self._check_instance(frame)
+                    self._check_run(frame)
                 staged.append(frame)
             elif kind == "commit":
                 if snapshot is None:
@@ -215,7 +215,7 @@ class Client:
                 self.loaded = True
                 staged = self._apply(staged, frame["position"])
             elif kind == "accepted":
-                self._accepted = max(self._accepted, frame["seq"])
+                self._accepted = max(self._accepted, frame["client_seq"])
                 self._queued.set()
             elif kind == "error":
                 if frame["fatal"]:
@@ -229,19 +229,19 @@ class Client:
         self._notify()
         return []
 
-    def _check_instance(self, frame):
-        own = self.query("SELECT instance FROM local_changes WHERE seq = ? AND instance <> ?", [frame["seq"], frame["instance"]])
+    def _check_run(self, frame):
+        own = self.query("SELECT run_id FROM local_changes WHERE client_seq = ? AND run_id <> ?", [frame["client_seq"], frame["run_id"]])
         if own:
             raise SessionEnded("copied", "another copy of this store has submitted under its client id")
 
     def _refused(self, frame):
         log.info("%s: %s", frame["code"], frame["message"])
         self._hold = time.monotonic() + (frame.get("retry_after_ms") or 0) / 1000
-        if frame.get("seq") is None:
+        if frame.get("client_seq") is None:
             return
         if frame["code"] in ("too_large", "bad_frame"):
-            self.store.refused(frame["seq"], frame["code"], frame["message"])
-        self._next = frame["seq"]
+            self.store.refused(frame["client_seq"], frame["code"], frame["message"])
+        self._next = frame["client_seq"]
         self._queued.set()
 
 

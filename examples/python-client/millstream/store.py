@@ -110,14 +110,14 @@ class Store:
             CREATE TABLE IF NOT EXISTS local_changes (
                 tx INTEGER PRIMARY KEY AUTOINCREMENT,
                 state TEXT NOT NULL DEFAULT 'pending',  -- then 'settled' or 'failed'
-                seq INTEGER UNIQUE,                     -- client_seq; null while it waits for an earlier transaction
-                instance TEXT, previous TEXT, after TEXT,
+                client_seq INTEGER UNIQUE,              -- null while it waits for an earlier transaction
+                run_id TEXT, previous TEXT, after TEXT,
                 attempt INTEGER NOT NULL DEFAULT 1,
                 changes TEXT NOT NULL,
                 verdict TEXT, code TEXT, rule TEXT, message TEXT);
         """)
         self.limits = {"frame_bytes": FRAME_BYTES, "transaction_changes": TRANSACTION_CHANGES}
-        self.instance = str(uuid.uuid4())  # of this run
+        self.run_id = str(uuid.uuid4())  # of this run
         self.touched = {}  # tx: what its changes write, create and refer to
         self.tables = {}
         if self.get("client_id") is None:
@@ -178,12 +178,12 @@ class Store:
 
     def retry(self, tx):
         """Submit a rejected transaction again."""
-        self._requeue("UPDATE local_changes SET state = 'pending', seq = NULL, attempt = attempt + 1"
+        self._requeue("UPDATE local_changes SET state = 'pending', client_seq = NULL, attempt = attempt + 1"
                       " WHERE tx = ? AND state = 'failed'", tx)
 
     def discard(self, tx):
         """Forget a rejected transaction, or one that waits for a rejected one."""
-        self._requeue("DELETE FROM local_changes WHERE tx = ? AND (state = 'failed' OR state = 'pending' AND seq IS NULL)", tx)
+        self._requeue("DELETE FROM local_changes WHERE tx = ? AND (state = 'failed' OR state = 'pending' AND client_seq IS NULL)", tx)
 
     def _requeue(self, sql, tx):
         with self.transaction():
@@ -212,21 +212,21 @@ class Store:
 
     def _number(self):
         """Give the next numbers to pending transactions, except to those that must wait for a rejected one."""
-        queue = self.db.execute("SELECT tx, state, seq FROM local_changes WHERE state <> 'settled' ORDER BY tx").fetchall()
-        sent = [(seq, self._touches(tx)) for tx, state, seq in queue if state == "pending" and seq is not None]
+        queue = self.db.execute("SELECT tx, state, client_seq FROM local_changes WHERE state <> 'settled' ORDER BY tx").fetchall()
+        sent = [(client_seq, self._touches(tx)) for tx, state, client_seq in queue if state == "pending" and client_seq is not None]
         waiting = []
-        for tx, state, seq in queue:
+        for tx, state, client_seq in queue:
             touches = self._touches(tx)
-            if state == "failed" or seq is None and any(follows(touches, other) for other in waiting):
+            if state == "failed" or client_seq is None and any(follows(touches, other) for other in waiting):
                 waiting.append(touches)
-            elif seq is None:
-                seq, previous = self.get("given_seq") + 1, self.get("given_instance")
+            elif client_seq is None:
+                client_seq, previous = self.get("given_seq") + 1, self.get("given_run")
                 after = [earlier for earlier, other in sent if follows(touches, other)]
                 self.db.execute(
-                    "UPDATE local_changes SET seq = ?, instance = ?, previous = ?, after = ? WHERE tx = ?",
-                    [seq, self.instance, None if previous == self.instance else previous, json.dumps(after[-1000:]), tx])
-                self.set(given_seq=seq, given_instance=self.instance)
-                sent.append((seq, touches))
+                    "UPDATE local_changes SET client_seq = ?, run_id = ?, previous = ?, after = ? WHERE tx = ?",
+                    [client_seq, self.run_id, None if previous == self.run_id else previous, json.dumps(after[-1000:]), tx])
+                self.set(given_seq=client_seq, given_run=self.run_id)
+                sent.append((client_seq, touches))
 
     def _touches(self, tx):
         if tx not in self.touched:
@@ -245,12 +245,12 @@ class Store:
 
     # The queue, for the connection
 
-    def submit(self, seq):
+    def submit(self, client_seq):
         """The frame of a transaction, or None if there is none to send."""
-        row = self.db.execute("SELECT * FROM local_changes WHERE seq = ? AND state = 'pending'", [seq]).fetchone()
+        row = self.db.execute("SELECT * FROM local_changes WHERE client_seq = ? AND state = 'pending'", [client_seq]).fetchone()
         if row is None:
             return None
-        frame = {"type": "submit", "seq": seq, "attempt": row["attempt"], "instance": row["instance"],
+        frame = {"type": "submit", "client_seq": client_seq, "attempt": row["attempt"], "run_id": row["run_id"],
                  "changes": json.loads(row["changes"])}
         if row["previous"]:
             frame["previous"] = row["previous"]
@@ -258,25 +258,25 @@ class Store:
             frame["after"] = json.loads(row["after"])
         return frame
 
-    def refused(self, seq, code, message):
+    def refused(self, client_seq, code, message):
         """The edge refused a transaction as a frame: its number is free, and those after it move up."""
         with self.transaction():
             self.db.execute("UPDATE local_changes SET state = 'failed', code = ?, message = ?"
-                            " WHERE seq = ? AND state = 'pending'", [code, message, seq])
-            same = self._renumber(seq - 1)
+                            " WHERE client_seq = ? AND state = 'pending'", [code, message, client_seq])
+            same = self._renumber(client_seq - 1)
         if not same:
             raise NewIdentity
 
     def _renumber(self, last):
-        """Number everything above `last` again under a new instance. False if that took a new client id."""
-        own = self.db.execute("SELECT instance FROM local_changes WHERE seq = ?", [last]).fetchone()
-        before = self.get("confirmed_instance") if last == self.get("confirmed_seq") else own and own[0]
+        """Number everything above `last` again in a new run. False if that took a new client id."""
+        own = self.db.execute("SELECT run_id FROM local_changes WHERE client_seq = ?", [last]).fetchone()
+        before = self.get("confirmed_run") if last == self.get("confirmed_seq") else own and own[0]
         if before is None and last > 0:  # the ledger would take nothing that does not name it
             return self._new_identity([], [], 0)
-        self.instance = str(uuid.uuid4())
-        self.set(given_seq=last, given_instance=before)
-        self.db.execute("UPDATE local_changes SET state = 'pending' WHERE seq > ? AND state = 'settled'", [last])
-        self.db.execute("UPDATE local_changes SET seq = NULL WHERE seq > ?", [last])
+        self.run_id = str(uuid.uuid4())
+        self.set(given_seq=last, given_run=before)
+        self.db.execute("UPDATE local_changes SET state = 'pending' WHERE client_seq > ? AND state = 'settled'", [last])
+        self.db.execute("UPDATE local_changes SET client_seq = NULL WHERE client_seq > ?", [last])
         self._number()
         self._rebuild_overlay()
         return True
@@ -285,7 +285,7 @@ class Store:
         """Take over what `welcome` says, and compare the queue with the server's ledger."""
         if self.get("user_id") not in (None, frame["user_id"]):
             raise WrongUser(f"the store belongs to {self.get('user_id')}, the token to {frame['user_id']}")
-        last, spans = frame["last_seq"], frame.get("instances", [])
+        last, spans = frame["last_seq"], frame.get("runs", [])
         self.limits = frame["limits"]
         with self.transaction():
             self.set(user_id=frame["user_id"])
@@ -293,24 +293,24 @@ class Store:
                 self._install(frame["schema"])
             if frame["resume"] == "snapshot":
                 self.set(position=None, scopes=[])
-            own = self.db.execute("SELECT instance FROM local_changes WHERE seq = ?", [last]).fetchone()
+            own = self.db.execute("SELECT run_id FROM local_changes WHERE client_seq = ?", [last]).fetchone()
             same = True
-            if last > self.get("given_seq") or own and spans and instance_at(spans, last) != own[0]:
+            if last > self.get("given_seq") or own and spans and run_at(spans, last) != own[0]:
                 same = self._new_identity(spans, frame.get("failed", []), last)
             elif last < self.get("confirmed_seq"):  # the server was restored from a backup
-                self.set(confirmed_seq=last, confirmed_instance=instance_at(spans, last))
+                self.set(confirmed_seq=last, confirmed_run=run_at(spans, last))
                 same = self._renumber(last)
         if not same:
             raise NewIdentity
 
     def _new_identity(self, spans, failed, last):
         """Take a new client id. What the ledger has taken from this store is settled; the rest is numbered from 1."""
-        for row in self.query("SELECT tx, seq, instance FROM local_changes WHERE state = 'pending' AND seq <= ?", [last]):
-            if row["seq"] not in failed and instance_at(spans, row["seq"]) == row["instance"]:
+        for row in self.query("SELECT tx, client_seq, run_id FROM local_changes WHERE state = 'pending' AND client_seq <= ?", [last]):
+            if row["client_seq"] not in failed and run_at(spans, row["client_seq"]) == row["run_id"]:
                 self.db.execute("UPDATE local_changes SET state = 'settled', verdict = 'applied' WHERE tx = ?", [row["tx"]])
-        self.instance = str(uuid.uuid4())
-        self.db.execute("UPDATE local_changes SET seq = NULL, instance = NULL")
-        self.set(client_id=uuid7(), confirmed_seq=0, confirmed_instance=None, given_seq=0, given_instance=None)
+        self.run_id = str(uuid.uuid4())
+        self.db.execute("UPDATE local_changes SET client_seq = NULL, run_id = NULL")
+        self.set(client_id=uuid7(), confirmed_seq=0, confirmed_run=None, given_seq=0, given_run=None)
         self._number()
         self._rebuild_overlay()
         return False
@@ -359,22 +359,22 @@ class Store:
                 self.db.execute(f"UPDATE {table.server} SET {sets} WHERE {table.by_key}", [*row, *key])
 
     def _apply_confirmed(self, frame):
-        failed = {failure["seq"]: failure for failure in frame.get("failed", [])}
-        lost = {loss["seq"]: loss["verdict"] for loss in frame.get("lost", [])}
-        for row in self.query("SELECT tx, seq FROM local_changes WHERE state = 'pending' AND seq <= ?", [frame["seq"]]):
-            failure = failed.get(row["seq"])
+        failed = {failure["client_seq"]: failure for failure in frame.get("failed", [])}
+        lost = {loss["client_seq"]: loss["verdict"] for loss in frame.get("lost", [])}
+        for row in self.query("SELECT tx, client_seq FROM local_changes WHERE state = 'pending' AND client_seq <= ?", [frame["client_seq"]]):
+            failure = failed.get(row["client_seq"])
             if failure is None:
                 self.db.execute("UPDATE local_changes SET state = 'settled', verdict = ? WHERE tx = ?",
-                                [lost.get(row["seq"], "applied"), row["tx"]])
+                                [lost.get(row["client_seq"], "applied"), row["tx"]])
             elif failure["code"] == "predecessor_failed":  # numbered again when that one has been retried or discarded
-                self.db.execute("UPDATE local_changes SET seq = NULL, attempt = attempt + 1 WHERE tx = ?", [row["tx"]])
+                self.db.execute("UPDATE local_changes SET client_seq = NULL, attempt = attempt + 1 WHERE tx = ?", [row["tx"]])
             else:
                 self.db.execute(
                     "UPDATE local_changes SET state = 'failed', verdict = 'rejected', code = ?, rule = ?, message = ?"
                     " WHERE tx = ?",
                     [failure["code"], failure.get("rule"), failure["message"], row["tx"]])
-        self.set(confirmed_seq=max(frame["seq"], self.get("confirmed_seq")), confirmed_instance=frame["instance"])
-        self.db.execute("DELETE FROM local_changes WHERE state = 'settled' AND seq <= ?", [frame["seq"] - SETTLED_KEPT])
+        self.set(confirmed_seq=max(frame["client_seq"], self.get("confirmed_seq")), confirmed_run=frame["run_id"])
+        self.db.execute("DELETE FROM local_changes WHERE state = 'settled' AND client_seq <= ?", [frame["client_seq"] - SETTLED_KEPT])
         self.touched.clear()
         self._number()
 
@@ -454,5 +454,5 @@ def follows(touches, earlier):
     return bool(touches[0] & earlier[0] or touches[2] & earlier[1])
 
 
-def instance_at(spans, seq):
-    return next((span["instance"] for span in reversed(spans) if span["first_seq"] <= seq), None)
+def run_at(spans, client_seq):
+    return next((span["run_id"] for span in reversed(spans) if span["first_seq"] <= client_seq), None)

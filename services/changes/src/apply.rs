@@ -76,7 +76,7 @@ impl<'a> Applier<'a> {
     }
 
     fn row<'b>(&self, planned: &Planned<'_>, user_id: &'b str, index: usize, step: &'b Step<'b>) -> InputRow<'b> {
-        let (client_id, seq) = (planned.submission.client_id, planned.submission.seq);
+        let (client_id, client_seq) = (planned.submission.client_id, planned.submission.client_seq);
         // A client whose clock is ahead must not win for as long as it is. What is cut to the bound keeps its order there.
         let bound = self.now + MAX_AHEAD_MICROS;
         let stamp = if step.stamp > bound {
@@ -85,7 +85,7 @@ impl<'a> Applier<'a> {
         } else {
             step.stamp
         };
-        let clock = Clock { stamp, client_id, seq, index: u32::try_from(index).unwrap_or(u32::MAX) };
+        let clock = Clock { stamp, client_id, client_seq, index: u32::try_from(index).unwrap_or(u32::MAX) };
         InputRow { step, user_id, client_id, clock }
     }
 
@@ -357,7 +357,7 @@ impl<'a> Applier<'a> {
                 Err(error) => error,
             };
         }
-        let strike = |error| Failed::Strike(planned.submission.client_id, planned.submission.seq, error);
+        let strike = |error| Failed::Strike(planned.submission.client_id, planned.submission.client_seq, error);
         match classify(&error) {
             Fault::Server => return Err(Failed::at_work(error)),
             Fault::Gone => return Err(strike(error)),

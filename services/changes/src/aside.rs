@@ -24,7 +24,7 @@ pub(crate) struct Aside {
 pub(crate) struct Done {
     pub item: Item,
     /// Under which its partition was owned.
-    pub epoch: i64,
+    pub term: i64,
     pub mode: Mode,
     pub outcome: Result<Results, Failed>,
     /// None where that says nothing: it was not applied, or the connection and the catalog were new.
@@ -43,7 +43,7 @@ impl Aside {
     }
 
     /// Starts a transaction, if free; `condemned` is what is known of it.
-    pub fn start(&mut self, item: Item, epoch: i64, mode: Mode, condemned: Condemned) {
+    pub fn start(&mut self, item: Item, term: i64, mode: Mode, condemned: Condemned) {
         let Some(mut executor) = self.executor.take() else { return };
         self.running = Some(tokio::spawn(async move {
             let (start, warm) = (Instant::now(), executor.is_warm());
@@ -51,7 +51,7 @@ impl Aside {
             let outcome = executor.execute(&items, &[], mode, &condemned).await;
             let [item] = items;
             let took = outcome.is_ok().then(|| start.elapsed()).filter(|_| warm);
-            (executor, Done { item, epoch, mode, outcome, took })
+            (executor, Done { item, term, mode, outcome, took })
         }));
     }
 

@@ -83,7 +83,7 @@ impl Memory {
                 client.last
             });
             *last += 1;
-            let next = submission.seq == *last && client.instance == Some(submission.instance);
+            let next = submission.client_seq == *last && client.run_id == Some(submission.run_id);
             if !next || client.user_id != submission.user_id {
                 return None;
             }
@@ -175,7 +175,7 @@ impl Transaction<'_> {
         let number = |value: fn(&Client) -> u64| clients.iter().map(|(_, c)| value(c) as i64).collect::<Vec<_>>();
         let counts = [self.fences.len(), clients.len()].into_iter().chain(groups.iter().map(|group| group.rows.len()));
         let origin = settle::encoded_origin(settle::origin(plan, ledger), traceparent, plan.len())?;
-        let mut query = settle::bind_fences(sqlx::query(AssertSqlSafe(sql.clone())), self.stream_epoch, self.fences)
+        let mut query = settle::bind_fences(sqlx::query(AssertSqlSafe(sql.clone())), self.incarnation, self.fences)
             .bind(clients.iter().map(|(id, _)| *id).collect::<Vec<_>>())
             .bind(clients.iter().map(|(_, client)| client.user_id.as_str()).collect::<Vec<_>>())
             .bind(number(|client| client.stored.unwrap_or_default()))

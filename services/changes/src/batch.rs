@@ -95,7 +95,7 @@ impl Item {
 
     /// Which transaction it is: client and `client_seq`.
     pub fn name(&self) -> Option<(Uuid, u64)> {
-        self.submission.as_ref().map(|submission| (submission.client_id, submission.seq))
+        self.submission.as_ref().map(|submission| (submission.client_id, submission.client_seq))
     }
 
     /// Where it is in the stream.
@@ -420,14 +420,14 @@ pub(crate) mod tests {
         Item::of_message(partition, sequence, sizes.iter().map(|size| submission(0, sequence, *size)).collect(), None)
     }
 
-    pub fn submission(client: u128, seq: u64, size: usize) -> Submission {
+    pub fn submission(client: u128, client_seq: u64, size: usize) -> Submission {
         Submission {
             client_id: Uuid::from_u128(client),
             user_id: String::new(),
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
-            seq,
+            client_seq,
             attempt: 1,
             changes: (0..size).map(|_| change(millstream_schemas::Operation::Delete, "1", &[])).collect(),
             traceparent: None,
@@ -530,7 +530,7 @@ pub(crate) mod tests {
     }
 
     fn whose(queue: &Queue) -> Vec<(u128, u64)> {
-        let of = |item: &Item| item.submission.as_ref().map(|s| (s.client_id.as_u128(), s.seq));
+        let of = |item: &Item| item.submission.as_ref().map(|s| (s.client_id.as_u128(), s.client_seq));
         queue.items().iter().filter_map(of).collect()
     }
 
@@ -551,7 +551,7 @@ pub(crate) mod tests {
         assert!(!queue.is_ready() && !queue.is_empty());
         assert_eq!(queue.wakes(), Some(until));
         // The position waits with it: message 2 is not done, though 3 is.
-        let owned = BTreeMap::from([(1, Owned { epoch: 1, position: 0 })]);
+        let owned = BTreeMap::from([(1, Owned { term: 1, position: 0 })]);
         queue.wake(until);
         assert!(queue.is_ready());
         assert_eq!(queue.batch(), (1, Mode::Single));
@@ -591,15 +591,15 @@ pub(crate) mod tests {
                 Item::of_message(*partition, sequence, submissions.clone(), None)
             };
             let mut queue = Queue::default();
-            let mut owned: BTreeMap<u16, Owned> = (0..3).map(|p| (p, Owned { epoch: 1, position: 0 })).collect();
+            let mut owned: BTreeMap<u16, Owned> = (0..3).map(|p| (p, Owned { term: 1, position: 0 })).collect();
             let mut open: Vec<usize> = messages.iter().map(|(_, submissions)| submissions.len().max(1)).collect();
             let (mut done, mut handed, mut now) = ([0; CLIENTS as usize], 0, Instant::now());
             let committed = |done: &mut [u64], open: &mut [usize], item: &Item| {
                 open[item.sequence as usize - 1] -= 1;
-                if let Some((client_id, seq)) = item.name() {
+                if let Some((client_id, client_seq)) = item.name() {
                     let of_client = &mut done[client_id.as_u128() as usize - 1];
                     *of_client += 1;
-                    assert_eq!(*of_client, seq, "{seed}: {client_id}");
+                    assert_eq!(*of_client, client_seq, "{seed}: {client_id}");
                 }
             };
             let mut aside = None;
@@ -678,7 +678,7 @@ pub(crate) mod tests {
         let mut queue = queue(vec![message(1, 5, &[1]), message(2, 6, &[1]), message(1, 7, &[1])]);
         queue.batch();
         queue.extend(message(2, 8, &[1]));
-        queue.retain(&BTreeMap::from([(1, Owned { epoch: 1, position: 5 })]));
+        queue.retain(&BTreeMap::from([(1, Owned { term: 1, position: 5 })]));
         queue.batch();
         assert_eq!(queue.items().iter().map(|item| item.sequence).collect::<Vec<_>>(), [7]);
         queue.forget(1);

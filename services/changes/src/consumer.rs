@@ -135,13 +135,13 @@ enum Step {
 
 pub(crate) struct Consumer {
     stream: Stream,
-    stream_epoch: String,
+    incarnation: String,
     lane: Lane,
     assignment: watch::Receiver<Assignment>,
     idle: mpsc::Receiver<Idle>,
     reading: Reading,
     shutdown: Shutdown,
-    /// Per partition of the worker: its epoch, and the last sequence that it has been handed.
+    /// Per partition of the worker: its term, and the last sequence that it has been handed.
     handed: BTreeMap<u16, (i64, u64)>,
     /// Highest sequence seen.
     highest: u64,
@@ -150,24 +150,14 @@ pub(crate) struct Consumer {
 impl Consumer {
     pub fn new(
         stream: Stream,
-        stream_epoch: String,
+        incarnation: String,
         lane: Lane,
         assignment: watch::Receiver<Assignment>,
         idle: mpsc::Receiver<Idle>,
         reading: Reading,
         shutdown: Shutdown,
     ) -> Self {
-        Consumer {
-            stream,
-            stream_epoch,
-            lane,
-            assignment,
-            idle,
-            reading,
-            shutdown,
-            handed: BTreeMap::new(),
-            highest: 0,
-        }
+        Consumer { stream, incarnation, lane, assignment, idle, reading, shutdown, handed: BTreeMap::new(), highest: 0 }
     }
 
     /// Runs until shutdown or until the stream turns out to be another one.
@@ -216,9 +206,9 @@ impl Consumer {
             self.send(Command::Release { partition }).await?;
         }
         for (&partition, &state) in &assignment.owned {
-            if self.handed.get(&partition).is_none_or(|(epoch, _)| *epoch != state.epoch) {
+            if self.handed.get(&partition).is_none_or(|(term, _)| *term != state.term) {
                 self.send(Command::Own { partition, state }).await?;
-                self.handed.insert(partition, (state.epoch, state.position));
+                self.handed.insert(partition, (state.term, state.position));
             }
         }
         Ok(assignment)
@@ -231,7 +221,7 @@ impl Consumer {
     /// Compares the stream with what is known of it.
     async fn check(&mut self, position: u64) -> Result<Option<Step>, Dropped> {
         let info = self.stream.get_info().await.map_err(Dropped::Info)?;
-        if epoch_of(&info) != self.stream_epoch {
+        if incarnation_of(&info) != self.incarnation {
             return Ok(Some(Step::Ended(Ended::StreamRecreated)));
         }
         let last = info.state.last_sequence;
@@ -364,7 +354,7 @@ fn partition_of(subject: &str) -> Option<u16> {
 }
 
 /// What tells a stream from another of the same name: the time of its creation, as RFC 3339.
-pub(crate) fn epoch_of(info: &async_nats::jetstream::stream::Info) -> String {
+pub(crate) fn incarnation_of(info: &async_nats::jetstream::stream::Info) -> String {
     let at = info.created;
     format!(
         "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z",

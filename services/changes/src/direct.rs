@@ -20,7 +20,7 @@ use crate::model::Source;
 use crate::progress::Owned;
 use crate::worker::{Lost, Shared, Worker};
 
-/// Its partition, under a stream epoch that is its own.
+/// Its partition, of an incarnation that is its own.
 const PARTITION: u16 = 0;
 
 /// Why it cannot execute.
@@ -30,7 +30,7 @@ pub enum DirectError {
     /// Postgres cannot be reached, or has no schema `millstream`.
     #[error("cannot make a partition in Postgres")]
     Partition(#[source] sqlx::Error),
-    /// Somebody raised the partition's epoch.
+    /// Somebody raised the partition's term.
     #[error("the partition was taken over")]
     Lost,
 }
@@ -50,11 +50,11 @@ impl Direct {
     /// # Errors
     /// See [`DirectError::Partition`].
     pub async fn connect(options: PgConnectOptions, config: PathBuf) -> Result<Direct, DirectError> {
-        let stream_epoch = format!("direct-{}", Uuid::new_v4().simple());
+        let incarnation = format!("direct-{}", Uuid::new_v4().simple());
         let made = async {
             let mut connection = postgres::connect(&options).await?;
             sqlx::query("INSERT INTO millstream.partitions (stream_epoch, partition, epoch) VALUES ($1, $2, 1)")
-                .bind(&stream_epoch)
+                .bind(&incarnation)
                 .bind(PARTITION as i16)
                 .execute(&mut connection)
                 .await?;
@@ -77,10 +77,10 @@ impl Direct {
         };
         // Nobody tells of changes: the executor finds out when something depends on them.
         let (_, changed) = watch::channel(());
-        let executor = Executor::new(options, source, changed, stream_epoch);
+        let executor = Executor::new(options, source, changed, incarnation);
         let (_, commands) = mpsc::channel(1);
         let mut worker = Worker::new(0, executor, commands, shared);
-        worker.own(PARTITION, Owned { epoch: 1, position: 0 });
+        worker.own(PARTITION, Owned { term: 1, position: 0 });
         Ok(Direct { worker, lost, sequence: 0, _shutdown: trigger })
     }
 

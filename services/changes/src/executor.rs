@@ -2,7 +2,7 @@
 //! be foreseen, all that as one statement (see [`crate::at_once`]).
 //!
 //! The fence moves the positions of the batch's partitions and so locks their rows: whoever else believes to own one of
-//! them waits, and then finds another position or epoch. What becomes of an error is decided by the caller, from
+//! them waits, and then finds another position or term. What becomes of an error is decided by the caller, from
 //! [`Failed`]; here everything is rolled back.
 
 use std::collections::BTreeMap;
@@ -110,7 +110,7 @@ pub(crate) struct Executor {
     source: Arc<Source>,
     /// Tells that the model may be out of date.
     changed: watch::Receiver<()>,
-    stream_epoch: String,
+    incarnation: String,
     connection: Option<PgConnection>,
     /// Others wait for it: see [`BRIEF`].
     brief: bool,
@@ -126,13 +126,13 @@ impl Executor {
         options: PgConnectOptions,
         source: Arc<Source>,
         changed: watch::Receiver<()>,
-        stream_epoch: String,
+        incarnation: String,
     ) -> Self {
         Executor {
             options: options.options(SESSION),
             source,
             changed,
-            stream_epoch,
+            incarnation,
             connection: None,
             brief: false,
             model: None,
@@ -147,7 +147,7 @@ impl Executor {
             options: self.options.clone(),
             source: self.source.clone(),
             changed: self.changed.clone(),
-            stream_epoch: self.stream_epoch.clone(),
+            incarnation: self.incarnation.clone(),
             connection: None,
             brief: false,
             model: None,
@@ -213,7 +213,7 @@ impl Executor {
         let mut transaction = Transaction {
             connection: &mut connection,
             source: &self.source,
-            stream_epoch: &self.stream_epoch,
+            incarnation: &self.incarnation,
             items,
             fences,
             mode,
@@ -260,26 +260,26 @@ impl Executor {
 
     /// What Postgres holds of partitions. Waits for a transaction of a lost connection to end, by its row locks.
     pub async fn positions(&mut self, partitions: &[u16]) -> Result<BTreeMap<u16, Owned>, sqlx::Error> {
-        let stream_epoch = self.stream_epoch.clone();
+        let incarnation = self.incarnation.clone();
         let partitions: Vec<i16> = partitions.iter().map(|partition| *partition as i16).collect();
         let connection = self.connect().await?;
-        let read = sqlx::query(POSITIONS).bind(stream_epoch).bind(partitions).fetch_all(connection).await;
+        let read = sqlx::query(POSITIONS).bind(incarnation).bind(partitions).fetch_all(connection).await;
         let rows = self.checked(read)?;
         rows.iter()
             .map(|row| {
                 let partition: i16 = row.try_get("partition")?;
                 let position: i64 = row.try_get("position")?;
-                Ok((partition as u16, Owned { epoch: row.try_get("epoch")?, position: position as u64 }))
+                Ok((partition as u16, Owned { term: row.try_get("epoch")?, position: position as u64 }))
             })
             .collect()
     }
 
     /// Gives a partition up, unless somebody took it over already.
-    pub async fn release(&mut self, partition: u16, epoch: i64) -> Result<(), sqlx::Error> {
-        let stream_epoch = self.stream_epoch.clone();
+    pub async fn release(&mut self, partition: u16, term: i64) -> Result<(), sqlx::Error> {
+        let incarnation = self.incarnation.clone();
         let connection = self.connect().await?;
         let release =
-            sqlx::query(RELEASE).bind(stream_epoch).bind(partition as i16).bind(epoch).execute(connection).await;
+            sqlx::query(RELEASE).bind(incarnation).bind(partition as i16).bind(term).execute(connection).await;
         self.checked(release).map(drop)
     }
 
@@ -307,7 +307,7 @@ async fn rollback(connection: &mut PgConnection) -> bool {
 pub(crate) struct Transaction<'a> {
     pub connection: &'a mut PgConnection,
     source: &'a Source,
-    pub stream_epoch: &'a str,
+    pub incarnation: &'a str,
     pub items: &'a [Item],
     pub fences: &'a [Fence],
     mode: Mode,
@@ -325,7 +325,7 @@ impl<'a> Transaction<'a> {
             (Mode::Fast | Mode::Careful | Mode::Savepoints, _) => BEGIN,
         };
         sqlx::raw_sql(begin).execute(&mut *self.connection).await.map_err(Failed::Server)?;
-        let (mut ledger, now) = settle::fence(self.connection, self.stream_epoch, self.items, self.fences).await?;
+        let (mut ledger, now) = settle::fence(self.connection, self.incarnation, self.items, self.fences).await?;
         let Model { catalog, statements, origin } = model;
         let items: &'a [Item] = self.items;
         let submissions = || items.iter().filter_map(|item| item.submission.as_ref());
@@ -356,7 +356,7 @@ impl<'a> Transaction<'a> {
         let repeated: Vec<(Uuid, u64)> = plan
             .iter()
             .filter(|planned| matches!(planned.action, Action::Repeat))
-            .map(|planned| (planned.submission.client_id, planned.submission.seq))
+            .map(|planned| (planned.submission.client_id, planned.submission.client_seq))
             .collect();
         results.extend(&plan);
         if !repeated.is_empty() {
@@ -396,10 +396,10 @@ impl<'a> Transaction<'a> {
             (Fault::Verdict(refusal), Some(planned)) => {
                 let submission = planned.submission;
                 let rejection = Rejection::new(submission, submission.changes.len().saturating_sub(1), refusal);
-                Failed::Condemned(submission.client_id, submission.seq, rejection)
+                Failed::Condemned(submission.client_id, submission.client_seq, rejection)
             }
             (Fault::Unknown, Some(planned)) => {
-                Failed::Strike(planned.submission.client_id, planned.submission.seq, error)
+                Failed::Strike(planned.submission.client_id, planned.submission.client_seq, error)
             }
             (Fault::Verdict(_) | Fault::Unknown, None) => Failed::Isolate { why: error.to_string(), at: None },
         })
@@ -425,7 +425,7 @@ fn span(planned: &Planned<'_>) -> tracing::Span {
     let span = tracing::info_span!(
         "apply",
         client.id = %submission.client_id,
-        client.seq = submission.seq,
+        client.seq = submission.client_seq,
         changes = submission.changes.len(),
     );
     telemetry::set_parent(&span, submission.traceparent.as_deref());

@@ -111,7 +111,7 @@ impl External {
                 let request = ValidateRequest {
                     user_id: submission.user_id.clone(),
                     client_id: submission.client_id,
-                    seq: submission.seq,
+                    client_seq: submission.client_seq,
                     attempt: submission.attempt,
                     changes: submission.changes.iter().filter(|other| other.table == change.table).cloned().collect(),
                     traceparent: submission.traceparent.clone(),
@@ -132,8 +132,7 @@ impl External {
     /// The refusal of one table's validators, if they refuse; none at the outside if they do not say.
     async fn ask_table(&self, name: String, mut request: ValidateRequest) -> Option<Option<Refusal>> {
         let table = self.tables.get(&name)?;
-        let span =
-            tracing::info_span!("validate", table = name, client.id = %request.client_id, client.seq = request.seq);
+        let span = tracing::info_span!("validate", table = name, client.id = %request.client_id, client.seq = request.client_seq);
         telemetry::set_parent(&span, request.traceparent.as_deref());
         request.traceparent = span.in_scope(telemetry::traceparent).or(request.traceparent);
         match self.exchange(&name, table, &request).instrument(span).await {
@@ -181,7 +180,7 @@ impl External {
             tracing::warn!(
                 table = name,
                 client.id = %request.client_id,
-                client.seq = request.seq,
+                client.seq = request.client_seq,
                 error = why as &dyn std::error::Error,
                 "validators give no verdict; changes wait, in their order, and are asked about again"
             );
@@ -303,7 +302,7 @@ mod tests {
         let mut changes = vec![change(Operation::Delete, "1", &[]), change(Operation::Delete, "2", &[])];
         changes[1].change_id = Uuid::from_u128(8);
         let client_id = Uuid::nil();
-        ValidateRequest { user_id: "u".into(), client_id, seq: 1, attempt: 1, changes, traceparent: None }
+        ValidateRequest { user_id: "u".into(), client_id, client_seq: 1, attempt: 1, changes, traceparent: None }
     }
 
     fn check(answer: &str, expected: Result<Option<u128>, &str>) {
@@ -345,9 +344,9 @@ mod tests {
         let submission = Submission {
             client_id: Uuid::nil(),
             user_id: "u".into(),
-            seq: 1,
+            client_seq: 1,
             attempt: 1,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             changes: request().changes,

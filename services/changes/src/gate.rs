@@ -21,20 +21,20 @@ const ASK_AHEAD: usize = MAX_TRANSACTIONS;
 /// Pauses before a partition's questions are asked again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Which transaction, in which attempt: client, `client_seq`, attempt, and the instance, since two copies of a store may
+/// Which transaction, in which attempt: client, `client_seq`, attempt, and the run, since two copies of a store may
 /// use the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     client_id: Uuid,
-    seq: u64,
+    client_seq: u64,
     attempt: u32,
-    instance: Uuid,
+    run_id: Uuid,
 }
 
 impl Key {
     pub fn of(submission: &Submission) -> Key {
-        let &Submission { client_id, seq, attempt, instance, .. } = submission;
-        Key { client_id, seq, attempt, instance }
+        let &Submission { client_id, client_seq, attempt, run_id, .. } = submission;
+        Key { client_id, client_seq, attempt, run_id }
     }
 }
 
@@ -169,9 +169,9 @@ mod tests {
         let submission = Submission {
             client_id: Uuid::from_u128(u128::from(partition)),
             user_id: "u".into(),
-            seq: sequence,
+            client_seq: sequence,
             attempt,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
             changes: Vec::new(),
@@ -205,7 +205,7 @@ mod tests {
         }
         assert!(gate.push(item(2, 9, 1), false).is_some(), "another partition");
         let questions = asked(&mut gate, now);
-        assert_eq!(questions.iter().map(|(_, key)| key.seq).collect::<Vec<_>>(), [2, 4]);
+        assert_eq!(questions.iter().map(|(_, key)| key.client_seq).collect::<Vec<_>>(), [2, 4]);
         assert!(asked(&mut gate, now).is_empty(), "under way already");
         // The later answer comes first.
         gate.answered(1, questions[1].1, Some(Some(rejection())), now);
@@ -274,8 +274,8 @@ mod tests {
         for (partition, sequence) in [(1, 5), (1, 6), (2, 7)] {
             gate.push(item(partition, sequence, 1), true);
         }
-        gate.retain(&BTreeMap::from([(1, Owned { epoch: 1, position: 5 })]));
-        assert_eq!(asked(&mut gate, now).iter().map(|(_, key)| key.seq).collect::<Vec<_>>(), [6]);
+        gate.retain(&BTreeMap::from([(1, Owned { term: 1, position: 5 })]));
+        assert_eq!(asked(&mut gate, now).iter().map(|(_, key)| key.client_seq).collect::<Vec<_>>(), [6]);
         gate.retain(&BTreeMap::new());
         assert!(gate.is_empty());
     }

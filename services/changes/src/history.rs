@@ -41,7 +41,7 @@ impl Record {
         Ok(Record {
             client_id: submission.client_id,
             user_id: submission.user_id.clone(),
-            seq: submission.seq,
+            seq: submission.client_seq,
             attempt: i32::try_from(submission.attempt).unwrap_or(i32::MAX),
             change_id: rejection.change_id,
             table_name: change.map(|change| change.table.clone()),
@@ -88,11 +88,12 @@ pub(crate) async fn known(
     taken: &[(Uuid, u64)],
 ) -> Result<Vec<(Uuid, TransactionResult)>, sqlx::Error> {
     // Sequences of the ledger fit into a bigint, and these are not above it.
-    let (clients, seqs): (Vec<Uuid>, Vec<i64>) = taken.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
+    let (clients, seqs): (Vec<Uuid>, Vec<i64>) =
+        taken.iter().map(|(client, client_seq)| (*client, *client_seq as i64)).unzip();
     let rows = sqlx::query(
         "SELECT t.client_id, t.seq, h.change_id, h.code, h.rule, h.message, \
                 (SELECT l->>'verdict' FROM millstream.clients c, jsonb_array_elements(c.lost) AS l \
-                 WHERE c.client_id = t.client_id AND (l->>'seq')::bigint = t.seq LIMIT 1) AS lost \
+                 WHERE c.client_id = t.client_id AND (l->>'client_seq')::bigint = t.seq LIMIT 1) AS lost \
          FROM unnest($1::uuid[], $2::bigint[]) WITH ORDINALITY AS t(client_id, seq, i) \
          LEFT JOIN millstream.changes_history h ON h.client_id = t.client_id AND h.seq = t.seq ORDER BY t.i",
     )
@@ -102,10 +103,10 @@ pub(crate) async fn known(
     .await?;
     rows.iter()
         .map(|row| {
-            let seq = row.try_get::<i64, _>("seq")? as u64;
+            let client_seq = row.try_get::<i64, _>("seq")? as u64;
             let failure = match row.try_get::<Option<String>, _>("code")? {
                 Some(code) => Some(Failure {
-                    seq,
+                    client_seq,
                     change_id: row.try_get("change_id")?,
                     code: code.parse().unwrap_or(Code::Internal),
                     rule: row.try_get("rule")?,
@@ -119,7 +120,7 @@ pub(crate) async fn known(
                 Some("superseded") => Verdict::Superseded,
                 _ => Verdict::Applied,
             };
-            Ok((row.try_get("client_id")?, TransactionResult { seq, verdict, failure }))
+            Ok((row.try_get("client_id")?, TransactionResult { client_seq, verdict, failure }))
         })
         .collect()
 }
@@ -129,7 +130,8 @@ pub(crate) async fn rejected(
     connection: &mut PgConnection,
     named: &[(Uuid, u64)],
 ) -> Result<HashSet<(Uuid, u64)>, sqlx::Error> {
-    let (clients, seqs): (Vec<Uuid>, Vec<i64>) = named.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
+    let (clients, seqs): (Vec<Uuid>, Vec<i64>) =
+        named.iter().map(|(client, client_seq)| (*client, *client_seq as i64)).unzip();
     let rows = sqlx::query(
         "SELECT h.client_id, h.seq FROM unnest($1::uuid[], $2::bigint[]) AS n(client_id, seq) \
          JOIN millstream.changes_history h ON h.client_id = n.client_id AND h.seq = n.seq",
@@ -153,10 +155,10 @@ mod tests {
         let submission = Submission {
             client_id: Uuid::nil(),
             user_id: "u".into(),
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
-            seq: 1,
+            client_seq: 1,
             attempt: u32::MAX,
             changes: vec![Change {
                 adds: vec!["\0".into()],

@@ -33,7 +33,7 @@ pub(crate) struct Janitor {
     pub pool: PgPool,
     pub retention: Retention,
     pub stream: Stream,
-    pub stream_epoch: String,
+    pub incarnation: String,
     pub assignment: watch::Receiver<Assignment>,
     /// One a worker's cursor.
     pub idle: Vec<mpsc::Sender<Idle>>,
@@ -69,7 +69,7 @@ impl Janitor {
     async fn round(&self) -> Result<(), JanitorError> {
         // In this order: what the stream holds, then how far partitions are. Messages published meanwhile lie behind `last`.
         let info = self.stream.get_info().await.map_err(JanitorError::Info)?;
-        if crate::consumer::epoch_of(&info) != self.stream_epoch {
+        if crate::consumer::incarnation_of(&info) != self.incarnation {
             return Ok(());
         }
         let (first, last) = (info.state.first_sequence, info.state.last_sequence);
@@ -93,7 +93,7 @@ impl Janitor {
 
     async fn positions(&self) -> Result<Vec<(u16, u64)>, JanitorError> {
         let rows = sqlx::query("SELECT partition, position FROM millstream.partitions WHERE stream_epoch = $1")
-            .bind(&self.stream_epoch)
+            .bind(&self.incarnation)
             .fetch_all(&self.pool)
             .await
             .map_err(JanitorError::Positions)?;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use millstream_schemas::stream::{InstanceSpan, Submission};
+use millstream_schemas::stream::{RunSpan, Submission};
 use uuid::Uuid;
 
 /// What to do with a submission.
@@ -28,8 +28,8 @@ pub(crate) enum Decision {
 pub(crate) struct Client {
     /// The user that the client is bound to.
     pub user_id: String,
-    /// Which run of the client's store submitted `last`; none where it was taken before instances were known.
-    pub instance: Option<Uuid>,
+    /// Which run of the client's store submitted `last`; none where it was taken before runs were known.
+    pub run_id: Option<Uuid>,
     /// `last_seq` in the database; none for a client that it does not know.
     pub stored: Option<u64>,
     /// Last `client_seq` taken.
@@ -38,8 +38,8 @@ pub(crate) struct Client {
 
 impl Client {
     /// As the database has it.
-    pub fn stored(user_id: String, last_seq: u64, instance: Option<Uuid>) -> Client {
-        Client { user_id, instance, stored: Some(last_seq), last: last_seq }
+    pub fn stored(user_id: String, last_seq: u64, run_id: Option<Uuid>) -> Client {
+        Client { user_id, run_id, stored: Some(last_seq), last: last_seq }
     }
 }
 
@@ -47,7 +47,7 @@ impl Client {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     clients: HashMap<Uuid, Client>,
-    spans: Vec<(Uuid, InstanceSpan)>,
+    spans: Vec<(Uuid, RunSpan)>,
 }
 
 impl Ledger {
@@ -57,38 +57,38 @@ impl Ledger {
     }
 
     /// Whether the database, as opposed to this batch, has taken a transaction.
-    pub fn is_stored(&self, client_id: Uuid, seq: u64) -> bool {
-        self.clients.get(&client_id).and_then(|client| client.stored).is_some_and(|stored| seq <= stored)
+    pub fn is_stored(&self, client_id: Uuid, client_seq: u64) -> bool {
+        self.clients.get(&client_id).and_then(|client| client.stored).is_some_and(|stored| client_seq <= stored)
     }
 
     /// Applies the rule to a submission, and takes it if it is the next.
     pub fn decide(&mut self, submission: &Submission) -> Decision {
-        let &Submission { client_id, seq, instance, previous, .. } = submission;
+        let &Submission { client_id, client_seq, run_id, previous, .. } = submission;
         let (last, known) = match self.clients.get(&client_id) {
             Some(client) if client.user_id != submission.user_id => return Decision::Foreign,
-            Some(client) => (client.last, client.instance),
+            Some(client) => (client.last, client.run_id),
             None => (0, None),
         };
-        if seq == 0 || seq > last.saturating_add(1) {
+        if client_seq == 0 || client_seq > last.saturating_add(1) {
             return Decision::Gap;
         }
-        if seq <= last {
+        if client_seq <= last {
             return Decision::Duplicate;
         }
         // A store goes on where its last run ended; a copy of it goes on where that copy's did.
-        if known.is_some_and(|known| known != instance && previous != Some(known)) {
+        if known.is_some_and(|known| known != run_id && previous != Some(known)) {
             return Decision::Fork;
         }
         // The user is bound by the first submission that is taken, not by one that is skipped.
         let client = self.clients.entry(client_id).or_insert_with(|| Client {
             user_id: submission.user_id.clone(),
-            instance: None,
+            run_id: None,
             stored: None,
             last: 0,
         });
-        client.last = seq;
-        if client.instance.replace(instance) != Some(instance) {
-            self.spans.push((client_id, InstanceSpan { instance, first_seq: seq }));
+        client.last = client_seq;
+        if client.run_id.replace(run_id) != Some(run_id) {
+            self.spans.push((client_id, RunSpan { run_id, first_seq: client_seq }));
         }
         Decision::Take
     }
@@ -99,8 +99,8 @@ impl Ledger {
         self.clients.into_iter().map(move |(id, client)| (id, stored(client)))
     }
 
-    /// Where instances began, in the batch.
-    pub fn spans(&self) -> &[(Uuid, InstanceSpan)] {
+    /// Where runs began, in the batch.
+    pub fn spans(&self) -> &[(Uuid, RunSpan)] {
         &self.spans
     }
 
@@ -116,13 +116,13 @@ mod tests {
 
     const CLIENT: Uuid = Uuid::from_u128(1);
 
-    fn submission(user: &str, seq: u64, instance: u128, previous: Option<u128>) -> Submission {
+    fn submission(user: &str, client_seq: u64, run_id: u128, previous: Option<u128>) -> Submission {
         Submission {
             client_id: CLIENT,
             user_id: user.into(),
-            seq,
+            client_seq,
             attempt: 1,
-            instance: Uuid::from_u128(instance),
+            run_id: Uuid::from_u128(run_id),
             previous: previous.map(Uuid::from_u128),
             after: Vec::new(),
             changes: Vec::new(),
@@ -132,11 +132,11 @@ mod tests {
 
     fn check(stored: Option<(&str, u64)>, submissions: &[(&str, u64, Decision)], last: Option<u64>) {
         let mut ledger = Ledger::default();
-        if let Some((user, seq)) = stored {
-            ledger.load(CLIENT, Client::stored(user.into(), seq, None));
+        if let Some((user, client_seq)) = stored {
+            ledger.load(CLIENT, Client::stored(user.into(), client_seq, None));
         }
-        for &(user, seq, expected) in submissions {
-            assert_eq!(ledger.decide(&submission(user, seq, 0, None)), expected, "{user} {seq}");
+        for &(user, client_seq, expected) in submissions {
+            assert_eq!(ledger.decide(&submission(user, client_seq, 0, None)), expected, "{user} {client_seq}");
         }
         assert_eq!(ledger.changed().map(|(_, client)| client.last).next(), last);
     }
@@ -162,10 +162,14 @@ mod tests {
         let check = |stored: Option<u128>, steps: &[(u64, u128, Option<u128>, Decision)], spans: &[(u64, u128)]| {
             let mut ledger = Ledger::default();
             ledger.load(CLIENT, Client::stored("a".into(), 7, stored.map(Uuid::from_u128)));
-            for &(seq, instance, previous, expected) in steps {
-                assert_eq!(ledger.decide(&submission("a", seq, instance, previous)), expected, "{seq} {instance}");
+            for &(client_seq, run_id, previous, expected) in steps {
+                assert_eq!(
+                    ledger.decide(&submission("a", client_seq, run_id, previous)),
+                    expected,
+                    "{client_seq} {run_id}"
+                );
             }
-            let found: Vec<_> = ledger.spans().iter().map(|(_, s)| (s.first_seq, s.instance.as_u128())).collect();
+            let found: Vec<_> = ledger.spans().iter().map(|(_, s)| (s.first_seq, s.run_id.as_u128())).collect();
             assert_eq!(found, spans);
         };
         // Nothing is known of the past: whoever comes first.

@@ -128,7 +128,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         match ended {
             Ended::Shutdown => break,
             Ended::StreamRecreated => {
-                tracing::warn!("MS_CHANGES is a new stream: positions begin anew under its epoch, the ledger stays");
+                tracing::warn!("MS_CHANGES is a new stream: its positions begin from the start, the ledger stays");
             }
         }
     }
@@ -147,14 +147,14 @@ struct Service {
 }
 
 impl Service {
-    /// Works on one stream epoch; none if asked to stop before it began.
+    /// Works on one incarnation of the stream; none if asked to stop before it began.
     async fn serve(&self) -> Result<Option<Ended>, Error> {
         let Some(stream) = self.stream().await else { return Ok(None) };
-        let stream_epoch = consumer::epoch_of(stream.cached_info());
+        let incarnation = consumer::incarnation_of(stream.cached_info());
         let member = format!("changes-{}", Uuid::new_v4().simple());
-        tracing::info!(member, stream.epoch = stream_epoch, "executing");
+        tracing::info!(member, stream.incarnation = incarnation, "executing");
 
-        // Ends with the process's shutdown, and with this stream epoch.
+        // Ends with the process's shutdown, and with this incarnation of the stream.
         let (trigger, stop) = Shutdown::manual();
         let (assignment_sender, assignment) = watch::channel(Assignment::default());
         let (lost_sender, lost) = mpsc::channel(NOTICES);
@@ -180,7 +180,7 @@ impl Service {
             let (commands, receiver) = mpsc::channel(WORKER_COMMANDS);
             held.push(commands.clone());
             let executor =
-                Executor::new(self.options.clone(), self.source.clone(), changed.subscribe(), stream_epoch.clone());
+                Executor::new(self.options.clone(), self.source.clone(), changed.subscribe(), incarnation.clone());
             let worker = Worker::new(index, executor, receiver, shared.clone());
             tasks.spawn(async move {
                 worker.run().await;
@@ -189,8 +189,8 @@ impl Service {
             let lane = Lane { index, workers, commands, room: Arc::new(Semaphore::new(WORKER_KIB)) };
             let (idle_sender, idle) = mpsc::channel(NOTICES);
             idle_senders.push(idle_sender);
-            let (stream, epoch, assignment) = (stream.clone(), stream_epoch.clone(), assignment.clone());
-            let consumer = Consumer::new(stream, epoch, lane, assignment, idle, reading.clone(), stop.clone());
+            let (stream, incarnation, assignment) = (stream.clone(), incarnation.clone(), assignment.clone());
+            let consumer = Consumer::new(stream, incarnation, lane, assignment, idle, reading.clone(), stop.clone());
             consumers.spawn(consumer.run());
         }
         let (parked, pool, shutdown) = (shared.parked.clone(), self.pool.clone(), stop.clone());
@@ -207,7 +207,7 @@ impl Service {
         let ownership = Ownership {
             pool: self.pool.clone(),
             member: member.clone(),
-            stream_epoch: stream_epoch.clone(),
+            incarnation: incarnation.clone(),
             assignment: assignment_sender,
             lost,
             health: self.health.clone(),
@@ -221,7 +221,7 @@ impl Service {
             pool: self.pool.clone(),
             retention: Retention::new(self.pool.clone(), self.args.history_retention_days),
             stream,
-            stream_epoch,
+            incarnation,
             assignment,
             idle: idle_senders,
             shutdown: stop.clone(),

@@ -1,7 +1,7 @@
 //! Which partitions are this process's. A heartbeat row a member says who is alive; a rendezvous hash says who of them
-//! should own which partition; raising a partition's `epoch` is what makes it so.
+//! should own which partition; raising a partition's term is what makes it so.
 //!
-//! Only the epoch matters for correctness. Everything here may be wrong for a while, at the cost of speed.
+//! Only the term matters for correctness. Everything here may be wrong for a while, at the cost of speed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ pub(crate) struct Assignment {
 #[derive(Clone, Debug)]
 struct Found {
     partition: u16,
-    epoch: i64,
+    term: i64,
     position: u64,
     owner: Option<String>,
 }
@@ -73,7 +73,7 @@ fn decide(me: &str, live: &BTreeSet<String>, found: &[Found], owned: &BTreeMap<u
     for row in found {
         let mine = winner(live, row.partition).is_some_and(|winner| winner == me);
         match owned.get(&row.partition) {
-            Some(state) if state.epoch != row.epoch => decision.lost.push(row.partition),
+            Some(state) if state.term != row.term => decision.lost.push(row.partition),
             Some(_) if !mine => decision.release.push(row.partition),
             Some(_) => {}
             None => {
@@ -87,11 +87,11 @@ fn decide(me: &str, live: &BTreeSet<String>, found: &[Found], owned: &BTreeMap<u
     decision
 }
 
-/// The ownership task of one stream epoch.
+/// The ownership task of one incarnation of the stream.
 pub(crate) struct Ownership {
     pub pool: PgPool,
     pub member: String,
-    pub stream_epoch: String,
+    pub incarnation: String,
     pub assignment: watch::Sender<Assignment>,
     pub lost: mpsc::Receiver<Lost>,
     pub health: Health,
@@ -110,7 +110,7 @@ impl Ownership {
                 () = self.shutdown.requested() => return,
                 lost = self.lost.recv() => match lost {
                     Some(lost) => {
-                        if owned.get(&lost.partition).is_some_and(|state: &Owned| state.epoch == lost.epoch) {
+                        if owned.get(&lost.partition).is_some_and(|state: &Owned| state.term == lost.term) {
                             owned.remove(&lost.partition);
                             self.announce(&owned, None);
                         }
@@ -192,14 +192,14 @@ impl Ownership {
     async fn found(&self) -> Result<Vec<Found>, sqlx::Error> {
         let rows =
             sqlx::query("SELECT partition, epoch, position, owner FROM millstream.partitions WHERE stream_epoch = $1")
-                .bind(&self.stream_epoch)
+                .bind(&self.incarnation)
                 .fetch_all(&self.pool)
                 .await?;
         rows.iter()
             .map(|row| {
                 Ok(Found {
                     partition: row.try_get::<i16, _>("partition")? as u16,
-                    epoch: row.try_get("epoch")?,
+                    term: row.try_get("epoch")?,
                     position: row.try_get::<i64, _>("position")? as u64,
                     owner: row.try_get("owner")?,
                 })
@@ -212,7 +212,7 @@ impl Ownership {
             "INSERT INTO millstream.partitions (stream_epoch, partition) \
              SELECT $1, generate_series(0, $2 - 1) ON CONFLICT DO NOTHING",
         )
-        .bind(&self.stream_epoch)
+        .bind(&self.incarnation)
         .bind(i32::from(PARTITIONS))
         .execute(&self.pool)
         .await?;
@@ -233,7 +233,7 @@ impl Ownership {
              FROM free WHERE p.stream_epoch = $1 AND p.partition = free.partition \
              RETURNING p.partition, p.epoch, p.position",
         )
-        .bind(&self.stream_epoch)
+        .bind(&self.incarnation)
         .bind(partitions.iter().map(|partition| *partition as i16).collect::<Vec<_>>())
         .bind(&self.member)
         .bind(f64::from(DEAD_AFTER_SECONDS))
@@ -243,7 +243,7 @@ impl Ownership {
             .map(|row| {
                 let partition: i16 = row.try_get("partition")?;
                 let position: i64 = row.try_get("position")?;
-                Ok((partition as u16, Owned { epoch: row.try_get("epoch")?, position: position as u64 }))
+                Ok((partition as u16, Owned { term: row.try_get("epoch")?, position: position as u64 }))
             })
             .collect()
     }
@@ -270,7 +270,7 @@ impl Ownership {
         sqlx::query(
             "UPDATE millstream.partitions SET owner = NULL WHERE stream_epoch = $1 AND partition = ANY ($2) AND owner = $3",
         )
-        .bind(&self.stream_epoch)
+        .bind(&self.incarnation)
         .bind(overdue)
         .bind(&self.member)
         .execute(&self.pool)
@@ -319,13 +319,13 @@ mod tests {
         assert_eq!(winner(&members(&[]), 1), None);
     }
 
-    fn found(owner: Option<&str>, epoch: i64) -> Vec<Found> {
-        vec![Found { partition: 3, epoch, position: 0, owner: owner.map(str::to_owned) }]
+    fn found(owner: Option<&str>, term: i64) -> Vec<Found> {
+        vec![Found { partition: 3, term, position: 0, owner: owner.map(str::to_owned) }]
     }
 
     #[test]
     fn takes_only_what_is_free() {
-        let mine = BTreeMap::from([(3, Owned { epoch: 7, position: 0 })]);
+        let mine = BTreeMap::from([(3, Owned { term: 7, position: 0 })]);
         let (alone, both) = (members(&["a"]), members(&["a", "b"]));
         let (me, other) = match winner(&both, 3).unwrap().as_str() {
             "a" => ("a", "b"),

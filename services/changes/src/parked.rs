@@ -79,7 +79,7 @@ impl Parked {
             is_told: false,
         };
         self.with(|board| {
-            let name = (submission.client_id, submission.seq);
+            let name = (submission.client_id, submission.client_seq);
             if board.parked.len() < MAX_NAMED || board.parked.contains_key(&name) {
                 board.parked.insert(name, entry);
             }
@@ -138,15 +138,15 @@ impl Parked {
             let note = sqlx::query(NOTE).bind(clients).bind(seqs).bind(users).bind(tables).bind(tries).bind(reasons);
             note.execute(pool).await?;
             self.with(|board| {
-                for ((client, seq), tries) in clients.iter().zip(seqs).zip(tries) {
-                    let entry = board.parked.get_mut(&(*client, *seq as u64));
+                for ((client, client_seq), tries) in clients.iter().zip(seqs).zip(tries) {
+                    let entry = board.parked.get_mut(&(*client, *client_seq as u64));
                     entry.into_iter().for_each(|entry| entry.is_told |= i64::from(entry.tries) == i64::from(*tries));
                 }
             });
         }
         if !gone.is_empty() {
             let (clients, seqs): (Vec<Uuid>, Vec<i64>) =
-                gone.iter().map(|(client, seq)| (*client, *seq as i64)).unzip();
+                gone.iter().map(|(client, client_seq)| (*client, *client_seq as i64)).unzip();
             sqlx::query(FORGET).bind(clients).bind(seqs).execute(pool).await?;
             self.with(|board| drop(board.gone.drain(..gone.len())));
         }
@@ -181,9 +181,9 @@ struct Columns {
 }
 
 impl Columns {
-    fn push(&mut self, (client_id, seq): Name, entry: &Entry) {
+    fn push(&mut self, (client_id, client_seq): Name, entry: &Entry) {
         self.clients.push(client_id);
-        self.seqs.push(seq as i64);
+        self.seqs.push(client_seq as i64);
         self.users.push(entry.user_id.clone());
         self.tables.push(entry.table.clone());
         self.tries.push(i32::try_from(entry.tries).unwrap_or(i32::MAX));

@@ -73,7 +73,7 @@ impl<'a> Planned<'a> {
             let Some(change) = self.submission.changes.get(lost.index) else { continue };
             tracing::info!(
                 client.id = %self.submission.client_id,
-                client.seq = self.submission.seq,
+                client.seq = self.submission.client_seq,
                 change.id = %change.change_id,
                 change.stamp = change.stamp,
                 winner = lost.winner,
@@ -88,7 +88,7 @@ impl<'a> Planned<'a> {
         let first = self.lost.iter().map(|lost| lost.index).min()?;
         let wholly = self.lost.iter().filter(|lost| lost.whole).count() == self.submission.changes.len();
         Some(Loss {
-            seq: self.submission.seq,
+            client_seq: self.submission.client_seq,
             verdict: if wholly { Verdict::Superseded } else { Verdict::Merged },
             change_id: self.submission.changes.get(first)?.change_id,
         })
@@ -96,17 +96,17 @@ impl<'a> Planned<'a> {
 
     /// The result, once the action is committed; none for what was not taken by this batch.
     pub fn result(&self) -> Option<TransactionResult> {
-        let seq = self.submission.seq;
+        let client_seq = self.submission.client_seq;
         match &self.action {
             Action::Apply(_) => {
                 let verdict = self.loss().map_or(Verdict::Applied, |loss| loss.verdict);
-                Some(TransactionResult { seq, verdict, failure: None })
+                Some(TransactionResult { client_seq, verdict, failure: None })
             }
             Action::Reject(rejection) => Some(TransactionResult {
-                seq,
+                client_seq,
                 verdict: Verdict::Rejected,
                 failure: Some(Failure {
-                    seq,
+                    client_seq,
                     change_id: rejection.change_id,
                     code: rejection.code,
                     rule: rejection.rule.clone(),
@@ -126,16 +126,15 @@ impl Rejected {
     /// Remembers a transaction if it is rejected.
     pub fn add(&mut self, planned: &Planned<'_>) {
         if let Action::Reject(_) = planned.action {
-            self.0.insert((planned.submission.client_id, planned.submission.seq));
+            self.0.insert((planned.submission.client_id, planned.submission.client_seq));
         }
     }
 
     /// Why a submission cannot be taken after them.
     pub fn refuse(&self, submission: &Submission) -> Option<Refusal> {
-        let failed = submission
-            .after
-            .iter()
-            .find(|&&seq| seq < submission.seq && self.0.contains(&(submission.client_id, seq)))?;
+        let failed = submission.after.iter().find(|&&client_seq| {
+            client_seq < submission.client_seq && self.0.contains(&(submission.client_id, client_seq))
+        })?;
         let message = format!("an earlier transaction on the same rows was rejected (client_seq {failed})");
         Some(Refusal::new(Code::PredecessorFailed, message))
     }
@@ -144,8 +143,8 @@ impl Rejected {
 /// The transactions that submissions name as their predecessors and that earlier batches took.
 pub(crate) fn predecessors<'a>(submissions: impl Iterator<Item = &'a Submission>, ledger: &Ledger) -> Vec<(Uuid, u64)> {
     submissions
-        .flat_map(|submission| submission.after.iter().map(|seq| (submission.client_id, *seq)))
-        .filter(|(client_id, seq)| ledger.is_stored(*client_id, *seq))
+        .flat_map(|submission| submission.after.iter().map(|client_seq| (submission.client_id, *client_seq)))
+        .filter(|(client_id, client_seq)| ledger.is_stored(*client_id, *client_seq))
         .collect()
 }
 
@@ -160,14 +159,14 @@ pub(crate) fn plan<'a>(
 ) -> Vec<Planned<'a>> {
     submissions
         .map(|submission| {
-            let (client, seq) = (submission.client_id, submission.seq);
+            let (client, client_seq) = (submission.client_id, submission.client_seq);
             // Postgres cannot store such a user id, so the ledger could not be written either.
             if submission.user_id.contains('\0') {
-                tracing::warn!(client.id = %client, client.seq = seq, "skipped: the user id contains U+0000");
+                tracing::warn!(client.id = %client, client.seq = client_seq, "skipped: the user id contains U+0000");
                 return Planned::new(submission, Action::Skip);
             }
             let action = match ledger.decide(submission) {
-                Decision::Take => match (rejected.refuse(submission), condemned.get(&(client, seq))) {
+                Decision::Take => match (rejected.refuse(submission), condemned.get(&(client, client_seq))) {
                     (Some(refusal), _) => Action::Reject(Rejection::new(submission, 0, refusal)),
                     // Another copy of the store may have used the number for something else.
                     (None, Some(rejection)) if submission.changes.iter().any(|c| c.change_id == rejection.change_id) => {
@@ -180,17 +179,17 @@ pub(crate) fn plan<'a>(
                 },
                 Decision::Duplicate => Action::Repeat,
                 Decision::Gap => {
-                    tracing::debug!(client.id = %client, client.seq = seq, "skipped: an earlier one is missing");
+                    tracing::debug!(client.id = %client, client.seq = client_seq, "skipped: an earlier one is missing");
                     Action::Skip
                 }
                 Decision::Foreign => {
                     // Neither recorded nor published: both would reach the client's rightful user.
-                    tracing::warn!(client.id = %client, client.seq = seq, code = %Code::IdentityMismatch, "refused: the client belongs to another user");
+                    tracing::warn!(client.id = %client, client.seq = client_seq, code = %Code::IdentityMismatch, "refused: the client belongs to another user");
                     Action::Skip
                 }
                 Decision::Fork => {
                     // Not recorded either: it would be told to the copy whose number this is.
-                    tracing::warn!(client.id = %client, client.seq = seq, "skipped: another copy of the client's store submitted this number");
+                    tracing::warn!(client.id = %client, client.seq = client_seq, "skipped: another copy of the client's store submitted this number");
                     Action::Skip
                 }
             };
@@ -234,13 +233,13 @@ mod tests {
     use crate::ledger::Client;
     use crate::validator::tests::{change, only, tasks};
 
-    fn submission(seq: u64, after: &[u64], title: &str) -> Submission {
+    fn submission(client_seq: u64, after: &[u64], title: &str) -> Submission {
         Submission {
             client_id: Uuid::from_u128(1),
             user_id: "u".into(),
-            seq,
+            client_seq,
             attempt: 1,
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: after.to_vec(),
             changes: vec![change(Operation::Update, "1", &[("title", Some(title))])],
@@ -261,7 +260,10 @@ mod tests {
         ];
         let mut ledger = Ledger::default();
         ledger.load(Uuid::from_u128(1), Client::stored("u".into(), 4, None));
-        assert_eq!(predecessors(submissions.iter(), &ledger).iter().map(|(_, seq)| *seq).collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(
+            predecessors(submissions.iter(), &ledger).iter().map(|(_, client_seq)| *client_seq).collect::<Vec<_>>(),
+            [3, 4]
+        );
         let mut rejected = Rejected([(Uuid::from_u128(1), 3)].into());
         let plan = plan(submissions.iter(), &mut ledger, only(&table), &Condemned::new(), &mut rejected);
         let codes: Vec<_> =

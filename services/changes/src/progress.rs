@@ -12,7 +12,7 @@ use crate::batch::Item;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fence {
     pub partition: u16,
-    pub epoch: i64,
+    pub term: i64,
     pub old: u64,
     pub new: u64,
 }
@@ -20,7 +20,7 @@ pub(crate) struct Fence {
 /// A partition that the worker owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owned {
-    pub epoch: i64,
+    pub term: i64,
     pub position: u64,
 }
 
@@ -71,11 +71,11 @@ impl Progress {
             *batch.entry(item.partition).or_default().entry(item.sequence).or_default() += 1;
         }
         let fence = |(partition, done): (u16, BTreeMap<u64, usize>)| {
-            let Owned { epoch, position } = *owned.get(&partition)?;
+            let Owned { term, position } = *owned.get(&partition)?;
             let Partition { seen, open } = self.0.get(&partition)?;
             let remains = |(sequence, open): &(&u64, &Open)| !open.whole || done.get(sequence) != Some(&open.items);
             let new = open.iter().find(remains).map_or(*seen, |(first, _)| first.saturating_sub(1));
-            Some(Fence { partition, epoch, old: position, new: new.max(position) })
+            Some(Fence { partition, term, old: position, new: new.max(position) })
         };
         batch.into_iter().filter_map(fence).collect()
     }
@@ -96,14 +96,14 @@ mod tests {
 
     #[test]
     fn a_position_moves_over_what_is_done_from_the_first_on() {
-        let owned = BTreeMap::from([(1, Owned { epoch: 5, position: 10 }), (2, Owned { epoch: 6, position: 12 })]);
+        let owned = BTreeMap::from([(1, Owned { term: 5, position: 10 }), (2, Owned { term: 6, position: 12 })]);
         let items: Vec<Item> =
             [message(1, 11, &[1, 1]), message(2, 13, &[1]), message(1, 14, &[1, 1])].into_iter().flatten().collect();
         let mut progress = Progress::default();
         items.iter().for_each(|item| progress.enter(item));
         let check = |progress: &Progress, batch: &[usize], expected: &[(u16, i64, u64, u64)]| {
             let fences = progress.fences(batch.iter().map(|index| &items[*index]), &owned);
-            let found: Vec<_> = fences.iter().map(|f| (f.partition, f.epoch, f.old, f.new)).collect();
+            let found: Vec<_> = fences.iter().map(|f| (f.partition, f.term, f.old, f.new)).collect();
             assert_eq!(found, expected, "{batch:?}");
         };
         // 11 is half done, or done, or all is; and the same in another order.
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_message_is_not_done_before_its_last_item_is_here() {
-        let owned = BTreeMap::from([(1, Owned { epoch: 1, position: 0 })]);
+        let owned = BTreeMap::from([(1, Owned { term: 1, position: 0 })]);
         let items = message(1, 5, &[1, 1]);
         let mut progress = Progress::default();
         progress.enter(&items[0]);

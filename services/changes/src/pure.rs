@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use millstream_catalog::Table;
 use millstream_schemas::Code;
-use millstream_schemas::stream::{Failure, InstanceSpan, OriginEntry, Submission, ValidateRequest};
+use millstream_schemas::stream::{Failure, OriginEntry, RunSpan, Submission, ValidateRequest};
 use uuid::Uuid;
 
 use crate::error::Refusal;
@@ -25,7 +25,7 @@ pub struct Known {
     /// Last `client_seq` taken.
     pub last_seq: u64,
     /// Which run of the store submitted it.
-    pub instance: Option<Uuid>,
+    pub run_id: Option<Uuid>,
 }
 
 /// What became of a transaction.
@@ -42,8 +42,8 @@ pub enum Effect {
 pub struct Settled {
     /// Ledger rows that moved.
     pub clients: Vec<Known>,
-    /// Instances that began.
-    pub spans: Vec<(Uuid, InstanceSpan)>,
+    /// Runs that began.
+    pub spans: Vec<(Uuid, RunSpan)>,
     /// What the stream tells of it.
     pub origin: Vec<OriginEntry>,
 }
@@ -58,11 +58,12 @@ pub fn settle(
     mut apply: impl FnMut(&Submission) -> Effect,
 ) -> Settled {
     let mut ledger = Ledger::default();
-    for Known { client_id, user_id, last_seq, instance } in known {
-        ledger.load(client_id, Client::stored(user_id, last_seq, instance));
+    for Known { client_id, user_id, last_seq, run_id } in known {
+        ledger.load(client_id, Client::stored(user_id, last_seq, run_id));
     }
     let named = predecessors(submissions.iter(), &ledger);
-    let mut refused = Rejected(HashSet::from_iter(named.into_iter().filter(|(client, seq)| rejected(*client, *seq))));
+    let mut refused =
+        Rejected(HashSet::from_iter(named.into_iter().filter(|(client, client_seq)| rejected(*client, *client_seq))));
     let find = |name: &str| tables.iter().find(|table| table.name == name);
     let mut plan = plan(submissions.iter(), &mut ledger, find, &Condemned::new(), &mut refused);
     for planned in &mut plan {
@@ -88,7 +89,7 @@ pub fn settle(
         client_id,
         user_id: client.user_id.clone(),
         last_seq: client.last,
-        instance: client.instance,
+        run_id: client.run_id,
     });
     Settled { clients: clients.collect(), spans: ledger.spans().to_vec(), origin: settle::origin(&plan, &ledger) }
 }
@@ -116,5 +117,5 @@ pub fn answer(
 
 fn failure(submission: &Submission, why: Rejection) -> (usize, Failure) {
     let Rejection { index, change_id, code, rule, message } = why;
-    (index, Failure { seq: submission.seq, change_id, code, rule, message })
+    (index, Failure { client_seq: submission.client_seq, change_id, code, rule, message })
 }

@@ -32,8 +32,8 @@ impl Results {
     pub async fn publish(mut self, client: &async_nats::Client) {
         for (client_id, results) in self.0.drain(..) {
             let mut message = ResultsMessage { results };
-            message.results.sort_by_key(|result| result.seq);
-            message.results.dedup_by_key(|result| result.seq);
+            message.results.sort_by_key(|result| result.client_seq);
+            message.results.dedup_by_key(|result| result.client_seq);
             match serde_json::to_vec(&message) {
                 Ok(payload) => {
                     if let Err(error) = client.publish(subject::results(client_id), payload.into()).await {

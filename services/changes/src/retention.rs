@@ -1,4 +1,4 @@
-//! What the database need not remember for ever: old failed changes, and old spans of a client's instances.
+//! What the database need not remember for ever: old failed changes, and old spans of a client's runs.
 //!
 //! A row of `changes_history` is also the memory behind a repeated verdict: without it, a client that has not heard of
 //! the rejection would be told that its transaction was applied. So age alone is not enough. A row may go when it is older
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 /// Rejections among so many of a client's newest transactions stay while the client is active.
 const KEPT_BEHIND: i64 = 10_000;
-/// Spans of instances that are kept a client: it would take as many starts of a store, without any confirmation heard,
+/// Spans of runs that are kept a client: it would take as many starts of a store, without any confirmation heard,
 /// to miss one.
 const KEPT_SPANS: i64 = 1_000;
 /// Most rows in one statement, and most statements in a round: nobody waits for them, and nobody shall wait because of them.

@@ -19,8 +19,8 @@ use crate::progress::Fence;
 pub(crate) const MAX_LOST: usize = 100;
 /// Largest origin record of several transactions: it travels in a header, and the broker takes 64 KiB of those.
 const MAX_ORIGIN_BYTES: usize = 40 * 1024;
-/// Newest instances kept a client.
-const MAX_INSTANCES: i64 = 1_000;
+/// Newest runs kept a client.
+const MAX_RUNS: i64 = 1_000;
 
 macro_rules! fenced {
     () => {
@@ -35,7 +35,7 @@ macro_rules! fenced {
 pub(crate) const FENCED: &str = fenced!();
 
 /// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
-/// another owner changed the ledger meanwhile, it would have moved the position or the epoch too, and the fence fails.
+/// another owner changed the ledger meanwhile, it would have moved the position or the term too, and the fence fails.
 const FENCE: &str = concat!(
     "WITH ",
     fenced!(),
@@ -46,7 +46,7 @@ FROM (SELECT) AS one LEFT JOIN millstream.clients c ON c.client_id = ANY ($6::uu
 );
 
 /// Ledger, history and origin in one round trip, the last before COMMIT. The ledger is compared and set, so that even
-/// an owner under another stream epoch cannot take a transaction twice.
+/// an owner of another incarnation of the stream cannot take a transaction twice.
 const SETTLE: &str = "\
 WITH n AS (
     SELECT * FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::uuid[], $5::bigint[], $6::text[])
@@ -74,8 +74,8 @@ failed AS (
 SELECT (SELECT count(*) FROM known) + (SELECT count(*) FROM fresh) AS settled,
        pg_logical_emit_message(true, $8, $9)::text AS lsn";
 
-/// Where instances of stores begin; rare, so in a round trip of its own.
-const INSTANCES: &str = "\
+/// Where runs of stores begin; rare, so in a round trip of its own.
+const RUNS: &str = "\
 WITH n AS (SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[]) AS n(client_id, first_seq, instance)),
 old AS (
     DELETE FROM millstream.instances i USING (SELECT DISTINCT client_id FROM n) AS c
@@ -88,14 +88,14 @@ ON CONFLICT (client_id, first_seq) DO UPDATE SET instance = excluded.instance";
 /// Moves the positions; gives the ledger of the batch's clients, and the database's time in microseconds since 1970.
 pub(crate) async fn fence(
     connection: &mut PgConnection,
-    stream_epoch: &str,
+    incarnation: &str,
     items: &[Item],
     fences: &[Fence],
 ) -> Result<(Ledger, u64), Failed> {
     let mut clients: Vec<Uuid> = items.iter().filter_map(|item| Some(item.submission.as_ref()?.client_id)).collect();
     clients.sort_unstable();
     clients.dedup();
-    let rows = bind_fences(sqlx::query(FENCE), stream_epoch, fences)
+    let rows = bind_fences(sqlx::query(FENCE), incarnation, fences)
         .bind(clients)
         .fetch_all(connection)
         .await
@@ -109,9 +109,9 @@ pub(crate) async fn fence(
         now = row.try_get::<i64, _>("now").map_err(Failed::Server)? as u64;
         if let Some(client_id) = row.try_get::<Option<Uuid>, _>("client_id").map_err(Failed::Server)? {
             let last: i64 = row.try_get("last_seq").map_err(Failed::Server)?;
-            let instance = row.try_get("instance").map_err(Failed::Server)?;
+            let run_id = row.try_get("instance").map_err(Failed::Server)?;
             let user_id = row.try_get("user_id").map_err(Failed::Server)?;
-            ledger.load(client_id, Client::stored(user_id, last as u64, instance));
+            ledger.load(client_id, Client::stored(user_id, last as u64, run_id));
         }
     }
     Ok((ledger, now))
@@ -120,14 +120,14 @@ pub(crate) async fn fence(
 /// The parameters `$1` to `$5` of [`FENCED`].
 pub(crate) fn bind_fences<'q>(
     query: Query<'q, Postgres, PgArguments>,
-    stream_epoch: &'q str,
+    incarnation: &'q str,
     fences: &[Fence],
 ) -> Query<'q, Postgres, PgArguments> {
     let column = |value: fn(&Fence) -> i64| fences.iter().map(value).collect::<Vec<i64>>();
     query
-        .bind(stream_epoch)
+        .bind(incarnation)
         .bind(fences.iter().map(|fence| fence.partition as i16).collect::<Vec<i16>>())
-        .bind(column(|fence| fence.epoch))
+        .bind(column(|fence| fence.term))
         .bind(column(|fence| fence.old as i64))
         .bind(column(|fence| fence.new as i64))
 }
@@ -150,11 +150,11 @@ pub(crate) async fn settle(
     }
     if !ledger.spans().is_empty() {
         let spans = ledger.spans();
-        sqlx::query(INSTANCES)
+        sqlx::query(RUNS)
             .bind(spans.iter().map(|(id, _)| *id).collect::<Vec<_>>())
             .bind(spans.iter().map(|(_, span)| span.first_seq as i64).collect::<Vec<_>>())
-            .bind(spans.iter().map(|(_, span)| span.instance).collect::<Vec<_>>())
-            .bind(MAX_INSTANCES)
+            .bind(spans.iter().map(|(_, span)| span.run_id).collect::<Vec<_>>())
+            .bind(MAX_RUNS)
             .execute(&mut *connection)
             .await
             .map_err(Failed::at_work)?;
@@ -172,7 +172,7 @@ pub(crate) async fn settle(
         .bind(changed.iter().map(|(id, _)| *id).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.user_id.clone()).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.last as i64).collect::<Vec<_>>())
-        .bind(changed.iter().map(|(_, client)| client.instance).collect::<Vec<_>>())
+        .bind(changed.iter().map(|(_, client)| client.run_id).collect::<Vec<_>>())
         .bind(changed.iter().map(|(_, client)| client.stored.map(|stored| stored as i64)).collect::<Vec<_>>())
         .bind(lost)
         .bind(encode(&records)?)
@@ -198,8 +198,8 @@ pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> 
     let entry = |(id, client): (Uuid, &Client)| OriginEntry {
         client_id: id,
         first_seq: client.stored.unwrap_or(0) + 1,
-        seq: client.last,
-        instance: client.instance.unwrap_or_default(),
+        client_seq: client.last,
+        run_id: client.run_id.unwrap_or_default(),
         failed: failures.remove(&id).unwrap_or_default(),
         lost: losses.remove(&id).unwrap_or_default(),
     };

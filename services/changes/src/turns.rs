@@ -495,7 +495,7 @@ mod tests {
     }
 
     fn names<'a>(items: impl IntoIterator<Item = &'a Item>) -> Vec<(u128, u64)> {
-        let name = |item: &Item| item.submission.as_ref().map(|s| (s.client_id.as_u128(), s.seq));
+        let name = |item: &Item| item.submission.as_ref().map(|s| (s.client_id.as_u128(), s.client_seq));
         items.into_iter().filter_map(name).collect()
     }
 
@@ -561,7 +561,7 @@ mod tests {
         while !turns.is_empty() {
             seen.extend(batch(&mut turns));
             if let Some((item, _)) = turns.take_aside(|_| true) {
-                seen.extend(names([&item]).into_iter().map(|(client, seq)| (client + 100, seq)));
+                seen.extend(names([&item]).into_iter().map(|(client, client_seq)| (client + 100, client_seq)));
                 turns.back(client, None, None);
             }
             while let Some((id, left)) = turns.wanted() {
@@ -569,7 +569,8 @@ mod tests {
                 turns.load(id, left.sequence, message(1, left.sequence, left.sequence, sizes));
             }
         }
-        let aside: Vec<u64> = seen.iter().filter(|(client, _)| *client == 101).map(|(_, seq)| *seq).collect();
+        let aside: Vec<u64> =
+            seen.iter().filter(|(client, _)| *client == 101).map(|(_, client_seq)| *client_seq).collect();
         assert!(aside.contains(&10) && aside.is_sorted() && seen.contains(&(3, 9)), "{seen:?}");
     }
 
@@ -682,7 +683,7 @@ mod tests {
             }
         }
         assert!(seen.contains(&(2, 1)));
-        let own: Vec<u64> = seen.iter().filter(|(client, _)| *client == 1).map(|(_, seq)| *seq).collect();
+        let own: Vec<u64> = seen.iter().filter(|(client, _)| *client == 1).map(|(_, client_seq)| *client_seq).collect();
         assert_eq!(own, (1..all as u64).collect::<Vec<_>>());
         assert_eq!((turns.left, turns.bytes), (0, 0));
     }

@@ -327,10 +327,10 @@ pub(crate) mod tests {
         Submission {
             client_id: Uuid::from_u128(1),
             user_id: "u".into(),
-            instance: Uuid::nil(),
+            run_id: Uuid::nil(),
             previous: None,
             after: Vec::new(),
-            seq: 1,
+            client_seq: 1,
             attempt: 1,
             changes,
             traceparent: None,

@@ -52,7 +52,7 @@ pub(crate) enum Command {
     Own {
         /// Which.
         partition: u16,
-        /// Its epoch and position.
+        /// Its term and position.
         state: Owned,
     },
     /// Finish the batch at hand and give the partition up, in Postgres too if it still is ours.
@@ -85,8 +85,8 @@ pub(crate) enum Command {
 pub(crate) struct Lost {
     /// Which.
     pub partition: u16,
-    /// The epoch under which it was ours.
-    pub epoch: i64,
+    /// The term under which it was ours.
+    pub term: i64,
 }
 
 /// What workers share.
@@ -258,7 +258,7 @@ impl Worker {
             Command::Release { partition } => {
                 let Some(state) = self.owned.remove(&partition) else { return };
                 self.retain();
-                if let Err(error) = self.executor.release(partition, state.epoch).await {
+                if let Err(error) = self.executor.release(partition, state.term).await {
                     // Others see it as ours until the ownership task releases it a little later.
                     tracing::warn!(%error, partition, "cannot release a partition");
                 }
@@ -288,7 +288,7 @@ impl Worker {
         let (queue, condemned) = (&mut self.queue, &mut self.condemned);
         self.questions.proceed(|item, refusal| {
             if let (Some(submission), Some(rejection)) = (&item.submission, refusal) {
-                condemned.insert((submission.client_id, submission.seq), rejection);
+                condemned.insert((submission.client_id, submission.client_seq), rejection);
             }
             queue.extend([item]);
         });
@@ -336,13 +336,13 @@ impl Worker {
             let Some(state) = self.owned.get(&item.partition) else { return self.queue.drop_aside(&item) };
             let known = item.name().and_then(|name| self.condemned.get_key_value(&name));
             let condemned = known.into_iter().map(|(name, rejection)| (*name, rejection.clone())).collect();
-            self.aside.start(item, state.epoch, mode, condemned);
+            self.aside.start(item, state.term, mode, condemned);
         }
     }
 
     /// A transaction that was applied aside has ended.
-    async fn done_aside(&mut self, Done { item, epoch, mode, outcome, took }: Done) {
-        let Some((client_id, seq)) = item.name() else { return };
+    async fn done_aside(&mut self, Done { item, term, mode, outcome, took }: Done) {
+        let Some((client_id, client_seq)) = item.name() else { return };
         let now = Instant::now();
         // While others are at work, too, it is not all of the machine that it may have.
         let beside = self.worked.is_some_and(|worked| now.duration_since(worked) < BESIDE);
@@ -351,7 +351,7 @@ impl Worker {
             self.queue.took_aside(&item, took, now);
         }
         // Where the partition was somebody else's meanwhile, its messages are read again: what is done is a repeat then.
-        let is_ours = self.owned.get(&item.partition).is_some_and(|state| state.epoch == epoch);
+        let is_ours = self.owned.get(&item.partition).is_some_and(|state| state.term == term);
         let (error, is_strike) = match outcome {
             Ok(results) => {
                 self.settled(&item);
@@ -363,8 +363,8 @@ impl Worker {
                 return self.publish(results).await;
             }
             Err(_) if !is_ours => return self.queue.drop_aside(&item),
-            Err(Failed::Condemned(client_id, seq, rejection)) => {
-                self.condemned.insert((client_id, seq), rejection);
+            Err(Failed::Condemned(client_id, client_seq, rejection)) => {
+                self.condemned.insert((client_id, client_seq), rejection);
                 return self.queue.return_aside(item, None);
             }
             Err(Failed::Strike(_, _, error)) => {
@@ -387,21 +387,21 @@ impl Worker {
                     "cannot read the catalog"
                 );
                 self.shared.health.set_ready("postgres", false);
-                let until = now + self.parked_for((client_id, seq));
+                let until = now + self.parked_for((client_id, client_seq));
                 return self.queue.return_aside(item, Some(until));
             }
             Err(Failed::Fenced | Failed::Ledger) => {
-                let until = now + self.parked_for((client_id, seq));
+                let until = now + self.parked_for((client_id, client_seq));
                 return self.queue.return_aside(item, Some(until));
             }
         };
-        let until = if is_strike && self.is_given_up((client_id, seq), item.submission.as_ref(), &error) {
+        let until = if is_strike && self.is_given_up((client_id, client_seq), item.submission.as_ref(), &error) {
             None
         } else {
             if !is_strike {
-                tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
+                tracing::warn!(client.id = %client_id, client.seq = client_seq, %error, "a transaction cannot be applied now; it is kept and tried again");
             }
-            let pause = self.parked_for((client_id, seq));
+            let pause = self.parked_for((client_id, client_seq));
             self.note(item.submission.as_ref(), &error);
             Some(now + pause)
         };
@@ -413,7 +413,7 @@ impl Worker {
     fn settled(&mut self, item: &Item) {
         let Some(submission) = &item.submission else { return };
         self.questions.gate.settled(submission);
-        let name = (submission.client_id, submission.seq);
+        let name = (submission.client_id, submission.client_seq);
         self.condemned.remove(&name);
         if self.troubles.remove(&name).is_some() {
             self.shared.parked.settled(name);
@@ -423,7 +423,8 @@ impl Worker {
     /// Names a transaction that was tried in vain to the operator.
     fn note(&self, submission: Option<&Submission>, error: &sqlx::Error) {
         let Some(submission) = submission else { return };
-        let tries = self.troubles.get(&(submission.client_id, submission.seq)).map_or(1, |trouble| trouble.parked);
+        let tries =
+            self.troubles.get(&(submission.client_id, submission.client_seq)).map_or(1, |trouble| trouble.parked);
         self.shared.parked.note(submission, tries, error);
     }
 
@@ -431,7 +432,7 @@ impl Worker {
     fn refused(&self, items: &[Item]) -> Condemned {
         let submissions = items.iter().filter_map(|item| item.submission.as_ref());
         let refused = submissions.filter_map(|submission| {
-            let name = (submission.client_id, submission.seq);
+            let name = (submission.client_id, submission.client_seq);
             let refusal = self.troubles.get(&name).and_then(|_| self.shared.parked.refusal(name))?;
             Some((name, Rejection::new(submission, 0, refusal)))
         });
@@ -464,8 +465,8 @@ impl Worker {
             Err(Failed::Stale) => {
                 tracing::debug!(worker = self.index, "reading the catalog again before refusing names")
             }
-            Err(Failed::Condemned(client_id, seq, rejection)) => {
-                self.condemned.insert((client_id, seq), rejection);
+            Err(Failed::Condemned(client_id, client_seq, rejection)) => {
+                self.condemned.insert((client_id, client_seq), rejection);
             }
             Err(Failed::Fenced) => {
                 self.recover().await;
@@ -482,19 +483,19 @@ impl Worker {
                 if let Some(stored) = self.recover().await
                     && fences.iter().any(|fence| fence.new != fence.old)
                     && fences.iter().all(|fence| {
-                        stored.get(&fence.partition) == Some(&Owned { epoch: fence.epoch, position: fence.new })
+                        stored.get(&fence.partition) == Some(&Owned { term: fence.term, position: fence.new })
                     })
                 {
                     return Some(results);
                 }
                 // Perhaps one of its changes ends the backend, by what COMMIT does.
                 match (mode, single) {
-                    (_, Some((client_id, seq))) => self.strike(client_id, seq, &error).await,
+                    (_, Some((client_id, client_seq))) => self.strike(client_id, client_seq, &error).await,
                     (Mode::Fast | Mode::Careful, _) => self.queue.isolate(count),
                     (Mode::Savepoints | Mode::Single, _) => self.queue.failed(count, mode, None),
                 }
             }
-            Err(Failed::Strike(client_id, seq, error)) => self.strike(client_id, seq, &error).await,
+            Err(Failed::Strike(client_id, client_seq, error)) => self.strike(client_id, client_seq, &error).await,
             Err(Failed::Busy(error)) => self.busy(count, mode, &error).await,
             Err(Failed::Gone(error)) => {
                 tracing::warn!(worker = self.index, %error, "the connection was lost while a batch was applied");
@@ -546,33 +547,35 @@ impl Worker {
     }
 
     /// A transaction failed in a way that nobody understands. Its client waits, others do not.
-    async fn strike(&mut self, client_id: Uuid, seq: u64, error: &sqlx::Error) {
+    async fn strike(&mut self, client_id: Uuid, client_seq: u64, error: &sqlx::Error) {
         if !keeps_connection(error) {
             self.recover().await;
         }
-        let Some(at) = self.queue.items().iter().position(|item| item.name() == Some((client_id, seq))) else { return };
+        let Some(at) = self.queue.items().iter().position(|item| item.name() == Some((client_id, client_seq))) else {
+            return;
+        };
         if is_out_of_time(error) && self.shared.stream.is_some() {
-            tracing::warn!(client.id = %client_id, client.seq = seq, "a transaction takes longer than others may wait; it is tried aside");
+            tracing::warn!(client.id = %client_id, client.seq = client_seq, "a transaction takes longer than others may wait; it is tried aside");
             self.queue.took_too_long(client_id, Instant::now());
             return self.queue.park(at, Instant::now());
         }
         let submission = self.queue.items().get(at).and_then(|item| item.submission.clone());
-        if !self.is_given_up((client_id, seq), submission.as_ref(), error) {
+        if !self.is_given_up((client_id, client_seq), submission.as_ref(), error) {
             self.park(at, error);
         }
     }
 
     /// Counts a failure that nobody understands; whether it was one too many, so that the transaction is refused.
     fn is_given_up(&mut self, name: (Uuid, u64), submission: Option<&Submission>, error: &sqlx::Error) -> bool {
-        let (client_id, seq) = name;
+        let (client_id, client_seq) = name;
         let trouble = self.troubles.entry(name).or_default();
         trouble.strikes += 1;
         let strikes = trouble.strikes;
-        tracing::warn!(client.id = %client_id, client.seq = seq, strikes, %error, "a transaction failed in an unknown way");
+        tracing::warn!(client.id = %client_id, client.seq = client_seq, strikes, %error, "a transaction failed in an unknown way");
         if strikes < MAX_STRIKES {
             return false;
         }
-        tracing::error!(client.id = %client_id, client.seq = seq, %error, "rejected as internal; see changes_history");
+        tracing::error!(client.id = %client_id, client.seq = client_seq, %error, "rejected as internal; see changes_history");
         let message = format!("the server failed on it {MAX_STRIKES} times");
         if let Some(submission) = submission {
             let rejection = Rejection::new(submission, 0, Refusal::new(Code::Internal, message));
@@ -588,8 +591,10 @@ impl Worker {
             tracing::debug!(worker = self.index, %error, "the transactions of a batch are tried one by one");
             return self.queue.set_apart(count);
         }
-        let Some((client_id, seq)) = self.queue.items().first().and_then(Item::name) else { return self.pause().await };
-        tracing::warn!(client.id = %client_id, client.seq = seq, %error, "a transaction cannot be applied now; it is kept and tried again");
+        let Some((client_id, client_seq)) = self.queue.items().first().and_then(Item::name) else {
+            return self.pause().await;
+        };
+        tracing::warn!(client.id = %client_id, client.seq = client_seq, %error, "a transaction cannot be applied now; it is kept and tried again");
         self.park(0, error);
         // Locks and deadlocks are between transactions; everything else may be the server's state.
         let state = error.as_database_error().and_then(|error| error.code());
@@ -639,7 +644,7 @@ impl Worker {
         }
     }
 
-    /// Takes epochs and positions from Postgres, for as long as it takes; none if asked to stop meanwhile.
+    /// Takes terms and positions from Postgres, for as long as it takes; none if asked to stop meanwhile.
     async fn recover(&mut self) -> Option<BTreeMap<u16, Owned>> {
         let partitions: Vec<u16> = self.owned.keys().copied().collect();
         let stored = loop {
@@ -660,13 +665,13 @@ impl Worker {
         for partition in partitions {
             let Some(state) = self.owned.get_mut(&partition) else { continue };
             match stored.get(&partition) {
-                Some(now) if now.epoch == state.epoch => {
+                Some(now) if now.term == state.term => {
                     changed |= now.position != state.position;
                     state.position = now.position;
                 }
                 _ => {
-                    tracing::info!(partition, epoch = state.epoch, "a partition was taken over");
-                    let lost = Lost { partition, epoch: state.epoch };
+                    tracing::info!(partition, term = state.term, "a partition was taken over");
+                    let lost = Lost { partition, term: state.term };
                     self.owned.remove(&partition);
                     changed = true;
                     if self.shared.lost.send(lost).await.is_err() {

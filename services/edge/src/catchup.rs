@@ -143,7 +143,7 @@ struct Pages {
 }
 
 impl<'a> Merge<'a> {
-    /// All messages of these scopes with `from <= seq < before`; the first page of each.
+    /// All messages of these scopes with `from <= stream_seq < before`; the first page of each.
     ///
     /// # Errors
     /// See [`CatchUpError`].
@@ -204,7 +204,7 @@ impl<'a> Merge<'a> {
 
 impl Pages {
     fn next(&self, index: usize) -> Option<Reverse<(u64, usize)>> {
-        self.found.front().map(|message| Reverse((message.position.seq, index)))
+        self.found.front().map(|message| Reverse((message.position.stream_seq, index)))
     }
 
     /// Gives how many bytes it fetched, as the ring counts them.
@@ -216,7 +216,7 @@ impl Pages {
         let (messages, end) = batch(broker, &self.subject, self.from, before).await?;
         self.complete = end || messages.is_empty();
         if let Some(last) = messages.last() {
-            self.from = last.position.seq + 1;
+            self.from = last.position.stream_seq + 1;
         }
         let bytes = messages.iter().map(|message| message.weight()).sum();
         self.found.extend(messages);
@@ -261,11 +261,11 @@ async fn batch(
             Some(status) => return Err(CatchUpError::Refused { subject: subject.to_owned(), status }),
         }
         let Some(headers) = &reply.headers else { continue };
-        let Some(seq) = header(&reply, "Nats-Sequence") else { continue };
-        if seq >= before {
+        let Some(stream_seq) = header(&reply, "Nats-Sequence") else { continue };
+        if stream_seq >= before {
             return Ok((messages, true));
         }
-        messages.push(Arc::new(Message::decode(seq, subject, headers, reply.payload.clone())?));
+        messages.push(Arc::new(Message::decode(stream_seq, subject, headers, reply.payload.clone())?));
     }
 }
 
@@ -277,9 +277,9 @@ fn header<T: std::str::FromStr>(message: &async_nats::Message, name: &str) -> Op
 ///
 /// # Errors
 /// The broker does not answer, or the message cannot be read.
-pub async fn at(nats: &Nats, seq: u64) -> Result<Option<Message>, CatchUpError> {
+pub async fn at(nats: &Nats, stream_seq: u64) -> Result<Option<Message>, CatchUpError> {
     let subject = format!("$JS.API.DIRECT.GET.{WAL_STREAM}");
-    let body = serde_json::json!({ "seq": seq }).to_string();
+    let body = serde_json::json!({ "seq": stream_seq }).to_string();
     let reply = tokio::time::timeout(TIMEOUT, nats.client.request(subject.clone(), Bytes::from(body)))
         .await
         .map_err(|_| CatchUpError::Timeout { subject: subject.clone() })?

@@ -118,7 +118,7 @@ impl Downlink {
             client_id,
             user_scope: Scope::user(user_id),
             reach,
-            cursor: position.seq,
+            cursor: position.stream_seq,
             position,
             open,
             listens: BTreeSet::from([Scope::user(user_id), Scope::global()]),
@@ -154,9 +154,9 @@ impl Downlink {
         self.cursor
     }
 
-    /// Continue behind `seq` after a catch-up that fetched everything relevant up to it.
-    pub fn skip_to(&mut self, seq: u64) {
-        self.cursor = self.cursor.max(seq);
+    /// Continue behind `stream_seq` after a catch-up that fetched everything relevant up to it.
+    pub fn skip_to(&mut self, stream_seq: u64) {
+        self.cursor = self.cursor.max(stream_seq);
     }
 
     /// The scopes that the session delivers.
@@ -237,7 +237,7 @@ impl Downlink {
             }
             self.staged = true;
         }
-        self.cursor = message.position.seq;
+        self.cursor = message.position.stream_seq;
         self.position = message.position;
         self.open = (!message.last).then_some((message.lsn(), message.xid));
         if message.last && self.bracket.is_none() {
@@ -320,7 +320,7 @@ impl Downlink {
 
     /// Whether a message settles changes of the client, but not those that come next.
     fn misses(&self, message: &Message) -> bool {
-        let told = self.ledger.as_ref().map_or(self.confirmed, |(_, known)| known.seq.max(self.confirmed));
+        let told = self.ledger.as_ref().map_or(self.confirmed, |(_, known)| known.client_seq.max(self.confirmed));
         let missing = |entry: &OriginEntry| entry.first_seq > told + 1;
         !self.cut && !self.mute && message.settles(self.client_id).any(missing)
     }
@@ -328,18 +328,18 @@ impl Downlink {
     fn confirm(&mut self, message: &Message, out: &mut Vec<Out>) {
         for entry in message.settles(self.client_id) {
             if let Some((_, known)) = &self.ledger {
-                if entry.seq <= known.seq {
+                if entry.client_seq <= known.client_seq {
                     // A catch-up sees only some of the messages that told of failures: the ledger tells of all.
                     continue;
                 }
                 // This transaction committed after all that the ledger speaks of, so that has been sent.
                 self.confirm_ledger(out);
             }
-            if entry.seq > self.confirmed && !self.cut && !self.mute {
-                self.confirmed = entry.seq;
+            if entry.client_seq > self.confirmed && !self.cut && !self.mute {
+                self.confirmed = entry.client_seq;
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
-                    seq: entry.seq,
-                    instance: entry.instance,
+                    client_seq: entry.client_seq,
+                    run_id: entry.run_id,
                     failed: entry.failed.clone(),
                     lost: entry.lost.clone(),
                 })));
@@ -350,7 +350,7 @@ impl Downlink {
 
     fn confirm_ledger(&mut self, out: &mut Vec<Out>) {
         if let Some((_, confirmed)) = self.ledger.take() {
-            self.confirmed = self.confirmed.max(confirmed.seq);
+            self.confirmed = self.confirmed.max(confirmed.client_seq);
             out.push(Out::Own(ServerFrame::Confirmed(confirmed)));
             self.staged = true;
         }
@@ -509,6 +509,6 @@ impl Downlink {
     /// Whether every transaction that committed before `lsn` has been fed.
     fn passed(&self, lsn: Lsn) -> bool {
         self.position.lsn >= lsn
-            || self.watermark.is_some_and(|watermark| watermark.lsn >= lsn && self.cursor >= watermark.seq)
+            || self.watermark.is_some_and(|watermark| watermark.lsn >= lsn && self.cursor >= watermark.stream_seq)
     }
 }

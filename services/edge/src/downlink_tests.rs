@@ -26,8 +26,8 @@ fn fence(xmax: u64, lsn: u64) -> Arc<Fence> {
 }
 
 /// Messages whose LSN is `0x10_0000 + n` and whose xid is `n`.
-fn msg(seq: u64, n: u64, index: u32, last: bool, scope: Option<Scope>) -> Message {
-    let mut message = message(seq, 0x10_0000 + n, index, last, scope);
+fn msg(stream_seq: u64, n: u64, index: u32, last: bool, scope: Option<Scope>) -> Message {
+    let mut message = message(stream_seq, 0x10_0000 + n, index, last, scope);
     message.xid = n as u32;
     message
 }
@@ -39,20 +39,20 @@ fn moving(mut message: Message, scopes: &[Scope]) -> Message {
 }
 
 fn downlink(scopes: &[Scope]) -> Downlink {
-    let position = Position { epoch: Uuid::nil(), seq: 10, lsn: Lsn(0x10_0000) };
+    let position = Position { epoch: Uuid::nil(), stream_seq: 10, lsn: Lsn(0x10_0000) };
     Downlink::new(CLIENT, "alice", Arc::new(board()), position, None, scopes.iter().cloned(), fence(0, 0x100))
 }
 
 fn words(out: Vec<Out>) -> String {
     let word = |frame: Out| match frame {
         Out::Shared(text) => match serde_json::from_str(&text).unwrap() {
-            ServerFrame::Rows(rows) => format!("rows{}{}", rows.seq, if rows.last { "!" } else { "" }),
+            ServerFrame::Rows(rows) => format!("rows{}{}", rows.stream_seq, if rows.last { "!" } else { "" }),
             other => panic!("{other:?}"),
         },
-        Out::Own(ServerFrame::Commit { position }) => format!("commit{}", position.seq),
-        Out::Own(ServerFrame::Confirmed(confirmed)) => format!("confirmed{}", confirmed.seq),
+        Out::Own(ServerFrame::Commit { position }) => format!("commit{}", position.stream_seq),
+        Out::Own(ServerFrame::Confirmed(confirmed)) => format!("confirmed{}", confirmed.client_seq),
         Out::Own(ServerFrame::SnapshotApply {}) => "apply".to_owned(),
-        Out::Own(ServerFrame::SnapshotEnd { position }) => format!("end{}", position.seq),
+        Out::Own(ServerFrame::SnapshotEnd { position }) => format!("end{}", position.stream_seq),
         Out::Own(ServerFrame::ScopeRemoved { scope }) => format!("-{scope}"),
         Out::Own(other) => panic!("{other:?}"),
     };
@@ -66,21 +66,21 @@ fn feed(downlink: &mut Downlink, message: Message) -> String {
     words(out)
 }
 
-fn origin(mut message: Message, client: Uuid, seq: u64) -> Message {
+fn origin(mut message: Message, client: Uuid, client_seq: u64) -> Message {
     message.origin = vec![OriginEntry {
         client_id: client,
-        first_seq: seq,
-        seq,
-        instance: Uuid::nil(),
+        first_seq: client_seq,
+        client_seq,
+        run_id: Uuid::nil(),
         failed: Vec::new(),
         lost: Vec::new(),
     }];
     message
 }
 
-/// What a ledger that ends at `seq` says.
-fn ledger(seq: u64) -> Option<Confirmed> {
-    Some(Confirmed { seq, instance: Uuid::nil(), failed: Vec::new(), lost: Vec::new() })
+/// What a ledger that ends at `client_seq` says.
+fn ledger(client_seq: u64) -> Option<Confirmed> {
+    Some(Confirmed { client_seq, run_id: Uuid::nil(), failed: Vec::new(), lost: Vec::new() })
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn a_watermark_passes_the_fence_on_a_quiet_database() {
     let mut link = downlink(&[]);
     link.ledger(Lsn(0x10_0000 + 0x200), ledger(5), false);
     let mut out = Vec::new();
-    let mark = Watermark { epoch: Uuid::nil(), lsn: Lsn(0x10_0000 + 0x200), seq: 11 };
+    let mark = Watermark { epoch: Uuid::nil(), lsn: Lsn(0x10_0000 + 0x200), stream_seq: 11 };
     link.watermark(Watermark { epoch: CLIENT, ..mark });
     link.settle(&mut out);
     link.watermark(mark);
@@ -158,7 +158,9 @@ fn a_snapshot_joins_without_gap_or_repeat() {
 #[test]
 fn memberships_are_read_before_the_transaction_takes_effect() {
     let mut link = downlink(&[project("a"), Scope::user("alice")]);
-    let grant = |seq, n, last| moving(msg(seq, n, 0, last, Some(Scope::user("alice"))), &[project("a"), project("b")]);
+    let grant = |stream_seq, n, last| {
+        moving(msg(stream_seq, n, 0, last, Some(Scope::user("alice"))), &[project("a"), project("b")])
+    };
     let mut out = Vec::new();
     assert_eq!(link.message(&msg(10, 0x200, 0, false, Some(project("a"))), &mut out), Next::Continue);
     assert_eq!(link.message(&grant(11, 0x200, false), &mut out), Next::Continue);
@@ -261,7 +263,9 @@ fn memberships_that_moved_before_the_cursor_are_noticed() {
     let other = msg(9, 7, 0, true, Some(project("p")));
     let back = [Arc::new(other), Arc::new(moved)];
     let outdates = |fence: &Fence, scopes: &[Scope], back| {
-        downlink.outdates(fence, &scopes.iter().cloned().collect(), back).map(|message: &Message| message.position.seq)
+        downlink
+            .outdates(fence, &scopes.iter().cloned().collect(), back)
+            .map(|message: &Message| message.position.stream_seq)
     };
     assert_eq!(outdates(&fence(8, 0x100), &[], &back), Some(10));
     assert_eq!(outdates(&fence(9, 0x100), &[], &back), None);
@@ -277,9 +281,9 @@ fn memberships_that_moved_before_the_cursor_are_noticed() {
 #[test]
 fn memberships_through_another_scope_follow_its_rows() {
     let organisation = Scope::new("organisation", "o");
-    let projects = |seq, n, ids: &[&str]| {
+    let projects = |stream_seq, n, ids: &[&str]| {
         let scopes: Vec<Scope> = ids.iter().map(|id| project(id)).collect();
-        moving(msg(seq, n, 0, true, Some(organisation.clone())), &scopes)
+        moving(msg(stream_seq, n, 0, true, Some(organisation.clone())), &scopes)
     };
     let mut link = downlink(&[organisation.clone(), project("a")]);
     assert_eq!(feed(&mut link, msg(11, 0x201, 0, true, Some(organisation.clone()))), "rows11!", "a new name, say");
@@ -356,7 +360,7 @@ fn a_resumed_snapshot_keeps_nothing_back() {
 /// waits for the rest.
 #[test]
 fn a_session_may_begin_inside_a_transaction() {
-    let position = Position { epoch: Uuid::nil(), seq: 10, lsn: Lsn(0x10_0008) };
+    let position = Position { epoch: Uuid::nil(), stream_seq: 10, lsn: Lsn(0x10_0008) };
     let open = Some((Lsn(0x10_0008), 8));
     let mut link = Downlink::new(CLIENT, "alice", Arc::new(board()), position, open, [], fence(8, 0x9));
     let mut out = Vec::new();

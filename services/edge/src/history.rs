@@ -28,9 +28,9 @@ impl Past {
         let oldest = oldest.ok_or(CatchUpError::Discarded)?;
         let recent = recent.iter().filter_map(|message| move_of(message));
         let mut found = Vec::new();
-        if from + 1 < oldest.seq {
+        if from + 1 < oldest.stream_seq {
             let telling = scopes.iter().filter(|scope| reach.tells(scope));
-            let mut older = Merge::new(&edge.nats, &edge.catch_ups, telling, from + 1, oldest.seq).await?;
+            let mut older = Merge::new(&edge.nats, &edge.catch_ups, telling, from + 1, oldest.stream_seq).await?;
             while let Some(message) = older.next().await? {
                 found.extend(move_of(&message));
             }

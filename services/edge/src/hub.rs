@@ -141,7 +141,7 @@ impl Hub {
         let mut state = self.write();
         let state = &mut *state;
         if let Some((_, previous)) = state.ring.back()
-            && (previous.position.seq + 1 != message.position.seq || previous.epoch() != message.epoch())
+            && (previous.position.stream_seq + 1 != message.position.stream_seq || previous.epoch() != message.epoch())
         {
             state.clear();
             state.sessions.values().for_each(|member| member.wake.notify_one());
@@ -180,7 +180,7 @@ impl Hub {
         while state.ring.len() > RING_MESSAGES || (state.bytes > RING_BYTES && state.ring.len() > 1) {
             if let Some((_, old)) = state.ring.pop_front() {
                 state.bytes -= old.weight();
-                state.moves.pop_front_if(|first| first.position.seq <= old.position.seq);
+                state.moves.pop_front_if(|first| first.position.stream_seq <= old.position.stream_seq);
             }
         }
         self.head.0.send_replace(Some(head));
@@ -207,10 +207,10 @@ impl Hub {
     }
 
     /// The message with this sequence, if the ring holds it.
-    pub fn at(&self, seq: u64) -> Option<Arc<Message>> {
+    pub fn at(&self, stream_seq: u64) -> Option<Arc<Message>> {
         let state = self.read();
-        let first = state.ring.front()?.1.position.seq;
-        state.ring.get(usize::try_from(seq.checked_sub(first)?).ok()?).map(|(_, message)| message.clone())
+        let first = state.ring.front()?.1.position.stream_seq;
+        state.ring.get(usize::try_from(stream_seq.checked_sub(first)?).ok()?).map(|(_, message)| message.clone())
     }
 
     /// The messages up to `cursor` that a snapshot taken now does not see.
@@ -220,7 +220,7 @@ impl Hub {
             .ring
             .iter()
             .rev()
-            .skip_while(|(_, message)| message.position.seq > cursor)
+            .skip_while(|(_, message)| message.position.stream_seq > cursor)
             .take_while(|(arrived, _)| now.saturating_duration_since(*arrived) < LOOK_BACK)
             .filter(|(_, message)| !fence.sees(message.xid, message.lsn()))
             .map(|(_, message)| message.clone())
@@ -229,10 +229,14 @@ impl Hub {
         found
     }
 
-    /// The messages of the ring behind `seq` that `are` of those that move memberships, and where the ring begins.
-    pub fn moves_behind(&self, seq: u64, are: impl Fn(&Message) -> bool) -> (Vec<Arc<Message>>, Option<Position>) {
+    /// The messages of the ring behind `stream_seq` that `are` of those that move memberships, and where the ring begins.
+    pub fn moves_behind(
+        &self,
+        stream_seq: u64,
+        are: impl Fn(&Message) -> bool,
+    ) -> (Vec<Arc<Message>>, Option<Position>) {
         let state = self.read();
-        let behind = state.moves.iter().rev().take_while(|message| message.position.seq > seq);
+        let behind = state.moves.iter().rev().take_while(|message| message.position.stream_seq > stream_seq);
         let mut found: Vec<_> = behind.filter(|message| are(message)).cloned().collect();
         found.reverse();
         (found, state.ring.front().map(|(_, message)| message.position))
@@ -240,7 +244,7 @@ impl Hub {
 
     /// Sequence of the newest message that moves memberships, if the ring holds one.
     pub fn newest_move(&self) -> u64 {
-        self.read().moves.back().map_or(0, |message| message.position.seq)
+        self.read().moves.back().map_or(0, |message| message.position.stream_seq)
     }
 
     /// Enters a session without scopes.
@@ -305,7 +309,7 @@ impl Membership {
     pub fn read(&self, cursor: u64, limit: usize, into: &mut Vec<Arc<Message>>) -> Result<(), FellBehind> {
         let state = self.hub.read();
         let Some((_, first)) = state.ring.front() else { return Err(FellBehind) };
-        let skip = (cursor + 1).checked_sub(first.position.seq).ok_or(FellBehind)?;
+        let skip = (cursor + 1).checked_sub(first.position.stream_seq).ok_or(FellBehind)?;
         let skip = usize::try_from(skip).map_err(|_| FellBehind)?;
         let mut bytes = 0;
         for (_, message) in state.ring.iter().skip(skip).take(limit) {
@@ -327,7 +331,7 @@ mod tests {
     fn seqs(membership: &Membership, cursor: u64) -> Result<Vec<u64>, FellBehind> {
         let mut found = Vec::new();
         membership.read(cursor, 100, &mut found)?;
-        Ok(found.iter().map(|message| message.position.seq).collect())
+        Ok(found.iter().map(|message| message.position.stream_seq).collect())
     }
 
     async fn woken(membership: &Membership) -> bool {
@@ -353,7 +357,7 @@ mod tests {
         assert_eq!(seqs(&session, 6), Ok(vec![7, 8]));
         assert_eq!(seqs(&session, 8), Ok(vec![]));
         assert_eq!(seqs(&session, 3), Err(FellBehind));
-        assert_eq!(hub.at(7).map(|message| message.position.seq), Some(7));
+        assert_eq!(hub.at(7).map(|message| message.position.stream_seq), Some(7));
         assert!(hub.at(9).is_none());
         session.set_scopes([]);
         hub.push(message(9, 80, 0, true, Some(scope)).into(), now);
@@ -368,13 +372,13 @@ mod tests {
         let hub = Arc::new(Hub::default());
         let now = Instant::now();
         let total = RING_MESSAGES as u64 + 10;
-        for seq in 1..=total {
-            hub.push(message(seq, seq, 0, true, None).into(), now);
+        for stream_seq in 1..=total {
+            hub.push(message(stream_seq, stream_seq, 0, true, None).into(), now);
         }
-        assert_eq!(hub.oldest().map(|position| position.seq), Some(11));
+        assert_eq!(hub.oldest().map(|position| position.stream_seq), Some(11));
         let unseen = |xid: u32, now| {
             let fence = Fence::parse(&format!("{xid}:{xid}:"), "0/100000").unwrap();
-            hub.unseen(&fence, 15, now).iter().map(|message| message.position.seq).collect::<Vec<_>>()
+            hub.unseen(&fence, 15, now).iter().map(|message| message.position.stream_seq).collect::<Vec<_>>()
         };
         assert_eq!(unseen(0, now), [11, 12, 13, 14, 15]);
         assert_eq!(unseen(14, now), [14, 15]);

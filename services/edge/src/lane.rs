@@ -69,8 +69,8 @@ pub struct Item {
     /// JSON of a `Submission`.
     pub submission: Vec<u8>,
     /// Its `client_seq`.
-    pub seq: u64,
-    /// Gets `seq` once the broker has it.
+    pub client_seq: u64,
+    /// Gets `client_seq` once the broker has it.
     pub stored: mpsc::Sender<u64>,
 }
 
@@ -147,7 +147,7 @@ async fn run(
         }
         for (item, _room) in items {
             // A session that is gone, or has hundreds of acks unread, learns from the ledger when it connects again.
-            let _ = item.stored.try_send(item.seq);
+            let _ = item.stored.try_send(item.client_seq);
         }
     }
 }

@@ -42,9 +42,9 @@ pub struct Message {
 
 /// The message lacks a header or has one that cannot be read.
 #[derive(Debug, thiserror::Error)]
-#[error("message {seq} on {subject}: header {header} is missing or malformed")]
+#[error("message {stream_seq} on {subject}: header {header} is missing or malformed")]
 pub struct InvalidMessage {
-    seq: u64,
+    stream_seq: u64,
     subject: String,
     header: &'static str,
 }
@@ -54,11 +54,16 @@ impl Message {
     ///
     /// # Errors
     /// A header is missing or malformed, or the payload is not UTF-8: it was not published by replication.
-    pub fn decode(seq: u64, subject: &str, headers: &HeaderMap, payload: Bytes) -> Result<Message, InvalidMessage> {
+    pub fn decode(
+        stream_seq: u64,
+        subject: &str,
+        headers: &HeaderMap,
+        payload: Bytes,
+    ) -> Result<Message, InvalidMessage> {
         fn read<T: std::str::FromStr>(headers: &HeaderMap, name: &str) -> Option<T> {
             headers.get(name)?.as_str().parse().ok()
         }
-        let invalid = |header| InvalidMessage { seq, subject: subject.to_owned(), header };
+        let invalid = |header| InvalidMessage { stream_seq, subject: subject.to_owned(), header };
         macro_rules! required {
             ($name:expr) => {
                 read(headers, $name).ok_or_else(|| invalid($name))?
@@ -72,13 +77,13 @@ impl Message {
             return Err(invalid("(payload)"));
         }
         let upstream = headers.get(header::TRACEPARENT).map(|value| value.as_str());
-        let span = tracing::info_span!("deliver", seq, subject);
+        let span = tracing::info_span!("deliver", stream_seq, subject);
         telemetry::set_parent(&span, upstream);
         let traceparent = span
             .in_scope(telemetry::traceparent)
             .or_else(|| upstream.filter(|text| trace::is_valid(text)).map(str::to_owned));
         Ok(Message {
-            position: Position { epoch: required!(header::EPOCH), seq, lsn: required!(header::LSN) },
+            position: Position { epoch: required!(header::EPOCH), stream_seq, lsn: required!(header::LSN) },
             xid: required!(header::XID),
             index: required!(header::INDEX),
             last: read::<u8>(headers, header::LAST).ok_or_else(|| invalid(header::LAST))? == 1,
@@ -121,12 +126,12 @@ impl Message {
 
     fn encode(&self) -> String {
         use std::fmt::Write;
-        let Position { epoch, seq, lsn } = self.position;
+        let Position { epoch, stream_seq, lsn } = self.position;
         let mut text = String::with_capacity(self.payload.len() + 256);
         // Writing to a string cannot fail.
         let _ = write!(
             text,
-            r#"{{"type":"rows","seq":{seq},"lsn":"{lsn}","index":{},"last":{},"epoch":"{epoch}","at":{}"#,
+            r#"{{"type":"rows","stream_seq":{stream_seq},"lsn":"{lsn}","index":{},"last":{},"epoch":"{epoch}","at":{}"#,
             self.index, self.last, self.at
         );
         if let Some(traceparent) = &self.traceparent {
@@ -146,7 +151,7 @@ pub(crate) mod tests {
     use millstream_schemas::frame::ServerFrame;
 
     /// A message for tests: `scope` none = origin only.
-    pub(crate) fn message(seq: u64, lsn: u64, index: u32, last: bool, scope: Option<Scope>) -> Message {
+    pub(crate) fn message(stream_seq: u64, lsn: u64, index: u32, last: bool, scope: Option<Scope>) -> Message {
         let mut headers = HeaderMap::new();
         headers.insert(header::EPOCH, Uuid::nil().to_string().as_str());
         headers.insert(header::LSN, Lsn(lsn).to_string().as_str());
@@ -155,7 +160,7 @@ pub(crate) mod tests {
         headers.insert(header::LAST, if last { "1" } else { "0" });
         headers.insert(header::AT, "5");
         let subject = scope.map_or_else(|| "ms.wal.origin".to_owned(), |scope| scope.subject());
-        Message::decode(seq, &subject, &headers, Bytes::from_static(b"[]")).unwrap()
+        Message::decode(stream_seq, &subject, &headers, Bytes::from_static(b"[]")).unwrap()
     }
 
     #[test]
@@ -164,7 +169,7 @@ pub(crate) mod tests {
         message.payload = Bytes::from_static(br#"[{"table":"tasks","op":"upsert","rows":[["1",null]]}]"#);
         message.traceparent = Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned());
         let ServerFrame::Rows(rows) = serde_json::from_str(&message.frame()).unwrap() else { panic!("not rows") };
-        assert_eq!((rows.seq, rows.lsn, rows.index, rows.last, rows.at), (7, Lsn(0x16_0000_0001), 2, true, 5));
+        assert_eq!((rows.stream_seq, rows.lsn, rows.index, rows.last, rows.at), (7, Lsn(0x16_0000_0001), 2, true, 5));
         assert_eq!(rows.changes[0].rows, [vec![Some("1".to_owned()), None]]);
         assert_eq!(rows.traceparent, message.traceparent);
     }

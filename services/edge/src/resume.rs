@@ -179,7 +179,7 @@ mod tests {
     fn a_token_is_for_its_user_client_scopes_and_layout() {
         let sealer = Sealer::new(b"0123456789abcdef0123456789abcdef");
         let fence = Fence::parse("100:105:101,103", "0/5000").unwrap();
-        let from = Position { epoch: Uuid::nil(), seq: 7, lsn: Lsn(9) };
+        let from = Position { epoch: Uuid::nil(), stream_seq: 7, lsn: Lsn(9) };
         let (a, b) = (Scope::new("project", "a"), Scope::new("project", "b"));
         let token = Token::new(from, &fence, "0123456789abcdef", [&a, &b], true);
         let mark = Mark { scope: Some(a.to_string()), pass: 2, key: vec!["k.".into()] };

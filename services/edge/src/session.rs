@@ -72,12 +72,12 @@ pub enum End {
 
 impl End {
     fn fatal(code: Code, message: impl Into<String>) -> End {
-        End::Fatal(ErrorFrame { code, message: message.into(), seq: None, retry_after_ms: None, fatal: true })
+        End::Fatal(ErrorFrame { code, message: message.into(), client_seq: None, retry_after_ms: None, fatal: true })
     }
 
     fn retry(code: Code, message: impl Into<String>) -> End {
         let frame =
-            ErrorFrame { code, message: message.into(), seq: None, retry_after_ms: Some(RETRY_MS), fatal: true };
+            ErrorFrame { code, message: message.into(), client_seq: None, retry_after_ms: Some(RETRY_MS), fatal: true };
         End::Fatal(frame)
     }
 
@@ -85,7 +85,7 @@ impl End {
         End::Fatal(ErrorFrame {
             code: Code::Overloaded,
             message: message.into(),
-            seq: None,
+            client_seq: None,
             retry_after_ms: Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
             fatal: true,
         })
@@ -226,7 +226,7 @@ struct Start {
 impl Session {
     /// Whether the ring no longer holds what comes next.
     fn is_behind(&self) -> bool {
-        self.edge.hub.oldest().is_some_and(|oldest| self.downlink.cursor() + 1 < oldest.seq)
+        self.edge.hub.oldest().is_some_and(|oldest| self.downlink.cursor() + 1 < oldest.stream_seq)
     }
 
     /// Fetches what the ring no longer holds, scope by scope, and sends it in stream order; then reads the ledger. Gives the
@@ -240,11 +240,11 @@ impl Session {
         let begun = Instant::now();
         self.downlink.mute();
         while let Some(oldest) = edge.hub.oldest()
-            && self.downlink.cursor() + 1 < oldest.seq
+            && self.downlink.cursor() + 1 < oldest.stream_seq
         {
             let from = self.downlink.cursor() + 1;
             let scopes: Vec<Scope> = self.downlink.followed().into_iter().cloned().collect();
-            let merge = Merge::new(&edge.nats, &edge.catch_ups, scopes.iter(), from, oldest.seq);
+            let merge = Merge::new(&edge.nats, &edge.catch_ups, scopes.iter(), from, oldest.stream_seq);
             let mut merge = wire.alive(merge).await?.map_err(End::too_far)?;
             let mut bytes = 0;
             while let Some(message) = wire.alive(merge.next()).await?.map_err(End::too_far)? {
@@ -264,7 +264,7 @@ impl Session {
             wire.alive(merge.complete()).await?.map_err(End::too_far)?;
             // Where the ring began inside a transaction, its end will come from there.
             self.end_before(wire, oldest.lsn).await?;
-            self.downlink.skip_to(oldest.seq - 1);
+            self.downlink.skip_to(oldest.stream_seq - 1);
             self.flush(wire).await?;
         }
         self.read_ledger(self.downlink.cursor()).await
@@ -308,7 +308,7 @@ impl Session {
                 }
                 Next::ReadLedger => {
                     read = true;
-                    Box::pin(self.read_ledger(message.position.seq)).await?;
+                    Box::pin(self.read_ledger(message.position.stream_seq)).await?;
                 }
             }
         }
@@ -475,8 +475,9 @@ impl Session {
     fn has_reached(&self, lsn: Lsn) -> bool {
         let Some(head) = *self.edge.hub.head().borrow() else { return false };
         let watermark = *self.edge.watermarks.subscribe().borrow();
-        let passed =
-            |watermark: Watermark| watermark.epoch == head.epoch && watermark.lsn >= lsn && head.seq >= watermark.seq;
+        let passed = |watermark: Watermark| {
+            watermark.epoch == head.epoch && watermark.lsn >= lsn && head.stream_seq >= watermark.stream_seq
+        };
         head.lsn >= lsn || watermark.is_some_and(passed)
     }
 
@@ -484,7 +485,7 @@ impl Session {
     async fn fell_behind(&mut self, wire: &mut Wire) -> Result<(), End> {
         let behind = || End::retry(Code::SlowConsumer, "the live stream was interrupted; connect again to catch up");
         let head = (*self.edge.hub.head().borrow()).ok_or_else(behind)?;
-        if head.epoch != self.downlink.epoch() || head.seq < self.downlink.cursor() {
+        if head.epoch != self.downlink.epoch() || head.stream_seq < self.downlink.cursor() {
             return Err(End::retry(Code::EpochChanged, "the server began a new history; a snapshot follows"));
         }
         self.catch_up(wire).await.map(drop)
@@ -539,13 +540,13 @@ impl Session {
                     self.deaf_until = None;
                     wire.heard = Instant::now();
                 }
-                Some(seq) = self.stored.1.recv() => {
-                    let mut highest = seq;
-                    while let Ok(seq) = self.stored.1.try_recv() {
-                        highest = highest.max(seq);
+                Some(client_seq) = self.stored.1.recv() => {
+                    let mut highest = client_seq;
+                    while let Ok(client_seq) = self.stored.1.try_recv() {
+                        highest = highest.max(client_seq);
                     }
                     self.accepted = self.accepted.max(highest);
-                    wire.own(ServerFrame::Accepted { seq: highest }).await?;
+                    wire.own(ServerFrame::Accepted { client_seq: highest }).await?;
                 }
                 Some(result) = self.results.recv() => {
                     let mut results = vec![result];
@@ -590,16 +591,22 @@ impl Session {
         };
         match text::submit(&text) {
             Ok(submit) => self.submit(wire, submit).await,
-            Err(refused) => self.refuse(wire, refused.code, refused.message, refused.seq).await,
+            Err(refused) => self.refuse(wire, refused.code, refused.message, refused.client_seq).await,
         }
     }
 
-    async fn refuse(&mut self, wire: &mut Wire, code: Code, message: String, seq: Option<u64>) -> Result<(), End> {
+    async fn refuse(
+        &mut self,
+        wire: &mut Wire,
+        code: Code,
+        message: String,
+        client_seq: Option<u64>,
+    ) -> Result<(), End> {
         self.refusals += 1;
         if self.refusals > MAX_REFUSALS {
             return Err(End::fatal(code, format!("{MAX_REFUSALS} frames were refused; the last: {message}")));
         }
-        wire.own(ServerFrame::Error(ErrorFrame { code, message, seq, retry_after_ms: None, fatal: false })).await
+        wire.own(ServerFrame::Error(ErrorFrame { code, message, client_seq, retry_after_ms: None, fatal: false })).await
     }
 }
 

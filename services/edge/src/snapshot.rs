@@ -10,7 +10,7 @@ use std::fmt::Write;
 use millstream_catalog::{Catalog, Column, Members, ScopeColumn, Table, literal};
 use millstream_runtime::lease::Lease;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
-use millstream_schemas::stream::{Failure, InstanceSpan, Loss};
+use millstream_schemas::stream::{Failure, Loss, RunSpan};
 use millstream_schemas::subject::USER_KIND;
 use millstream_schemas::{Code, Scope};
 use sqlx::{AssertSqlSafe, PgPool, Row};
@@ -29,8 +29,8 @@ pub const SNAPSHOT_FRAMES: usize = 4;
 const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 /// Most failures told at once; a client that has more asks again by connecting again.
 const MAX_FAILURES: i64 = 1_000;
-/// Most instances told at a welcome: the newest ones.
-const MAX_INSTANCES: i64 = 1_000;
+/// Most runs told at a welcome: the newest ones.
+const MAX_RUNS: i64 = 1_000;
 
 /// Why Postgres could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +101,7 @@ pub struct Ledger {
     /// Transactions behind the `client_seq` that the client knows to be confirmed that lost to newer changes.
     pub lost: Vec<Loss>,
     /// Who submitted what is behind it, by rising `first_seq`.
-    pub instances: Vec<InstanceSpan>,
+    pub runs: Vec<RunSpan>,
 }
 
 impl Ledger {
@@ -112,10 +112,10 @@ impl Ledger {
 
     /// What the client is told once the stream has passed the snapshot that this was read from; none if it is new.
     pub fn confirmed(self) -> Option<Confirmed> {
-        let seq = self.told_seq;
-        let instance = self.instances.iter().rev().find(|span| span.first_seq <= seq)?.instance;
-        let lost = self.lost.into_iter().filter(|loss| loss.seq <= seq).collect();
-        Some(Confirmed { seq, instance, failed: self.failed, lost })
+        let client_seq = self.told_seq;
+        let run_id = self.runs.iter().rev().find(|span| span.first_seq <= client_seq)?.run_id;
+        let lost = self.lost.into_iter().filter(|loss| loss.client_seq <= client_seq).collect();
+        Some(Confirmed { client_seq, run_id, failed: self.failed, lost })
     }
 }
 
@@ -250,7 +250,7 @@ impl Snapshot {
         .bind(MAX_FAILURES);
         let failed = self.lease.all(failed).await.map_err(query("read the client's failures"))?;
         let failure = |row: &sqlx::postgres::PgRow| Failure {
-            seq: row.get::<i64, _>("seq").cast_unsigned(),
+            client_seq: row.get::<i64, _>("seq").cast_unsigned(),
             change_id: row.get("change_id"),
             code: row.get::<&str, _>("code").parse().unwrap_or(Code::Internal),
             rule: row.get("rule"),
@@ -259,11 +259,11 @@ impl Snapshot {
         let last_seq = row.get::<i64, _>("last_seq").cast_unsigned();
         let cut = failed.len() as i64 == MAX_FAILURES;
         let failed: Vec<Failure> = failed.iter().map(failure).collect();
-        let told_seq = failed.last().filter(|_| cut).map_or(last_seq, |last| last.seq);
+        let told_seq = failed.last().filter(|_| cut).map_or(last_seq, |last| last.client_seq);
         let lost: Vec<Loss> = serde_json::from_str(row.get("lost")).unwrap_or_default();
-        let lost = lost.into_iter().filter(|loss| loss.seq > confirmed_seq).collect();
+        let lost = lost.into_iter().filter(|loss| loss.client_seq > confirmed_seq).collect();
         // The span that covers the first number behind it, and those after.
-        let instances = sqlx::query(
+        let runs = sqlx::query(
             "SELECT instance, first_seq FROM (
                  SELECT instance, first_seq, lead(first_seq) OVER (ORDER BY first_seq) AS next
                  FROM millstream.instances WHERE client_id = $1) AS spans
@@ -271,14 +271,14 @@ impl Snapshot {
         )
         .bind(client_id)
         .bind(i64::try_from(confirmed_seq).unwrap_or(i64::MAX).min(i64::MAX - 1))
-        .bind(MAX_INSTANCES);
-        let instances = self.lease.all(instances).await.map_err(query("read the client's instances"))?;
-        let span = |row: &sqlx::postgres::PgRow| InstanceSpan {
-            instance: row.get("instance"),
+        .bind(MAX_RUNS);
+        let runs = self.lease.all(runs).await.map_err(query("read the client's runs"))?;
+        let span = |row: &sqlx::postgres::PgRow| RunSpan {
+            run_id: row.get("instance"),
             first_seq: row.get::<i64, _>("first_seq").cast_unsigned(),
         };
-        let instances = instances.iter().rev().map(span).collect();
-        Ok(Ledger { user_id: Some(user_id), last_seq, failed, told_seq, lost, instances })
+        let runs = runs.iter().rev().map(span).collect();
+        Ok(Ledger { user_id: Some(user_id), last_seq, failed, told_seq, lost, runs })
     }
 
     /// How many rows these scopes have; those in several count for each.

@@ -130,12 +130,12 @@ async fn follow(nats: &Nats, hub: &Hub, health: &Health, last: &mut Option<u64>)
             return Err(TailError::Gap);
         }
         expected += 1;
-        let seq = info.stream_sequence;
-        if last.is_some_and(|last| seq <= last) {
+        let stream_seq = info.stream_sequence;
+        if last.is_some_and(|last| stream_seq <= last) {
             continue;
         }
         let headers = message.headers.as_ref().unwrap_or(&none);
-        match Message::decode(seq, &message.subject, headers, message.payload.clone()) {
+        match Message::decode(stream_seq, &message.subject, headers, message.payload.clone()) {
             Ok(decoded) => hub.push(Arc::new(decoded), Instant::now()),
             Err(error) => {
                 // Only replication may publish here. Sessions must not step over it: without it there is a gap.
@@ -143,8 +143,8 @@ async fn follow(nats: &Nats, hub: &Hub, health: &Health, last: &mut Option<u64>)
                 hub.reset();
             }
         }
-        *last = Some(seq);
-        if seq >= end {
+        *last = Some(stream_seq);
+        if stream_seq >= end {
             health.set_ready("stream", true);
         }
     }

@@ -58,7 +58,7 @@ impl Origins {
         {
             total -= bytes(&last);
         }
-        let shortened = entries.iter().filter(|entry| entry.first_seq > entry.seq).count();
+        let shortened = entries.iter().filter(|entry| entry.first_seq > entry.client_seq).count();
         let left_out = added - entries.len() + shortened;
         // An error is impossible: the entries came out of JSON.
         ((!entries.is_empty()).then(|| serde_json::to_string(&entries).ok()).flatten(), left_out)
@@ -71,7 +71,7 @@ fn has_more(entry: &OriginEntry) -> bool {
 
 /// Makes the client's edge read the ledger instead of believing that nothing failed.
 fn shorten(entry: &mut OriginEntry) {
-    entry.first_seq = entry.seq.saturating_add(1);
+    entry.first_seq = entry.client_seq.saturating_add(1);
     entry.failed.clear();
     entry.lost.clear();
 }
@@ -91,13 +91,18 @@ mod tests {
     use super::*;
 
     fn entry(client: usize, failures: usize) -> OriginEntry {
-        let failure =
-            Failure { seq: 5, change_id: Uuid::nil(), code: Code::EntityMissing, rule: None, message: "m".repeat(400) };
+        let failure = Failure {
+            client_seq: 5,
+            change_id: Uuid::nil(),
+            code: Code::EntityMissing,
+            rule: None,
+            message: "m".repeat(400),
+        };
         OriginEntry {
             client_id: Uuid::from_u128(client as u128),
             first_seq: 4,
-            seq: 5,
-            instance: Uuid::nil(),
+            client_seq: 5,
+            run_id: Uuid::nil(),
             failed: vec![failure; failures],
             lost: Vec::new(),
         }
@@ -130,7 +135,7 @@ mod tests {
         let differs = told.iter().zip(&entries).filter(|(told, entry)| told != entry);
         assert_eq!(differs.clone().count(), left_out);
         for (told, entry) in differs {
-            assert_eq!((told.client_id, told.seq, told.first_seq), (entry.client_id, 5, 6));
+            assert_eq!((told.client_id, told.client_seq, told.first_seq), (entry.client_id, 5, 6));
             assert!(!entry.failed.is_empty() && !has_more(told));
         }
         assert_eq!(told[7].first_seq, 6);

@@ -83,11 +83,11 @@ impl Publisher {
     }
 
     fn advance(&self, lsn: Lsn) {
-        let seq = self.appender.sequence();
+        let stream_seq = self.appender.sequence();
         self.watermark.send_if_modified(|watermark| {
             let ahead = lsn > watermark.lsn;
             if ahead {
-                (watermark.lsn, watermark.seq) = (lsn, seq);
+                (watermark.lsn, watermark.stream_seq) = (lsn, stream_seq);
             }
             ahead
         });

@@ -212,7 +212,7 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     let (queue, queued) = mpsc::channel(QUEUE_MESSAGES);
     let (reached, reached_seen) = watch::channel(Reached::default());
     let (confirmed, confirmed_seen) = watch::channel(Lsn::ZERO);
-    let first = Watermark { epoch: appender.epoch(), lsn: start.held, seq: appender.sequence() };
+    let first = Watermark { epoch: appender.epoch(), lsn: start.held, stream_seq: appender.sequence() };
     let (marked, marked_seen) = watch::channel(first);
     let reader = Reader::new(
         wal,

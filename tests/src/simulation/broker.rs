@@ -88,7 +88,7 @@ impl World {
         }
         self.broker.last += 1;
         let submissions: Vec<Submission> = items.iter().map(|(_, submission)| submission.clone()).collect();
-        let list = || submissions.iter().map(|s| format!("{:.4}/{}", s.client_id.simple().to_string(), s.seq));
+        let list = || submissions.iter().map(|s| format!("{:.4}/{}", s.client_id.simple().to_string(), s.client_seq));
         trace!(self, "inbound {}: {}", self.broker.last, list().collect::<Vec<_>>().join(" "));
         self.broker.inbound.push((self.broker.last, submissions));
         for executor in 0..self.executors.len() {
@@ -103,7 +103,7 @@ impl World {
             return;
         }
         for (session, submission) in items {
-            self.accepted(session, submission.seq);
+            self.accepted(session, submission.client_seq);
         }
         self.edges[edge].publishing = false;
         self.after(0, Event::Lane(edge, run));
@@ -209,7 +209,7 @@ impl World {
         let settled = {
             let (tables, known) = (&self.postgres.tables, transaction.known(&submissions));
             let history = transaction.state.history.clone();
-            let rejected = |client_id, seq| history.contains_key(&(client_id, seq));
+            let rejected = |client_id, client_seq| history.contains_key(&(client_id, client_seq));
             let apply = |submission: &Submission| transaction.submit(tables, submission, self.now);
             pure::settle(known, tables, &submissions, rejected, apply)
         };
@@ -219,9 +219,9 @@ impl World {
                 self,
                 "executor {index}: {:.4} up to {}, failed {:?}, lost {:?}",
                 entry.client_id.simple().to_string(),
-                entry.seq,
-                entry.failed.iter().map(|f| (f.seq, f.code.as_str(), f.message.as_str())).collect::<Vec<_>>(),
-                entry.lost.iter().map(|l| l.seq).collect::<Vec<_>>()
+                entry.client_seq,
+                entry.failed.iter().map(|f| (f.client_seq, f.code.as_str(), f.message.as_str())).collect::<Vec<_>>(),
+                entry.lost.iter().map(|l| l.client_seq).collect::<Vec<_>>()
             );
         }
         self.checker.decided(&submissions, &settled.origin);
@@ -354,9 +354,9 @@ impl World {
             headers.insert(header::MOVES, moves);
         }
         let subject = scope.map_or_else(|| "ms.wal.origin".to_owned(), Scope::subject);
-        let seq = self.broker.outbound.len() as u64 + 1;
-        trace!(self, "outbound {seq}: {subject} lsn {lsn} index {index}{}", if last { ", last" } else { "" });
-        let message = Message::decode(seq, &subject, &headers, Bytes::from(payload)).expect("a message");
+        let stream_seq = self.broker.outbound.len() as u64 + 1;
+        trace!(self, "outbound {stream_seq}: {subject} lsn {lsn} index {index}{}", if last { ", last" } else { "" });
+        let message = Message::decode(stream_seq, &subject, &headers, Bytes::from(payload)).expect("a message");
         self.broker.outbound.push(Arc::new(message));
         for edge in 0..self.edges.len() {
             self.soon(10, Event::Tail(edge));

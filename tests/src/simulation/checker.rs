@@ -61,7 +61,7 @@ impl Checker {
     pub fn decided(&mut self, submissions: &[Submission], origin: &[OriginEntry]) {
         for entry in origin {
             for failure in &entry.failed {
-                let same = |s: &&Submission| s.client_id == entry.client_id && s.seq == failure.seq;
+                let same = |s: &&Submission| s.client_id == entry.client_id && s.client_seq == failure.client_seq;
                 let changes = submissions.iter().filter(same).flat_map(|submission| &submission.changes);
                 self.rejected.extend(changes.map(|change| change.change_id));
             }
@@ -111,7 +111,7 @@ impl World {
     pub fn applied(&mut self, index: usize, position: Option<Position>) {
         let Some(now) = position else { return };
         if let Some(before) = self.clients[index].position.replace(now) {
-            let fell = before.epoch == now.epoch && before.seq > now.seq;
+            let fell = before.epoch == now.epoch && before.stream_seq > now.stream_seq;
             assert!(!fell || self.broker.has_lost, "client {index}: the position falls from {before:?} to {now:?}");
         }
     }
@@ -198,7 +198,7 @@ impl World {
         let mut by_transaction: HashMap<(Uuid, u64), (usize, usize)> = HashMap::new();
         for change in &taken {
             by_id.entry(change.change_id).or_default().push(change);
-            by_transaction.entry((change.client_id, change.seq)).or_insert((0, change.of)).0 += 1;
+            by_transaction.entry((change.client_id, change.client_seq)).or_insert((0, change.of)).0 += 1;
         }
         for (transaction, (found, of)) in by_transaction {
             assert_eq!(found, of, "G4: {transaction:?} took effect in part");

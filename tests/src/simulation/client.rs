@@ -358,7 +358,7 @@ impl World {
     /// What the writer tells the changes worker again and again.
     fn pulse(&mut self, index: usize) {
         let info = self.clients[index].store().info().expect("the store's facts");
-        self.input(index, Input::Confirmed { seq: info.confirmed_seq });
+        self.input(index, Input::Confirmed { client_seq: info.confirmed_seq });
         self.input(index, Input::Known { last: info.last_seq });
     }
 
@@ -397,7 +397,7 @@ impl World {
                         if self.crashes_at(41) {
                             return self.crash(index);
                         }
-                        trace!(self, "client {index} sends {}", entry.seq);
+                        trace!(self, "client {index} sends {}", entry.client_seq);
                         self.send_up(session, entry.text);
                         if self.crashes_at(42) {
                             if self.rng.random_bool(0.5) {
@@ -439,7 +439,7 @@ impl World {
             confirmed_seq: info.confirmed_seq,
             snapshot: None,
         };
-        trace!(self, "client {index} connects at {:?}, confirmed {}", known.map(|p| p.seq), info.confirmed_seq);
+        trace!(self, "client {index} connects at {:?}, confirmed {}", known.map(|p| p.stream_seq), info.confirmed_seq);
         let session = self.connected(index, hello);
         self.clients[index].session = Some(session);
     }
@@ -474,7 +474,7 @@ impl World {
         if let ServerFrame::Welcome(welcome) = frame {
             let meeting = self.clients[index]
                 .store()
-                .meet(welcome.last_seq, &welcome.instances, &welcome.failed, &welcome.lost)
+                .meet(welcome.last_seq, &welcome.runs, &welcome.failed, &welcome.lost)
                 .expect("a meeting");
             trace!(self, "client {index} is welcomed: ledger {}, {:?}, {meeting:?}", welcome.last_seq, welcome.resume);
             let client = &mut self.clients[index];
@@ -497,7 +497,7 @@ impl World {
         };
         match replica.handle(frame, text.len()).expect("the protocol") {
             None => {}
-            Some(ServerFrame::Accepted { seq }) => self.input(index, Input::Accepted { seq }),
+            Some(ServerFrame::Accepted { client_seq }) => self.input(index, Input::Accepted { client_seq }),
             Some(ServerFrame::Error(error)) if error.fatal => {
                 trace!(self, "client {index} is sent away: {}", error.code);
                 if error.code == Code::EpochChanged {
@@ -541,7 +541,7 @@ impl World {
                 trace!(
                     self,
                     "client {index} applies up to {:?}: {:?}",
-                    applied.position.map(|p| p.seq),
+                    applied.position.map(|p| p.stream_seq),
                     applied
                         .settled
                         .iter()

@@ -145,7 +145,8 @@ impl World {
     }
 
     fn fatal(&mut self, session: usize, code: Code) {
-        let frame = ErrorFrame { code, message: String::new(), seq: None, retry_after_ms: Some(100), fatal: true };
+        let frame =
+            ErrorFrame { code, message: String::new(), client_seq: None, retry_after_ms: Some(100), fatal: true };
         self.tell(session, &ServerFrame::Error(frame));
         self.sessions[session].end();
     }
@@ -159,15 +160,15 @@ impl World {
         let Some(head) = self.edges[edge].seen.checked_sub(1).map(|last| self.broker.outbound[last].position) else {
             return self.fatal(session, Code::Unavailable);
         };
-        let Some((state, fence)) = self.settled(session, head.seq, (state, fence)) else {
+        let Some((state, fence)) = self.settled(session, head.stream_seq, (state, fence)) else {
             return self.fatal(session, Code::Unavailable);
         };
-        let (last_seq, instances, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
+        let (last_seq, runs, confirmed) = state.ledger(hello.client_id, hello.confirmed_seq);
         let scopes = state.scopes(&hello.token);
         let vouched = |position: &Position| {
             position.epoch == head.epoch
-                && position.seq <= head.seq
-                && self.broker.outbound[position.seq as usize - 1].position == *position
+                && position.stream_seq <= head.stream_seq
+                && self.broker.outbound[position.stream_seq as usize - 1].position == *position
         };
         let kept = hello.position.filter(vouched);
         let welcome = Welcome {
@@ -182,8 +183,12 @@ impl World {
                 heartbeat_ms: 45_000,
             },
             last_seq,
-            instances,
-            failed: confirmed.iter().flat_map(|confirmed| &confirmed.failed).map(|failure| failure.seq).collect(),
+            runs,
+            failed: confirmed
+                .iter()
+                .flat_map(|confirmed| &confirmed.failed)
+                .map(|failure| failure.client_seq)
+                .collect(),
             lost: confirmed.iter().flat_map(|confirmed| &confirmed.lost).cloned().collect(),
             epoch: head.epoch,
             resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
@@ -198,7 +203,7 @@ impl World {
         let reach = Arc::new(Reach::new(tables.iter().flat_map(|table| &table.memberships)));
         let position = kept.unwrap_or(head);
         // As `Session::begin`: what moved since is no claim. Everything that the snapshot sees has been read by then.
-        let behind = self.broker.outbound[position.seq as usize..].iter();
+        let behind = self.broker.outbound[position.stream_seq as usize..].iter();
         let told = behind.filter(|message| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope)));
         let moves: Vec<_> = told.filter_map(|message| message.moves.as_ref()).collect();
         held.retain(|scope| !moves.iter().any(|moves| reach.concerns(moves, scope)));
@@ -376,8 +381,8 @@ impl World {
         if downlink.waits()
             && let Some(lsn) = self.watermark()
         {
-            let (epoch, seq) = (self.replication.epoch, self.broker.outbound.len() as u64);
-            downlink.watermark(Watermark { epoch, lsn, seq });
+            let (epoch, stream_seq) = (self.replication.epoch, self.broker.outbound.len() as u64);
+            downlink.watermark(Watermark { epoch, lsn, stream_seq });
         }
         downlink.settle(&mut out);
         self.sessions[session].downlink = Some(downlink);
@@ -388,9 +393,9 @@ impl World {
     }
 
     /// The broker has stored a submission.
-    pub fn accepted(&mut self, session: usize, seq: u64) {
+    pub fn accepted(&mut self, session: usize, client_seq: u64) {
         if !self.sessions[session].ended {
-            self.tell(session, &ServerFrame::Accepted { seq });
+            self.tell(session, &ServerFrame::Accepted { client_seq });
         }
     }
 
@@ -407,15 +412,15 @@ impl World {
     }
 
     fn submit(&mut self, session: usize, edge: usize, submit: Submit) {
-        let (seq, overloaded) = (submit.seq, self.bad_luck(0.03));
+        let (client_seq, overloaded) = (submit.client_seq, self.bad_luck(0.03));
         let state = &mut self.sessions[session];
-        let refuse = |code, seq, retry_after_ms| {
+        let refuse = |code, client_seq, retry_after_ms| {
             let message = String::new();
-            ServerFrame::Error(ErrorFrame { code, message, seq: Some(seq), retry_after_ms, fatal: false })
+            ServerFrame::Error(ErrorFrame { code, message, client_seq: Some(client_seq), retry_after_ms, fatal: false })
         };
         let confirmed = state.downlink.as_ref().map_or(0, Downlink::confirmed);
         state.expected = state.expected.max(confirmed + 1);
-        if seq > state.expected {
+        if client_seq > state.expected {
             let expected = state.expected;
             if std::mem::replace(&mut state.gap_told, expected) != expected {
                 self.tell(session, &refuse(Code::OutOfOrder, expected, None));
@@ -423,16 +428,16 @@ impl World {
             return;
         }
         if overloaded {
-            state.gap_told = seq;
-            return self.tell(session, &refuse(Code::Overloaded, seq, Some(500)));
+            state.gap_told = client_seq;
+            return self.tell(session, &refuse(Code::Overloaded, client_seq, Some(500)));
         }
-        state.expected = state.expected.max(seq + 1);
+        state.expected = state.expected.max(client_seq + 1);
         let submission = Submission {
             client_id: state.client_id,
             user_id: state.user.clone(),
-            seq,
+            client_seq,
             attempt: submit.attempt,
-            instance: submit.instance,
+            run_id: submit.run_id,
             previous: submit.previous,
             after: submit.after,
             changes: submit.changes,

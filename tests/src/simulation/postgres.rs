@@ -9,7 +9,7 @@ use millstream_changes::pure::{Effect, Known, Settled};
 use millstream_edge::pure::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::frame::Confirmed;
-use millstream_schemas::stream::{Failure, InstanceSpan, Loss, OriginEntry, Submission};
+use millstream_schemas::stream::{Failure, Loss, OriginEntry, RunSpan, Submission};
 use millstream_schemas::{
     Change, Clock, Code, Lsn, Merge, Operation, Reference, Row, Scope, TableChanges, TableOp, TableScope, Value,
 };
@@ -162,7 +162,7 @@ impl Stored {
 pub struct Taken {
     pub change_id: Uuid,
     pub client_id: Uuid,
-    pub seq: u64,
+    pub client_seq: u64,
     /// Number of changes in its transaction.
     pub of: usize,
     /// All of it lost to newer changes.
@@ -173,9 +173,9 @@ pub struct Taken {
 pub struct Client {
     pub user_id: String,
     pub last_seq: u64,
-    instance: Option<Uuid>,
+    run_id: Option<Uuid>,
     lost: Vec<Loss>,
-    spans: Vec<InstanceSpan>,
+    spans: Vec<RunSpan>,
 }
 
 /// Everything that a transaction changes.
@@ -185,7 +185,7 @@ pub struct State {
     pub clients: BTreeMap<Uuid, Client>,
     pub history: BTreeMap<(Uuid, u64), Failure>,
     pub taken: Vec<Taken>,
-    /// By epoch of the inbound stream: the owner's epoch, and the position.
+    /// By incarnation of the inbound stream: the owner's term, and the position.
     pub partition: BTreeMap<u64, (i64, u64)>,
 }
 
@@ -210,16 +210,16 @@ impl State {
     }
 
     /// What `welcome` and the first `confirmed` tell a client.
-    pub fn ledger(&self, client_id: Uuid, confirmed_seq: u64) -> (u64, Vec<InstanceSpan>, Option<Confirmed>) {
+    pub fn ledger(&self, client_id: Uuid, confirmed_seq: u64) -> (u64, Vec<RunSpan>, Option<Confirmed>) {
         let Some(client) = self.clients.get(&client_id) else { return (0, Vec::new(), None) };
         let failed = self.history.range((client_id, confirmed_seq + 1)..=(client_id, u64::MAX)).map(|(_, f)| f.clone());
-        let lost = client.lost.iter().filter(|loss| loss.seq > confirmed_seq).cloned();
+        let lost = client.lost.iter().filter(|loss| loss.client_seq > confirmed_seq).cloned();
         let first = client.spans.iter().rposition(|span| span.first_seq <= confirmed_seq + 1).unwrap_or(0);
         let spans = client.spans[first..].to_vec();
-        let instance = client.spans.iter().rev().find(|span| span.first_seq <= client.last_seq);
-        let confirmed = instance.map(|span| Confirmed {
-            seq: client.last_seq,
-            instance: span.instance,
+        let run = client.spans.iter().rev().find(|span| span.first_seq <= client.last_seq);
+        let confirmed = run.map(|span| Confirmed {
+            client_seq: client.last_seq,
+            run_id: span.run_id,
             failed: failed.collect(),
             lost: lost.collect(),
         });
@@ -431,7 +431,7 @@ impl Transaction {
         let taken = submission.changes.iter().enumerate().map(|(index, change)| Taken {
             change_id: change.change_id,
             client_id: submission.client_id,
-            seq: submission.seq,
+            client_seq: submission.client_seq,
             of: submission.changes.len(),
             lost: lost.contains(&(index, true)),
         });
@@ -448,15 +448,15 @@ impl Transaction {
         change: &Change,
         now: u64,
     ) -> Result<Option<bool>, (Code, &'static str)> {
-        let Submission { client_id, seq, user_id, .. } = submission;
+        let Submission { client_id, client_seq, user_id, .. } = submission;
         let number = tables.iter().position(|table| table.name == change.table).expect("a known table");
         let (table, key) = (&tables[number], (number, change.key.clone()));
         let stamp = change.stamp.min(now + MAX_AHEAD_MICROS);
-        let clock = Clock { stamp, client_id: *client_id, seq: *seq, index: index as u32 };
+        let clock = Clock { stamp, client_id: *client_id, client_seq: *client_seq, index: index as u32 };
         let (mut clock, by_row) = (clock, number == LABELS);
         if by_row {
             // All that `updated_at` and `client_id` tell.
-            (clock.seq, clock.index) = (0, 0);
+            (clock.client_seq, clock.index) = (0, 0);
         }
         let old = self.state.rows.get(&key).cloned();
         let merges = change.op == Operation::Insert && old.is_some();
@@ -545,9 +545,9 @@ impl Transaction {
 
     /// Stores what the executor's rules say of the batch.
     pub fn settle(&mut self, settled: &Settled) {
-        for Known { client_id, user_id, last_seq, instance } in &settled.clients {
+        for Known { client_id, user_id, last_seq, run_id } in &settled.clients {
             let client = self.state.clients.entry(*client_id).or_default();
-            (client.user_id, client.last_seq, client.instance) = (user_id.clone(), *last_seq, *instance);
+            (client.user_id, client.last_seq, client.run_id) = (user_id.clone(), *last_seq, *run_id);
         }
         for (client_id, span) in &settled.spans {
             let spans = &mut self.state.clients.entry(*client_id).or_default().spans;
@@ -557,7 +557,7 @@ impl Transaction {
         for entry in &settled.origin {
             self.state.clients.entry(entry.client_id).or_default().lost.extend(entry.lost.iter().cloned());
             for failure in &entry.failed {
-                self.state.history.entry((entry.client_id, failure.seq)).or_insert_with(|| failure.clone());
+                self.state.history.entry((entry.client_id, failure.client_seq)).or_insert_with(|| failure.clone());
             }
         }
     }
@@ -568,8 +568,8 @@ impl Transaction {
         ids.dedup();
         let known = |client_id: Uuid| {
             let client = self.state.clients.get(&client_id)?;
-            let (user_id, last_seq, instance) = (client.user_id.clone(), client.last_seq, client.instance);
-            Some(Known { client_id, user_id, last_seq, instance })
+            let (user_id, last_seq, run_id) = (client.user_id.clone(), client.last_seq, client.run_id);
+            Some(Known { client_id, user_id, last_seq, run_id })
         };
         ids.into_iter().filter_map(known).collect()
     }

@@ -179,7 +179,7 @@ fn forged(own: &[SnapshotMark], other: &[SnapshotMark]) -> Vec<SnapshotMark> {
             ("apart", json!(true)),
             ("layout", json!("")),
             ("mac", json!("")),
-            ("from", json!({"epoch": Uuid::nil(), "seq": 1, "lsn": "0/1"})),
+            ("from", json!({"epoch": Uuid::nil(), "stream_seq": 1, "lsn": "0/1"})),
         ] {
             let mut forged = token.clone();
             forged[name] = value;

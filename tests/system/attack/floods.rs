@@ -43,14 +43,14 @@ async fn submissions(scene: &Scene, (clients, changes): (u16, usize)) -> Result<
         until(end, async || {
             let mut peer = Peer::connect(&url).await?;
             peer.say(millstream_tests::raw::hello(id, &token)).await?;
-            let mut seq = peer.welcome().await?.last_seq;
+            let mut client_seq = peer.welcome().await?.last_seq;
             while Instant::now() < end {
-                seq += 1;
+                client_seq += 1;
                 let change = |_| {
                     let id = Uuid::now_v7().to_string();
                     insert("tasks", &[("id", &id), ("project_id", "flood"), ("title", "flood")])
                 };
-                let frame = submit(seq, Uuid::nil(), (0..changes).map(change).collect()).to_string();
+                let frame = submit(client_seq, Uuid::nil(), (0..changes).map(change).collect()).to_string();
                 let left = end.saturating_duration_since(Instant::now());
                 match tokio::time::timeout(left, peer.text(frame)).await {
                     Ok(result) => result?,
@@ -60,7 +60,7 @@ async fn submissions(scene: &Scene, (clients, changes): (u16, usize)) -> Result<
                 while let Heard::Text(text) = peer.next(Duration::ZERO).await {
                     // Only where it is told that it left a gap: it has nothing else to go by.
                     if let Some(gap) = text.contains("out_of_order").then(|| serde_json::from_str::<Value>(&text)) {
-                        seq = gap?["seq"].as_u64().unwrap_or(seq) - 1;
+                        client_seq = gap?["client_seq"].as_u64().unwrap_or(client_seq) - 1;
                     }
                 }
             }
@@ -283,9 +283,9 @@ async fn floods_of_hellos_cost_no_more_than_honest_ones() -> Result<()> {
         let honest = count(&json!({})).await?.max(count(&json!({"position": null})).await?);
         println!("  an honest hello costs {honest:.1} statements");
         ensure!(honest >= 1.0, "the log tells of {honest} statements for each hello: it is not read right");
-        let position = |seq: u64, lsn: &str| {
+        let position = |stream_seq: u64, lsn: &str| {
             let mut position = json!(held.position);
-            (position["seq"], position["lsn"]) = (seq.into(), lsn.into());
+            (position["stream_seq"], position["lsn"]) = (stream_seq.into(), lsn.into());
             json!({ "position": position })
         };
         let scopes: Vec<String> = (0..4_000).map(|n| format!("project:not-mine-{n:030}")).collect();
@@ -295,7 +295,7 @@ async fn floods_of_hellos_cost_no_more_than_honest_ones() -> Result<()> {
             ("confirmed_seq 1", json!({"confirmed_seq": 1})),
             ("a position far ahead", position(1 << 50, "FFFFFFF/0")),
             ("a position with another LSN", position(1, "0/1")),
-            ("another epoch", json!({"position": {"epoch": Uuid::nil(), "seq": 1, "lsn": "0/1"}})),
+            ("another epoch", json!({"position": {"epoch": Uuid::nil(), "stream_seq": 1, "lsn": "0/1"}})),
             ("4,000 scopes", json!({ "scopes": scopes })),
             ("a layout of its own", json!({"schema": "zzz"})),
             (

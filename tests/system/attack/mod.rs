@@ -398,20 +398,22 @@ fn insert(table: &str, set: &[(&str, &str)]) -> Value {
 }
 
 /// A transaction as a client's frame.
-fn submit(seq: u64, instance: Uuid, changes: Vec<Value>) -> Value {
-    json!({"type": "submit", "seq": seq, "attempt": 1, "instance": instance, "changes": changes})
+fn submit(client_seq: u64, run_id: Uuid, changes: Vec<Value>) -> Value {
+    json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": run_id, "changes": changes})
 }
 
 /// Waits for what becomes of a submission: `applied`, or the code of its refusal.
-async fn verdict(peer: &mut Peer, seq: u64, limit: Duration) -> Result<String> {
+async fn verdict(peer: &mut Peer, client_seq: u64, limit: Duration) -> Result<String> {
     let end = Instant::now() + limit;
     loop {
         match peer.frame(end.saturating_duration_since(Instant::now())).await?.context("closed")? {
-            ServerFrame::Confirmed(confirmed) if confirmed.seq >= seq => {
-                let failure = confirmed.failed.iter().find(|failure| failure.seq == seq);
+            ServerFrame::Confirmed(confirmed) if confirmed.client_seq >= client_seq => {
+                let failure = confirmed.failed.iter().find(|failure| failure.client_seq == client_seq);
                 return Ok(failure.map_or("applied".to_owned(), |failure| failure.code.to_string()));
             }
-            ServerFrame::Error(error) if error.seq == Some(seq) || error.fatal => return Ok(error.code.to_string()),
+            ServerFrame::Error(error) if error.client_seq == Some(client_seq) || error.fatal => {
+                return Ok(error.code.to_string());
+            }
             _ => {}
         }
     }

@@ -135,18 +135,28 @@ struct Neighbour {
     seats: Seats,
     samples: Samples,
     faults: Arc<Mutex<Vec<String>>>,
-    instance: Uuid,
+    run_id: Uuid,
     next: Instant,
     confirmed: u64,
     /// Submitted and not confirmed, with when it was due.
     unsettled: BTreeMap<u64, Value>,
-    seq: u64,
+    client_seq: u64,
 }
 
 impl Neighbour {
     fn new(number: usize, seats: Seats, samples: Samples, faults: Arc<Mutex<Vec<String>>>) -> Neighbour {
-        let (instance, next) = (Uuid::new_v4(), Instant::now());
-        Neighbour { number, seats, samples, faults, instance, next, confirmed: 0, unsettled: BTreeMap::new(), seq: 0 }
+        let (run_id, next) = (Uuid::new_v4(), Instant::now());
+        Neighbour {
+            number,
+            seats,
+            samples,
+            faults,
+            run_id,
+            next,
+            confirmed: 0,
+            unsettled: BTreeMap::new(),
+            client_seq: 0,
+        }
     }
 
     async fn live(mut self, stop: Arc<AtomicBool>) {
@@ -167,14 +177,13 @@ impl Neighbour {
             if self.unsettled.len() + 1 >= SUBMIT_WINDOW as usize {
                 continue;
             }
-            self.seq += 1;
-            let (seq, task) = (self.seq, format!("neighbour-{}", self.number));
+            self.client_seq += 1;
+            let (client_seq, task) = (self.client_seq, format!("neighbour-{}", self.number));
             let change = json!({"change_id": Uuid::now_v7(), "table": "tasks", "op": "update", "key": [task],
-                "columns": ["title"], "values": [format!("{} {seq}", self.number)], "stamp": seq});
-            let frame =
-                json!({"type": "submit", "seq": seq, "attempt": 1, "instance": self.instance, "changes": [change]});
+                "columns": ["title"], "values": [format!("{} {client_seq}", self.number)], "stamp": client_seq});
+            let frame = json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": self.run_id, "changes": [change]});
             self.samples.lock().expect("no panic")[self.number].push(Sample { due, confirmed: None, arrived: None });
-            self.unsettled.insert(seq, frame.clone());
+            self.unsettled.insert(client_seq, frame.clone());
             new.push(frame);
         }
         new
@@ -206,16 +215,17 @@ impl Neighbour {
     fn heard(&mut self, frame: ServerFrame) -> Result<()> {
         let now = Instant::now();
         match frame {
-            ServerFrame::Confirmed(Confirmed { seq, failed, .. }) => {
+            ServerFrame::Confirmed(Confirmed { client_seq, failed, .. }) => {
                 let mut samples = self.samples.lock().expect("no panic");
-                while let Some((settled, _)) = self.unsettled.first_key_value().filter(|(next, _)| **next <= seq) {
+                while let Some((settled, _)) = self.unsettled.first_key_value().filter(|(next, _)| **next <= client_seq)
+                {
                     let settled = *settled;
                     self.unsettled.remove(&settled);
                     if let Some(sample) = samples[self.number].get_mut(settled as usize - 1) {
                         sample.confirmed.get_or_insert(now);
                     }
                 }
-                self.confirmed = self.confirmed.max(seq);
+                self.confirmed = self.confirmed.max(client_seq);
                 let mut faults = self.faults.lock().expect("no panic");
                 faults.extend(failed.into_iter().map(|failure| format!("{}: {}", failure.code, failure.message)));
             }
@@ -242,7 +252,8 @@ impl Neighbour {
     /// A title as [`Self::due`] writes it, of the neighbour whose writes are watched here: it and all before have arrived.
     fn arrived(&self, row: &[Option<String>], now: Instant) {
         let Some(Some(title)) = row.get(2) else { return };
-        let Some((Ok(number), Ok(seq))) = title.split_once(' ').map(|(a, b)| (a.parse::<usize>(), b.parse::<usize>()))
+        let Some((Ok(number), Ok(client_seq))) =
+            title.split_once(' ').map(|(a, b)| (a.parse::<usize>(), b.parse::<usize>()))
         else {
             return;
         };
@@ -250,7 +261,7 @@ impl Neighbour {
             return;
         }
         let mut samples = self.samples.lock().expect("no panic");
-        for sample in samples[number].iter_mut().take(seq).rev().take_while(|sample| sample.arrived.is_none()) {
+        for sample in samples[number].iter_mut().take(client_seq).rev().take_while(|sample| sample.arrived.is_none()) {
             sample.arrived = Some(now);
         }
     }

@@ -273,7 +273,7 @@ impl Held {
             ServerFrame::Rows(rows) => {
                 self.staged.push(Step::Rows(rows.changes));
                 if rows.last && self.bracket.is_none() {
-                    self.apply(Position { epoch: rows.epoch, seq: rows.seq, lsn: rows.lsn });
+                    self.apply(Position { epoch: rows.epoch, stream_seq: rows.stream_seq, lsn: rows.lsn });
                 }
             }
             ServerFrame::Commit { position } if self.bracket.is_none() => self.apply(position),

@@ -39,10 +39,10 @@ async fn send(scene: &Scene, (column, value, neighbour): (&str, String, usize)) 
     // Again and again, so that there are enough writes of neighbours to speak of one in a hundred; but no more than a user may send
     // at once.
     while begun.elapsed() < LONG && bytes < MOST_BYTES {
-        for seq in sent + 1..=sent + MANY {
+        for client_seq in sent + 1..=sent + MANY {
             let id = Uuid::now_v7().to_string();
             let row = insert("docs", &[("id", &id), ("project_id", "odd"), (column, &value)]);
-            let frame = submit(seq, Uuid::nil(), vec![row]).to_string();
+            let frame = submit(client_seq, Uuid::nil(), vec![row]).to_string();
             bytes += frame.len();
             peer.text(frame).await?;
         }
@@ -51,7 +51,7 @@ async fn send(scene: &Scene, (column, value, neighbour): (&str, String, usize)) 
         while told < sent && Instant::now() < end {
             let Ok(frame) = peer.frame(end.duration_since(Instant::now())).await else { break };
             if let millstream_schemas::frame::ServerFrame::Confirmed(confirmed) = frame.context("closed")? {
-                told = confirmed.seq;
+                told = confirmed.client_seq;
                 for failure in confirmed.failed {
                     *words.entry(failure.code.to_string()).or_insert(0) += 1;
                 }
@@ -98,23 +98,23 @@ async fn poison_at_a_steady_rate_delays_only_its_author() -> Result<()> {
         tokio::time::sleep(long).await;
         let start = Instant::now();
         let mut ticks = tokio::time::interval(Duration::from_secs(1) / A_SECOND as u32);
-        let (mut seq, brackets) = (0, "[".repeat(20_000));
+        let (mut client_seq, brackets) = (0, "[".repeat(20_000));
         while start.elapsed() < long {
             ticks.tick().await;
-            seq += 1;
-            let odd = match STATES.get(seq as usize % (STATES.len() + 3)) {
+            client_seq += 1;
+            let odd = match STATES.get(client_seq as usize % (STATES.len() + 3)) {
                 Some(state) => ("odd", *state),
                 None => *[("odd", "deep"), ("odd", "rows"), ("plain", &brackets)]
-                    .get(seq as usize % 3)
+                    .get(client_seq as usize % 3)
                     .context("one of three")?,
             };
             let id = Uuid::now_v7().to_string();
             let row = insert("docs", &[("id", &id), ("project_id", "odd"), odd]);
-            peer.say(submit(seq, Uuid::nil(), vec![row])).await?;
+            peer.say(submit(client_seq, Uuid::nil(), vec![row])).await?;
         }
         let end = Instant::now();
-        let last = super::verdict(&mut peer, seq, HEALED).await?;
-        ensure!(last != "applied", "the last of {seq} changes was applied");
+        let last = super::verdict(&mut peer, client_seq, HEALED).await?;
+        ensure!(last != "applied", "the last of {client_seq} changes was applied");
         let (before, during) = (scene.neighbours.between(begun, start), scene.neighbours.between(start, end));
         println!("poison, {A_SECOND} changes a second: before: {before}; during: {during}");
         let limit = |before: Duration| before.mul_f64(FACTOR).max(before + super::noise());
@@ -143,10 +143,10 @@ async fn poison_of_any_sqlstate_delays_only_its_author() -> Result<()> {
             let id = client_in((n % 3) as u16 * 21);
             peer.say(millstream_tests::raw::hello(id, &scene.token("author"))).await?;
             peer.welcome().await?;
-            for seq in 1..=5 {
+            for client_seq in 1..=5 {
                 let id = Uuid::now_v7().to_string();
                 let row = insert("docs", &[("id", &id), ("project_id", "odd"), ("odd", state)]);
-                peer.say(submit(seq, Uuid::nil(), vec![row])).await?;
+                peer.say(submit(client_seq, Uuid::nil(), vec![row])).await?;
             }
             peers.push(peer);
         }

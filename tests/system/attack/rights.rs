@@ -65,18 +65,18 @@ async fn expiry(scene: &Scene) -> Result<()> {
         let mut peer = Peer::narrow(&scene.url(), 32_768).await?;
         peer.say(millstream_tests::raw::hello(Uuid::now_v7(), &mint(user)?)).await?;
         peer.welcome().await.with_context(|| user.to_owned())?;
-        let (mut pace, mut seq, mut last) = (Slowly::from(&peer), 0, None);
+        let (mut pace, mut client_seq, mut last) = (Slowly::from(&peer), 0, None);
         loop {
             let late = start.elapsed();
             ensure!(
                 late < limit,
-                "{user}: a session is still open {limit:.0?} after its token got {LIFE:?}; writes up to {seq}"
+                "{user}: a session is still open {limit:.0?} after its token got {LIFE:?}; writes up to {client_seq}"
             );
-            if writes && late > Duration::from_secs(1) * seq as u32 {
-                seq += 1;
-                let id = format!("expired-{seq}");
+            if writes && late > Duration::from_secs(1) * client_seq as u32 {
+                client_seq += 1;
+                let id = format!("expired-{client_seq}");
                 let row = insert("tasks", &[("id", &id), ("project_id", "writers"), ("title", "x")]);
-                let _ = peer.say(submit(seq, Uuid::nil(), vec![row])).await;
+                let _ = peer.say(submit(client_seq, Uuid::nil(), vec![row])).await;
             }
             // A fifth of the pace: it must not be through with its snapshot.
             if slow {

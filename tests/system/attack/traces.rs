@@ -29,10 +29,10 @@ fn forms() -> Vec<(&'static str, String)> {
 /// In changes that are applied, and in refused ones, which leave only a word of their failure in the stream.
 async fn send(scene: &Scene, (user, table, form): (&str, &str, String)) -> Result<()> {
     let mut peer = scene.open(user).await?;
-    for seq in 1..=3 {
+    for client_seq in 1..=3 {
         let id = Uuid::now_v7().to_string();
         let row = insert(table, &[("id", &id), ("project_id", "neighbours"), (second(table), "x")]);
-        let mut frame = submit(seq, Uuid::nil(), vec![row]);
+        let mut frame = submit(client_seq, Uuid::nil(), vec![row]);
         frame["traceparent"] = form.clone().into();
         peer.say(frame).await?;
     }
@@ -107,13 +107,13 @@ async fn trace_contexts_reach_others_whole_or_not_at_all() -> Result<()> {
             ensure!(start.elapsed() < HEALED, "the witness gets no snapshot");
         }
         let mut author: Peer = scene.open("neighbour-0").await?;
-        for (seq, (name, form)) in (1..).zip(forms()) {
-            let id = format!("text-trace-{seq}");
+        for (client_seq, (name, form)) in (1..).zip(forms()) {
+            let id = format!("text-trace-{client_seq}");
             let mut frame =
-                submit(seq, Uuid::nil(), vec![insert("docs", &[("id", &id), ("project_id", "neighbours")])]);
+                submit(client_seq, Uuid::nil(), vec![insert("docs", &[("id", &id), ("project_id", "neighbours")])]);
             frame["traceparent"] = form.clone().into();
             author.say(frame).await?;
-            let refused = verdict(&mut author, seq, Duration::from_secs(5)).await.context(name)?;
+            let refused = verdict(&mut author, client_seq, Duration::from_secs(5)).await.context(name)?;
             ensure!(refused == "applied", "{name}: {refused}: a hint is no reason to refuse a change");
             let end = Instant::now() + Duration::from_secs(5);
             loop {

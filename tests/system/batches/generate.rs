@@ -21,7 +21,7 @@ const STALE_MICROS: u64 = 2_000_000;
 struct Author {
     id: Uuid,
     user: &'static str,
-    instance: Uuid,
+    run_id: Uuid,
     last: u64,
 }
 
@@ -66,7 +66,7 @@ impl Generator {
         let authors = CLIENTS.map(|user| Author {
             id: Uuid::from_u128(rng.random()),
             user,
-            instance: Uuid::from_u128(rng.random()),
+            run_id: Uuid::from_u128(rng.random()),
             last: 0,
         });
         let quiet = rng.random();
@@ -150,9 +150,9 @@ impl Generator {
         let mut submission = Submission {
             client_id: author.id,
             user_id: author.user.to_owned(),
-            seq: author.last + 1,
+            client_seq: author.last + 1,
             attempt: self.rng.random_range(1..=3),
-            instance: author.instance,
+            run_id: author.run_id,
             previous: None,
             after: Vec::new(),
             changes,
@@ -160,28 +160,28 @@ impl Generator {
         };
         if !self.calm && self.rng.random_bool(0.2) {
             let back = self.rng.random_range(1..=5).min(author.last);
-            submission.after = (submission.seq - back..submission.seq).collect();
+            submission.after = (submission.client_seq - back..submission.client_seq).collect();
         }
         if self.rng.random_bool(odd) {
             match self.rng.random_range(0..6) {
                 // Again, perhaps what came just before.
-                0 if author.last > 0 => submission.seq -= self.rng.random_range(1..=author.last.min(3)),
-                1 => submission.seq += self.rng.random_range(1..=2),
-                2 => submission.instance = Uuid::from_u128(self.rng.random()),
+                0 if author.last > 0 => submission.client_seq -= self.rng.random_range(1..=author.last.min(3)),
+                1 => submission.client_seq += self.rng.random_range(1..=2),
+                2 => submission.run_id = Uuid::from_u128(self.rng.random()),
                 3 => submission.user_id = "dan".to_owned(),
                 4 => {
                     // A store that knows what it was copied from.
-                    let instance = Uuid::from_u128(self.rng.random());
-                    submission.previous = Some(std::mem::replace(&mut author.instance, instance));
-                    submission.instance = instance;
+                    let run_id = Uuid::from_u128(self.rng.random());
+                    submission.previous = Some(std::mem::replace(&mut author.run_id, run_id));
+                    submission.run_id = run_id;
                 }
                 _ => submission.changes.clear(),
             }
         }
-        let skipped = submission.instance != author.instance || submission.user_id != author.user;
-        if submission.seq == author.last + 1 && (!skipped || author.last == 0) {
+        let skipped = submission.run_id != author.run_id || submission.user_id != author.user;
+        if submission.client_seq == author.last + 1 && (!skipped || author.last == 0) {
             author.last += 1;
-            author.instance = submission.instance;
+            author.run_id = submission.run_id;
         }
         submission
     }

@@ -91,23 +91,23 @@ impl Database {
 pub struct Client {
     pub id: Uuid,
     pub user: &'static str,
-    pub instance: Uuid,
-    pub seq: u64,
+    pub run_id: Uuid,
+    pub client_seq: u64,
 }
 
 impl Client {
     pub fn new(id: u128, user: &'static str) -> Client {
-        Client { id: Uuid::from_u128(id), user, instance: Uuid::from_u128(id + 1000), seq: 0 }
+        Client { id: Uuid::from_u128(id), user, run_id: Uuid::from_u128(id + 1000), client_seq: 0 }
     }
 
     pub fn submit(&mut self, changes: Vec<Change>) -> Submission {
-        self.seq += 1;
+        self.client_seq += 1;
         Submission {
             client_id: self.id,
             user_id: self.user.into(),
-            seq: self.seq,
+            client_seq: self.client_seq,
             attempt: 1,
-            instance: self.instance,
+            run_id: self.run_id,
             previous: None,
             after: Vec::new(),
             changes,

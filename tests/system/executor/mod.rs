@@ -168,7 +168,7 @@ async fn refusals_name_what_refused() {
     let gone = change("notes", Delete, &[("id", "00000000-0000-0000-0000-000000000009")], &[], 0);
     is(&database.each(vec![ann.submit(vec![gone])]).await, Verdict::Applied);
     let history = database.json("SELECT count(*)::text FROM millstream.changes_history").await;
-    assert_eq!(history.parse::<u64>().unwrap(), ann.seq - 2);
+    assert_eq!(history.parse::<u64>().unwrap(), ann.client_seq - 2);
     let rules =
         database.json("SELECT string_agg(DISTINCT rule, ',' ORDER BY rule) FROM millstream.changes_history").await;
     assert_eq!(rules, "days_task_id_fkey,projects_name_check,projects_pkey,rank_negative");
@@ -207,7 +207,7 @@ async fn newer_changes_win() {
     assert_eq!(known, [Verdict::Merged, Verdict::Superseded, Verdict::Rejected, Verdict::Superseded]);
     let lost = database
         .json(
-            "SELECT string_agg((l->>'seq') || (l->>'verdict'), ',' ORDER BY (l->>'seq')::int) FROM millstream.clients, jsonb_array_elements(lost) l",
+            "SELECT string_agg((l->>'client_seq') || (l->>'verdict'), ',' ORDER BY (l->>'client_seq')::int) FROM millstream.clients, jsonb_array_elements(lost) l",
         )
         .await;
     assert_eq!(lost, "1merged,2superseded,4superseded");
@@ -249,14 +249,14 @@ async fn copies_and_successors_are_told_apart() {
     let first = store.submit(vec![note(&ids[0])]);
     is(&database.batch(vec![first]).await, Verdict::Applied);
     // A copy made before the next run of the original wrote.
-    let mut copy = Client { instance: Uuid::from_u128(77), ..Client::new(1, "ann") };
-    copy.seq = 1;
-    let previous = store.instance;
-    store.instance = Uuid::from_u128(66);
+    let mut copy = Client { run_id: Uuid::from_u128(77), ..Client::new(1, "ann") };
+    copy.client_seq = 1;
+    let previous = store.run_id;
+    store.run_id = Uuid::from_u128(66);
     let mut second = store.submit(vec![note(&ids[1])]);
     second.previous = Some(previous);
     is(&database.batch(vec![second]).await, Verdict::Applied);
-    copy.seq = 2;
+    copy.client_seq = 2;
     let mut foreign = copy.submit(vec![note(&ids[2])]);
     foreign.previous = Some(previous);
     assert_eq!(database.batch(vec![foreign]).await, []);
@@ -267,13 +267,13 @@ async fn copies_and_successors_are_told_apart() {
     let mut client = Client::new(5, "ann");
     let bad = client.submit(vec![change("notes", Update, &[("id", &ids[9])], &[("body", Some("y"))], 1)]);
     let mut next = client.submit(vec![note(&ids[3])]);
-    next.after = vec![bad.seq];
+    next.after = vec![bad.client_seq];
     let other = client.submit(vec![note(&ids[4])]);
     let results = database.batch(vec![bad, next.clone(), other]).await;
     let codes: Vec<_> = results.iter().map(|(_, result)| result.failure.as_ref().map(|f| f.code)).collect();
     assert_eq!(codes, [Some(Code::EntityMissing), Some(Code::PredecessorFailed), None]);
     let mut last = client.submit(vec![note(&ids[5])]);
-    last.after = vec![next.seq];
+    last.after = vec![next.client_seq];
     refused(&database.batch(vec![last]).await, Code::PredecessorFailed, None, "client_seq 2");
     assert_eq!(database.json("SELECT count(*)::text FROM notes").await, "3");
     database.stack.stop().await;
@@ -342,7 +342,7 @@ async fn a_batch_at_once_is_not_misled_by_what_it_remembers() {
     assert!(lost.is_err(), "{lost:?}");
     assert_eq!(database.json(row).await, "8");
     let ledger = database.json("SELECT last_seq::text FROM millstream.clients").await;
-    assert_eq!(ledger, (ann.seq - 1).to_string());
+    assert_eq!(ledger, (ann.client_seq - 1).to_string());
     database.stack.stop().await;
 }
 

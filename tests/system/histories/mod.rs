@@ -151,7 +151,7 @@ async fn watcher(
         let view = look(&client, &schema, &sql).await?;
         if shown.last().is_none_or(|last| last.view != view) {
             let status = client.status().borrow().clone();
-            let position = status.position.map(|position| format!("{} {}", position.seq, position.lsn));
+            let position = status.position.map(|position| format!("{} {}", position.stream_seq, position.lsn));
             let at = format!(
                 "{:.3} s: {:?}, {position:?}, {:?}",
                 start.elapsed().as_secs_f64(),

@@ -48,8 +48,8 @@ fn id(kind: u64, number: u64) -> Uuid {
 struct Author {
     client_id: Uuid,
     user_id: String,
-    instance: Uuid,
-    seq: u64,
+    run_id: Uuid,
+    client_seq: u64,
     projects: Vec<u64>,
 }
 
@@ -79,8 +79,8 @@ impl Workload {
             .map(|number| Author {
                 client_id: Uuid::from_u128(rng.random()),
                 user_id: format!("user-{number}"),
-                instance: Uuid::from_u128(rng.random()),
-                seq: 0,
+                run_id: Uuid::from_u128(rng.random()),
+                client_seq: 0,
                 projects: (0..MEMBERSHIPS).map(|k| (number * 7 + k * 13) % PROJECTS).collect(),
             })
             .collect();
@@ -109,13 +109,13 @@ impl Workload {
                 change
             };
             let author = &mut self.authors[author];
-            author.seq += 1;
+            author.client_seq += 1;
             batch.submissions.push(Submission {
                 client_id: author.client_id,
                 user_id: author.user_id.clone(),
-                seq: author.seq,
+                client_seq: author.client_seq,
                 attempt: 1,
-                instance: author.instance,
+                run_id: author.run_id,
                 previous: None,
                 after: Vec::new(),
                 changes: vec![change],

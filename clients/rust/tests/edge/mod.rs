@@ -9,7 +9,7 @@ use millstream_schemas::frame::{
     ClientFrame, Confirmed, ErrorFrame, Hello, Limits, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, Resume, Rows,
     ServerFrame, Submit, Welcome,
 };
-use millstream_schemas::stream::{Failure, InstanceSpan};
+use millstream_schemas::stream::{Failure, RunSpan};
 use millstream_schemas::{
     Code, ColumnSchema, Lsn, Operation, PROTOCOL_VERSION, Position, Row, Schema, Scope, TableChanges, TableOp,
     TableSchema, TableScope,
@@ -35,8 +35,8 @@ pub struct State {
     pub deaf: bool,
     /// The next submission is answered by closing the socket with this code.
     pub close_with: Option<Option<u16>>,
-    /// Which instances submitted what each client's ledger has.
-    pub instances: HashMap<Uuid, Vec<InstanceSpan>>,
+    /// Which runs submitted what each client's ledger has.
+    pub runs: HashMap<Uuid, Vec<RunSpan>>,
     /// Every submission in the order of arrival.
     pub received: Vec<u64>,
     pub connections: usize,
@@ -166,11 +166,16 @@ impl Edge {
             self.send(&mut socket, fatal(Code::BadToken)).await?;
             return None;
         }
-        self.state().positions.push(hello.position.map(|position| position.seq));
+        self.state().positions.push(hello.position.map(|position| position.stream_seq));
         if self.state().too_far_behind && hello.position.is_some() {
             let message = "too far behind".into();
-            let error =
-                ErrorFrame { code: Code::EpochChanged, message, seq: None, retry_after_ms: Some(10), fatal: true };
+            let error = ErrorFrame {
+                code: Code::EpochChanged,
+                message,
+                client_seq: None,
+                retry_after_ms: Some(10),
+                fatal: true,
+            };
             self.send(&mut socket, ServerFrame::Error(error)).await?;
             return None;
         }
@@ -206,7 +211,7 @@ impl Edge {
                 }
                 event = news.recv() => {
                     let (author, rows, confirmed) = event.ok()?;
-                    let position = Position { epoch: rows.epoch, seq: rows.seq, lsn: rows.lsn };
+                    let position = Position { epoch: rows.epoch, stream_seq: rows.stream_seq, lsn: rows.lsn };
                     self.send(&mut socket, ServerFrame::Rows(Rows { last: author != hello.client_id, ..rows })).await?;
                     if author == hello.client_id {
                         self.send(&mut socket, ServerFrame::Confirmed(confirmed)).await?;
@@ -238,8 +243,10 @@ impl Edge {
         let mut state = self.state();
         state.connections += 1;
         let last_seq = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
-        let position = Position { epoch: state.epoch, seq: state.log.len() as u64, lsn: Lsn(state.log.len() as u64) };
-        let known = hello.position.filter(|known| known.epoch == state.epoch && known.seq <= position.seq);
+        let position =
+            Position { epoch: state.epoch, stream_seq: state.log.len() as u64, lsn: Lsn(state.log.len() as u64) };
+        let known =
+            hello.position.filter(|known| known.epoch == state.epoch && known.stream_seq <= position.stream_seq);
         let mut frames = vec![ServerFrame::Welcome(Welcome {
             protocol: PROTOCOL_VERSION,
             session: Uuid::now_v7(),
@@ -253,15 +260,21 @@ impl Edge {
                 heartbeat_ms: if state.heartbeat_ms == 0 { 30_000 } else { state.heartbeat_ms },
             },
             last_seq: if state.late_ledger { last_seq.saturating_sub(1) } else { last_seq },
-            instances: state.instances.get(&hello.client_id).cloned().unwrap_or_default(),
-            failed: state.failures.get(&hello.client_id).into_iter().flatten().map(|failure| failure.seq).collect(),
+            runs: state.runs.get(&hello.client_id).cloned().unwrap_or_default(),
+            failed: state
+                .failures
+                .get(&hello.client_id)
+                .into_iter()
+                .flatten()
+                .map(|failure| failure.client_seq)
+                .collect(),
             lost: Vec::new(),
             epoch: state.epoch,
             resume: if known.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         })];
         match known {
             Some(known) => {
-                frames.extend(state.log.iter().skip(known.seq as usize).cloned().map(ServerFrame::Rows));
+                frames.extend(state.log.iter().skip(known.stream_seq as usize).cloned().map(ServerFrame::Rows));
             }
             None => {
                 let rows = state.tasks.values().cloned().collect();
@@ -278,56 +291,59 @@ impl Edge {
             }
         }
         let failed = state.failures.get(&hello.client_id).cloned().unwrap_or_default();
-        let spans = state.instances.get(&hello.client_id);
-        let instance = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.instance);
-        frames.push(ServerFrame::Confirmed(Confirmed { seq: last_seq, instance, failed, lost: Vec::new() }));
+        let spans = state.runs.get(&hello.client_id);
+        let run_id = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.run_id);
+        frames.push(ServerFrame::Confirmed(Confirmed { client_seq: last_seq, run_id, failed, lost: Vec::new() }));
         frames.push(ServerFrame::Commit { position });
         frames
     }
 
     fn submit(&self, hello: &Hello, submit: Submit) -> ServerFrame {
         let mut state = self.state();
-        state.arrivals.push((Instant::now(), submit.seq));
-        if state.overloaded > 0 || state.overloaded_from.is_some_and(|from| submit.seq >= from) {
+        state.arrivals.push((Instant::now(), submit.client_seq));
+        if state.overloaded > 0 || state.overloaded_from.is_some_and(|from| submit.client_seq >= from) {
             state.overloaded = state.overloaded.saturating_sub(1);
             return ServerFrame::Error(ErrorFrame {
                 code: Code::Overloaded,
                 message: "later".into(),
-                seq: Some(submit.seq),
+                client_seq: Some(submit.client_seq),
                 retry_after_ms: Some(if state.retry_after_ms == 0 { 30 } else { state.retry_after_ms }),
                 fatal: false,
             });
         }
-        state.received.push(submit.seq);
+        state.received.push(submit.client_seq);
         let last = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
-        if submit.seq > last + 1 {
+        if submit.client_seq > last + 1 {
             return ServerFrame::Error(ErrorFrame {
                 code: Code::OutOfOrder,
                 message: format!("{} comes next", last + 1),
-                seq: Some(last + 1),
+                client_seq: Some(last + 1),
                 retry_after_ms: None,
                 fatal: false,
             });
         }
-        let known = state.instances.get(&hello.client_id).and_then(|spans| spans.last()).map(|span| span.instance);
-        let follows = known.is_none() || known == Some(submit.instance) || known == submit.previous;
-        if submit.seq == last + 1 && follows {
+        let known = state.runs.get(&hello.client_id).and_then(|spans| spans.last()).map(|span| span.run_id);
+        let follows = known.is_none() || known == Some(submit.run_id) || known == submit.previous;
+        if submit.client_seq == last + 1 && follows {
             state.traceparents.push(submit.traceparent.clone());
-            state.ledger.insert(hello.client_id, submit.seq);
-            let spans = state.instances.entry(hello.client_id).or_default();
-            if spans.last().is_none_or(|span| span.instance != submit.instance) {
-                spans.push(InstanceSpan { instance: submit.instance, first_seq: submit.seq });
+            state.ledger.insert(hello.client_id, submit.client_seq);
+            let spans = state.runs.entry(hello.client_id).or_default();
+            if spans.last().is_none_or(|span| span.run_id != submit.run_id) {
+                spans.push(RunSpan { run_id: submit.run_id, first_seq: submit.client_seq });
             }
             let bad = submit.changes.iter().find(|change| change.values.contains(&Some("bad".into())));
             let failures = state.failures.get(&hello.client_id);
-            let behind = submit.after.iter().any(|seq| failures.into_iter().flatten().any(|failed| failed.seq == *seq));
+            let behind = submit
+                .after
+                .iter()
+                .any(|client_seq| failures.into_iter().flatten().any(|failed| failed.client_seq == *client_seq));
             let (code, message) = match behind {
                 true => (Code::PredecessorFailed, "it comes after a rejected one"),
                 false => (Code::PermissionDenied, "bad title"),
             };
             let refused = if behind { submit.changes.first() } else { bad };
             let failure = refused.map(|change| Failure {
-                seq: submit.seq,
+                client_seq: submit.client_seq,
                 change_id: change.change_id,
                 code,
                 rule: None,
@@ -355,10 +371,10 @@ impl Edge {
                     changes.push(table);
                 }
             }
-            let seq = state.log.len() as u64 + 1;
+            let stream_seq = state.log.len() as u64 + 1;
             let rows = Rows {
-                seq,
-                lsn: Lsn(seq),
+                stream_seq,
+                lsn: Lsn(stream_seq),
                 index: 0,
                 last: true,
                 epoch: state.epoch,
@@ -369,19 +385,19 @@ impl Edge {
             state.log.push(rows.clone());
             state.failures.entry(hello.client_id).or_default().extend(failure.clone());
             let confirmed = Confirmed {
-                seq: submit.seq,
-                instance: submit.instance,
+                client_seq: submit.client_seq,
+                run_id: submit.run_id,
                 lost: Vec::new(),
                 failed: failure.into_iter().collect(),
             };
             let _ = self.news.send((hello.client_id, rows, confirmed));
         }
-        ServerFrame::Accepted { seq: state.ledger.get(&hello.client_id).copied().unwrap_or(0) }
+        ServerFrame::Accepted { client_seq: state.ledger.get(&hello.client_id).copied().unwrap_or(0) }
     }
 }
 
 fn fatal(code: Code) -> ServerFrame {
-    ServerFrame::Error(ErrorFrame { code, message: "no".into(), seq: None, retry_after_ms: None, fatal: true })
+    ServerFrame::Error(ErrorFrame { code, message: "no".into(), client_seq: None, retry_after_ms: None, fatal: true })
 }
 
 async fn next(socket: &mut WebSocketStream<TcpStream>) -> Option<ClientFrame> {

@@ -188,10 +188,13 @@ async fn of_tables_that_triggers_fill() {
         let (client, id) = (if round % 2 == 0 { &a } else { &b }, round.to_string());
         insert(client, &id, "zebra").await.confirmed().await.unwrap();
         let mut status = b.status();
-        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.position.is_some_and(|at| at.seq > round)))
-            .await
-            .unwrap()
-            .unwrap();
+        tokio::time::timeout(
+            PATIENCE,
+            status.wait_for(|status| status.position.is_some_and(|at| at.stream_seq > round)),
+        )
+        .await
+        .unwrap()
+        .unwrap();
         for (watch, sql) in watches.iter_mut().zip(queries) {
             follows(&b, watch, sql, &format!("round {round}: {sql}")).await;
         }

@@ -562,7 +562,7 @@ fn saved_changes_are_recorded_in_order_with_their_stamps_and_each_once() {
     f.apply(vec![upsert(vec![task("a", "p", "server", false), task("b", "p", "server", true)])]);
     let transaction = |tx: u64, complete: bool, changes: Vec<Change>| SavedTransaction {
         tx,
-        seq: Some(tx),
+        client_seq: Some(tx),
         state: EntryState::Pending,
         recorded_at: 1,
         complete,
@@ -624,8 +624,8 @@ fn saved_changes_are_recorded_in_order_with_their_stamps_and_each_once() {
         ("before", "before", "as 3", "as 4", "before")
     );
     // Later writes are later, whatever the saved stamps are.
-    let seq = f.write(&["UPDATE tasks SET title = 'later' WHERE id = 'n'"]).unwrap();
-    assert!(f.store.pending(seq.unwrap() - 1, 1).unwrap()[0].changes[0].stamp > 31);
+    let client_seq = f.write(&["UPDATE tasks SET title = 'later' WHERE id = 'n'"]).unwrap();
+    assert!(f.store.pending(client_seq.unwrap() - 1, 1).unwrap()[0].changes[0].stamp > 31);
 }
 
 #[test]

@@ -115,24 +115,24 @@ impl Fixture {
     pub fn write(&mut self, statements: &[&str]) -> Result<Option<u64>, StoreError> {
         let written =
             self.store.write(None, |tx| statements.iter().try_for_each(|sql| tx.execute(sql, &[]).map(|_| ())))?;
-        Ok(written.recorded.and_then(|recorded| recorded.entry).map(|entry| entry.seq))
+        Ok(written.recorded.and_then(|recorded| recorded.entry).map(|entry| entry.client_seq))
     }
 
     pub fn apply(&mut self, steps: Vec<Step>) -> Applied {
         self.try_apply(steps).unwrap()
     }
 
-    /// Applies steps; confirmations without an instance get that of the queue's entry.
+    /// Applies steps; confirmations without a run get that of the queue's entry.
     pub fn try_apply(&mut self, mut steps: Vec<Step>) -> Result<Applied, StoreError> {
         for step in &mut steps {
             if let Step::Confirmed(confirmed) = step
-                && confirmed.instance.is_nil()
+                && confirmed.run_id.is_nil()
             {
-                let sql = format!("SELECT instance FROM local_changes WHERE seq = {}", confirmed.seq);
-                confirmed.instance = self.read(&sql).lines().next().unwrap().parse().unwrap();
+                let sql = format!("SELECT instance FROM local_changes WHERE seq = {}", confirmed.client_seq);
+                confirmed.run_id = self.read(&sql).lines().next().unwrap().parse().unwrap();
             }
         }
-        let position = Position { epoch: Uuid::nil(), seq: 1, lsn: Lsn(1) };
+        let position = Position { epoch: Uuid::nil(), stream_seq: 1, lsn: Lsn(1) };
         let batch = Batch { steps, position: Some(position), ..Batch::default() };
         self.store.perform(&[Work::Apply(batch)])
     }
@@ -189,25 +189,25 @@ pub fn delete(id: &str) -> Step {
     Step::Rows(vec![changes("tasks", TableOp::Delete, vec![vec![Some(id.into())]])])
 }
 
-pub fn confirmed(seq: u64) -> Step {
-    Step::Confirmed(Confirmed { seq, instance: Uuid::nil(), failed: vec![], lost: vec![] })
+pub fn confirmed(client_seq: u64) -> Step {
+    Step::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed: vec![], lost: vec![] })
 }
 
-pub fn failed(seq: u64, code: Code) -> Step {
-    let failure = Failure { seq, change_id: Uuid::nil(), code, rule: None, message: "no".into() };
-    Step::Confirmed(Confirmed { seq, instance: Uuid::nil(), failed: vec![failure], lost: vec![] })
+pub fn failed(client_seq: u64, code: Code) -> Step {
+    let failure = Failure { client_seq, change_id: Uuid::nil(), code, rule: None, message: "no".into() };
+    Step::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed: vec![failure], lost: vec![] })
 }
 
 pub fn stage(f: &mut Fixture, rows: Vec<Row>) {
     f.store.perform(&[Work::ClearStage, Work::Stage(vec![changes("tasks", TableOp::Upsert, rows)])]).unwrap();
 }
 
-pub fn failure(seq: u64, change_id: Uuid, code: Code) -> Failure {
-    Failure { seq, change_id, code, rule: Some("a_rule".into()), message: "not so".into() }
+pub fn failure(client_seq: u64, change_id: Uuid, code: Code) -> Failure {
+    Failure { client_seq, change_id, code, rule: Some("a_rule".into()), message: "not so".into() }
 }
 
-pub fn told(seq: u64, failed: Vec<Failure>) -> Step {
-    Step::Confirmed(Confirmed { seq, instance: Uuid::nil(), failed, lost: vec![] })
+pub fn told(client_seq: u64, failed: Vec<Failure>) -> Step {
+    Step::Confirmed(Confirmed { client_seq, run_id: Uuid::nil(), failed, lost: vec![] })
 }
 
 pub fn submits(f: &Fixture) -> Vec<Submit> {
@@ -216,11 +216,11 @@ pub fn submits(f: &Fixture) -> Vec<Submit> {
 
 /// Number, first key and what it comes after, of each numbered transaction.
 pub fn queue(f: &Fixture) -> Vec<(u64, String, Vec<u64>)> {
-    submits(f).into_iter().map(|s| (s.seq, s.changes[0].key[0].clone().unwrap(), s.after)).collect()
+    submits(f).into_iter().map(|s| (s.client_seq, s.changes[0].key[0].clone().unwrap(), s.after)).collect()
 }
 
-pub fn entry(seq: u64, key: &str, after: &[u64]) -> (u64, String, Vec<u64>) {
-    (seq, key.to_owned(), after.to_vec())
+pub fn entry(client_seq: u64, key: &str, after: &[u64]) -> (u64, String, Vec<u64>) {
+    (client_seq, key.to_owned(), after.to_vec())
 }
 
 pub fn states(f: &Fixture) -> String {

@@ -8,7 +8,7 @@ use millstream_client_core::replica::Step;
 use millstream_client_store::{Meeting, Outcome, Store, StoreError, Verdict};
 use millstream_schemas::Code;
 use millstream_schemas::frame::{Confirmed, Submit};
-use millstream_schemas::stream::{self, InstanceSpan, Loss};
+use millstream_schemas::stream::{self, Loss, RunSpan};
 use uuid::Uuid;
 
 use super::fixture::{
@@ -63,11 +63,14 @@ fn a_restored_server_finds_the_old_numbers() {
     }
     let before = submits(&f);
     f.apply(vec![told(4, vec![failure(2, Uuid::nil(), Code::PermissionDenied)])]);
-    let instance = before[0].instance;
+    let run_id = before[0].run_id;
     let mut f = f.reopen();
-    assert_eq!(f.store.meet(1, &[InstanceSpan { instance, first_seq: 1 }], &[], &[]).unwrap(), Meeting::WentBack);
+    assert_eq!(f.store.meet(1, &[RunSpan { run_id, first_seq: 1 }], &[], &[]).unwrap(), Meeting::WentBack);
     let again = submits(&f);
-    assert_eq!(again.iter().map(|s| (s.seq, s.instance)).collect::<Vec<_>>(), [2, 3, 4].map(|seq| (seq, instance)));
+    assert_eq!(
+        again.iter().map(|s| (s.client_seq, s.run_id)).collect::<Vec<_>>(),
+        [2, 3, 4].map(|client_seq| (client_seq, run_id))
+    );
     assert!(again.iter().zip(&before[1..]).all(|(now, then)| now.changes == then.changes));
 }
 
@@ -95,8 +98,8 @@ fn what_was_held_back_goes_on_with_a_restored_server() {
     let mut f = fixture();
     insert(&mut f, "a");
     update(&mut f, "a", "behind");
-    let refused =
-        [(1, Code::InvalidValue), (2, Code::PredecessorFailed)].map(|(seq, code)| failure(seq, Uuid::nil(), code));
+    let refused = [(1, Code::InvalidValue), (2, Code::PredecessorFailed)]
+        .map(|(client_seq, code)| failure(client_seq, Uuid::nil(), code));
     f.apply(vec![told(2, refused.to_vec())]);
     assert_eq!((queue(&f), f.store.info().unwrap().held), (vec![], 1));
     assert_eq!(f.store.meet(0, &[], &[], &[]).unwrap(), Meeting::WentBack);
@@ -109,7 +112,7 @@ fn what_was_held_back_goes_on_with_a_restored_server() {
 #[derive(Default)]
 struct Server {
     last: u64,
-    instances: Vec<InstanceSpan>,
+    runs: Vec<RunSpan>,
     /// Rejected ones.
     failed: Vec<u64>,
     /// Those that lost.
@@ -121,22 +124,22 @@ impl Server {
     /// Takes what follows the ledger and comes from the same store.
     fn submit(&mut self, submits: &[Submit]) {
         for submit in submits {
-            let known = self.instances.last().map(|span| span.instance);
-            let follows = known.is_none() || known == Some(submit.instance) || known == submit.previous;
-            if submit.seq != self.last + 1 || !follows {
+            let known = self.runs.last().map(|span| span.run_id);
+            let follows = known.is_none() || known == Some(submit.run_id) || known == submit.previous;
+            if submit.client_seq != self.last + 1 || !follows {
                 continue;
             }
             self.last += 1;
-            if known != Some(submit.instance) {
-                self.instances.push(InstanceSpan { instance: submit.instance, first_seq: submit.seq });
+            if known != Some(submit.run_id) {
+                self.runs.push(RunSpan { run_id: submit.run_id, first_seq: submit.client_seq });
             }
             self.taken.extend(submit.changes.iter().map(|change| change.change_id));
         }
     }
 
     fn confirm(&self) -> Step {
-        let instance = self.instances.last().unwrap().instance;
-        Step::Confirmed(Confirmed { seq: self.last, instance, failed: vec![], lost: vec![] })
+        let run_id = self.runs.last().unwrap().run_id;
+        Step::Confirmed(Confirmed { client_seq: self.last, run_id, failed: vec![], lost: vec![] })
     }
 }
 
@@ -184,7 +187,7 @@ fn a_copied_store_takes_a_new_identity() {
         let id = original.store.info().unwrap().client_id;
         let (first, second) = if original_first { (&mut original, &mut clone) } else { (&mut clone, &mut original) };
         assert_eq!(
-            first.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+            first.store.meet(server.last, &server.runs, &server.failed, &server.lost).unwrap(),
             Meeting::Continue,
             "{case}"
         );
@@ -195,7 +198,7 @@ fn a_copied_store_takes_a_new_identity() {
         assert_eq!(server.last, 4, "{case}");
         assert!(matches!(second.try_apply(vec![server.confirm()]), Err(StoreError::Copied)), "{case}");
         assert_eq!(
-            second.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+            second.store.meet(server.last, &server.runs, &server.failed, &server.lost).unwrap(),
             Meeting::NewIdentity,
             "{case}"
         );
@@ -204,7 +207,7 @@ fn a_copied_store_takes_a_new_identity() {
         let mut anew = Server::default();
         assert_ne!(second.store.info().unwrap().client_id, id, "{case}");
         assert_eq!(
-            second.store.meet(anew.last, &anew.instances, &anew.failed, &anew.lost).unwrap(),
+            second.store.meet(anew.last, &anew.runs, &anew.failed, &anew.lost).unwrap(),
             Meeting::Continue,
             "{case}"
         );
@@ -232,13 +235,13 @@ fn a_copy_does_not_take_a_rejected_or_lost_change_for_applied() {
     let mut server = Server::default();
     server.submit(&submits(&original));
     server.failed = vec![2];
-    server.lost = vec![Loss { seq: 3, verdict: stream::Verdict::Superseded, change_id: Uuid::nil() }];
+    server.lost = vec![Loss { client_seq: 3, verdict: stream::Verdict::Superseded, change_id: Uuid::nil() }];
     let mut clone = copy(&original);
     insert(&mut original, "own");
     server.submit(&submits(&original));
     insert(&mut clone, "cloned");
     assert_eq!(
-        clone.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+        clone.store.meet(server.last, &server.runs, &server.failed, &server.lost).unwrap(),
         Meeting::NewIdentity
     );
     assert_eq!(clone.store.verdict(1).unwrap(), Verdict::Confirmed(Outcome::Applied));
@@ -256,7 +259,7 @@ fn a_copy_submits_again_what_a_restored_server_lost() {
     server.submit(&submits(&original));
     original.apply(vec![server.confirm()]);
     let mut clone = copy(&original);
-    let backup = Server { last: server.last, instances: server.instances.clone(), ..Server::default() };
+    let backup = Server { last: server.last, runs: server.runs.clone(), ..Server::default() };
     insert(&mut clone, "cloned");
     server.submit(&submits(&clone));
     clone.apply(vec![server.confirm()]);
@@ -266,7 +269,7 @@ fn a_copy_submits_again_what_a_restored_server_lost() {
     insert(&mut original, "own");
     server.submit(&submits(&original));
     assert_eq!(
-        clone.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+        clone.store.meet(server.last, &server.runs, &server.failed, &server.lost).unwrap(),
         Meeting::NewIdentity
     );
     assert_eq!(queue(&clone), [entry(1, "cloned", &[])], "the other one is there");
@@ -286,7 +289,7 @@ fn a_store_restored_from_a_backup_takes_a_new_identity() {
     insert(&mut restored, "d");
     insert(&mut restored, "e");
     assert_eq!(
-        restored.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(),
+        restored.store.meet(server.last, &server.runs, &server.failed, &server.lost).unwrap(),
         Meeting::NewIdentity
     );
     assert_eq!(queue(&restored), [entry(1, "d", &[]), entry(2, "e", &[])], "a and b were taken before");
@@ -332,14 +335,14 @@ fn a_store_of_the_older_format_is_converted() {
     let old = Uuid::from_u128(0xaa);
     let mut server = Server {
         last: 1,
-        instances: vec![InstanceSpan { instance: old, first_seq: 1 }],
+        runs: vec![RunSpan { run_id: old, first_seq: 1 }],
         failed: vec![],
         lost: vec![],
         taken: vec![],
     };
     let mut f = Fixture { store: Store::open(&f.path, f.host.clone()).unwrap(), ..f };
     insert(&mut f, "new");
-    assert_eq!(f.store.meet(server.last, &server.instances, &server.failed, &server.lost).unwrap(), Meeting::Continue);
+    assert_eq!(f.store.meet(server.last, &server.runs, &server.failed, &server.lost).unwrap(), Meeting::Continue);
     server.submit(&submits(&f));
     server.submit(&submits(&f));
     assert_eq!((server.last, server.taken.len()), (52, 51));

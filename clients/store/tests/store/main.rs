@@ -31,7 +31,7 @@ use uuid::Uuid;
 fn triggers_record_what_changed_in_text_form() {
     let mut f = fixture();
     f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
-    let seq = f
+    let client_seq = f
         .write(&[
             "INSERT INTO tasks (id, project_id, title, done, position, photo) VALUES ('b', 'p', 'say \"hi\"', 1, 0.1, x'00ff')",
             "UPDATE tasks SET title = 'mine', done = 1 WHERE id = 'a'",
@@ -41,7 +41,7 @@ fn triggers_record_what_changed_in_text_form() {
             "UPDATE members SET role = NULL",
         ])
         .unwrap();
-    assert_eq!(seq, Some(1));
+    assert_eq!(client_seq, Some(1));
     let expected = r#"1|insert|["b"]|["id","project_id","title","done","position","photo"]|["b","p","say \"hi\"","t","0.1","\\x00ff"]
 1|update|["a"]|["title","done"]|["mine","t"]
 1|delete|["a"]|[]|[]
@@ -56,7 +56,7 @@ fn triggers_record_what_changed_in_text_form() {
 
     let submits = f.store.pending(0, 10).unwrap();
     assert_eq!(submits.len(), 1);
-    assert_eq!((submits[0].seq, submits[0].attempt, submits[0].changes.len()), (1, 1, 5));
+    assert_eq!((submits[0].client_seq, submits[0].attempt, submits[0].changes.len()), (1, 1, 5));
     assert_eq!(submits[0].changes[2].op, Operation::Delete);
     let stamps: Vec<u64> = submits[0].changes.iter().map(|change| change.stamp).collect();
     assert!(stamps.is_sorted_by(|a, b| a < b), "the clock stands, stamps do not: {stamps:?}");
@@ -199,7 +199,7 @@ fn numbers_have_no_gaps_whatever_is_rolled_back() {
         assert!(tx.execute("INSERT INTO tasks (id) VALUES ('f'), ('a')", &[]).is_err());
         tx.savepoint(|tx| tx.execute("INSERT INTO tasks (id) VALUES ('g')", &[]))
     });
-    assert_eq!(written.unwrap().recorded.unwrap().entry.unwrap().seq, 2);
+    assert_eq!(written.unwrap().recorded.unwrap().entry.unwrap().client_seq, 2);
     assert!(matches!(
         f.write(&["INSERT INTO tasks (id) VALUES ('h')", "INSERT OR ROLLBACK INTO tasks (id) VALUES ('a')"]),
         Err(StoreError::Statement(_))
@@ -225,7 +225,7 @@ fn grouped_writes_are_whole_each_on_its_own() {
                     tx.execute("INSERT INTO members VALUES ('p', ?1, 'x')", &[Value::Text(id.into())])?;
                     tx.execute("INSERT INTO tasks (id) VALUES (?1)", &[Value::Text(id.into())])
                 });
-                written.map(|written| written.recorded.unwrap().entry.unwrap().seq).map_err(|_: StoreError| ())
+                written.map(|written| written.recorded.unwrap().entry.unwrap().client_seq).map_err(|_: StoreError| ())
             })
         })
         .unwrap();
@@ -241,7 +241,7 @@ fn a_kill_leaves_rows_and_queue_entries_together() {
         f = f.reopen();
     }
     assert_eq!(f.read("SELECT count(*) FROM tasks"), "30");
-    let seqs: Vec<u64> = f.store.pending(0, 100).unwrap().iter().map(|submit| submit.seq).collect();
+    let seqs: Vec<u64> = f.store.pending(0, 100).unwrap().iter().map(|submit| submit.client_seq).collect();
     assert_eq!(seqs, (1..=30).collect::<Vec<_>>());
     assert_eq!(f.store.schema(), Some(&schema()));
     assert_eq!(f.read("PRAGMA integrity_check"), "ok");
@@ -476,7 +476,7 @@ fn another_connection_is_noticed_and_numbers_are_shared() {
     assert_eq!(f.write(&["INSERT INTO tasks (id) VALUES ('a')"]).unwrap(), Some(1));
     assert!(!f.store.changed_elsewhere().unwrap(), "its own commits are not elsewhere");
     let written = other.write(None, |tx| tx.execute("INSERT INTO tasks (id) VALUES ('b')", &[])).unwrap();
-    assert_eq!(written.recorded.unwrap().entry.unwrap().seq, 2);
+    assert_eq!(written.recorded.unwrap().entry.unwrap().client_seq, 2);
     assert!(f.store.changed_elsewhere().unwrap());
     assert_eq!(f.store.info().unwrap().last_seq, 2);
     assert_eq!(f.store.take_written().into_iter().filter(|t| t == "tasks").count(), 1);
@@ -498,7 +498,7 @@ fn marks_are_written_with_the_next_batch() {
 #[test]
 fn stamps_follow_what_was_seen() {
     let mut f = fixture();
-    let position = Position { epoch: Uuid::nil(), seq: 1, lsn: Lsn(1) };
+    let position = Position { epoch: Uuid::nil(), stream_seq: 1, lsn: Lsn(1) };
     let steps = vec![upsert(vec![task("a", "p", "server", false)])];
     f.store.apply(&Batch { steps, position: Some(position), at: 5_000_000, ..Batch::default() }).unwrap();
     let mut f = f.reopen();

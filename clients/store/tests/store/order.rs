@@ -36,13 +36,13 @@ fn a_rejection_brings_the_confirmed_row_back_and_is_listed() {
     assert_eq!(f.apply(vec![told(1, vec![rejection])]).settled, []);
 
     // A person says: again. The same transaction and change ids, a new number, shown again.
-    assert_eq!(f.store.retry(1).unwrap().unwrap().seq, 3);
+    assert_eq!(f.store.retry(1).unwrap().unwrap().client_seq, 3);
     let of_before = |entry: &millstream_client_store::QueueEntry| entry.error_code.is_some() || entry.error.is_some();
     assert!(!f.store.transaction(1).unwrap().iter().any(of_before), "it is another attempt");
     assert_eq!(f.tasks(), "a|mine|0\nb|-|-\nz|server|1");
     assert!(matches!(f.store.retry(1), Err(StoreError::NotFailed { tx: 1, state: Some(_) })));
     let submit = f.store.pending(2, 1).unwrap().remove(0);
-    assert_eq!((submit.seq, submit.attempt, submit.changes[1].change_id), (3, 1, change_id));
+    assert_eq!((submit.client_seq, submit.attempt, submit.changes[1].change_id), (3, 1, change_id));
     f.apply(vec![failed(3, Code::PermissionDenied)]);
     f.store.discard(1).unwrap();
     assert_eq!((f.store.failed().unwrap().len(), f.bases()), (0, String::new()));
@@ -56,8 +56,8 @@ fn business_rules_are_tried_again_up_to_the_limit() {
     insert(&mut f, "a");
     for attempt in 1..=5u32 {
         let submit = submits(&f).pop().unwrap();
-        assert_eq!((submit.seq, submit.attempt), (u64::from(attempt), attempt));
-        f.apply(vec![failed(submit.seq, Code::BusinessRule)]);
+        assert_eq!((submit.client_seq, submit.attempt), (u64::from(attempt), attempt));
+        f.apply(vec![failed(submit.client_seq, Code::BusinessRule)]);
         assert_eq!(f.tasks(), "");
         f = f.reopen();
         let listed = f.store.failed().unwrap().remove(0);
@@ -77,7 +77,7 @@ fn business_rules_are_tried_again_up_to_the_limit() {
         assert!(f.store.retry_due().unwrap());
         assert_eq!(f.tasks(), "a|new|-");
     }
-    assert_eq!(f.store.retry(1).unwrap().unwrap().seq, 6);
+    assert_eq!(f.store.retry(1).unwrap().unwrap().client_seq, 6);
     assert_eq!(submits(&f)[0].attempt, 1, "by hand, attempts count from the start");
     f.apply(vec![confirmed(6)]);
     assert_eq!(f.store.verdict(1).unwrap(), Verdict::Confirmed(Outcome::Applied));
@@ -153,7 +153,7 @@ fn a_held_transaction_can_be_discarded_and_a_retry_waits_for_its_predecessors() 
     assert_eq!(states(&f), "1|1|error|1\n2|-|held|0");
     update(&mut f, "a", "third");
     f.store.discard(2).unwrap();
-    assert_eq!(f.store.retry(1).unwrap().unwrap().seq, 3);
+    assert_eq!(f.store.retry(1).unwrap().unwrap().client_seq, 3);
     let of_before = |entry: &millstream_client_store::QueueEntry| entry.error_code.is_some() || entry.error.is_some();
     assert!(!f.store.transaction(1).unwrap().iter().any(of_before), "it is another attempt");
     assert_eq!(queue(&f), [entry(3, "a", &[]), entry(4, "a", &[3])]);
@@ -259,13 +259,13 @@ fn what_lost_to_newer_changes_is_settled() {
     f.apply(vec![upsert(vec![task("a", "p", "server", false)])]);
     update(&mut f, "a", "mine");
     f.write(&["UPDATE tasks SET title = 'again', done = 1"]).unwrap();
-    let lost = [(1, stream::Verdict::Superseded), (2, stream::Verdict::Merged)].map(|(seq, verdict)| Loss {
-        seq,
+    let lost = [(1, stream::Verdict::Superseded), (2, stream::Verdict::Merged)].map(|(client_seq, verdict)| Loss {
+        client_seq,
         verdict,
         change_id: Uuid::nil(),
     });
     let newer = upsert(vec![task("a", "p", "theirs", true)]);
-    let step = Step::Confirmed(Confirmed { seq: 2, instance: Uuid::nil(), failed: vec![], lost: lost.to_vec() });
+    let step = Step::Confirmed(Confirmed { client_seq: 2, run_id: Uuid::nil(), failed: vec![], lost: lost.to_vec() });
     let applied = f.apply(vec![newer, step]);
     let outcomes: Vec<_> = applied.settled.iter().map(|settled| settled.result.clone().unwrap()).collect();
     assert_eq!(outcomes, [Outcome::Superseded, Outcome::Merged]);
@@ -325,7 +325,7 @@ fn the_order_is_that_of_recording_whatever_the_clock_does() {
     let submits = submits(&f);
     let keys: Vec<_> = submits.iter().map(|submit| submit.changes[0].key[0].clone().unwrap()).collect();
     assert_eq!(keys, (0..100).map(|n| format!("{n:03}")).collect::<Vec<_>>());
-    assert!(submits.is_sorted_by(|a, b| a.seq < b.seq && a.changes[0].stamp < b.changes[0].stamp));
+    assert!(submits.is_sorted_by(|a, b| a.client_seq < b.client_seq && a.changes[0].stamp < b.changes[0].stamp));
 }
 
 /// Item 19: what a store holds when it is opened again, by state, and what of it is sent.
@@ -408,15 +408,15 @@ fn states_change_only_along_the_legal_ways() {
                 f.write(&[&sql]).unwrap();
             }
             2 | 3 if info.last_seq > info.confirmed_seq => {
-                let seq = info.confirmed_seq + 1 + next(info.last_seq - info.confirmed_seq);
+                let client_seq = info.confirmed_seq + 1 + next(info.last_seq - info.confirmed_seq);
                 let codes = [Code::BusinessRule, Code::PermissionDenied, Code::PredecessorFailed];
-                let rejected = (info.confirmed_seq + 1..=seq)
+                let rejected = (info.confirmed_seq + 1..=client_seq)
                     .filter(|_| next(3) == 0)
                     .collect::<Vec<_>>()
                     .into_iter()
-                    .map(|seq| failure(seq, Uuid::nil(), codes[(seq % 3) as usize]))
+                    .map(|client_seq| failure(client_seq, Uuid::nil(), codes[(client_seq % 3) as usize]))
                     .collect();
-                f.apply(vec![told(seq, rejected)]);
+                f.apply(vec![told(client_seq, rejected)]);
             }
             4 if info.last_seq > info.confirmed_seq => {
                 let sent = info.confirmed_seq + 1 + next(info.last_seq - info.confirmed_seq);
@@ -437,7 +437,8 @@ fn states_change_only_along_the_legal_ways() {
             "SELECT DISTINCT seq FROM local_changes WHERE state IN ('pending', 'sending', 'accepted') ORDER BY seq",
         );
         let info = f.store.info().unwrap();
-        let expected: Vec<String> = (info.confirmed_seq + 1..=info.last_seq).map(|seq| seq.to_string()).collect();
+        let expected: Vec<String> =
+            (info.confirmed_seq + 1..=info.last_seq).map(|client_seq| client_seq.to_string()).collect();
         assert_eq!(numbers, expected.join("\n"), "step {step}");
     }
     let seen = f.read("SELECT was, is_now FROM transitions");
@@ -471,8 +472,8 @@ fn the_queue_takes_ten_thousand_changes_offline() {
     assert_eq!(f.read("SELECT count(*) FROM tasks"), "10000");
     let (mut after, mut count) = (0, 0);
     while let Some(last) = f.store.entries_after(after, 512).unwrap().last() {
-        count += last.seq - after;
-        after = last.seq;
+        count += last.client_seq - after;
+        after = last.client_seq;
     }
     assert_eq!(count, 10_000);
 }

@@ -40,8 +40,8 @@ fn project(f: &mut Fixture) {
     f.write(&[&format!("INSERT INTO projects VALUES ('{P}', 'p')")]).unwrap();
 }
 
-fn refused(seq: u64, code: Code) -> millstream_schemas::stream::Failure {
-    failure(seq, Uuid::nil(), code)
+fn refused(client_seq: u64, code: Code) -> millstream_schemas::stream::Failure {
+    failure(client_seq, Uuid::nil(), code)
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn children_wait_for_their_parent_sent_or_not_stay_visible_and_follow() {
         (6, Code::PredecessorFailed),
         (7, Code::PredecessorFailed),
     ];
-    f.apply(vec![told(7, codes.map(|(seq, code)| refused(seq, code)).to_vec())]);
+    f.apply(vec![told(7, codes.map(|(client_seq, code)| refused(client_seq, code)).to_vec())]);
     assert_eq!(states(&f), "1|4|error|1\n2|-|held|0\n3|-|held|0\n4|-|held|0\n5|3|confirmed|0");
     f.store.discard(1).unwrap();
     assert_eq!(queue(&f).len(), 3);

@@ -147,11 +147,11 @@ const LEGACY: [(&str, &str); 12] = [
         "CREATE TABLE log (a); CREATE TRIGGER s AFTER INSERT ON tasks BEGIN INSERT INTO log VALUES (1); END; CREATE TRIGGER t AFTER INSERT ON log BEGIN UPDATE tasks SET title = 'sly'; END",
     ),
     (
-        "foreign-key drafts",
+        "foreign_key drafts",
         "CREATE TABLE drafts (task TEXT REFERENCES tasks (id)); INSERT INTO drafts VALUES ('x'), ('y'), ('q')",
     ),
     (
-        "foreign-key drafts",
+        "foreign_key drafts",
         "CREATE TABLE drafts (task TEXT NOT NULL REFERENCES tasks (id) ON DELETE SET NULL); INSERT INTO drafts VALUES ('x'), ('y')",
     ),
 ];

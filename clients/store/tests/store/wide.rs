@@ -74,14 +74,14 @@ fn any_width_that_postgres_allows_is_synced() {
                 _ => KINDS[n % KINDS.len()].1,
             })
             .collect();
-        let seq = f
+        let client_seq = f
             .write(&[
                 &format!("INSERT INTO wide VALUES ({})", new.join(", ")),
                 &format!("UPDATE wide SET c{last:04} = NULL WHERE {}", key_is("a")),
                 &format!("DELETE FROM wide WHERE {}", key_is("b")),
             ])
             .unwrap();
-        assert_eq!(seq, Some(1));
+        assert_eq!(client_seq, Some(1));
         let submit = f.store.pending(0, 1).unwrap().remove(0);
         assert_eq!(submit.changes[0].values, row(columns, key, "n"), "{columns} columns: an insert");
         assert_eq!(submit.changes[1].columns, [format!("c{last:04}")]);

@@ -96,7 +96,7 @@ impl Session {
     /// Where the stream has everything behind it that a moment does not see; none if that is not known any more.
     fn behind_unseen(&self, unseen: &[Arc<Message>]) -> Option<Position> {
         let Some(first) = unseen.first() else { return Some(self.downlink.position()) };
-        let before = self.edge.hub.at(first.position.seq.checked_sub(1)?)?;
+        let before = self.edge.hub.at(first.position.stream_seq.checked_sub(1)?)?;
         before.last.then_some(before.position)
     }
 

@@ -121,7 +121,7 @@ fn head(edge: &Edge) -> Result<(Position, Option<(Lsn, u32)>), End> {
     let Some(head) = *edge.hub.head().borrow() else {
         return Err(End::retry(Code::Unavailable, "this edge has not reached the outbound stream yet; try again"));
     };
-    let open = edge.hub.at(head.seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
+    let open = edge.hub.at(head.stream_seq).filter(|message| !message.last).map(|message| (message.lsn(), message.xid));
     Ok((head, open))
 }
 
@@ -153,7 +153,7 @@ pub(super) async fn open(
         }
         _ => None,
     };
-    let (mut snapshot, ledger) = settled(edge, hello.client_id, hello.confirmed_seq, head.seq).await?;
+    let (mut snapshot, ledger) = settled(edge, hello.client_id, hello.confirmed_seq, head.stream_seq).await?;
     if ledger.user_id.as_ref().is_some_and(|bound| *bound != user_id) {
         return Err(another_user());
     }
@@ -202,8 +202,8 @@ pub(super) async fn open(
             heartbeat_ms: HEARTBEAT.as_millis() as u64,
         },
         last_seq: ledger.last_seq,
-        instances: ledger.instances.clone(),
-        failed: ledger.failed.iter().map(|failure| failure.seq).collect(),
+        runs: ledger.runs.clone(),
+        failed: ledger.failed.iter().map(|failure| failure.client_seq).collect(),
         lost: ledger.lost.clone(),
         epoch: head.epoch,
         resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
@@ -298,18 +298,19 @@ fn position(hello: &Hello, known: &Known) -> Option<Position> {
 async fn vouched(edge: &Edge, wire: &mut Wire, position: Position) -> Result<bool, End> {
     let mut head = edge.hub.head();
     let reached = async {
-        let is_there =
-            |head: &Option<Position>| head.is_none_or(|head| head.seq >= position.seq || head.epoch != position.epoch);
+        let is_there = |head: &Option<Position>| {
+            head.is_none_or(|head| head.stream_seq >= position.stream_seq || head.epoch != position.epoch)
+        };
         head.wait_for(is_there).await.is_ok()
     };
     if wire.alive(tokio::time::timeout(HEAD_WAIT, reached)).await? != Ok(true) {
         // Ahead of the stream: the stream lost something that the client has seen.
         return Ok(false);
     }
-    if let Some(found) = edge.hub.at(position.seq) {
+    if let Some(found) = edge.hub.at(position.stream_seq) {
         return Ok(found.position == position);
     }
-    Ok(match wire.alive(catchup::at(&edge.nats, position.seq)).await? {
+    Ok(match wire.alive(catchup::at(&edge.nats, position.stream_seq)).await? {
         Ok(Some(message)) => message.position == position,
         Ok(None) => false,
         Err(error) => {

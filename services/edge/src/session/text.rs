@@ -13,11 +13,11 @@ pub struct Refused {
     /// What to do about it.
     pub message: String,
     /// The submission that it is about.
-    pub seq: Option<u64>,
+    pub client_seq: Option<u64>,
 }
 
 fn refused(code: Code, message: impl Into<String>) -> Refused {
-    Refused { code, message: message.into(), seq: None }
+    Refused { code, message: message.into(), client_seq: None }
 }
 
 /// Reads the first frame of a session.
@@ -74,15 +74,16 @@ pub fn submit(text: &str) -> Result<Submit, Refused> {
         }
         Err(error) => return Err(refused(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
     };
-    let seq = submit.seq;
-    let about = |code, message| Err(Refused { code, message, seq: Some(seq) });
+    let client_seq = submit.client_seq;
+    let about = |code, message| Err(Refused { code, message, client_seq: Some(client_seq) });
     if submit.changes.is_empty() || submit.changes.len() > MAX_TRANSACTION_CHANGES {
         let changes = submit.changes.len();
         let message = format!("a transaction has 1 to {MAX_TRANSACTION_CHANGES} changes, this one {changes}");
         return about(Code::TooLarge, message);
     }
-    if submit.after.len() > MAX_TRANSACTION_CHANGES || submit.after.iter().any(|earlier| *earlier >= seq) {
-        let message = format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before seq {seq}");
+    if submit.after.len() > MAX_TRANSACTION_CHANGES || submit.after.iter().any(|earlier| *earlier >= client_seq) {
+        let message =
+            format!("`after` names at most {MAX_TRANSACTION_CHANGES} transactions, all before client_seq {client_seq}");
         return about(Code::BadFrame, message);
     }
     Ok(submit)

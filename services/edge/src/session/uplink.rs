@@ -29,14 +29,14 @@ pub(super) struct Unsettled {
 }
 
 impl Unsettled {
-    fn push(&mut self, seq: u64, changes: usize, bytes: usize) {
-        self.submissions.push_back((seq, changes, bytes));
+    fn push(&mut self, client_seq: u64, changes: usize, bytes: usize) {
+        self.submissions.push_back((client_seq, changes, bytes));
         self.changes += changes;
         self.bytes += bytes;
     }
 
     fn settled(&mut self, upto: u64) {
-        while let Some((_, changes, bytes)) = self.submissions.pop_front_if(|(seq, ..)| *seq <= upto) {
+        while let Some((_, changes, bytes)) = self.submissions.pop_front_if(|(client_seq, ..)| *client_seq <= upto) {
             self.changes -= changes;
             self.bytes -= bytes;
         }
@@ -51,25 +51,25 @@ impl Unsettled {
 
 impl Session {
     pub(super) async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
-        let seq = submit.seq;
+        let client_seq = submit.client_seq;
         // What was confirmed meanwhile came by another session; the client goes on behind it.
         self.expected = self.expected.max(self.downlink.confirmed() + 1);
-        if seq > self.expected {
+        if client_seq > self.expected {
             // Said once for each gap: what was under way behind an overload is not the client's fault.
             if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {
                 return Ok(());
             }
-            let message = format!("seq {seq} leaves a gap: {} comes next", self.expected);
+            let message = format!("client_seq {client_seq} leaves a gap: {} comes next", self.expected);
             return self.refuse(wire, Code::OutOfOrder, message, Some(self.expected)).await;
         }
-        let span = tracing::info_span!("submit", client = %self.client_id, seq);
+        let span = tracing::info_span!("submit", client = %self.client_id, client_seq);
         telemetry::set_client_parent(&span, submit.traceparent.as_deref());
         let submission = Submission {
             client_id: self.client_id,
             user_id: self.user_id.clone(),
-            seq,
+            client_seq,
             attempt: submit.attempt,
-            instance: submit.instance,
+            run_id: submit.run_id,
             previous: submit.previous,
             after: submit.after,
             changes: submit.changes,
@@ -80,32 +80,32 @@ impl Session {
         if encoded.len() > millstream_schemas::stream::MAX_MESSAGE_BYTES {
             let message =
                 format!("the transaction has {} bytes on the broker; the limit is {MAX_FRAME_BYTES}", encoded.len());
-            return self.refuse(wire, Code::TooLarge, message, Some(seq)).await;
+            return self.refuse(wire, Code::TooLarge, message, Some(client_seq)).await;
         }
         let (changes, bytes) = (submission.changes.len(), encoded.len());
-        if let Some(wait) = self.over_share(seq, changes, bytes) {
+        if let Some(wait) = self.over_share(client_seq, changes, bytes) {
             // What comes before then is not read: a client that keeps to what it is told sends nothing.
             self.deaf_until = Some(Instant::now() + wait.min(DEAF));
-            return self.overloaded(wire, seq, wait, "more is submitted than this user's share").await;
+            return self.overloaded(wire, client_seq, wait, "more is submitted than this user's share").await;
         }
-        let item = Item { submission: encoded, seq, stored: self.stored.0.clone() };
+        let item = Item { submission: encoded, client_seq, stored: self.stored.0.clone() };
         if self.edge.lanes.submit(self.client_id, item).is_err() {
             let wait = Duration::from_millis(RETRY_MS);
-            return self.overloaded(wire, seq, wait, "too many changes wait for the broker").await;
+            return self.overloaded(wire, client_seq, wait, "too many changes wait for the broker").await;
         }
-        if seq >= self.expected {
-            self.unsettled.push(seq, changes, bytes);
+        if client_seq >= self.expected {
+            self.unsettled.push(client_seq, changes, bytes);
         }
-        self.expected = self.expected.max(seq + 1);
+        self.expected = self.expected.max(client_seq + 1);
         Ok(())
     }
 
-    async fn overloaded(&mut self, wire: &mut Wire, seq: u64, wait: Duration, what: &str) -> Result<(), End> {
-        self.gap_told = seq;
+    async fn overloaded(&mut self, wire: &mut Wire, client_seq: u64, wait: Duration, what: &str) -> Result<(), End> {
+        self.gap_told = client_seq;
         let frame = ErrorFrame {
             code: Code::Overloaded,
-            message: format!("{what}; send again from this seq"),
-            seq: Some(seq),
+            message: format!("{what}; send again from this client_seq"),
+            client_seq: Some(client_seq),
             retry_after_ms: Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1)),
             fatal: false,
         };
@@ -113,9 +113,9 @@ impl Session {
     }
 
     /// How long a submission has to wait, if it is over what the client or its user may have under way.
-    fn over_share(&mut self, seq: u64, changes: usize, bytes: usize) -> Option<Duration> {
+    fn over_share(&mut self, client_seq: u64, changes: usize, bytes: usize) -> Option<Duration> {
         self.unsettled.settled(self.downlink.confirmed());
-        if seq > self.accepted + u64::from(SUBMIT_WINDOW) || !self.unsettled.fits(changes, bytes) {
+        if client_seq > self.accepted + u64::from(SUBMIT_WINDOW) || !self.unsettled.fits(changes, bytes) {
             return Some(Duration::from_millis(RETRY_MS));
         }
         self.place.submit(changes, bytes).err()

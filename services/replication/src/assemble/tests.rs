@@ -427,7 +427,7 @@ fn truncation_keeps_its_place() {
 #[test]
 fn headers_tell_the_transaction() {
     let origin =
-        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"seq":4,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}],"traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}"#;
+        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"client_seq":4,"run_id":"0190f3c2-7d1e-7000-8000-000000000007"}],"traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}"#;
     let record = Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: origin };
     let out = assemble(vec![insert(TASKS, &["x", "t1", "p1"]), insert(TASKS, &["x", "t2", "p2"]), record.clone()]);
     assert_eq!(out.len(), 2);
@@ -437,7 +437,7 @@ fn headers_tell_the_transaction() {
         assert_eq!(message.traceparent.as_deref(), Some(TRACE));
     }
     assert_eq!(out[0].origin, None);
-    let entries = r#"[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"seq":4,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}]"#;
+    let entries = r#"[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"client_seq":4,"run_id":"0190f3c2-7d1e-7000-8000-000000000007"}]"#;
     assert_eq!(out[1].origin.as_deref(), Some(entries));
 
     let only_origin = assemble(vec![record, insert(FOREIGN, &["1"])]);
@@ -453,7 +453,7 @@ fn headers_tell_the_transaction() {
         assert_eq!(assemble(vec![Message::Logical { transactional, prefix, content }]), []);
     }
     let forged =
-        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"seq":4,"instance":"0190f3c2-7d1e-7000-8000-000000000007"}],"traceparent":"a\r\nb: c"}"#;
+        br#"{"clients":[{"client_id":"0190f3c2-7d1e-7000-8000-000000000001","first_seq":4,"client_seq":4,"run_id":"0190f3c2-7d1e-7000-8000-000000000007"}],"traceparent":"a\r\nb: c"}"#;
     let out = assemble(vec![Message::Logical { transactional: true, prefix: ORIGIN_PREFIX, content: forged }]);
     assert_eq!(out[0].traceparent, None);
 }

@@ -23,7 +23,7 @@ use crate::sync::{Auth, SyncWorker};
 use crate::token::{self, Tokens};
 use crate::watch::Readers;
 use crate::writer::{SystemHost, Writer};
-use crate::{Error, Result};
+use crate::{BoxError, Error, Result};
 
 /// How long settled entries stay in the queue, unless the app says otherwise. If the server is restored to an earlier
 /// point, what it lost of them is submitted again.
@@ -33,9 +33,6 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// Before a worker that ended is started anew.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
-
-/// An error of the app's own.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Gives the trace context of the current span.
 pub(crate) type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
@@ -222,7 +219,7 @@ impl Builder {
             progress: Arc::clone(&progress),
             retention: self.retention,
             waiting: HashMap::new(),
-            flushing: BTreeMap::new(),
+            waiting_for_all: BTreeMap::new(),
             last_seq: info.last_seq,
             polls: 0,
             readers: Arc::clone(&readers),

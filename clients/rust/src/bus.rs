@@ -135,13 +135,13 @@ pub(crate) enum WriterCommand {
     /// Tell when this transaction is settled.
     Settled(u64, Reply<Outcome>),
     /// Tell when all that has a number by now is settled.
-    Flush(Reply<()>),
+    AllSettled(Reply<()>),
     /// List failed transactions.
     Failed(Reply<Vec<FailedWrite>>),
     /// List the newest entries of the queue.
     Queue(usize, Reply<Vec<QueueEntry>>),
     /// The entries of a transaction.
-    Transaction(u64, Reply<Vec<QueueEntry>>),
+    QueueEntries(u64, Reply<Vec<QueueEntry>>),
     /// Queue a failed transaction again, with these edits.
     Retry(u64, Vec<Edit>, Reply<()>),
     /// Forget a failed or held transaction.

@@ -1,6 +1,5 @@
 //! The client.
 
-use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -158,8 +157,8 @@ impl Client {
 
     /// Waits until every transaction recorded so far is settled, applied or rejected. Those that wait for a retry, for a
     /// person, or behind one that does, are not waited for.
-    pub async fn flush(&self, timeout: Duration) -> Result<()> {
-        match tokio::time::timeout(timeout, self.ask(WriterCommand::Flush)).await {
+    pub async fn settled(&self, timeout: Duration) -> Result<()> {
+        match tokio::time::timeout(timeout, self.ask(WriterCommand::AllSettled)).await {
             Err(_) => Err(Error::Timeout),
             Ok(result) => result,
         }
@@ -176,8 +175,8 @@ impl Client {
     }
 
     /// The entries of a transaction in the queue, in order; none once it is discarded or pruned.
-    pub async fn transaction(&self, tx: u64) -> Result<Vec<QueueEntry>> {
-        self.ask(|reply| WriterCommand::Transaction(tx, reply)).await
+    pub async fn queue_entries(&self, tx: u64) -> Result<Vec<QueueEntry>> {
+        self.ask(|reply| WriterCommand::QueueEntries(tx, reply)).await
     }
 
     /// Submits a failed transaction again, with the same change ids, once nothing before it on its rows waits.
@@ -253,12 +252,20 @@ impl Client {
         self.inner.control.send_modify(|control| control.paused = true);
     }
 
-    /// Connects now, without waiting for the back-off: after [`Client::pause`], or when the system says that the network is back.
+    /// Goes online again, and connects at once. Nothing happens unless the client is paused.
     pub fn resume(&self) {
-        self.inner.control.send_modify(|control| {
-            control.paused = false;
-            control.kicks += 1;
+        self.inner.control.send_if_modified(|control| {
+            let paused = std::mem::take(&mut control.paused);
+            // The pause may not have been noticed yet.
+            control.kicks += u64::from(paused);
+            paused
         });
+    }
+
+    /// Connects now, without waiting for the back-off: when the system says that the network is back, say. Nothing happens while
+    /// the client is connected, or paused.
+    pub fn connect_now(&self) {
+        self.inner.control.send_modify(|control| control.kicks += 1);
     }
 
     /// The session token from now on: for the next connection, which is made at once if the client waits for one. A session under
@@ -365,14 +372,6 @@ impl<T> Write<T> {
         let (reply, answer) = oneshot::channel();
         self.writer.send(WriterCommand::Settled(tx, reply)).await.map_err(|_| Error::Closed)?;
         answer.await.map_err(|_| Error::Closed)?
-    }
-}
-
-impl<T> Deref for Write<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.value
     }
 }
 

@@ -37,10 +37,10 @@ mod token;
 mod watch;
 mod writer;
 
-pub use builder::{BoxError, Builder};
+pub use builder::Builder;
 pub use bus::Faults;
 pub use client::{Client, Tx, Worker, Write};
-pub use error::{Error, Result};
+pub use error::{BoxError, Error, Result};
 pub use millstream_client_core::status::{Download, LastError, Pending, Role, State, Status};
 pub use millstream_client_core::territory::{Kind as SetAsideKind, SetAside};
 pub use millstream_client_store::{

@@ -38,7 +38,7 @@ impl Rows {
         self.rows
             .iter()
             .map(|values| {
-                T::deserialize(Row { columns: &self.columns, values }).map_err(|error| Error::Decode(error.0))
+                T::deserialize(Row { columns: &self.columns, values }).map_err(|error| Error::Decode(error.into()))
             })
             .collect()
     }
@@ -315,6 +315,7 @@ mod tests {
         }
         let error = rows().deserialize::<Wrong>().unwrap_err();
         assert_eq!(error.code(), "decode");
-        assert!(error.to_string().contains("\"title\""), "{error}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("\"title\""), "{cause}");
     }
 }

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::watch::Watch;
-use crate::{Client, Error, IntoParams, IntoSql, Result, SqlValue, Write};
+use crate::{BoxError, Client, Error, IntoParams, IntoSql, Result, SqlValue, Write};
 
 /// A synced table, read and written as values of `T`: a struct whose fields are named as the columns.
 ///
@@ -97,13 +97,13 @@ impl<T> Table<T> {
         table.cloned().ok_or_else(|| self.misfit("no table of this name is synced (wait for `ready`)"))
     }
 
-    fn misfit(&self, what: impl Into<String>) -> Error {
-        Error::Encode { table: self.name.clone(), what: what.into() }
+    fn misfit(&self, source: impl Into<BoxError>) -> Error {
+        Error::Encode { table: self.name.clone(), source: source.into() }
     }
 
     /// The columns, quoted, and values of a serialized struct or map.
     fn fields(&self, value: &impl Serialize, table: &TableSchema) -> Result<Vec<(String, SqlValue)>> {
-        let value = serde_json::to_value(value).map_err(|error| self.misfit(error.to_string()))?;
+        let value = serde_json::to_value(value).map_err(|error| self.misfit(error))?;
         let Value::Object(fields) = value else { return Err(self.misfit("it is not a struct or map")) };
         fields
             .into_iter()

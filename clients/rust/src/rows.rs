@@ -34,6 +34,19 @@ impl Rows {
 
     /// The rows as values of a type: structs by column name, tuples by place, a single column as itself. Integers 0 and
     /// 1 also read as `bool`; JSON columns read as text.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
+    /// let rows = client.query("SELECT title, done FROM tasks", ()).await?;
+    /// assert_eq!(rows.deserialize::<(String, bool)>()?, [("Buy milk".to_owned(), false)]);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Decode`]: a row does not fit the type; its source names the column.
     pub fn deserialize<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
         self.rows
             .iter()

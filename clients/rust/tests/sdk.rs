@@ -14,9 +14,8 @@ use std::time::{Duration, Instant};
 
 use edge::{Edge, TOKEN, schema};
 use futures_util::StreamExt;
-use millstream_client::{
-    Builder, Client, Code, Edit, EntryState, Error, Faults, Outcome, Role, State, Status, Worker, params,
-};
+use millstream_client::testing::{Faults, Worker};
+use millstream_client::{Builder, Client, Code, Edit, EntryState, Error, Outcome, Role, State, Status, params};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(20);

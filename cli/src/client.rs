@@ -440,7 +440,7 @@ impl Session<'_> {
 
     /// The first entry of a transaction.
     async fn entry(&self, tx: u64) -> Result<Option<QueueEntry>, Error> {
-        let entries = self.client.transaction(tx).await.map_err(Error::client("cannot read the queue"))?;
+        let entries = self.client.queue_entries(tx).await.map_err(Error::client("cannot read the queue"))?;
         Ok(entries.into_iter().next())
     }
 
@@ -455,7 +455,7 @@ impl Session<'_> {
             }
             Queue::Show { transaction } => {
                 let entries =
-                    self.client.transaction(*transaction).await.map_err(Error::client("cannot read the queue"))?;
+                    self.client.queue_entries(*transaction).await.map_err(Error::client("cannot read the queue"))?;
                 if entries.is_empty() {
                     return Err(Error::NoTransaction(*transaction));
                 }
@@ -492,7 +492,7 @@ impl Session<'_> {
         tokio::select! {
             biased;
             // The queue keeps the changes that are not confirmed in time, and a later session sends them.
-            _ = self.client.flush(self.wait) => {}
+            _ = self.client.settled(self.wait) => {}
             () = self.unreachable() => {}
         }
         output::imported(&imported, self.args.output);

@@ -302,7 +302,7 @@ async fn origin_records_of_any_size_stop_nobody() -> Result<()> {
         // Verdicts go on, and are true.
         let sql = "INSERT INTO canary (id) VALUES (?)";
         scene.client.execute(sql, (1_000_000_i64,)).await?;
-        scene.client.flush(PATIENCE).await?;
+        scene.client.settled(PATIENCE).await?;
         Ok(())
     }
     .await;

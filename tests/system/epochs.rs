@@ -55,11 +55,11 @@ impl Scene {
         let start = Instant::now();
         self.add_by_sql("by SQL").await?;
         self.add(&self.online, "by a client").await?;
-        self.online.flush(PATIENCE).await.context("the online client's queue")?;
+        self.online.settled(PATIENCE).await.context("the online client's queue")?;
         converged(board, &self.online, "alice").await?;
         let healed = start.elapsed();
         self.offline.resume();
-        self.offline.flush(PATIENCE).await.context("the offline client's queue")?;
+        self.offline.settled(PATIENCE).await.context("the offline client's queue")?;
         converged(board, &self.offline, "alice").await?;
         converged(board, &self.online, "alice").await?;
         let titles = "SELECT count(*) FROM audit WHERE tbl = 'tasks' AND marker IN ('queued', 'by a client')";
@@ -193,7 +193,7 @@ async fn restored(board: &mut Board, written_on: bool) -> Result<()> {
     // What the backup does not have: of a client, whose queue gives it again, and by SQL, which is lost.
     scene.postgres = board.postgres().await?;
     scene.add(&scene.online, "given again").await?;
-    scene.online.flush(PATIENCE).await?;
+    scene.online.settled(PATIENCE).await?;
     scene.add_by_sql("lost with the database").await?;
     converged(board, &scene.online, "alice").await?;
     // As docs/restoring.md says: the edges are stopped, the inbound stream is removed.

@@ -247,7 +247,7 @@ async fn an_operator_sees_what_is_parked_and_can_reject_it() -> Result<()> {
             let sql = "INSERT INTO tasks (id, project_id, title) VALUES (?1, ?2, 'task')";
             a.execute(sql, (id.clone(), project.clone())).await?.confirmed().await?;
         }
-        b.flush(PATIENCE).await?;
+        b.settled(PATIENCE).await?;
         // An admin's transaction that stays open.
         let mut admin = board.postgres().await?;
         let mut lock = admin.begin().await?;

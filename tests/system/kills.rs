@@ -60,7 +60,7 @@ impl Load {
             clients.push((client, user, task.await??));
         }
         for (client, user, _) in &clients {
-            client.flush(PATIENCE).await.with_context(|| format!("{user}'s queue did not drain"))?;
+            client.settled(PATIENCE).await.with_context(|| format!("{user}'s queue did not drain"))?;
         }
         for (client, user, _) in &clients {
             converged(board, client, user).await?;
@@ -141,7 +141,7 @@ async fn client_killed() -> Result<()> {
         ensure!(acked.len() as u64 > KILLS, "only {} writes", acked.len());
         let healing = Instant::now();
         let a = board.client("a", "alice").await?;
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         converged(&board, &a, "alice").await?;
         converged(&board, &b, "bob").await?;
         ensure!(healing.elapsed() < HEALED, "healing took {:?}", healing.elapsed());

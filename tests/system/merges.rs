@@ -79,8 +79,8 @@ async fn counters_of_two_clients_all_count() -> Result<()> {
     let board = start(&folder).await?;
     let result = async {
         let (a, b) = (board.client("a", "alice").await?, board.client("b", "bob").await?);
-        a.flush(PATIENCE).await?;
-        b.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
+        b.settled(PATIENCE).await?;
         offline(&a).await?;
         offline(&b).await?;
         let mut writes = Vec::new();
@@ -111,9 +111,9 @@ async fn counters_of_two_clients_all_count() -> Result<()> {
             );
         }
         b.resume();
-        b.flush(PATIENCE).await?;
+        b.settled(PATIENCE).await?;
         a.resume();
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         let mut sql = PgConnection::connect(&board.stack.postgres_url()).await?;
         for table in COUNTED {
             let all =
@@ -155,7 +155,7 @@ async fn children_follow_a_parent_that_is_corrected() -> Result<()> {
     let board = start(&folder).await?;
     let result = async {
         let a = board.client("a", "alice").await?;
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         offline(&a).await?;
         let project = a.execute("INSERT INTO projects VALUES ('p', 'far too long a name')", ()).await?;
         let mut writes = Vec::new();
@@ -171,7 +171,7 @@ async fn children_follow_a_parent_that_is_corrected() -> Result<()> {
         let tx = project.tx().context("it was recorded")?;
         a.execute("INSERT INTO projects VALUES ('free', 'free')", ()).await?.confirmed().await?;
         for write in &writes {
-            let entry = a.transaction(write.tx().context("recorded")?).await?.remove(0);
+            let entry = a.queue_entries(write.tx().context("recorded")?).await?.remove(0);
             ensure!(entry.state == EntryState::Held && entry.waits_for.is_some(), "{entry:?}");
         }
         ensure!(a.failed().await?.len() == 1, "{:?}", a.failed().await?);

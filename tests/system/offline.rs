@@ -31,7 +31,7 @@ async fn offline_then_online() -> Result<()> {
         ensure!(board.audit().await?.is_empty(), "something was sent while offline");
 
         a.resume();
-        a.flush(PATIENCE).await.context("the queue did not drain")?;
+        a.settled(PATIENCE).await.context("the queue did not drain")?;
         converged(&board, &a, "alice").await?;
         converged(&board, &b, "bob").await?;
         // What the user saw offline is what became of it (but for columns that the server fills).
@@ -60,13 +60,13 @@ async fn a_returning_client_gets_what_it_missed() -> Result<()> {
         for _ in 0..50 {
             write(&a, workload.transaction()).await?;
         }
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         converged(&board, &b, "bob").await?;
         b.close().await?;
         for _ in 0..200 {
             write(&a, workload.transaction()).await?;
         }
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         let b = board.client("b", "bob").await?;
         converged(&board, &b, "bob").await?;
         // One who was never there gets a snapshot of the same.

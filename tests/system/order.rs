@@ -27,7 +27,7 @@ async fn the_order_is_kept_while_the_network_flaps() -> Result<()> {
                 while !done.load(Ordering::Relaxed) || cuts < 100 {
                     tokio::time::sleep(Duration::from_millis(25)).await;
                     client.drop_connection();
-                    client.resume();
+                    client.connect_now();
                     cuts += 1;
                 }
                 cuts
@@ -39,7 +39,7 @@ async fn the_order_is_kept_while_the_network_flaps() -> Result<()> {
         }
         done.store(true, Ordering::Relaxed);
         let cuts = flapping.await?;
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         converged(&board, &a, "alice").await?;
         converged(&board, &b, "bob").await?;
         let effects = audit_of(&board.audit().await?, &journal);
@@ -147,7 +147,7 @@ async fn a_long_queue_drains_without_flicker() -> Result<()> {
         };
         let start = Instant::now();
         a.resume();
-        a.flush(Duration::from_secs(60)).await?;
+        a.settled(Duration::from_secs(60)).await?;
         let seconds = start.elapsed().as_secs_f64();
         converged(&board, &a, "alice").await?;
         stop.store(true, Ordering::Relaxed);

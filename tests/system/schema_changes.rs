@@ -135,7 +135,7 @@ async fn run(board: &Board, file: &Path) -> Result<()> {
 
     // The old client comes back: what it wrote lands where it belongs now.
     old.resume();
-    old.flush(PATIENCE).await.context("the old client's changes")?;
+    old.settled(PATIENCE).await.context("the old client's changes")?;
     let rows: Vec<(i32, String)> =
         sqlx::query_as("SELECT id, text FROM notes WHERE id IN (7, 8, 100) ORDER BY id").fetch_all(&mut *pg).await?;
     let texts: Vec<&str> = rows.iter().map(|(_, text)| text.as_str()).collect();

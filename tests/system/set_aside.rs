@@ -197,7 +197,7 @@ async fn changes_of_a_table_that_is_set_aside_are_tried_again() -> Result<()> {
         let eve = &scene.clients[2].1;
         // By itself, or by hand if all attempts were made before.
         let _ = eve.retry(failed[0].tx).await;
-        tokio::time::timeout(PATIENCE, eve.flush(PATIENCE)).await??;
+        tokio::time::timeout(PATIENCE, eve.settled(PATIENCE)).await??;
         scene.equal("notes", "id, v", true).await?;
         let value: String =
             sqlx::query_scalar("SELECT v FROM notes WHERE id = 1").fetch_one(&mut scene.postgres).await?;

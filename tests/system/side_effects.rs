@@ -102,7 +102,7 @@ async fn an_author_alone_never_loses_to_side_effects() -> Result<()> {
     let result = async {
         let client = scene.board.client("a", "alice").await?;
         client.execute("INSERT INTO tasks (id, title, folder, shelf) VALUES ('t', 'T', 'a', 'a')", ()).await?;
-        client.flush(PATIENCE).await?;
+        client.settled(PATIENCE).await?;
         client.pause();
         client.status().wait_for(|status| status.state == State::Offline).await?;
         // Each line is a transaction, recorded offline.

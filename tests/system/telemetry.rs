@@ -105,7 +105,7 @@ async fn one_trace_from_click_to_click() -> Result<()> {
             .await?;
         b.ready().await?;
         a.execute("INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 't')", (Uuid::now_v7(), project)).await?;
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         converged(&board, &b, "bob").await?;
         ensure!(arrived.lock().unwrap().iter().any(|text| text.contains(TRACE)), "the trace did not reach bob");
 

@@ -96,7 +96,7 @@ async fn works(board: &Board, name: &str) -> Result<()> {
     let client = board.client(name, "alice").await?;
     let sql = "INSERT INTO tasks (id, project_id, title) VALUES (?, ?, 'by a client')";
     client.execute(sql, (Uuid::now_v7(), project)).await?;
-    client.flush(PATIENCE).await?;
+    client.settled(PATIENCE).await?;
     Ok(())
 }
 

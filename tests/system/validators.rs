@@ -239,7 +239,7 @@ async fn without_a_validator_changes_wait_and_others_go_on() -> Result<()> {
         ensure!(applied(&board).await? == expected, "not each once in order: {:?}", applied(&board).await?);
         ensure!(responder.asked() >= expected.len() as u64);
         ensure!(history(&board).await?.is_empty());
-        alice.flush(PATIENCE).await?;
+        alice.settled(PATIENCE).await?;
         converged(&board, &alice, "alice").await?;
         Ok(())
     }

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use millstream::keys::Role;
 use millstream::stack::Service;
-use millstream_client::{EntryState, Error, Host, Outcome, State};
+use millstream_client::testing::Host;
+use millstream_client::{EntryState, Error, Outcome, State};
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{OriginEntry, header};
 use millstream_schemas::{Clock, Clocks};
@@ -469,7 +470,7 @@ async fn a_rejection_names_its_rule_and_reaches_its_author_only() -> Result<()> 
         a.close().await?;
         let a = board.client("a", "alice").await?;
         let tx = late.tx().context("nothing was recorded")?;
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         ensure!(a.failed().await?.iter().any(|failed| failed.tx == tx));
         // Bob's session saw rows, and nothing about alice's failures.
         let task = Uuid::now_v7().to_string();
@@ -628,7 +629,7 @@ async fn columns_converge_to_the_newest_edit_whatever_the_clocks_and_the_network
             }
             for (client, _, _) in &clients {
                 client.resume();
-                client.flush(PATIENCE).await?;
+                client.settled(PATIENCE).await?;
             }
             for (client, user, _) in &clients {
                 converged(&board, client, user).await?;

@@ -92,7 +92,7 @@ async fn every_frame_and_message_validates() -> Result<()> {
         }
         // A rejection, and a transaction that changes nothing that is synced.
         a.execute("UPDATE tasks SET title = '' WHERE id = (SELECT id FROM tasks LIMIT 1)", ()).await?;
-        a.flush(PATIENCE).await?;
+        a.settled(PATIENCE).await?;
         converged(&board, &a, "alice").await?;
         converged(&board, &b, "bob").await?;
         // Revocation, by SQL.

@@ -83,11 +83,11 @@ async fn measure(stack: &Stack, folder: &Path, rows: u64) -> Result<Report, Erro
     let reader = tokio::spawn(read(client.clone(), ids.clone(), stop.clone()));
     let began = Instant::now();
     client.resume();
-    let flushed = client.flush(LIMIT).await;
+    let settled = client.settled(LIMIT).await;
     let time = began.elapsed();
     stop.store(true, Ordering::Relaxed);
     let (reads, flickers) = reader.await.map_err(|error| Error::Late(error.to_string()))??;
-    flushed.map_err(Error::client("flush"))?;
+    settled.map_err(Error::client("send all changes"))?;
     let failed = client.failed().await.map_err(Error::client("list failed changes"))?;
     if let Some(first) = failed.first() {
         return Err(Error::NotConverged(format!("{} changes failed, the first: {first:?}", failed.len())));

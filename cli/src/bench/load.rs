@@ -192,7 +192,7 @@ pub async fn throughput(loaders: &[Loader], args: &LoopArgs, pids: &[(Service, u
         writer.await.map_err(|error| Error::Late(error.to_string()))??;
     }
     for loader in loaders {
-        loader.client.flush(SETTLE_LIMIT).await.map_err(Error::client("flush"))?;
+        loader.client.settled(SETTLE_LIMIT).await.map_err(Error::client("send all changes"))?;
     }
     let mut result = Throughput { changes: 0, rate: 0.0, cpu: PerChange::default() };
     for ((count, at), (count_before, at_before)) in after.1.iter().zip(&before.1) {

@@ -10,6 +10,8 @@
 //! - [`status`]: what a client tells about itself
 //! - [`territory`]: what an app adds to its database
 
+#![warn(clippy::missing_errors_doc)]
+
 pub mod backoff;
 pub mod outbox;
 pub mod rebase;

@@ -195,6 +195,9 @@ impl Replica {
     }
 
     /// Takes a frame of `bytes` encoded bytes. Frames that are not the replica's come back.
+    ///
+    /// # Errors
+    /// The frame is out of place.
     pub fn handle(&mut self, frame: ServerFrame, bytes: usize) -> Result<Option<ServerFrame>, ProtocolError> {
         match frame {
             ServerFrame::Rows(rows) => self.rows(rows, bytes),

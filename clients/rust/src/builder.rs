@@ -16,14 +16,14 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::bus::{self, Control, Ended, Faults, Link, Part, Progress, WriterCommand};
+use crate::bus::{self, Control, Copies, Ended, Link, Part, Progress, WriterCommand};
 use crate::changes::{ChangesWorker, closed};
 use crate::client::{Client, Inner};
 use crate::sync::{Auth, SyncWorker};
 use crate::token::{self, Tokens};
 use crate::watch::Readers;
 use crate::writer::{SystemHost, Writer};
-use crate::{Error, Result};
+use crate::{BoxError, Error, Result};
 
 /// How long settled entries stay in the queue, unless the app says otherwise. If the server is restored to an earlier
 /// point, what it lost of them is submitted again.
@@ -34,15 +34,12 @@ const POLL: Duration = Duration::from_millis(100);
 /// Before a worker that ended is started anew.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
-/// An error of the app's own.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
 /// Gives the trace context of the current span.
 pub(crate) type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 /// Makes the span of an apply, given the trace context of what is applied.
 pub(crate) type ApplySpan = Arc<dyn Fn(Option<&str>) -> tracing::Span + Send + Sync>;
 
-/// Settings of a client.
+/// Settings of a client. [`Client::builder`] makes one.
 #[must_use = "`open` opens the client"]
 pub struct Builder {
     path: PathBuf,
@@ -53,8 +50,8 @@ pub struct Builder {
     apply_span: Option<ApplySpan>,
     retention: Duration,
     max_attempts: u32,
-    faults: Option<Faults>,
-    host: Arc<dyn Host>,
+    pub(crate) copies: Option<Copies>,
+    pub(crate) host: Arc<dyn Host>,
     paused: bool,
 }
 
@@ -69,13 +66,20 @@ impl Builder {
             apply_span: None,
             retention: RETENTION,
             max_attempts: backoff::MAX_ATTEMPTS,
-            faults: None,
+            copies: None,
             host: Arc::new(SystemHost),
             paused: false,
         }
     }
 
     /// URL of the edge's WebSocket, `ws://…` or `wss://…`. Without one the client only records.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// Client::builder("app.db").edge("wss://sync.example.org").token("…").open().await
+    /// # }
+    /// ```
     pub fn edge(mut self, url: impl Into<String>) -> Self {
         self.edge = Some(url.into());
         self
@@ -83,6 +87,14 @@ impl Builder {
 
     /// The session token. When it runs out, the status says [`NeedsAuth`](crate::State::NeedsAuth) until
     /// [`Client::set_token`] brings another, unless [`Builder::token_fn`] does.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// let token = std::env::var("MILLSTREAM_TOKEN").unwrap_or_default();
+    /// Client::builder("app.db").edge("ws://127.0.0.1:4800").token(token).open().await
+    /// # }
+    /// ```
     pub fn token(self, token: impl Into<String>) -> Self {
         self.tokens.set(token.into());
         self
@@ -115,49 +127,95 @@ impl Builder {
     }
 
     /// The schema to begin with, so that the tables exist before the first connection. A store that has one keeps it.
+    ///
+    /// Ship the JSON of [`Client::schema`] with the app, or use it in tests.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |synced| {
+    /// # use millstream_client::{Client, Schema};
+    /// # let directory = tempfile::tempdir()?;
+    /// # let store = directory.path().join("app.db");
+    /// # let json = serde_json::to_string(&synced.schema().await?)?;
+    /// let schema: Schema = serde_json::from_str(&json)?;
+    /// let client = Client::builder(store).schema(schema).open().await?;
+    /// assert!(client.query("SELECT * FROM tasks", ()).await?.is_empty());
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn schema(mut self, schema: Schema) -> Self {
         self.schema = Some(schema);
         self
     }
 
     /// Gives the W3C trace context of a local write; called within the write's span.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// let current = || Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned());
+    /// Client::builder("app.db").traceparent_fn(current).open().await
+    /// # }
+    /// ```
     pub fn traceparent_fn(mut self, get: impl Fn() -> Option<String> + Send + Sync + 'static) -> Self {
         self.traceparent = Some(Arc::new(get));
         self
     }
 
     /// Makes a span that lasts while server transactions are applied, given their trace context.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// let span = |parent: Option<&str>| tracing::info_span!("apply", parent);
+    /// Client::builder("app.db").apply_span_fn(span).open().await
+    /// # }
+    /// ```
     pub fn apply_span_fn(mut self, make: impl Fn(Option<&str>) -> tracing::Span + Send + Sync + 'static) -> Self {
         self.apply_span = Some(Arc::new(make));
         self
     }
 
-    /// How long settled entries stay in the queue.
+    /// How long settled entries stay in the queue, by default seven days. If the server is restored to an earlier point, the ones
+    /// that it lost are submitted again.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// let a_month = std::time::Duration::from_secs(30 * 24 * 3600);
+    /// Client::builder("app.db").retention(a_month).open().await
+    /// # }
+    /// ```
     pub fn retention(mut self, retention: Duration) -> Self {
         self.retention = retention;
         self
     }
 
     /// After how many rejections by business rules a transaction waits for a person; before that it is tried again by
-    /// itself.
+    /// itself. By default five.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// // Every rejection waits for a person.
+    /// Client::builder("app.db").max_attempts(1).open().await
+    /// # }
+    /// ```
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.max_attempts = attempts;
         self
     }
 
-    /// Where stamps and ids come from: otherwise the system's clock and random numbers. For tests of what clocks do.
-    pub fn host(mut self, host: impl Host + 'static) -> Self {
-        self.host = Arc::new(host);
-        self
-    }
-
-    /// Puts faults into the bus between the workers, to show that nothing gets lost.
-    pub fn bus_faults(mut self, faults: Faults) -> Self {
-        self.faults = Some(faults);
-        self
-    }
-
-    /// Do not connect before [`Client::resume`].
+    /// Does not connect before [`Client::resume`].
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// let client = Client::builder("app.db").edge("ws://127.0.0.1:4800").token("…").paused().open().await?;
+    /// client.resume();
+    /// # Ok(client)
+    /// # }
+    /// ```
     pub fn paused(mut self) -> Self {
         self.paused = true;
         self
@@ -167,8 +225,24 @@ impl Builder {
     ///
     /// A store belongs to one user: the first whose token it is given. What it holds, and what waits in it, is theirs.
     ///
+    /// Does not wait for a connection: a store that was synced before is of use at once.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example() -> Result<Client> {
+    /// let client = Client::builder("app.db").edge("ws://127.0.0.1:4800").token("…").open().await?;
+    /// client.ready().await?;
+    /// # Ok(client)
+    /// # }
+    /// ```
+    ///
     /// # Errors
-    /// The store cannot be used, or belongs to another user than the token's (`identity_mismatch`); nothing in it is changed then.
+    /// - [`Error::Store`] with [`StoreError::Foreign`](crate::StoreError::Foreign): the store belongs to another user than the token's.
+    ///   Nothing in it is changed.
+    /// - [`Error::Store`] with [`StoreError::Damaged`](crate::StoreError::Damaged): the store was damaged, and is put aside. Opening it
+    ///   again makes a new one; [`Client::import`] saves the unsent changes.
+    /// - [`Error::Store`] otherwise: the store cannot be used.
+    /// - [`Error::Start`]: the system gives no thread.
     pub async fn open(self) -> Result<Client> {
         let path = self.path.clone();
         let schema = self.schema.clone();
@@ -197,9 +271,9 @@ impl Builder {
 
         let (commands, command_queue) = mpsc::channel(bus::WRITER_QUEUE);
         let (changes, change_queue) = mpsc::channel(bus::CHANGES_QUEUE);
-        let changes = bus::Sender::new(changes, self.faults);
+        let changes = bus::Sender::new(changes, self.copies.clone());
         let (frames, frame_queue) = mpsc::channel(bus::SYNC_QUEUE);
-        let frames = bus::Sender::new(frames, self.faults);
+        let frames = bus::Sender::new(frames, self.copies);
         let (notices, _) = broadcast::channel(bus::NOTICES);
         let mut initial = Status::default();
         initial.client_id = info.client_id;
@@ -222,7 +296,7 @@ impl Builder {
             progress: Arc::clone(&progress),
             retention: self.retention,
             waiting: HashMap::new(),
-            flushing: BTreeMap::new(),
+            waiting_for_all: BTreeMap::new(),
             last_seq: info.last_seq,
             polls: 0,
             readers: Arc::clone(&readers),
@@ -282,7 +356,7 @@ impl Builder {
     }
 }
 
-/// Runs a worker, and starts it anew when it asks for that or panics.
+/// Runs a worker, and starts it again when it asks for that or panics.
 async fn supervise(name: &str, mut part: impl Part) {
     loop {
         match AssertUnwindSafe(part.run()).catch_unwind().await {

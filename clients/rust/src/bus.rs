@@ -16,8 +16,8 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::outbox::Entry;
 use millstream_client_core::replica::Work;
@@ -26,8 +26,6 @@ use millstream_client_store::{
 };
 use millstream_schemas::Schema;
 use millstream_schemas::stream::{Loss, RunSpan};
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -42,46 +40,28 @@ pub(crate) const SYNC_QUEUE: usize = 512;
 /// Notices of changed tables that a watch may lag behind before it takes them all for changed.
 pub(crate) const NOTICES: usize = 256;
 
-/// Faults that a test puts into the bus between the workers.
-#[derive(Clone, Copy, Debug)]
-pub struct Faults {
-    /// Share of the messages that are dropped.
-    pub drop: f64,
-    /// Share of the messages that come twice.
-    pub duplicate: f64,
-    /// Seed of the chance.
-    pub seed: u64,
-}
+/// How often the next message goes out: a test may lose and repeat messages.
+pub(crate) type Copies = Arc<dyn Fn() -> usize + Send + Sync>;
 
 /// The sending end of a channel of the bus.
 pub(crate) struct Sender<T> {
     channel: mpsc::Sender<T>,
-    faults: Option<(Faults, Arc<Mutex<StdRng>>)>,
+    copies: Option<Copies>,
 }
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        Sender { channel: self.channel.clone(), faults: self.faults.clone() }
+        Sender { channel: self.channel.clone(), copies: self.copies.clone() }
     }
 }
 
 impl<T: Clone> Sender<T> {
-    pub fn new(channel: mpsc::Sender<T>, faults: Option<Faults>) -> Self {
-        let chance = |faults: Faults| (faults, Arc::new(Mutex::new(StdRng::seed_from_u64(faults.seed))));
-        Sender { channel, faults: faults.map(chance) }
+    pub fn new(channel: mpsc::Sender<T>, copies: Option<Copies>) -> Self {
+        Sender { channel, copies }
     }
 
-    /// How often the next message goes out: once, but for faults.
     fn times(&self) -> usize {
-        let Some((faults, chance)) = &self.faults else { return 1 };
-        let number: f64 = chance.lock().unwrap_or_else(PoisonError::into_inner).random();
-        if number < faults.drop {
-            0
-        } else if number < faults.drop + faults.duplicate {
-            2
-        } else {
-            1
-        }
+        self.copies.as_ref().map_or(1, |copies| copies())
     }
 
     /// Sends, waiting for room. False: the receiver is gone.
@@ -135,13 +115,13 @@ pub(crate) enum WriterCommand {
     /// Tell when this transaction is settled.
     Settled(u64, Reply<Outcome>),
     /// Tell when all that has a number by now is settled.
-    Flush(Reply<()>),
+    AllSettled(Reply<()>),
     /// List failed transactions.
     Failed(Reply<Vec<FailedWrite>>),
     /// List the newest entries of the queue.
     Queue(usize, Reply<Vec<QueueEntry>>),
     /// The entries of a transaction.
-    Transaction(u64, Reply<Vec<QueueEntry>>),
+    QueueEntries(u64, Reply<Vec<QueueEntry>>),
     /// Queue a failed transaction again, with these edits.
     Retry(u64, Vec<Edit>, Reply<()>),
     /// Forget a failed or held transaction.

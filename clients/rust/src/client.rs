@@ -1,16 +1,11 @@
 //! The client.
 
-use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use millstream_client_core::status::{State, Status};
-use millstream_client_core::trigger;
-use millstream_client_store::{
-    self as store, Edit, FailedWrite, Imported, Outcome, QueueEntry, Saved, Store, StoreError, Written,
-};
+use millstream_client_store::{Store, StoreError, Written};
 use millstream_schemas::Schema;
 use serde::de::DeserializeOwned;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -24,6 +19,7 @@ use crate::error::chain;
 use crate::table::Table;
 use crate::token::Tokens;
 use crate::watch::{Readers, Watch, typed};
+use crate::write::{Tx, Write};
 use crate::{Error, IntoParams, Result, Rows};
 
 /// A local store that is kept in sync with Postgres. Cheap to clone; the last clone's end stops the workers.
@@ -51,12 +47,36 @@ impl Drop for Inner {
 }
 
 impl Client {
-    /// Begins to open the store at `path`, a file that is created if need be. Beside it lie SQLite's own files and `<path>-lock`.
+    /// Settings of a client whose store is the file at `path`, which [`Builder::open`] creates if need be. Beside it lie SQLite's own
+    /// files and `<path>-lock`.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example(token: String) -> Result<()> {
+    /// let client = Client::builder("app.db").edge("wss://sync.example.org").token(token).open().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn builder(path: impl Into<PathBuf>) -> Builder {
         Builder::new(path.into())
     }
 
-    /// Waits until the tables exist and hold the rows of a first snapshot; at once if they ever did.
+    /// Waits until the tables exist and hold the rows of a first snapshot; at once if they ever did. Waits on while the client is
+    /// offline.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # use std::time::Duration;
+    /// # async fn example(client: Client) -> Result<()> {
+    /// if tokio::time::timeout(Duration::from_secs(10), client.ready()).await.is_err() {
+    ///     println!("the first start needs a network: {:?}", client.status().borrow().last_error);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Closed`]: the client was closed. [`Error::Store`]: the store is damaged.
     pub async fn ready(&self) -> Result<()> {
         let mut status = self.status();
         let ended = |status: &Status| matches!(status.state, State::Closed | State::Damaged);
@@ -68,13 +88,50 @@ impl Client {
 
     /// Executes one statement in a transaction of its own. Returns once the rows and their queue entry are durable; the
     /// value is the number of rows changed.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// let write = client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), ?)", ["Buy milk"]).await?;
+    /// assert_eq!(*write.value(), 1);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// - [`Error::Store`]: SQLite or the store's rules refuse the statement, or its changes are too large for a transaction. Nothing of
+    ///   it was written.
+    /// - [`Error::Commit`]: the disk refused the commit that it shared with others.
+    /// - [`Error::Closed`]: the client was closed.
     pub async fn execute(&self, sql: &str, params: impl IntoParams) -> Result<Write<usize>> {
         let sql = sql.to_owned();
         let params = params.into_params();
         self.tx(move |tx| tx.execute(&sql, params)).await
     }
 
-    /// Runs a transaction on the writer's thread: all its rows and queue entries, or, if the closure gives an error, none.
+    /// Runs a transaction on the writer's thread: all its rows and queue entries, or, if the closure gives an error, none. The
+    /// server applies it whole or not at all.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Error;
+    /// let moved = client
+    ///     .tx(|tx| {
+    ///         tx.execute("UPDATE tasks SET done = 1 WHERE title = ?", ["Buy milk"])?;
+    ///         let open = tx.query_as::<i64>("SELECT count(*) FROM tasks WHERE NOT done", ())?[0];
+    ///         if open > 100 { Err(Error::app("too many open tasks")) } else { Ok(open) }
+    ///     })
+    ///     .await?;
+    /// assert_eq!(*moved.value(), 0);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// - The error that the closure gives; [`Error::app`] makes one of the app's own.
+    /// - [`Error::Panicked`]: the closure panicked.
+    /// - Those of [`Client::execute`].
     pub async fn tx<T, F>(&self, work: F) -> Result<Write<T>>
     where
         T: Send + 'static,
@@ -86,7 +143,7 @@ impl Client {
         let job = move |store: &mut Store| {
             let written = store.write(traceparent.as_deref(), |tx| {
                 // The writer serves others too: a panic of the app's ends this transaction only.
-                catch_unwind(AssertUnwindSafe(|| work(&mut Tx { tx }))).unwrap_or(Err(Error::Panicked))
+                catch_unwind(AssertUnwindSafe(|| work(&mut Tx::new(tx)))).unwrap_or(Err(Error::Panicked))
             });
             let damage = match &written {
                 Err(Error::Store(error)) if error.is_damage() => Some(StoreError::Inconsistent(chain(error))),
@@ -117,24 +174,63 @@ impl Client {
             if let Some(tx) = tx {
                 recorded.record("change.tx", tx);
             }
-            Ok(Write { value, tx, writer: self.inner.writer.clone() })
+            Ok(Write::new(value, tx, self.inner.writer.clone()))
         }
         .instrument(span)
         .await
     }
 
-    /// Reads.
+    /// Reads with one SQL query. Up to four queries run at the same time, beside writes.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// let rows = client.query("SELECT title FROM tasks WHERE done = ?", [true]).await?;
+    /// assert_eq!((rows.columns.len(), rows.len()), (1, 0));
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Store`]: SQLite refuses the query; [`Error::is_write`] tells a statement that writes. [`Error::Closed`]: the client
+    /// was closed.
     pub async fn query(&self, sql: &str, params: impl IntoParams) -> Result<Rows> {
         self.inner.readers.query(sql.to_owned(), params.into_params()).await
     }
 
     /// Reads rows as values of a type; see [`Rows::deserialize`].
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
+    /// let tasks: Vec<(String, bool)> = client.query_as("SELECT title, done FROM tasks", ()).await?;
+    /// assert_eq!(tasks, [("Buy milk".to_owned(), false)]);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Client::query`], and [`Error::Decode`]: a row does not fit the type.
     pub async fn query_as<T: DeserializeOwned>(&self, sql: &str, params: impl IntoParams) -> Result<Vec<T>> {
         self.query(sql, params).await?.deserialize()
     }
 
-    /// The query's rows: at once, and again whenever a table that it reads has changed, by whomever. Changes that come
-    /// while the app is busy with earlier rows are taken together. Ends after an error, and with the client.
+    /// The query's rows: at once, and again whenever a table that it reads has changed, by the app, the server or another process.
+    /// Changes that come while the app is busy with earlier rows are taken together. The errors are those of [`Client::query`]. Ends
+    /// after an error, and with the client.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use futures_util::StreamExt;
+    /// let mut open = client.watch("SELECT title FROM tasks WHERE NOT done", ());
+    /// assert_eq!(open.next().await.expect("the client is open")?.len(), 0);
+    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
+    /// assert_eq!(open.next().await.expect("the client is open")?.len(), 1);
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn watch(&self, sql: &str, params: impl IntoParams) -> Watch<Rows> {
         // Subscribed before the first query runs, so that no change falls between the two.
         let notices = self.inner.notices.subscribe();
@@ -142,123 +238,140 @@ impl Client {
     }
 
     /// As [`Client::watch`], with rows as values of a type.
+    ///
+    /// ```no_run
+    /// # use futures_util::StreamExt;
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example(client: Client) -> Result<()> {
+    /// let mut counts = client.watch_as::<u64>("SELECT count(*) FROM tasks WHERE NOT done", ());
+    /// while let Some(count) = counts.next().await {
+    ///     println!("{} open", count?[0]);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn watch_as<T: DeserializeOwned + 'static>(&self, sql: &str, params: impl IntoParams) -> Watch<Vec<T>> {
         typed(self.watch(sql, params))
     }
 
     /// The client's status, and its changes.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example(client: Client) -> Result<()> {
+    /// let mut status = client.status();
+    /// while status.changed().await.is_ok() {
+    ///     let status = status.borrow_and_update();
+    ///     println!("{:?}, {} pending, {} failed", status.state, status.pending.count, status.failed);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn status(&self) -> watch::Receiver<Status> {
         self.inner.status.subscribe()
     }
 
-    /// The installation's id.
+    /// The installation's id: random, kept in the store. The server tells clients apart by it.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// println!("support id: {}", client.client_id());
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn client_id(&self) -> Uuid {
         self.inner.status.borrow().client_id
     }
 
-    /// Waits until every transaction recorded so far is settled, applied or rejected. Those that wait for a retry, for a
-    /// person, or behind one that does, are not waited for.
-    pub async fn flush(&self, timeout: Duration) -> Result<()> {
-        match tokio::time::timeout(timeout, self.ask(WriterCommand::Flush)).await {
-            Err(_) => Err(Error::Timeout),
-            Ok(result) => result,
-        }
-    }
-
-    /// The transactions that the server rejected, oldest first: waiting for their next attempt, or for a person.
-    pub async fn failed(&self) -> Result<Vec<FailedWrite>> {
-        self.ask(WriterCommand::Failed).await
-    }
-
-    /// The newest entries of the queue, settled ones included, newest last.
-    pub async fn queue(&self, limit: usize) -> Result<Vec<QueueEntry>> {
-        self.ask(|reply| WriterCommand::Queue(limit, reply)).await
-    }
-
-    /// The entries of a transaction in the queue, in order; none once it is discarded or pruned.
-    pub async fn transaction(&self, tx: u64) -> Result<Vec<QueueEntry>> {
-        self.ask(|reply| WriterCommand::Transaction(tx, reply)).await
-    }
-
-    /// Submits a failed transaction again, with the same change ids, once nothing before it on its rows waits.
-    pub async fn retry(&self, tx: u64) -> Result<Write<()>> {
-        self.edit(tx, Vec::new()).await
-    }
-
-    /// Submits a failed transaction again, with other values.
-    pub async fn edit(&self, tx: u64, edits: Vec<Edit>) -> Result<Write<()>> {
-        self.ask(|reply| WriterCommand::Retry(tx, edits, reply)).await?;
-        Ok(Write { value: (), tx: Some(tx), writer: self.inner.writer.clone() })
-    }
-
-    /// Forgets a failed transaction, or one that is held back behind it: its rows show the server's state.
-    pub async fn discard(&self, tx: u64) -> Result<()> {
-        self.ask(|reply| WriterCommand::Discard(tx, reply)).await
-    }
-
-    /// Records the unsent changes of a store that was damaged again, each transaction as a new one, in their order: those that
-    /// [`Error::Store`] with [`StoreError::Damaged`](crate::StoreError::Damaged) says were saved. Best after [`Client::ready`], since
-    /// a change is made to the row as it is here. Tells what became of each; what does not apply stays in the file, and what was
-    /// recorded is not recorded again by another import.
-    ///
-    /// ```no_run
-    /// # use millstream_client::{Builder, Client, Error, ImportOutcome, Result, Saved, StoreError};
-    /// # fn settings() -> Builder { Client::builder("app.db").edge("ws://127.0.0.1:4800").token("…") }
-    /// # async fn example() -> Result<Client> {
-    /// let damage = match settings().open().await {
-    ///     Err(Error::Store(StoreError::Damaged(damage))) => damage,
-    ///     opened => return opened,
-    /// };
-    /// // The damaged files are put aside: this opens a fresh store.
-    /// let client = settings().open().await?;
-    /// client.ready().await?;
-    /// if let Ok(aside) = &damage.aside
-    ///     && let Some(saved) = &aside.saved
-    /// {
-    ///     for imported in client.import(Saved::read(saved)?).await? {
-    ///         if let ImportOutcome::Kept { reason } = imported.outcome {
-    ///             eprintln!("transaction {} is still in {}: {reason}", imported.tx, saved.display());
-    ///         }
-    ///     }
-    /// }
-    /// # Ok(client)
-    /// # }
-    /// ```
-    pub async fn import(&self, saved: Saved) -> Result<Vec<Imported>> {
-        self.ask(|reply| WriterCommand::Import(Box::new(saved), reply)).await
-    }
-
-    /// The failed transactions: at once, and again whenever they change.
-    pub fn watch_failed(&self) -> Watch<Vec<FailedWrite>> {
-        let (notices, client) = (self.inner.notices.subscribe(), self.clone());
-        crate::watch::watch_table(notices, trigger::LOCAL_CHANGES, move || {
-            let client = client.clone();
-            async move { client.failed().await }
-        })
-    }
-
     /// Rows of a synced table as values of a type; see [`Table`].
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// #[derive(serde::Deserialize)]
+    /// struct Task {
+    ///     title: String,
+    ///     done: bool,
+    /// }
+    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
+    /// let open = client.table::<Task>("tasks").filter("NOT done ORDER BY title", ()).rows().await?;
+    /// assert!(open[0].title == "Buy milk" && !open[0].done);
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn table<T>(&self, name: impl Into<String>) -> Table<T> {
         Table::new(self.clone(), name.into())
     }
 
-    /// The installed schema; none before the first connection.
+    /// The installed schema; `None` before the first connection.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// if let Some(schema) = client.schema().await? {
+    ///     println!("{}", serde_json::to_string_pretty(&schema)?);
+    /// }
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Closed`]: the client was closed. [`Error::Store`]: the store is damaged.
     pub async fn schema(&self) -> Result<Option<Schema>> {
         self.ask(WriterCommand::Schema).await
     }
 
     /// Goes offline, until [`Client::resume`]. Writes are recorded meanwhile. The status says when it is so: a write of the same
     /// moment may still be sent.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, State};
+    /// # async fn example(client: Client) {
+    /// client.pause();
+    /// client.status().wait_for(|status| status.state == State::Offline).await.ok();
+    /// # }
+    /// ```
     pub fn pause(&self) {
         self.inner.control.send_modify(|control| control.paused = true);
     }
 
-    /// Connects now, without waiting for the back-off: after [`Client::pause`], or when the system says that the network is back.
+    /// Goes online again, and connects at once. Nothing happens unless the client is paused.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # use std::time::Duration;
+    /// # async fn example(client: Client) -> Result<()> {
+    /// client.pause();
+    /// client.execute("UPDATE tasks SET done = 1", ()).await?;
+    /// client.resume();
+    /// client.settled(Duration::from_secs(10)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn resume(&self) {
-        self.inner.control.send_modify(|control| {
-            control.paused = false;
-            control.kicks += 1;
+        self.inner.control.send_if_modified(|control| {
+            let paused = std::mem::take(&mut control.paused);
+            // The pause may not have been noticed yet.
+            control.kicks += u64::from(paused);
+            paused
         });
+    }
+
+    /// Connects now, without waiting for the back-off: when the system says that the network is back, say. Nothing happens while
+    /// the client is connected, or paused.
+    ///
+    /// ```no_run
+    /// # async fn network_is_up() {}
+    /// # async fn example(client: millstream_client::Client) {
+    /// loop {
+    ///     network_is_up().await;
+    ///     client.connect_now();
+    /// }
+    /// # }
+    /// ```
+    pub fn connect_now(&self) {
+        self.inner.control.send_modify(|control| control.kicks += 1);
     }
 
     /// The session token from now on: for the next connection, which is made at once if the client waits for one. A session under
@@ -281,20 +394,21 @@ impl Client {
         self.inner.control.send_modify(|control| control.tokens += 1);
     }
 
-    /// Cuts the connection, as a bad network would; the client connects again by itself.
-    pub fn drop_connection(&self) {
-        self.inner.control.send_modify(|control| control.cuts += 1);
-    }
-
-    /// Starts a worker anew, as after a crash of it. What it did not finish is done again.
-    pub fn restart(&self, worker: Worker) {
-        self.inner.control.send_modify(|control| match worker {
-            Worker::Changes => control.changes_restarts += 1,
-            Worker::Sync => control.sync_restarts += 1,
-        });
-    }
-
-    /// Stops the workers and closes the store. What is in the queue is sent when the store is opened again.
+    /// Stops the workers and closes the store, for all clones. The queue is sent when the store is opened again.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Error;
+    /// let clone = client.clone();
+    /// client.close().await?;
+    /// assert!(matches!(clone.query("SELECT 1", ()).await, Err(Error::Closed)));
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// There are none today.
     pub async fn close(self) -> Result<()> {
         self.inner.control.send_modify(|control| control.closed = true);
         let tasks = std::mem::take(&mut *self.inner.tasks.lock().unwrap_or_else(PoisonError::into_inner));
@@ -318,92 +432,9 @@ impl Client {
         self.inner.writer.send(command).await.map_err(|_| Error::Closed)
     }
 
-    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> WriterCommand) -> Result<T> {
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> WriterCommand) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.command(command(reply)).await?;
         answer.await.map_err(|_| Error::Closed)?
-    }
-}
-
-/// A part of the client that runs on its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Worker {
-    /// Decides what is sent when.
-    Changes,
-    /// Keeps the one socket.
-    Sync,
-}
-
-/// A transaction that is durable in the store.
-#[derive(Clone)]
-pub struct Write<T> {
-    value: T,
-    tx: Option<u64>,
-    writer: mpsc::Sender<WriterCommand>,
-}
-
-impl<T> Write<T> {
-    /// What the transaction gave.
-    pub fn value(&self) -> &T {
-        &self.value
-    }
-
-    /// What the transaction gave.
-    pub fn into_value(self) -> T {
-        self.value
-    }
-
-    /// The local transaction, as the queue names it; none if it changed no synced row.
-    pub fn tx(&self) -> Option<u64> {
-        self.tx
-    }
-
-    /// Waits until it is settled: confirmed by the server's outbound stream, or rejected ([`Error::Rejected`]). Losing to
-    /// newer changes of others is success; the outcome tells.
-    pub async fn confirmed(&self) -> Result<Outcome> {
-        let Some(tx) = self.tx else { return Ok(Outcome::Applied) };
-        let (reply, answer) = oneshot::channel();
-        self.writer.send(WriterCommand::Settled(tx, reply)).await.map_err(|_| Error::Closed)?;
-        answer.await.map_err(|_| Error::Closed)?
-    }
-}
-
-impl<T> Deref for Write<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.value
-    }
-}
-
-/// The app's transaction under way.
-pub struct Tx<'a, 'b> {
-    tx: &'a mut store::Tx<'b>,
-}
-
-impl Tx<'_, '_> {
-    /// Executes one statement; gives the number of rows it changed.
-    pub fn execute(&mut self, sql: &str, params: impl IntoParams) -> Result<usize> {
-        Ok(self.tx.execute(sql, &params.into_params())?)
-    }
-
-    /// Reads, seeing the transaction's own writes.
-    pub fn query(&mut self, sql: &str, params: impl IntoParams) -> Result<Rows> {
-        Ok(self.tx.query(sql, &params.into_params())?.into())
-    }
-
-    /// Reads rows as values of a type; see [`Rows::deserialize`].
-    pub fn query_as<T: DeserializeOwned>(&mut self, sql: &str, params: impl IntoParams) -> Result<Vec<T>> {
-        self.query(sql, params)?.deserialize()
-    }
-
-    /// Runs a part that can fail on its own: its writes and queue entries go when it does.
-    pub fn savepoint<T>(&mut self, part: impl FnOnce(&mut Tx<'_, '_>) -> Result<T>) -> Result<T> {
-        self.tx.savepoint(|tx| part(&mut Tx { tx }))
-    }
-
-    /// A new UUIDv7.
-    pub fn uuid(&self) -> Uuid {
-        self.tx.uuid()
     }
 }

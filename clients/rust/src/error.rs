@@ -1,5 +1,7 @@
 //! Errors of the SDK.
 
+use std::sync::Arc;
+
 use millstream_client_store::{SavedError, StoreError};
 use millstream_schemas::{Code, Retry};
 use uuid::Uuid;
@@ -7,7 +9,11 @@ use uuid::Uuid;
 /// Result of the SDK's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An error of the SDK.
+/// An error of the app's own.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// An error of the SDK. `Display` says what failed, [`source`](std::error::Error::source) why: print the whole chain, as
+/// `{:#}` of `anyhow` does.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -38,15 +44,15 @@ pub enum Error {
     #[error("the client is closed")]
     Closed,
     /// A row does not fit the type asked for.
-    #[error("a row does not fit the type: {0}")]
-    Decode(String),
+    #[error("a row does not fit the type")]
+    Decode(#[source] BoxError),
     /// A value cannot be written as a row, or names what the table does not have.
-    #[error("the value is not a row of {table}: {what}")]
+    #[error("the value is not a row of {table}")]
     Encode {
         /// The table.
         table: String,
         /// What does not fit.
-        what: String,
+        source: BoxError,
     },
     /// The transaction was discarded while it waited.
     #[error("transaction {0} was discarded")]
@@ -55,14 +61,14 @@ pub enum Error {
     #[error("the transaction's closure panicked")]
     Panicked,
     /// The transaction that this write shared its commit with failed.
-    #[error("the commit failed: {0}")]
-    Commit(String),
+    #[error("the commit failed")]
+    Commit(#[source] Arc<StoreError>),
     /// The writer thread could not be started.
     #[error("starting the writer failed")]
     Start(#[source] std::io::Error),
     /// The app's closure gave this error; the transaction was rolled back.
-    #[error("{0}")]
-    App(String),
+    #[error(transparent)]
+    App(BoxError),
 }
 
 /// Longest text of one error in a chain, in characters: SQLite's quote the statement, which a wide table makes very long.
@@ -89,9 +95,9 @@ pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 }
 
 impl Error {
-    /// An error of the app's own, to leave a transaction with.
-    pub fn app(message: impl Into<String>) -> Self {
-        Error::App(message.into())
+    /// An error of the app's own, to leave a transaction with: a message, or an error that [`Error::App`] gives back.
+    pub fn app(error: impl Into<BoxError>) -> Self {
+        Error::App(error.into())
     }
 
     /// Whether a statement was given to a reader, such as [`crate::Client::query`], that writes.

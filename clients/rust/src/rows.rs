@@ -34,11 +34,24 @@ impl Rows {
 
     /// The rows as values of a type: structs by column name, tuples by place, a single column as itself. Integers 0 and
     /// 1 also read as `bool`; JSON columns read as text.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
+    /// let rows = client.query("SELECT title, done FROM tasks", ()).await?;
+    /// assert_eq!(rows.deserialize::<(String, bool)>()?, [("Buy milk".to_owned(), false)]);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Decode`]: a row does not fit the type; its source names the column.
     pub fn deserialize<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
         self.rows
             .iter()
             .map(|values| {
-                T::deserialize(Row { columns: &self.columns, values }).map_err(|error| Error::Decode(error.0))
+                T::deserialize(Row { columns: &self.columns, values }).map_err(|error| Error::Decode(error.into()))
             })
             .collect()
     }
@@ -315,6 +328,7 @@ mod tests {
         }
         let error = rows().deserialize::<Wrong>().unwrap_err();
         assert_eq!(error.code(), "decode");
-        assert!(error.to_string().contains("\"title\""), "{error}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("\"title\""), "{cause}");
     }
 }

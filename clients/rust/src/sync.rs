@@ -200,7 +200,7 @@ impl SyncWorker {
         }
         let message = format!(
             "{}. Nothing is lost: what the app writes is recorded and waits. It is tried again now and then, and at once by \
-             Client::resume; the store's file and this message are what a report needs",
+             Client::connect_now; the store's file and this message are what a report needs",
             end.message
         );
         End { then: Then::Refused, message, retry_after_ms: Some(wait), ..end }

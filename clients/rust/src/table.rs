@@ -8,12 +8,35 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::watch::Watch;
-use crate::{Client, Error, IntoParams, IntoSql, Result, SqlValue, Write};
+use crate::{BoxError, Client, Error, IntoParams, IntoSql, Result, SqlValue, Write};
 
 /// A synced table, read and written as values of `T`: a struct whose fields are named as the columns.
 ///
 /// Fields that are `None` are left out of inserts, so that the server's defaults hold. Structs and arrays are written as
 /// JSON. For everything else there is SQL.
+///
+/// ```
+/// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+/// # local::run(async |client| {
+/// use millstream_client::Uuid;
+///
+/// #[derive(serde::Serialize, serde::Deserialize)]
+/// struct Task {
+///     id: Uuid,
+///     title: String,
+///     done: bool,
+/// }
+///
+/// let tasks = client.table::<Task>("tasks");
+/// let task = Task { id: Uuid::now_v7(), title: "Buy milk".into(), done: false };
+/// tasks.insert(&task).await?;
+/// tasks.update([task.id], &serde_json::json!({"done": true})).await?;
+/// assert!(tasks.get([task.id]).await?.is_some_and(|task| task.done));
+/// tasks.delete([task.id]).await?;
+/// assert_eq!(tasks.all().rows().await?.len(), 0);
+/// # Ok(())
+/// # })
+/// ```
 pub struct Table<T> {
     client: Client,
     name: String,
@@ -32,6 +55,23 @@ impl<T> Table<T> {
     }
 
     /// Inserts a row.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Uuid;
+    /// # #[derive(serde::Serialize, serde::Deserialize)]
+    /// # struct Task { id: Uuid, title: String, done: bool }
+    /// let task = Task { id: Uuid::now_v7(), title: "Buy milk".into(), done: false };
+    /// let write = client.table("tasks").insert(&task).await?;
+    /// assert_eq!(*write.value(), 1);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Encode`]: the value is not a row of the table, or no table of this name is synced. Otherwise those of
+    /// [`Client::execute`].
     pub async fn insert(&self, row: &T) -> Result<Write<usize>>
     where
         T: Serialize,
@@ -47,6 +87,21 @@ impl<T> Table<T> {
 
     /// Sets the fields of `patch`, a struct or `serde_json::json!({…})`, on the row with this key. The value is the number
     /// of rows changed: 0 where there is none of that key, or it has these values already.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Uuid;
+    /// let tasks = client.table::<serde_json::Value>("tasks");
+    /// let write = tasks.update([Uuid::now_v7()], &serde_json::json!({"done": true})).await?;
+    /// assert_eq!(*write.value(), 0);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Encode`]: the table has no such column, the key has another number of parts, or no table of this name is synced.
+    /// Otherwise those of [`Client::execute`].
     pub async fn update(&self, key: impl IntoParams, patch: &impl Serialize) -> Result<Write<usize>> {
         let table = self.schema().await?;
         let fields = self.fields(patch, &table)?;
@@ -63,6 +118,20 @@ impl<T> Table<T> {
     }
 
     /// Deletes the row with this key. The value is the number of rows deleted.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Uuid;
+    /// let write = client.table::<serde_json::Value>("tasks").delete([Uuid::now_v7()]).await?;
+    /// assert_eq!(*write.value(), 0);
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Encode`]: the key has another number of parts, or no table of this name is synced. Otherwise those of
+    /// [`Client::execute`].
     pub async fn delete(&self, key: impl IntoParams) -> Result<Write<usize>> {
         let table = self.schema().await?;
         let (condition, key) = self.by_key(&table, key)?;
@@ -70,6 +139,22 @@ impl<T> Table<T> {
     }
 
     /// The row with this key.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Uuid;
+    /// # #[derive(serde::Serialize, serde::Deserialize)]
+    /// # struct Task { id: Uuid, title: String, done: bool }
+    /// let task: Option<Task> = client.table("tasks").get([Uuid::now_v7()]).await?;
+    /// assert!(task.is_none());
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Encode`]: the key has another number of parts, or no table of this name is synced. Otherwise those of
+    /// [`Client::query_as`].
     pub async fn get(&self, key: impl IntoParams) -> Result<Option<T>>
     where
         T: DeserializeOwned,
@@ -80,13 +165,36 @@ impl<T> Table<T> {
         Ok(self.client.query_as(&sql, key).await?.pop())
     }
 
-    /// The rows for which an SQL condition holds, such as `"done = ? ORDER BY position"`.
+    /// The rows for which an SQL condition holds.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use millstream_client::Uuid;
+    /// # #[derive(serde::Serialize, serde::Deserialize)]
+    /// # struct Task { id: Uuid, title: String, done: bool }
+    /// let tasks = client.table::<Task>("tasks");
+    /// let found = tasks.filter("title LIKE ? ORDER BY title LIMIT 20", ["Buy %"]).rows().await?;
+    /// assert_eq!(found.len(), 0);
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn filter(&self, condition: &str, params: impl IntoParams) -> Filter<T> {
         let sql = format!("SELECT * FROM {} WHERE {condition}", quote(&self.name));
         Filter { client: self.client.clone(), sql, params: params.into_params(), row: PhantomData }
     }
 
     /// All rows.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// for task in client.table::<serde_json::Value>("tasks").all().rows().await? {
+    ///     println!("{task}");
+    /// }
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn all(&self) -> Filter<T> {
         self.filter("1", ())
     }
@@ -97,13 +205,13 @@ impl<T> Table<T> {
         table.cloned().ok_or_else(|| self.misfit("no table of this name is synced (wait for `ready`)"))
     }
 
-    fn misfit(&self, what: impl Into<String>) -> Error {
-        Error::Encode { table: self.name.clone(), what: what.into() }
+    fn misfit(&self, source: impl Into<BoxError>) -> Error {
+        Error::Encode { table: self.name.clone(), source: source.into() }
     }
 
     /// The columns, quoted, and values of a serialized struct or map.
     fn fields(&self, value: &impl Serialize, table: &TableSchema) -> Result<Vec<(String, SqlValue)>> {
-        let value = serde_json::to_value(value).map_err(|error| self.misfit(error.to_string()))?;
+        let value = serde_json::to_value(value).map_err(|error| self.misfit(error))?;
         let Value::Object(fields) = value else { return Err(self.misfit("it is not a struct or map")) };
         fields
             .into_iter()
@@ -135,11 +243,33 @@ pub struct Filter<T> {
 
 impl<T: DeserializeOwned> Filter<T> {
     /// The rows now.
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// let open = client.table::<serde_json::Value>("tasks").filter("NOT done", ()).rows().await?;
+    /// assert!(open.is_empty());
+    /// # Ok(())
+    /// # })
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Client::query_as`].
     pub async fn rows(self) -> Result<Vec<T>> {
         self.client.query_as(&self.sql, self.params).await
     }
 
-    /// The rows: at once, and again whenever they may have changed.
+    /// The rows: at once, and again whenever they may have changed; see [`Client::watch`].
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// # use futures_util::StreamExt;
+    /// let mut open = client.table::<serde_json::Value>("tasks").filter("NOT done", ()).watch();
+    /// assert_eq!(open.next().await.expect("the client is open")?.len(), 0);
+    /// # Ok(())
+    /// # })
+    /// ```
     pub fn watch(self) -> Watch<Vec<T>>
     where
         T: 'static,

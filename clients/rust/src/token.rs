@@ -9,7 +9,7 @@ use data_encoding::BASE64URL_NOPAD;
 use serde::Deserialize;
 use tokio::time::timeout;
 
-use crate::builder::BoxError;
+use crate::BoxError;
 
 /// For the app to give a token.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(60);

@@ -50,7 +50,7 @@ pub(crate) struct Writer {
     /// Who waits for which local transaction.
     pub waiting: HashMap<u64, Vec<Reply<Outcome>>>,
     /// Who waits for everything up to which number.
-    pub flushing: BTreeMap<u64, Vec<Reply<()>>>,
+    pub waiting_for_all: BTreeMap<u64, Vec<Reply<()>>>,
     pub last_seq: u64,
     pub polls: u64,
     pub readers: Arc<Readers>,
@@ -71,7 +71,7 @@ impl Writer {
                     for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
                         let _ = reply.send(Err(Error::Closed));
                     }
-                    for reply in std::mem::take(&mut self.flushing).into_values().flatten() {
+                    for reply in std::mem::take(&mut self.waiting_for_all).into_values().flatten() {
                         let _ = reply.send(Err(Error::Closed));
                     }
                     // The file is closed before the app hears of it, so that it may open it again at once.
@@ -89,7 +89,7 @@ impl Writer {
             // Handled by `run`.
             WriterCommand::Write(_) | WriterCommand::Close(_) => {}
             WriterCommand::Settled(tx, reply) => self.settled(tx, reply),
-            WriterCommand::Flush(reply) => self.flush(reply),
+            WriterCommand::AllSettled(reply) => self.all_settled(reply),
             WriterCommand::Schema(reply) => {
                 let schema = self.store.schema().cloned();
                 self.answer(reply, Ok::<_, StoreError>(schema));
@@ -98,7 +98,7 @@ impl Writer {
                 let failed = self.store.failed();
                 self.answer(reply, failed);
             }
-            WriterCommand::Transaction(tx, reply) => {
+            WriterCommand::QueueEntries(tx, reply) => {
                 let entries = self.store.transaction(tx);
                 self.answer(reply, entries);
             }
@@ -200,7 +200,7 @@ impl Writer {
     }
 
     fn done(&mut self, mut dones: Vec<Done>, failed: Option<StoreError>) {
-        let failed = failed.map(|error| self.examine(error));
+        let failed = failed.map(|error| Arc::new(self.examine(error)));
         if let Some(damage) = dones.iter_mut().find_map(|done| done.damage.take()) {
             self.examine(damage);
         }
@@ -213,7 +213,7 @@ impl Writer {
                 (done.reply)(match (&self.lost, &failed) {
                     _ if durable => None,
                     (Some(lost), _) => lost.lost().map(Error::Store),
-                    (None, failed) => failed.as_ref().map(|error| Error::Commit(chain(error))),
+                    (None, failed) => failed.as_ref().map(|error| Error::Commit(Arc::clone(error))),
                 });
             }
             return;
@@ -311,13 +311,13 @@ impl Writer {
         }
     }
 
-    fn flush(&mut self, reply: Reply<()>) {
+    fn all_settled(&mut self, reply: Reply<()>) {
         if self.lost.is_some() {
             self.answer(reply, Ok::<_, Error>(()));
         } else if self.last_seq <= self.status.borrow().confirmed_seq {
             let _ = reply.send(Ok(()));
         } else {
-            self.flushing.entry(self.last_seq).or_default().push(reply);
+            self.waiting_for_all.entry(self.last_seq).or_default().push(reply);
         }
     }
 
@@ -343,8 +343,8 @@ impl Writer {
     /// Transactions got other numbers: callers that wait for all of them wait for the new numbers.
     fn renumbered(&mut self) -> Result<(), StoreError> {
         self.last_seq = self.store.info()?.last_seq;
-        let waiting: Vec<Reply<()>> = std::mem::take(&mut self.flushing).into_values().flatten().collect();
-        self.flushing.insert(self.last_seq, waiting);
+        let waiting: Vec<Reply<()>> = std::mem::take(&mut self.waiting_for_all).into_values().flatten().collect();
+        self.waiting_for_all.insert(self.last_seq, waiting);
         Ok(())
     }
 
@@ -404,8 +404,8 @@ impl Writer {
             status.pending.accepted = accepted.saturating_sub(info.confirmed_seq);
             status.pending.oldest_at = info.oldest_pending.map(|at| at / 1_000);
         });
-        let open = self.flushing.split_off(&(info.confirmed_seq + 1));
-        for reply in std::mem::replace(&mut self.flushing, open).into_values().flatten() {
+        let open = self.waiting_for_all.split_off(&(info.confirmed_seq + 1));
+        for reply in std::mem::replace(&mut self.waiting_for_all, open).into_values().flatten() {
             let _ = reply.send(Ok(()));
         }
         Ok(())
@@ -460,7 +460,7 @@ impl Writer {
         for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
             let _ = reply.send(Err(again()));
         }
-        for reply in std::mem::take(&mut self.flushing).into_values().flatten() {
+        for reply in std::mem::take(&mut self.waiting_for_all).into_values().flatten() {
             let _ = reply.send(Err(again()));
         }
         self.lost = Some(lost);

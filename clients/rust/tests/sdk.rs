@@ -14,9 +14,8 @@ use std::time::{Duration, Instant};
 
 use edge::{Edge, TOKEN, schema};
 use futures_util::StreamExt;
-use millstream_client::{
-    Builder, Client, Code, Edit, EntryState, Error, Faults, Outcome, Role, State, Status, Worker, params,
-};
+use millstream_client::testing::{Faults, Worker};
+use millstream_client::{Builder, Client, Code, Edit, EntryState, Error, Outcome, Role, State, Status, params};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -60,12 +59,12 @@ async fn writes_arrive_in_order_and_are_confirmed() {
     let client = ready(builder(&directory, "a", &edge)).await;
     for n in 0..100 {
         let write = insert(&client, &format!("{n:03}"), "x").await;
-        assert_eq!((*write, write.tx()), (1, Some(n + 1)));
+        assert_eq!((*write.value(), write.tx()), (1, Some(n + 1)));
         if n % 10 == 0 {
             tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
         }
     }
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!(edge.state().received, (1..=100).collect::<Vec<u64>>());
     assert_equal(&client, &edge).await;
     // The status is told after the writes are.
@@ -102,11 +101,11 @@ async fn after_a_cut_what_was_not_taken_is_sent_again() {
     let kick = async {
         loop {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            client.resume();
+            client.connect_now();
         }
     };
     tokio::select! {
-        flushed = client.flush(Duration::from_secs(60)) => flushed.unwrap(),
+        settled = client.settled(Duration::from_secs(60)) => settled.unwrap(),
         () = kick => {}
     }
     assert!(edge.state().connections > 10);
@@ -135,7 +134,7 @@ async fn what_is_confirmed_before_it_is_sent_again_leaves_no_gap() {
         while client.status().borrow().reconnects == sessions {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        client.resume();
+        client.connect_now();
         let next = insert(&client, &format!("{n:02} next"), "x").await;
         tokio::time::timeout(Duration::from_secs(10), next.confirmed()).await.expect("stuck behind a gap").unwrap();
         cut.confirmed().await.unwrap();
@@ -151,7 +150,7 @@ async fn every_frame_twice_changes_nothing() {
     for n in 0..20 {
         insert(&client, &format!("{n:03}"), if n % 5 == 4 { "bad" } else { "x" }).await;
     }
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!(client.failed().await.unwrap().len(), 4);
     assert_equal(&client, &edge).await;
 }
@@ -164,7 +163,7 @@ async fn overload_waits_and_keeps_the_order() {
     for n in 0..20 {
         insert(&client, &format!("{n:03}"), "x").await;
     }
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!(edge.state().connections, 1, "the socket stayed");
     assert_equal(&client, &edge).await;
 }
@@ -190,7 +189,7 @@ async fn an_overloaded_edge_is_left_alone_as_long_as_it_asks() {
             client.drop_connection();
         }
         insert(&client, "meanwhile", "x").await;
-        client.flush(PATIENCE).await.unwrap();
+        client.settled(PATIENCE).await.unwrap();
         let arrivals = edge.state().arrivals.clone();
         let waited = arrivals[5].0 - arrivals[0].0;
         assert!(waited >= WAIT, "cut: {cut}: again after {waited:?}");
@@ -245,7 +244,7 @@ async fn clients_see_each_other_and_watches_follow() {
         })
         .await
         .unwrap();
-    assert_eq!(*write, 2);
+    assert_eq!(write.into_value(), 2);
     assert_eq!(watch.next().await.unwrap().unwrap().len(), 2);
     a.execute("DELETE FROM tasks WHERE id = ?", params!["1"]).await.unwrap();
     assert_eq!(watch.next().await.unwrap().unwrap().len(), 1);
@@ -266,7 +265,7 @@ async fn what_was_recorded_offline_survives_and_is_sent_later() {
 
     let client = ready(builder(&directory, "a", &edge)).await;
     insert(&client, "99", "last").await;
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!(edge.state().received, (1..=51).collect::<Vec<u64>>(), "new changes go to the end");
     assert_equal(&client, &edge).await;
 }
@@ -280,7 +279,7 @@ async fn an_edge_that_dies_is_found_again() {
     until(&client, State::Offline).await;
     let write = insert(&client, "2", "meanwhile").await;
     edge.revive().await;
-    client.resume();
+    client.connect_now();
     tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
     assert_equal(&client, &edge).await;
     assert!(client.status().borrow().reconnects >= 1);
@@ -293,7 +292,7 @@ async fn a_restored_server_and_a_new_epoch_lose_nothing() {
     for n in 0..10 {
         insert(&client, &format!("{n:02}"), "x").await;
     }
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     {
         let mut state = edge.state();
         state.ledger.insert(client.client_id(), 6);
@@ -309,9 +308,26 @@ async fn a_restored_server_and_a_new_epoch_lose_nothing() {
         .await
         .unwrap()
         .unwrap();
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!(edge.state().tasks.len(), 10);
     assert_equal(&client, &edge).await;
+}
+
+#[tokio::test]
+async fn connect_now_leaves_a_pause_alone_and_resume_ends_it() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();
+    let write = insert(&client, "1", "x").await;
+    client.connect_now();
+    assert!(tokio::time::timeout(Duration::from_millis(200), write.confirmed()).await.is_err());
+    assert_eq!(edge.state().connections, 0);
+    client.resume();
+    tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
+    // Neither does anything to a connection.
+    client.resume();
+    client.connect_now();
+    insert(&client, "2", "x").await.confirmed().await.unwrap();
+    assert_eq!((edge.state().connections, client.status().borrow().reconnects), (1, 0));
 }
 
 #[tokio::test]
@@ -328,7 +344,7 @@ async fn too_far_behind_means_a_snapshot_with_the_queue_kept() {
         state.tasks.clear();
     }
     client.resume();
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!(edge.state().positions, [None, Some(1), None]);
     assert_eq!(titles(&client).await, [("2".into(), Some("mine".into()))]);
     assert_equal(&client, &edge).await;
@@ -414,7 +430,7 @@ async fn without_an_edge_the_client_records() {
     let directory = directory();
     let client = Client::builder(directory.path().join("a")).schema(schema()).open().await.unwrap();
     insert(&client, "1", "x").await;
-    assert!(matches!(client.flush(Duration::from_millis(50)).await, Err(Error::Timeout)));
+    assert!(matches!(client.settled(Duration::from_millis(50)).await, Err(Error::Timeout)));
 }
 
 /// Items 3, 4, 17: messages between the workers are lost and repeated; every change takes effect once, in order.
@@ -461,7 +477,7 @@ async fn a_lossy_bus_loses_nothing() {
         for n in 0..300 {
             insert(&client, &format!("{n:03}"), if n % 50 == 7 { "bad" } else { "x" }).await;
         }
-        client.flush(Duration::from_secs(60)).await.unwrap();
+        client.settled(Duration::from_secs(60)).await.unwrap();
         assert_eq!(edge.state().ledger[&client.client_id()], 300, "seed {seed}");
         assert_eq!(edge.state().log.iter().filter(|rows| !rows.changes.is_empty()).count(), 294, "seed {seed}");
         assert_eq!(client.failed().await.unwrap().len(), 6, "seed {seed}");
@@ -480,7 +496,7 @@ async fn workers_restart_alone() {
             client.restart(if n % 80 == 20 { Worker::Changes } else { Worker::Sync });
         }
     }
-    client.flush(Duration::from_secs(60)).await.unwrap();
+    client.settled(Duration::from_secs(60)).await.unwrap();
     assert_eq!(edge.state().ledger[&client.client_id()], 200);
     assert_eq!(edge.state().log.len(), 200, "each took effect once");
     assert_equal(&client, &edge).await;
@@ -491,7 +507,7 @@ async fn workers_restart_alone() {
     insert(&client, "later", "x").await;
     assert_eq!(client.status().borrow().pending.count, 1);
     client.resume();
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_equal(&client, &edge).await;
 }
 
@@ -511,7 +527,7 @@ async fn failed_changes_are_watched_edited_and_what_follows_them_waits() {
     insert(&client, "2", "other").await.confirmed().await.unwrap();
     assert_eq!(client.status().borrow().held, 1);
     assert_eq!(client.query_as::<bool>("SELECT done FROM tasks WHERE id = '1'", ()).await.unwrap(), [true]);
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
 
     let edit = |value: &str| vec![Edit { change_id: None, column: "title".into(), value: Some(value.into()) }];
     let error = client.edit(2, vec![Edit { column: "nope".into(), ..edit("x").remove(0) }]).await.err().unwrap();
@@ -533,7 +549,7 @@ async fn what_was_sent_behind_a_rejected_change_comes_after_it() {
     let behind = client.execute("UPDATE tasks SET done = 1", ()).await.unwrap();
     client.resume();
     tokio::time::timeout(PATIENCE, client.ready()).await.unwrap().unwrap();
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_eq!((client.status().borrow().failed, client.status().borrow().held), (1, 1));
     assert_eq!(edge.state().tasks.len(), 0);
     let edit = Edit { change_id: None, column: "title".into(), value: Some("good".into()) };
@@ -544,7 +560,7 @@ async fn what_was_sent_behind_a_rejected_change_comes_after_it() {
 }
 
 #[tokio::test]
-async fn flush_waits_for_what_gets_another_number() {
+async fn settled_waits_for_what_gets_another_number() {
     let (edge, directory) = (Edge::start().await, directory());
     edge.state().overloaded_from = Some(2);
     let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();
@@ -555,15 +571,15 @@ async fn flush_waits_for_what_gets_another_number() {
     tokio::time::timeout(PATIENCE, client.status().wait_for(rejected)).await.unwrap().unwrap();
     client.discard(1).await.unwrap();
     // The second is refused for the first, which is not there any more: it is sent again at once, as number 3.
-    let mut flush = std::pin::pin!(client.flush(PATIENCE));
-    assert!(tokio::time::timeout(Duration::from_millis(50), &mut flush).await.is_err());
+    let mut settled = std::pin::pin!(client.settled(PATIENCE));
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut settled).await.is_err());
     edge.state().overloaded_from = Some(3);
     while edge.state().arrivals.last().unwrap().1 < 3 {
-        let finished = tokio::time::timeout(Duration::from_millis(5), &mut flush).await;
+        let finished = tokio::time::timeout(Duration::from_millis(5), &mut settled).await;
         assert!(finished.is_err(), "{finished:?} with {:?}", client.queue(2).await);
     }
     edge.state().overloaded_from = None;
-    flush.await.unwrap();
+    settled.await.unwrap();
     assert_eq!((client.status().borrow().confirmed_seq, edge.state().tasks.len()), (3, 1));
 }
 
@@ -587,19 +603,38 @@ async fn tables_hold_values_of_the_apps_own_types() {
     tasks.insert(&task).await.unwrap().confirmed().await.unwrap();
     assert_eq!(open.next().await.unwrap().unwrap()[0].title, "buy milk");
     let patch = serde_json::json!({"title": "buy oat milk", "done": true});
-    assert_eq!(*tasks.update(["1"], &patch).await.unwrap(), 1);
+    assert_eq!(*tasks.update(["1"], &patch).await.unwrap().value(), 1);
     let found = tasks.get(["1"]).await.unwrap().unwrap();
     assert_eq!((found.title.as_str(), found.done, found.created_at.is_some()), ("buy oat milk", true, true));
-    assert_eq!(*tasks.update(["2"], &patch).await.unwrap(), 0);
+    assert_eq!(*tasks.update(["2"], &patch).await.unwrap().value(), 0);
     for (error, what) in [
         (tasks.update(["1"], &serde_json::json!({"tilte": "x"})).await.err().unwrap(), "no column tilte"),
         (tasks.update(["1", "2"], &patch).await.err().unwrap(), "1 parts, 2 were given"),
         (client.table::<Task>("nope").get(["1"]).await.err().unwrap(), "no table"),
     ] {
-        assert!(error.code() == "encode" && error.to_string().contains(what), "{error}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(error.code() == "encode" && cause.contains(what), "{cause}");
     }
-    assert_eq!(*tasks.delete(["1"]).await.unwrap(), 1);
+    assert_eq!(*tasks.delete(["1"]).await.unwrap().value(), 1);
     assert_eq!(tasks.all().rows().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn errors_keep_their_causes() {
+    let directory = directory();
+    let client = Client::builder(directory.path().join("a")).schema(schema()).open().await.unwrap();
+    let error = client.tx(|_| Err::<(), _>(Error::app("x".parse::<u8>().unwrap_err()))).await.err().unwrap();
+    let Error::App(cause) = &error else { panic!("{error:?}") };
+    assert!(cause.is::<std::num::ParseIntError>() && error.to_string() == cause.to_string(), "{error:?}");
+    insert(&client, "1", "x").await;
+    let error = client.query_as::<i64>("SELECT title FROM tasks", ()).await.unwrap_err();
+    assert_eq!(error.to_string(), "a row does not fit the type");
+    assert!(std::error::Error::source(&error).unwrap().to_string().contains("expected i64"), "{error:?}");
+    let tasks = client.table::<serde_json::Value>("tasks");
+    // A map whose keys are no text.
+    let error = tasks.update(["1"], &std::collections::BTreeMap::from([((1, 2), 3)])).await.err().unwrap();
+    let cause = std::error::Error::source(&error).unwrap();
+    assert!(cause.is::<serde_json::Error>(), "{error:?}");
 }
 
 #[tokio::test]
@@ -663,8 +698,8 @@ async fn a_half_open_connection_is_noticed() {
     until(&client, State::Offline).await;
     assert!(started.elapsed() < Duration::from_secs(8), "noticed after {:?}", started.elapsed());
     edge.state().deaf = false;
-    client.resume();
-    client.flush(PATIENCE).await.unwrap();
+    client.connect_now();
+    client.settled(PATIENCE).await.unwrap();
     assert_equal(&client, &edge).await;
 }
 
@@ -679,7 +714,7 @@ async fn clean_closes_are_followed_by_new_connections() {
         let mut status = client.status();
         let again = status.wait_for(|status| status.reconnects == n as u64 + 1);
         tokio::time::timeout(PATIENCE, again).await.unwrap().unwrap();
-        client.resume();
+        client.connect_now();
         tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
     }
     assert_equal(&client, &edge).await;

@@ -47,6 +47,10 @@ pub struct Settled {
 impl Store {
     /// Does what a session's staging found ready, in order. Each [`Work::Apply`] is one local transaction, whole or not
     /// at all; it is durable with the app's next write at the latest.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownTable`], [`StoreError::RowShape`]: a row does not fit the schema. Otherwise SQLite failed. The step that
+    /// failed is not applied, nor its position taken; those before it stand.
     pub fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
         let applied = self.relaxed(|store| store.perform_all(works))?;
         if applied.released {
@@ -81,6 +85,10 @@ impl Store {
     }
 
     /// Applies a batch and its position in one local transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownTable`], [`StoreError::RowShape`]: a row does not fit the schema. Otherwise SQLite failed. Nothing of the
+    /// batch is applied then.
     pub fn apply(&mut self, batch: &Batch) -> Result<Applied, StoreError> {
         self.put_in_order()?;
         let marks = self.marks.take();

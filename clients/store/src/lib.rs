@@ -8,6 +8,8 @@
 //!
 //! **Durability**: `journal_mode=WAL, synchronous=FULL`, both asserted at open. A commit is on the disk when it returns.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod apply;
 mod aside;
 mod damage;
@@ -93,6 +95,9 @@ pub struct Store {
 impl Store {
     /// Opens or creates the store at `path`. One that is damaged is put aside, which [`StoreError::Damaged`] tells; the next opening
     /// makes a new one.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::TooNew`], [`StoreError::NotDurable`]; otherwise SQLite failed.
     pub fn open(path: &str, host: Arc<dyn Host>) -> Result<Store, StoreError> {
         if path.is_empty() || path.starts_with(':') || path.starts_with("file:") {
             // Names that mean something else to SQLite.
@@ -122,6 +127,9 @@ impl Store {
     }
 
     /// Takes over a connection, which must be able to use WAL.
+    ///
+    /// # Errors
+    /// [`StoreError::TooNew`], [`StoreError::NotDurable`]; otherwise SQLite failed.
     pub fn with_connection(connection: Connection, host: Arc<dyn Host>) -> Result<Store, StoreError> {
         Store::new(connection, host, |_| Ok(()))
     }
@@ -192,6 +200,9 @@ impl Store {
     }
 
     /// The whole store was checked, and is sound.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn checked(&mut self) -> Result<(), StoreError> {
         self.check_due = false;
         let now = self.session.now();
@@ -223,6 +234,9 @@ impl Store {
     }
 
     /// Whether another connection (another process) committed since the last call.
+    ///
+    /// # Errors
+    /// [`StoreError::Moved`]; otherwise SQLite failed.
     pub fn changed_elsewhere(&mut self) -> Result<bool, StoreError> {
         self.require_place()?;
         let version = self.read_data_version()?;

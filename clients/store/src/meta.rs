@@ -111,6 +111,9 @@ impl Store {
     }
 
     /// The store's facts.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn info(&self) -> Result<Info, StoreError> {
         let (failed, held, oldest): (i64, i64, Option<i64>) = self
             .connection
@@ -147,6 +150,9 @@ impl Store {
     }
 
     /// Gives the position up: the next session brings a snapshot of everything. Rows and queue stay.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn forget_position(&mut self) -> Result<(), StoreError> {
         self.transact(|store| {
             // Going on with a cut snapshot might end where this one did.

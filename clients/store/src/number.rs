@@ -155,6 +155,9 @@ impl Store {
 
     /// Compares the server's ledger with the store, and follows it where they differ. The arguments are those of
     /// [`millstream_schemas::frame::Welcome`].
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn meet(
         &mut self,
         last_seq: u64,

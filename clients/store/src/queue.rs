@@ -251,6 +251,9 @@ impl Store {
     }
 
     /// Numbered transactions after `after` that are not settled, by rising number; at most `limit`.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn pending(&self, after: u64, limit: usize) -> Result<Vec<Submit>, StoreError> {
         // Behind what is confirmed, numbers have no gaps and all are open.
         let confirmed = self.confirmed_seq().during("reading confirmed_seq")?;
@@ -283,6 +286,9 @@ impl Store {
     }
 
     /// The newest entries of the queue, settled ones included, newest last; at most `limit`.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn entries(&self, limit: usize) -> Result<Vec<QueueEntry>, StoreError> {
         let mut raws = self.select("ORDER BY id DESC LIMIT ?1", params![limit as i64])?;
         raws.reverse();
@@ -290,6 +296,9 @@ impl Store {
     }
 
     /// The entries of a transaction, in order; none if the queue does not have it (any more).
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn transaction(&self, tx: u64) -> Result<Vec<QueueEntry>, StoreError> {
         self.told(self.select("WHERE tx = ?1 ORDER BY id", [tx as i64])?)
     }
@@ -306,6 +315,9 @@ impl Store {
     }
 
     /// The rejected transactions, oldest first.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn failed(&self) -> Result<Vec<FailedWrite>, StoreError> {
         let raws = self.select(&format!("WHERE {TROUBLED} AND {FAILED} ORDER BY tx, id"), [])?;
         Ok(failed(raws))
@@ -322,6 +334,9 @@ impl Store {
     }
 
     /// What became of a transaction. One that is not in the queue any more is taken for applied.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn verdict(&self, tx: u64) -> Result<Verdict, StoreError> {
         let raws = self.select("WHERE tx = ?1 ORDER BY id", [tx as i64])?;
         let outcome = match raws.first() {
@@ -339,11 +354,17 @@ impl Store {
 
     /// Queues a failed transaction again, with the same change ids; its attempts count from the start. It waits if an
     /// earlier transaction on the same rows waits.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFailed`]: there is no failed transaction of that number. Otherwise SQLite failed.
     pub fn retry(&mut self, tx: u64) -> Result<Option<Entry>, StoreError> {
         self.edit(tx, &[])
     }
 
     /// As [`Store::retry`], with other values for some columns.
+    ///
+    /// # Errors
+    /// Those of [`Store::retry`], and [`StoreError::Edit`]: the transaction has no such change, or clients may not set the column.
     pub fn edit(&mut self, tx: u64, edits: &[Edit]) -> Result<Option<Entry>, StoreError> {
         let client_seq = self.unhindered(|store| {
             let keys = store.keys(tx, FAILED)?;
@@ -437,6 +458,9 @@ impl Store {
     }
 
     /// Queues those failed transactions again whose time has come. True: there were some.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn retry_due(&mut self) -> Result<bool, StoreError> {
         let now = self.session.now() as i64;
         let due: Vec<i64> = self
@@ -474,6 +498,9 @@ impl Store {
     }
 
     /// Forgets a failed or held transaction; its rows show the server's state.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFailed`]: the transaction is neither rejected nor held back. Otherwise SQLite failed.
     pub fn discard(&mut self, tx: u64) -> Result<(), StoreError> {
         const WAITING: &str = "state IN ('retry_wait', 'error', 'held')";
         self.unhindered(|store| {
@@ -505,6 +532,9 @@ impl Store {
     }
 
     /// Removes settled entries recorded before `before` (microseconds since 1970); others are never removed.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn prune(&mut self, before: u64) -> Result<usize, StoreError> {
         self.transact(|store| {
             store.keep_last_tx()?;
@@ -522,6 +552,9 @@ impl Store {
     }
 
     /// Writes the marks that no batch has written.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn flush_marks(&mut self) -> Result<(), StoreError> {
         let Some((sent, accepted)) = self.marks.take() else { return Ok(()) };
         self.relaxed(|store| {

@@ -55,6 +55,9 @@ pub struct Reader {
 
 impl Reader {
     /// Opens the store at `path`, which must exist.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn open(path: &str, host: Arc<dyn Host>) -> Result<Reader, StoreError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags).during("opening the store for reading")?;
@@ -76,6 +79,9 @@ impl Reader {
     }
 
     /// Runs a query.
+    ///
+    /// # Errors
+    /// [`StoreError::Statement`]: SQLite refuses it.
     pub fn query(&self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
         query(&self.connection, sql, params)
     }
@@ -117,6 +123,9 @@ impl Reader {
 
     /// Looks through the whole store for damage that shows, which takes some 6 ms a MiB; not for values that are others than they
     /// were. False: `stop`, which is asked now and then, wanted no more.
+    ///
+    /// # Errors
+    /// SQLite failed, or found damage.
     pub fn check(&self, stop: impl FnMut() -> bool + Send + 'static) -> Result<bool, StoreError> {
         self.connection.progress_handler(STOP_OPS, Some(stop)).during("preparing a check")?;
         let result = damage::sound(&self.connection, "PRAGMA quick_check(100)");

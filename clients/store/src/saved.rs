@@ -139,6 +139,9 @@ pub enum ImportOutcome {
 
 impl Saved {
     /// Reads a file.
+    ///
+    /// # Errors
+    /// It cannot be read, is no such file, or is of a newer version.
     pub fn read(path: impl AsRef<Path>) -> Result<Saved, SavedError> {
         let name = || path.as_ref().display().to_string();
         let text = std::fs::read(&path).map_err(|source| SavedError::Read { path: name(), source })?;
@@ -193,6 +196,9 @@ impl Saved {
 impl Store {
     /// Records saved changes again, each transaction as a new one, in their order and with their stamps: what others have changed
     /// since wins as if they had been sent in time. What an import has taken it does not take again.
+    ///
+    /// # Errors
+    /// SQLite failed. What was recorded until then stays.
     pub fn import(&mut self, saved: &Saved) -> Result<Vec<Imported>, StoreError> {
         let mut imported = Vec::with_capacity(saved.transactions.len());
         let source = saved.client_id.map_or_else(|| saved.saved_at.to_string(), |id| id.to_string());

@@ -37,6 +37,9 @@ impl ToSql for Wire<'_> {
 }
 
 /// What a column of this kind is given for a text of the wire.
+///
+/// # Errors
+/// There are none today.
 pub fn bound(kind: Kind, text: &str) -> rusqlite::Result<Value> {
     match (Wire { kind, text: Some(text) }).to_sql()? {
         ToSqlOutput::Owned(value) => Ok(value),

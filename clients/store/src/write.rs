@@ -53,6 +53,9 @@ pub struct Tx<'a> {
 
 impl Tx<'_> {
     /// Executes one statement; gives the number of rows it changed.
+    ///
+    /// # Errors
+    /// SQLite or the store's rules refuse the statement. The transaction goes on, unless it is [`StoreError::TransactionLost`].
     pub fn execute(&mut self, sql: &str, params: &[Value]) -> Result<usize, StoreError> {
         self.require_open()?;
         if territory::defines(sql) {
@@ -116,6 +119,9 @@ impl Tx<'_> {
     }
 
     /// Reads, seeing the transaction's own writes.
+    ///
+    /// # Errors
+    /// SQLite or the store's rules refuse the statement.
     pub fn query(&mut self, sql: &str, params: &[Value]) -> Result<Table, StoreError> {
         self.require_open()?;
         if territory::defines(sql) {
@@ -125,6 +131,9 @@ impl Tx<'_> {
     }
 
     /// Runs a part that can fail on its own: its writes and queue entries go when it does.
+    ///
+    /// # Errors
+    /// The error of `part`; otherwise SQLite failed.
     pub fn savepoint<T, E: From<StoreError>>(
         &mut self,
         part: impl FnOnce(&mut Tx<'_>) -> Result<T, E>,
@@ -163,6 +172,9 @@ impl Store {
     /// Its `client_seq` is the highest one plus one, read under SQLite's write lock; so numbers have no gaps whatever is
     /// rolled back, and processes that share the store never give out the same one. A transaction that writes a row with a
     /// rejected or held change under it gets none yet: it is held back.
+    ///
+    /// # Errors
+    /// The error of `work`; [`StoreError::TooManyChanges`], [`StoreError::TooManyBytes`]; otherwise SQLite failed. Nothing was written then.
     pub fn write<T, E: From<StoreError>>(
         &mut self,
         traceparent: Option<&str>,
@@ -225,6 +237,9 @@ impl Store {
 
     /// Numbered transactions after `after` that are not settled, encoded, by rising number; at most `limit`, and fewer if
     /// they are large.
+    ///
+    /// # Errors
+    /// SQLite failed.
     pub fn entries_after(&self, after: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
         let mut found: Vec<Entry> = Vec::new();
         let mut bytes = 0;
@@ -245,6 +260,9 @@ impl Store {
 
     /// Runs `work`, whose transactions share one commit: each still is whole or not at all, with a number of its own, but
     /// they wait for the disk together. None of them is durable before this returns, and all are lost if it fails.
+    ///
+    /// # Errors
+    /// The commit failed: all transactions are lost.
     pub fn group<T>(&mut self, work: impl FnOnce(&mut Store) -> T) -> Result<T, StoreError> {
         self.run_cached(BEGIN, "beginning a transaction")?;
         self.require_place().map_err(|error| self.abandon(error))?;

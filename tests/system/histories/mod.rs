@@ -196,15 +196,15 @@ async fn writer(client: &Client, schema: &Schema, pool: &Pool, mut rng: StdRng) 
     }
     let start = Instant::now();
     loop {
-        let flushed = client.flush(Duration::from_secs(1)).await;
+        let settled = client.settled(Duration::from_secs(1)).await;
         let failed = client.failed().await?;
-        if failed.is_empty() && flushed.is_ok() {
+        if failed.is_empty() && settled.is_ok() {
             return Ok(());
         }
         let status = client.status().borrow().clone();
         ensure!(
             start.elapsed() < PATIENCE,
-            "a writer's queue does not drain: {flushed:?}, {status:?}, {:#?}",
+            "a writer's queue does not drain: {settled:?}, {status:?}, {:#?}",
             client.queue(20).await?
         );
         for write in failed {

@@ -104,7 +104,7 @@ async fn an_app_that_has_no_fresh_token_is_asked_with_back_off() {
         }
         let write = insert(&client, "1", "x").await;
         provider.give(Ok("second"));
-        client.resume();
+        client.connect_now();
         tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
     }
 }

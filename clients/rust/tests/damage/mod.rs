@@ -27,7 +27,7 @@ async fn is_taken_again(client: &Client, edge: &Edge, file: &Path, expected: usi
     let imported = client.import(Saved::read(file).unwrap()).await.unwrap();
     let recorded = imported.iter().filter(|i| matches!(i.outcome, ImportOutcome::Recorded { .. })).count();
     assert_eq!(recorded, expected, "{imported:?}");
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     assert_equal(client, edge).await;
 }
 
@@ -85,7 +85,7 @@ async fn damage_under_a_client_ends_it_and_everybody_hears_why() {
     let again = [
         client.execute("DELETE FROM tasks", ()).await.err().unwrap(),
         client.failed().await.err().unwrap(),
-        client.flush(PATIENCE).await.err().unwrap(),
+        client.settled(PATIENCE).await.err().unwrap(),
         writes[19].confirmed().await.err().unwrap(),
         client.query("SELECT 1", ()).await.err().unwrap(),
     ];
@@ -155,7 +155,7 @@ async fn a_store_that_was_not_closed_is_looked_through() {
     let client = ready(builder(&directory, "a", &edge)).await;
     let rows: Vec<String> = (0..200).map(|n| format!("('{n:03}', '{}')", "x".repeat(300))).collect();
     client.execute(&format!("INSERT INTO tasks (id, title) VALUES {}", rows.join(", ")), ()).await.unwrap();
-    client.flush(PATIENCE).await.unwrap();
+    client.settled(PATIENCE).await.unwrap();
     client.pause();
     until(&client, State::Offline).await;
     insert(&client, "unsent", "x").await;

@@ -18,7 +18,7 @@ async fn reconnect(edge: &Edge, client: &Client, version: &str, drop: &str, add:
     table.columns[place] = column;
     edge.state().schema = Some(schema);
     client.drop_connection();
-    client.resume();
+    client.connect_now();
     let mut status = client.status();
     let installed =
         status.wait_for(|status| status.schema.as_deref() == Some(version) && status.state == State::Connected);
@@ -71,7 +71,7 @@ async fn a_schema_that_sqlite_cannot_have_is_an_error_with_what_to_do() {
     // The app's writes are recorded meanwhile, and go when the server is mended.
     let write = insert(&client, "1", "one").await;
     edge.state().schema = None;
-    client.resume();
+    client.connect_now();
     tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
 }
 
@@ -85,7 +85,7 @@ async fn rows_that_never_apply_are_an_error_with_its_cause_and_cost_few_snapshot
     let status = client.status().borrow().clone();
     let error = status.last_error.unwrap();
     assert_eq!(error.code, "store");
-    for part in ["a row of \"tasks\" that does not fit the schema", "Nothing is lost", "Client::resume"] {
+    for part in ["a row of \"tasks\" that does not fit the schema", "Nothing is lost", "Client::connect_now"] {
         assert!(error.message.contains(part), "{error:?}");
     }
     assert!(status.retry_at.is_some());
@@ -94,6 +94,6 @@ async fn rows_that_never_apply_are_an_error_with_its_cause_and_cost_few_snapshot
     assert!((3..=4).contains(&edge.state().connections), "{}: the waits grow", edge.state().connections);
     let write = insert(&client, "1", "one").await;
     edge.state().tasks.remove("bad");
-    client.resume();
+    client.connect_now();
     tokio::time::timeout(PATIENCE, write.confirmed()).await.unwrap().unwrap();
 }

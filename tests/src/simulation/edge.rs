@@ -194,7 +194,7 @@ impl World {
             resume: if kept.is_some() { Resume::CatchUp } else { Resume::Snapshot },
         };
         self.tell(session, &ServerFrame::Welcome(welcome));
-        let (mut held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
+        let (held, lost): (Vec<Scope>, Vec<Scope>) = match kept {
             Some(_) => hello.scopes.iter().cloned().partition(|scope| scopes.contains(scope)),
             None => Default::default(),
         };
@@ -206,16 +206,26 @@ impl World {
         let behind = self.broker.outbound[position.stream_seq as usize..].iter();
         let told = behind.filter(|message| message.scope.as_ref().is_some_and(|scope| scopes.contains(scope)));
         let moves: Vec<_> = told.filter_map(|message| message.moves.as_ref()).collect();
-        held.retain(|scope| !moves.iter().any(|moves| reach.concerns(moves, scope)));
+        let (claims, kept): (Vec<Scope>, Vec<Scope>) =
+            held.into_iter().partition(|scope| moves.iter().any(|moves| reach.concerns(moves, scope)));
+        // As `Session::begin`: behind the ring, all of it as of one moment; else only what is no claim any more comes anew.
+        let (behind, mut claims) = (self.rng.random_bool(0.5), claims);
+        let (position, held) = if behind && !claims.is_empty() {
+            claims.extend(kept);
+            (head, Vec::new())
+        } else {
+            (position, kept)
+        };
         let mut downlink =
             Downlink::new(hello.client_id, &hello.token, reach.clone(), position, None, held, authorization);
+        claims.into_iter().for_each(|scope| downlink.disclaim(scope));
         downlink.knows(hello.confirmed_seq.min(last_seq));
         let mut out = Vec::new();
         lost.into_iter().for_each(|scope| downlink.removed(scope, &mut out));
         downlink.ledger(fence.lsn, confirmed, false);
         self.sessions[session].expected = last_seq + 1;
         let before = downlink.cursor();
-        if self.rng.random_bool(0.5) && !self.catch_up(session, &mut downlink, &mut out) {
+        if behind && !self.catch_up(session, &mut downlink, &mut out) {
             return self.fatal(session, Code::EpochChanged);
         }
         let snapshot = if downlink.cursor() == before {

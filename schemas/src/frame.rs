@@ -12,6 +12,8 @@
 //! Everything sent since the last commit is applied at `snapshot_end` as one local transaction, in the order in which it
 //! came; at `snapshot_apply` the named scopes' rows are replaced by the snapshot's. (What the snapshot has seen comes
 //! before it, what it has not seen comes after, so that a row which moved between scopes ends where it belongs.)
+//!
+//! **The first load** of a session is complete with `caught_up`, which comes once, always, and outside of brackets.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -144,8 +146,7 @@ pub enum ServerFrame {
     },
     /// Here, among what is staged, the scopes' rows are replaced by the snapshot's.
     SnapshotApply {},
-    /// The bracket is complete: apply it and take the position, in one local transaction. After `resume: snapshot`, the
-    /// first load is complete.
+    /// The bracket is complete: apply it and take the position, in one local transaction.
     SnapshotEnd {
         /// The state that results is Postgres' at this position.
         position: Position,
@@ -156,6 +157,13 @@ pub enum ServerFrame {
     Confirmed(Confirmed),
     /// Apply what is staged.
     Commit {
+        /// The position that the client then has.
+        position: Position,
+    },
+    /// Once in each session, also if there was nothing to send, and never inside a snapshot bracket: everything that was
+    /// committed before the session was welcomed has been sent. Apply what is staged, as with `commit`; then the first load
+    /// is complete.
+    CaughtUp {
         /// The position that the client then has.
         position: Position,
     },

@@ -4,6 +4,7 @@ mod attack;
 mod bad_input;
 mod batches;
 mod bulk;
+mod caught_up;
 mod command_line;
 mod content;
 mod domains;

@@ -100,11 +100,13 @@ pub struct Downlink {
     /// A catch-up fetches only some of the messages that settle changes: nothing is confirmed until the ledger is read again.
     mute: bool,
     watermark: Option<Watermark>,
+    /// Everything that committed before it has been sent once the session is caught up. None: the client has been told.
+    catches_up: Option<Lsn>,
 }
 
 impl Downlink {
     /// A session that stands at `position` and holds `scopes` there; `open` is the commit LSN and id of a transaction that has
-    /// only been published in part by then.
+    /// only been published in part by then. It is caught up with what committed before `authorization` was taken.
     pub fn new(
         client_id: Uuid,
         user_id: &str,
@@ -125,6 +127,7 @@ impl Downlink {
             checked: None,
             disclaimed: BTreeSet::new(),
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
+            catches_up: Some(authorization.lsn),
             authorization,
             reauthorize: false,
             ended: BTreeSet::new(),
@@ -176,7 +179,7 @@ impl Downlink {
 
     /// Whether something waits for the stream to pass an LSN, so that a watermark would help on a quiet database.
     pub fn waits(&self) -> bool {
-        self.bracket.is_some() || self.ledger.is_some()
+        self.bracket.is_some() || self.ledger.is_some() || self.catches_up.is_some()
     }
 
     /// A catch-up begins: nothing is confirmed until [`Downlink::ledger`] tells of all that it passed over.
@@ -503,6 +506,11 @@ impl Downlink {
                 out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             }
             _ => {}
+        }
+        let is_whole = self.bracket.is_none() && self.ledger.is_none() && !self.cut;
+        if is_whole && self.catches_up.is_some_and(|until| self.passed(until)) {
+            self.catches_up = None;
+            out.push(Out::Own(ServerFrame::CaughtUp { position: self.position }));
         }
     }
 

@@ -282,6 +282,7 @@ impl Edge {
         let instance = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.instance);
         frames.push(ServerFrame::Confirmed(Confirmed { seq: last_seq, instance, failed, lost: Vec::new() }));
         frames.push(ServerFrame::Commit { position });
+        frames.push(ServerFrame::CaughtUp { position });
         frames
     }
 

@@ -78,8 +78,10 @@ codes! {
     BadFrame = "bad_frame", Never;
     /// The frame or transaction is over the limit that the message names.
     TooLarge = "too_large", Never;
-    /// A frame came before `hello`, or `hello` came twice; or, with `seq`, a submission leaves a gap: go on from `seq`.
+    /// A frame came before `hello`, or `hello` came twice.
     OutOfOrder = "out_of_order", Never;
+    /// A submission leaves a gap in the client's numbers and was not taken: go on from `seq`.
+    Gap = "gap", Automatic;
     /// The token is missing, malformed, wrongly signed or for another audience.
     BadToken = "bad_token", Manual;
     /// The token has expired: connect with a new one.

@@ -282,8 +282,7 @@ pub struct ErrorFrame {
     pub code: Code,
     /// What to do about it, for people; not part of the compatibility promise.
     pub message: String,
-    /// A `client_seq`. In `overloaded`, and in `out_of_order` for a gap: the number to go on from. Otherwise the
-    /// submission that was refused.
+    /// A `client_seq`. In `overloaded` and `gap`: the number to go on from. Otherwise the submission that was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     /// Try again no sooner than this (milliseconds).

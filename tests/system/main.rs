@@ -32,6 +32,7 @@ mod side_effects;
 mod slow;
 mod snapshots;
 mod structure;
+mod submissions;
 mod tables;
 mod telemetry;
 mod tls;

@@ -205,8 +205,8 @@ struct Session {
     accepted: u64,
     /// What was forwarded and is not known to be settled.
     unsettled: Unsettled,
-    /// The `client_seq` that the client was told to send again.
-    gap_told: u64,
+    /// The last submission that was not taken because of an overload or a gap, since one was taken.
+    passed_over: Option<u64>,
     refusals: u32,
     /// The client is not read before.
     deaf_until: Option<Instant>,
@@ -590,6 +590,7 @@ impl Session {
         };
         match text::submit(&text) {
             Ok(submit) => self.submit(wire, submit).await,
+            Err(refused) if refused.code == Code::OutOfOrder => Err(End::fatal(refused.code, refused.message)),
             Err(refused) => self.refuse(wire, refused.code, refused.message, refused.seq).await,
         }
     }

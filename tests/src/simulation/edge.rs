@@ -41,7 +41,7 @@ pub struct Session {
     pub is_cut: bool,
     ended: bool,
     expected: u64,
-    gap_told: u64,
+    passed_over: Option<u64>,
     /// When the last frame in each direction arrives.
     up: u64,
     down: u64,
@@ -72,7 +72,7 @@ impl World {
             is_cut: false,
             ended: false,
             expected: 0,
-            gap_told: 0,
+            passed_over: None,
             up: self.now,
             down: self.now,
         });
@@ -417,16 +417,17 @@ impl World {
         state.expected = state.expected.max(confirmed + 1);
         if seq > state.expected {
             let expected = state.expected;
-            if std::mem::replace(&mut state.gap_told, expected) != expected {
-                self.tell(session, &refuse(Code::OutOfOrder, expected, None));
+            if state.passed_over.replace(seq) != Some(seq - 1) {
+                self.tell(session, &refuse(Code::Gap, expected, None));
             }
             return;
         }
         if overloaded {
-            state.gap_told = seq;
+            state.passed_over = Some(seq);
             return self.tell(session, &refuse(Code::Overloaded, seq, Some(500)));
         }
         state.expected = state.expected.max(seq + 1);
+        state.passed_over = None;
         let submission = Submission {
             client_id: state.client_id,
             user_id: state.user.clone(),

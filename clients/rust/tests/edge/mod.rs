@@ -303,7 +303,7 @@ impl Edge {
         let last = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
         if submit.seq > last + 1 {
             return ServerFrame::Error(ErrorFrame {
-                code: Code::OutOfOrder,
+                code: Code::Gap,
                 message: format!("{} comes next", last + 1),
                 seq: Some(last + 1),
                 retry_after_ms: None,

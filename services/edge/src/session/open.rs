@@ -194,7 +194,7 @@ pub(super) async fn open(
         expected: last_seq + 1,
         accepted: last_seq,
         unsettled: Unsettled::default(),
-        gap_told: 0,
+        passed_over: None,
         refusals: 0,
         deaf_until: None,
         out,

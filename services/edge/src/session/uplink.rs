@@ -55,12 +55,12 @@ impl Session {
         // What was confirmed meanwhile came by another session; the client goes on behind it.
         self.expected = self.expected.max(self.downlink.confirmed() + 1);
         if seq > self.expected {
-            // Said once for each gap: what was under way behind an overload is not the client's fault.
-            if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {
+            // Said once for each run of numbers: those under way behind a refusal follow from it.
+            if self.passed_over.replace(seq) == Some(seq - 1) {
                 return Ok(());
             }
             let message = format!("seq {seq} leaves a gap: {} comes next", self.expected);
-            return self.refuse(wire, Code::OutOfOrder, message, Some(self.expected)).await;
+            return self.refuse(wire, Code::Gap, message, Some(self.expected)).await;
         }
         let span = tracing::info_span!("submit", client = %self.client_id, seq);
         telemetry::set_client_parent(&span, submit.traceparent.as_deref());
@@ -97,11 +97,12 @@ impl Session {
             self.unsettled.push(seq, changes, bytes);
         }
         self.expected = self.expected.max(seq + 1);
+        self.passed_over = None;
         Ok(())
     }
 
     async fn overloaded(&mut self, wire: &mut Wire, seq: u64, wait: Duration, what: &str) -> Result<(), End> {
-        self.gap_told = seq;
+        self.passed_over = Some(seq);
         let frame = ErrorFrame {
             code: Code::Overloaded,
             message: format!("{what}; send again from this seq"),

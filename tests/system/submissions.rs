@@ -1,7 +1,7 @@
 //! What the edge says of submissions that it does not take: a client that obeys it goes on, and none is left without a word.
 
 use anyhow::{Context, Result, anyhow, ensure};
-use millstream_schemas::frame::{ErrorFrame, ServerFrame};
+use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, ServerFrame};
 use millstream_tests::board::Board;
 use millstream_tests::raw::{Raw, submit};
 use serde_json::Value;
@@ -71,6 +71,45 @@ async fn a_gap_is_told_whenever_a_client_starts_behind_it() -> Result<()> {
         raw.frame(transaction(3)).await?;
         accepted(&mut raw, 3).await?;
         confirmed(&mut raw, 3).await
+    };
+    board.explain(result.await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_number_of_a_refused_submission_is_free_for_the_next() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let mut raw = Raw::connect(&board.stack.edge_url()).await?;
+        raw.hello(Uuid::now_v7(), &board.stack.token("alice")).await?;
+        let refusals = |seq| {
+            let large = submit(seq, "projects", &["id", "name"], &["x", &"x".repeat(MAX_FRAME_BYTES)]);
+            // Within the limit, but not with its user on the broker.
+            let mut close = submit(seq, "projects", &["id", "name"], &["x", ""]);
+            let room = MAX_FRAME_BYTES - close.to_string().len();
+            close["changes"][0]["values"][1] = "x".repeat(room).into();
+            let mut many = transaction(seq);
+            many["changes"] = vec![many["changes"][0].clone(); MAX_TRANSACTION_CHANGES + 1].into();
+            let mut bad = transaction(seq);
+            bad["surprise"] = 1.into();
+            [(large, "too_large"), (close, "too_large"), (many, "too_large"), (bad, "bad_frame")]
+        };
+        let mut seq = 1;
+        for kind in 0..4 {
+            let (refusal, code) = refusals(seq)[kind].clone();
+            // Those behind it were under way: they are told of once.
+            for frame in [refusal, transaction(seq + 1), transaction(seq + 2)] {
+                raw.frame(frame).await?;
+            }
+            let error = refused(&mut raw).await?;
+            ensure!(error.code.as_str() == code && error.seq == Some(seq) && !error.fatal, "{error:?}");
+            ensure!(answer(&mut raw).await? == ("gap".into(), Some(seq)));
+            for _ in 0..2 {
+                raw.frame(transaction(seq)).await?;
+                accepted(&mut raw, seq).await?;
+                seq += 1;
+            }
+        }
+        confirmed(&mut raw, seq - 1).await
     };
     board.explain(result.await)
 }

@@ -4,6 +4,7 @@ use millstream_schemas::frame::{
     ClientFrame, Hello, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_TRANSACTION_CHANGES, Submit,
 };
 use millstream_schemas::{Code, PROTOCOL_VERSION};
+use serde::Deserialize;
 
 /// Why a text is refused.
 #[derive(Debug)]
@@ -12,8 +13,19 @@ pub struct Refused {
     pub code: Code,
     /// What to do about it.
     pub message: String,
-    /// The submission that it is about.
+    /// The submission that it is about, if that can be read. Its number stays unused.
     pub seq: Option<u64>,
+}
+
+/// The number of a submission that is refused, if it can be read.
+fn number(text: &str) -> Option<u64> {
+    #[derive(Deserialize)]
+    #[serde(tag = "type", rename_all = "snake_case")]
+    enum Numbered {
+        Submit { seq: u64 },
+    }
+    let Numbered::Submit { seq } = serde_json::from_str(text).ok()?;
+    (seq > 0).then_some(seq)
 }
 
 fn refused(code: Code, message: impl Into<String>) -> Refused {
@@ -47,14 +59,17 @@ pub fn hello(text: &str) -> Result<Hello, Refused> {
 pub fn submit(text: &str) -> Result<Submit, Refused> {
     if text.len() > MAX_FRAME_BYTES {
         let message = format!("the frame has {} bytes; the limit is {MAX_FRAME_BYTES}", text.len());
-        return Err(refused(Code::TooLarge, message));
+        return Err(Refused { code: Code::TooLarge, message, seq: number(text) });
     }
     let submit = match serde_json::from_str(text) {
         Ok(ClientFrame::Submit(submit)) => submit,
         Ok(ClientFrame::Hello(_)) => {
             return Err(refused(Code::OutOfOrder, "hello comes once, as the first frame"));
         }
-        Err(error) => return Err(refused(Code::BadFrame, format!("not a frame of this protocol: {error}"))),
+        Err(error) => {
+            let message = format!("not a frame of this protocol: {error}");
+            return Err(Refused { code: Code::BadFrame, message, seq: number(text) });
+        }
     };
     let seq = submit.seq;
     let about = |code, message| Err(Refused { code, message, seq: Some(seq) });
@@ -68,4 +83,37 @@ pub fn submit(text: &str) -> Result<Submit, Refused> {
         return about(Code::BadFrame, message);
     }
     Ok(submit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_names_the_submission_if_it_can_be_read() {
+        let frame = |seq: &str, title: &str| {
+            format!(
+                r#"{{"type":"submit","seq":{seq},"attempt":1,"instance":"0190f3c2-7d1e-7000-8000-000000000007","changes":[
+                {{"change_id":"0190f3c2-7d1e-7000-8000-000000000001","table":"t","op":"insert","key":["k"],
+                "columns":["k"],"values":["{title}"],"stamp":1}}]}}"#
+            )
+        };
+        let check = |text: &str, code, seq| {
+            let refused = submit(text).expect_err(text);
+            assert_eq!((refused.code, refused.seq), (code, seq), "{text:.200}");
+        };
+        assert_eq!(submit(&frame("7", "x")).unwrap().seq, 7);
+        let room = MAX_FRAME_BYTES - frame("7", "").len();
+        assert!(submit(&frame("7", &"x".repeat(room))).is_ok(), "at the limit");
+        check(&frame("7", &"x".repeat(room + 1)), Code::TooLarge, Some(7));
+        check(&frame("7", &"x".repeat(room + 99))[..MAX_FRAME_BYTES + 1], Code::TooLarge, None);
+        check(&frame("7", "x").replace("stamp", "stomp"), Code::BadFrame, Some(7));
+        check(r#"{"type":"submit","seq":7}"#, Code::BadFrame, Some(7));
+        for seq in ["0", "-1", "1.5", "\"7\"", "18446744073709551616"] {
+            check(&frame(seq, "x").replace("stamp", "stomp"), Code::BadFrame, None);
+        }
+        for text in ["", "{", "[7]", r#"{"type":"submit"}"#, r#"{"type":"push","tx":7}"#] {
+            check(text, Code::BadFrame, None);
+        }
+    }
 }

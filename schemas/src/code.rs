@@ -82,6 +82,9 @@ codes! {
     OutOfOrder = "out_of_order", Never;
     /// A submission leaves a gap in the client's numbers and was not taken: go on from `seq`.
     Gap = "gap", Automatic;
+    /// A submission names neither as its own instance nor as `previous` the instance of the transaction before it: another copy of
+    /// the store has submitted that one, or `previous` is wrong. Connect again: `welcome` says which instances submitted what.
+    WrongPrevious = "wrong_previous", Automatic;
     /// The token is missing, malformed, wrongly signed or for another audience.
     BadToken = "bad_token", Manual;
     /// The token has expired: connect with a new one.

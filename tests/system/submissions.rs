@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, anyhow, ensure};
 use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES, ServerFrame};
 use millstream_tests::board::Board;
-use millstream_tests::raw::{Raw, submit};
+use millstream_tests::raw::{Raw, hello, submit};
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -110,6 +110,76 @@ async fn the_number_of_a_refused_submission_is_free_for_the_next() -> Result<()>
             }
         }
         confirmed(&mut raw, seq - 1).await
+    };
+    board.explain(result.await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_the_ledger_would_skip_is_refused() -> Result<()> {
+    let board = Board::start().await?;
+    let result = async {
+        let (url, token, id) = (board.stack.edge_url(), board.stack.token("alice"), Uuid::now_v7());
+        let (first, second) = (Uuid::new_v4(), Uuid::new_v4());
+        let by = |seq, instance: Uuid, previous: Option<Uuid>| {
+            let mut frame = transaction(seq);
+            frame["instance"] = instance.to_string().into();
+            if let Some(previous) = previous {
+                frame["previous"] = previous.to_string().into();
+            }
+            frame
+        };
+        let mut raw = Raw::connect(&url).await?;
+        raw.hello(id, &token).await?;
+        raw.frame(by(1, first, None)).await?;
+        confirmed(&mut raw, 1).await?;
+        // In the session that knows the transaction before, and in one that read of it.
+        for again in [false, true] {
+            for previous in [None, Some(second), Some(Uuid::nil())] {
+                if again {
+                    raw = Raw::connect(&url).await?;
+                    raw.hello(id, &token).await?;
+                }
+                raw.frame(by(2, second, previous)).await?;
+                let error = refused(&mut raw).await?;
+                ensure!(error.code.as_str() == "wrong_previous" && error.seq == Some(2) && error.fatal, "{error:?}");
+                ensure!(error.message.contains(&first.to_string()), "{}", error.message);
+                ensure!(raw.next_text().await?.is_none(), "the session went on");
+                if !again {
+                    raw = Raw::connect(&url).await?;
+                    raw.hello(id, &token).await?;
+                    raw.frame(by(1, first, None)).await?;
+                    accepted(&mut raw, 1).await?;
+                }
+            }
+        }
+        // As `welcome.instances` says; then each of the same run, one sent again, and the run after it.
+        let mut raw = Raw::connect(&url).await?;
+        raw.frame(hello(id, &token)).await?;
+        let spans = raw.wait(|frame| match frame {
+            ServerFrame::Welcome(welcome) => Some(welcome.instances),
+            _ => None,
+        });
+        ensure!(spans.await?.last().is_some_and(|span| span.instance == first));
+        for frame in [
+            by(2, second, Some(first)),
+            by(3, second, None),
+            by(3, second, None),
+            by(4, second, Some(Uuid::nil())),
+            by(5, first, Some(second)),
+        ] {
+            let seq = frame["seq"].as_u64().context("a number")?;
+            raw.frame(frame).await?;
+            accepted(&mut raw, seq).await?;
+        }
+        confirmed(&mut raw, 5).await?;
+        // By another session of the same client, meanwhile.
+        let mut other = Raw::connect(&url).await?;
+        other.hello(id, &token).await?;
+        other.frame(by(6, second, Some(first))).await?;
+        confirmed(&mut raw, 6).await?;
+        raw.frame(by(7, first, None)).await?;
+        ensure!(answer(&mut raw).await? == ("wrong_previous".into(), Some(7)));
+        Ok(())
     };
     board.explain(result.await)
 }

@@ -93,6 +93,8 @@ pub struct Downlink {
     staged: bool,
     /// Highest `client_seq` confirmed to the client.
     confirmed: u64,
+    /// The instance that submitted it, if this session has confirmed it.
+    confirmed_instance: Option<Uuid>,
     /// The ledger as read at some fence, to be confirmed once the stream passes it.
     ledger: Option<(Lsn, Confirmed)>,
     /// It does not tell of everything up to its fence: the session ends behind it.
@@ -135,6 +137,7 @@ impl Downlink {
             held: Vec::new(),
             staged: false,
             confirmed: 0,
+            confirmed_instance: None,
             ledger: None,
             cut: false,
             mute: false,
@@ -340,6 +343,7 @@ impl Downlink {
             }
             if entry.seq > self.confirmed && !self.cut && !self.mute {
                 self.confirmed = entry.seq;
+                self.confirmed_instance = Some(entry.instance);
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
                     seq: entry.seq,
                     instance: entry.instance,
@@ -353,7 +357,10 @@ impl Downlink {
 
     fn confirm_ledger(&mut self, out: &mut Vec<Out>) {
         if let Some((_, confirmed)) = self.ledger.take() {
-            self.confirmed = self.confirmed.max(confirmed.seq);
+            if confirmed.seq > self.confirmed {
+                self.confirmed = confirmed.seq;
+                self.confirmed_instance = Some(confirmed.instance);
+            }
             out.push(Out::Own(ServerFrame::Confirmed(confirmed)));
             self.staged = true;
         }
@@ -482,6 +489,11 @@ impl Downlink {
     /// Highest `client_seq` confirmed to the client.
     pub fn confirmed(&self) -> u64 {
         self.confirmed
+    }
+
+    /// The instance that submitted it, if this session has confirmed it.
+    pub fn confirmed_instance(&self) -> Option<Uuid> {
+        self.confirmed_instance
     }
 
     /// Everything before an LSN is known to be published.

@@ -201,6 +201,8 @@ struct Session {
     stored: (mpsc::Sender<u64>, mpsc::Receiver<u64>),
     /// The next `client_seq` that may be forwarded: a lane must not get holes from us.
     expected: u64,
+    /// The instance that submitted the transaction before it, if that is known.
+    last_instance: Option<Uuid>,
     /// Up to which `client_seq` the broker has what was forwarded.
     accepted: u64,
     /// What was forwarded and is not known to be settled.

@@ -41,6 +41,7 @@ pub struct Session {
     pub is_cut: bool,
     ended: bool,
     expected: u64,
+    last_instance: Option<uuid::Uuid>,
     passed_over: Option<u64>,
     /// When the last frame in each direction arrives.
     up: u64,
@@ -72,6 +73,7 @@ impl World {
             is_cut: false,
             ended: false,
             expected: 0,
+            last_instance: None,
             passed_over: None,
             up: self.now,
             down: self.now,
@@ -170,6 +172,7 @@ impl World {
                 && self.broker.outbound[position.seq as usize - 1].position == *position
         };
         let kept = hello.position.filter(vouched);
+        self.sessions[session].last_instance = instances.last().map(|span| span.instance);
         let welcome = Welcome {
             protocol: 1,
             session: self.uuid(),
@@ -413,8 +416,10 @@ impl World {
             let message = String::new();
             ServerFrame::Error(ErrorFrame { code, message, seq: Some(seq), retry_after_ms, fatal: false })
         };
-        let confirmed = state.downlink.as_ref().map_or(0, Downlink::confirmed);
-        state.expected = state.expected.max(confirmed + 1);
+        if let Some(downlink) = state.downlink.as_ref().filter(|downlink| downlink.confirmed() >= state.expected) {
+            state.expected = downlink.confirmed() + 1;
+            state.last_instance = downlink.confirmed_instance();
+        }
         if seq > state.expected {
             let expected = state.expected;
             if state.passed_over.replace(seq) != Some(seq - 1) {
@@ -422,11 +427,18 @@ impl World {
             }
             return;
         }
+        let follows = |last: uuid::Uuid| submit.instance == last || submit.previous == Some(last);
+        if seq == state.expected && state.last_instance.is_some_and(|last| !follows(last)) {
+            return self.fatal(session, Code::WrongPrevious);
+        }
         if overloaded {
             state.passed_over = Some(seq);
             return self.tell(session, &refuse(Code::Overloaded, seq, Some(500)));
         }
-        state.expected = state.expected.max(seq + 1);
+        if seq == state.expected {
+            state.expected = seq + 1;
+            state.last_instance = Some(submit.instance);
+        }
         state.passed_over = None;
         let submission = Submission {
             client_id: state.client_id,

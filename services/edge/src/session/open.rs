@@ -175,6 +175,7 @@ pub(super) async fn open(
     for scope in lost {
         downlink.removed(scope, &mut out);
     }
+    let last_instance = ledger.instances.last().map(|span| span.instance);
     let (last_seq, is_bound, too_many) = (ledger.last_seq, ledger.user_id.is_some(), ledger.is_cut());
     downlink.ledger(ledger_fence, ledger.confirmed(), too_many);
     let mut session = Session {
@@ -192,6 +193,7 @@ pub(super) async fn open(
         results,
         stored: mpsc::channel(STORED_QUEUE),
         expected: last_seq + 1,
+        last_instance,
         accepted: last_seq,
         unsettled: Unsettled::default(),
         passed_over: None,

@@ -7,6 +7,7 @@ use millstream_runtime::telemetry;
 use millstream_schemas::Code;
 use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame, Submit};
 use millstream_schemas::stream::Submission;
+use uuid::Uuid;
 
 use super::wire::Wire;
 use super::{End, RETRY_MS, Session};
@@ -53,7 +54,10 @@ impl Session {
     pub(super) async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
         let seq = submit.seq;
         // What was confirmed meanwhile came by another session; the client goes on behind it.
-        self.expected = self.expected.max(self.downlink.confirmed() + 1);
+        if self.downlink.confirmed() >= self.expected {
+            self.expected = self.downlink.confirmed() + 1;
+            self.last_instance = self.downlink.confirmed_instance();
+        }
         if seq > self.expected {
             // Said once for each run of numbers: those under way behind a refusal follow from it.
             if self.passed_over.replace(seq) == Some(seq - 1) {
@@ -62,6 +66,14 @@ impl Session {
             let message = format!("seq {seq} leaves a gap: {} comes next", self.expected);
             return self.refuse(wire, Code::Gap, message, Some(self.expected)).await;
         }
+        if seq == self.expected
+            && let Some(last) = self.last_instance
+            && !follows(&submit, last)
+        {
+            // The ledger would skip it without a word. Its next welcome says what the client needs to know.
+            return Err(wrong_previous(seq, last));
+        }
+        let instance = submit.instance;
         let span = tracing::info_span!("submit", client = %self.client_id, seq);
         telemetry::set_client_parent(&span, submit.traceparent.as_deref());
         let submission = Submission {
@@ -93,10 +105,11 @@ impl Session {
             let wait = Duration::from_millis(RETRY_MS);
             return self.overloaded(wire, seq, wait, "too many changes wait for the broker").await;
         }
-        if seq >= self.expected {
+        if seq == self.expected {
             self.unsettled.push(seq, changes, bytes);
+            self.expected = seq + 1;
+            self.last_instance = Some(instance);
         }
-        self.expected = self.expected.max(seq + 1);
         self.passed_over = None;
         Ok(())
     }
@@ -121,6 +134,20 @@ impl Session {
         }
         self.place.submit(changes, bytes).err()
     }
+}
+
+/// The ledger's rule: the run of the store that submitted the transaction before goes on, or this one knows of it.
+fn follows(submit: &Submit, last: Uuid) -> bool {
+    submit.instance == last || submit.previous == Some(last)
+}
+
+fn wrong_previous(seq: u64, last: Uuid) -> End {
+    let message = format!(
+        "seq {seq} comes after a transaction of instance {last}, which must be its `instance` or its `previous`; connect again \
+         and compare the queue with `welcome.instances`"
+    );
+    let code = Code::WrongPrevious;
+    End::Fatal(ErrorFrame { code, message, seq: Some(seq), retry_after_ms: None, fatal: true })
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@
 //! **The first load** of a session is complete with `caught_up`, which comes once, always, and outside of brackets.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use uuid::Uuid;
 
 use crate::change::{Change, TableChanges};
@@ -87,8 +87,12 @@ pub struct SnapshotMark {
 #[serde(deny_unknown_fields)]
 pub struct Submit {
     /// `client_seq`: 1, 2, 3 … without gaps.
+    #[serde(deserialize_with = "from_one")]
+    #[schemars(range(min = 1))]
     pub seq: u64,
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
+    #[serde(deserialize_with = "from_one")]
+    #[schemars(range(min = 1))]
     pub attempt: u32,
     /// Which run of the store gave it its number. Each process that opens a store takes a random id before its first
     /// write, so two copies of a store never share an instance beyond the point where they were copied.
@@ -105,6 +109,15 @@ pub struct Submit {
     /// W3C trace context of the local write.
     #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+}
+
+/// A number that counts from 1.
+fn from_one<'de, D: Deserializer<'de>, N: Deserialize<'de> + Default + PartialEq>(reader: D) -> Result<N, D::Error> {
+    let number = N::deserialize(reader)?;
+    if number == N::default() {
+        return Err(de::Error::custom("`seq` and `attempt` count from 1"));
+    }
+    Ok(number)
 }
 
 /// What an edge sends.

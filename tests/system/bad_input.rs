@@ -45,6 +45,7 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
             ("{".to_owned(), "bad_frame"),
             (json!({"type": "drop_everything"}).to_string(), "bad_frame"),
             (json!({"type": "submit", "seq": 1}).to_string(), "bad_frame"),
+            (submit(0, "projects", &["id", "name"], &["x", "y"]).to_string(), "bad_frame"),
             (
                 json!({"type": "submit", "seq": 1, "attempt": 1, "instance": Uuid::nil(), "changes": []}).to_string(),
                 "too_large",

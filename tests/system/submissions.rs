@@ -91,10 +91,18 @@ async fn the_number_of_a_refused_submission_is_free_for_the_next() -> Result<()>
             many["changes"] = vec![many["changes"][0].clone(); MAX_TRANSACTION_CHANGES + 1].into();
             let mut bad = transaction(seq);
             bad["surprise"] = 1.into();
-            [(large, "too_large"), (close, "too_large"), (many, "too_large"), (bad, "bad_frame")]
+            let mut unnumbered = transaction(seq);
+            unnumbered["attempt"] = 0.into();
+            [
+                (large, "too_large"),
+                (close, "too_large"),
+                (many, "too_large"),
+                (bad, "bad_frame"),
+                (unnumbered, "bad_frame"),
+            ]
         };
         let mut seq = 1;
-        for kind in 0..4 {
+        for kind in 0..5 {
             let (refusal, code) = refusals(seq)[kind].clone();
             // Those behind it were under way: they are told of once.
             for frame in [refusal, transaction(seq + 1), transaction(seq + 2)] {

@@ -112,6 +112,8 @@ mod tests {
         for seq in ["0", "-1", "1.5", "\"7\"", "18446744073709551616"] {
             check(&frame(seq, "x").replace("stamp", "stomp"), Code::BadFrame, None);
         }
+        check(&frame("0", "x"), Code::BadFrame, None);
+        check(&frame("7", "x").replace(r#""attempt":1"#, r#""attempt":0"#), Code::BadFrame, Some(7));
         for text in ["", "{", "[7]", r#"{"type":"submit"}"#, r#"{"type":"push","tx":7}"#] {
             check(text, Code::BadFrame, None);
         }

@@ -54,7 +54,7 @@ pub struct Hello {
     pub protocol: u32,
     /// The installation: UUIDv7 made at first start.
     pub client_id: Uuid,
-    /// JSON Web Token whose `sub` is the user id.
+    /// JSON Web Token, signed with HS256: `sub` is the user id, `aud` contains `millstream`, and `exp` is required.
     pub token: String,
     /// Version of the schema that the store has, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -100,8 +100,9 @@ pub struct Submit {
     /// Instance of the transaction `seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
-    /// Earlier transactions that wrote rows which this one writes too, and that were not settled when it was recorded: if
-    /// one of them is rejected, this one is refused with `predecessor_failed`.
+    /// Earlier transactions, by `client_seq`, that wrote a row which this one writes too, or created a row that it refers to, and
+    /// that are not known to be applied. If one of them is rejected, this one is rejected with `predecessor_failed`. At most
+    /// 1,000, all below `seq`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<u64>,
     /// The changes, in the order in which they were made; 1 to 1,000 (`limits.transaction_changes`).
@@ -239,7 +240,7 @@ pub enum Resume {
 pub struct Limits {
     /// Most transactions submitted and not yet accepted.
     pub window: u32,
-    /// Largest frame, in bytes.
+    /// Largest `submit`, in bytes: both the frame and the copy on the broker, to which the edge adds the user. Stay 4 KiB below.
     pub frame_bytes: usize,
     /// Most changes in one transaction.
     pub transaction_changes: usize,

@@ -15,7 +15,7 @@ use crate::exit::Exit;
 use crate::stack::DEV_DATA;
 use crate::token;
 
-/// Status events are quiet for this long after a catch-up.
+/// Status events are quiet for this long once what was queued has been settled.
 const QUIET: Duration = Duration::from_millis(150);
 /// Transactions in `error` that `status` shows.
 const MAX_FAILED_SHOWN: usize = 20;
@@ -519,16 +519,14 @@ impl Session<'_> {
         }
     }
 
-    /// Waits until the edge's news are in, as far as one can tell, or until that is of no use.
+    /// Waits until the edge's news are in, or until that is of no use.
     async fn caught_up(&self) {
         let mut status = self.client.status();
-        let settled = |status: &Status| {
-            unreachable(status) || status.state == State::Connected && status.has_synced && !status.downloading
-        };
+        let settled = |status: &Status| status.caught_up || unreachable(status);
         if self.args.offline || !matches!(timeout_at(self.deadline, status.wait_for(settled)).await, Ok(Ok(_))) {
             return;
         }
-        // What was missed arrives right after the welcome.
+        // What is queued goes out right after the welcome.
         while status.borrow_and_update().state == State::Connected && Instant::now() < self.deadline {
             if timeout(QUIET, status.changed()).await.is_err() {
                 return;

@@ -28,7 +28,7 @@ class Driver:
 
     def status(self):
         queue = self.client.query("SELECT tx, state, code, rule, message FROM local_changes WHERE state <> 'settled' ORDER BY tx")
-        return {"state": self.client.state, "loaded": self.client.loaded,
+        return {"state": self.client.state, "loaded": self.client.loaded, "caught_up": self.client.caught_up,
                 "pending": [entry["tx"] for entry in queue if entry["state"] == "pending"],
                 "failed": [entry for entry in queue if entry["state"] == "failed"]}
 

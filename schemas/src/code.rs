@@ -18,7 +18,7 @@ pub enum Retry {
 
 macro_rules! codes {
     ($($(#[doc = $doc:literal])+ $name:ident = $text:literal, $retry:ident;)+) => {
-        /// Why something was refused. `Display` and JSON give the same `snake_case` word.
+        /// Why something was refused.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
         #[non_exhaustive]
         pub enum Code { $($(#[doc = $doc])+ #[serde(rename = $text)] $name,)+ }
@@ -48,11 +48,11 @@ macro_rules! codes {
 }
 
 codes! {
-    /// Update or delete of a row that does not exist.
+    /// Update or delete of a row that does not exist, or that the user may not read.
     EntityMissing = "entity_missing", Manual;
     /// The user may not do this to this row.
     PermissionDenied = "permission_denied", Manual;
-    /// A constraint, trigger, declared rule or external validator refused; the message names it.
+    /// A constraint, trigger, declared rule or external validator refused; `rule` names it.
     BusinessRule = "business_rule", Automatic;
     /// A trigger or rule of the database left the row out, without an error: it is as it was.
     NotWritten = "not_written", Manual;
@@ -67,7 +67,7 @@ codes! {
     UnknownColumn = "unknown_column", Manual;
     /// The column exists but clients may not set it.
     ColumnNotWritable = "column_not_writable", Manual;
-    /// The change is malformed: wrong number of values or key parts, a repeated column, an empty transaction.
+    /// The change is malformed: wrong number of values or key parts, a column set twice, nothing set.
     InvalidChange = "invalid_change", Manual;
     /// An operator of the server refused it by hand, since it could not be applied; the message is theirs.
     OperatorRejected = "operator_rejected", Manual;
@@ -76,11 +76,15 @@ codes! {
 
     /// The frame is not JSON, of an unknown type, or has unknown, missing or ill-typed fields.
     BadFrame = "bad_frame", Never;
-    /// The frame or transaction is over the limit that the message names.
+    /// The frame or transaction is over the limit that the message names, or the transaction has no changes.
     TooLarge = "too_large", Never;
-    /// A frame came before `hello`, or `hello` came twice; or, with `client_seq`, a submission leaves a gap: go on from
-    /// that number.
+    /// A frame came before `hello`, or `hello` came twice.
     OutOfOrder = "out_of_order", Never;
+    /// A submission leaves a gap in the client's numbers and was not taken: go on from `client_seq`.
+    Gap = "gap", Automatic;
+    /// A submission names neither as its own run nor as `previous` the run of the transaction before it: another copy of
+    /// the store has submitted that one, or `previous` is wrong. Connect again: `welcome` says which runs submitted what.
+    WrongPrevious = "wrong_previous", Automatic;
     /// The token is missing, malformed, wrongly signed or for another audience.
     BadToken = "bad_token", Manual;
     /// The token has expired: connect with a new one.
@@ -95,7 +99,8 @@ codes! {
     Overloaded = "overloaded", Automatic;
     /// A part that the edge needs (Postgres, NATS, replication) does not answer: wait `retry_after_ms`.
     Unavailable = "unavailable", Automatic;
-    /// The outbound stream began a new history: connect again for a snapshot; the queue is kept.
+    /// The outbound stream began a new history, or the client is too far behind to catch up: drop the position and connect again
+    /// for a snapshot; the queue is kept.
     EpochChanged = "epoch_changed", Automatic;
     /// The synced tables have changed: connect again for the new schema; the queue is kept.
     SchemaChanged = "schema_changed", Automatic;

@@ -12,9 +12,11 @@
 //! Everything sent since the last commit is applied at `snapshot_end` as one local transaction, in the order in which it
 //! came; at `snapshot_apply` the named scopes' rows are replaced by the snapshot's. (What the snapshot has seen comes
 //! before it, what it has not seen comes after, so that a row which moved between scopes ends where it belongs.)
+//!
+//! **The first load** of a session is complete with `caught_up`, which comes once, always, and outside of brackets.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -61,7 +63,7 @@ pub struct Hello {
     pub protocol: u32,
     /// The installation: UUIDv7 made at first start.
     pub client_id: Uuid,
-    /// JSON Web Token whose `sub` is the user id.
+    /// JSON Web Token, signed with HS256: `sub` is the user id, `aud` contains `millstream`, and `exp` is required.
     pub token: String,
     /// Version of the schema that the store has, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -123,8 +125,12 @@ pub struct SnapshotMark {
 #[serde(deny_unknown_fields)]
 pub struct Submit {
     /// `client_seq`: 1, 2, 3 … without gaps.
+    #[serde(deserialize_with = "from_one")]
+    #[schemars(range(min = 1))]
     pub client_seq: u64,
     /// 1, and one more for each time that the transaction was rejected. A resend does not raise it.
+    #[serde(deserialize_with = "from_one")]
+    #[schemars(range(min = 1))]
     pub attempt: u32,
     /// Which run of the store gave it its number. Each process that opens a store takes a random id before its first
     /// write, so two copies of a store never share a run beyond the point where they were copied.
@@ -132,8 +138,9 @@ pub struct Submit {
     /// Run of the transaction `client_seq - 1`, where that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Uuid>,
-    /// Earlier transactions that wrote rows which this one writes too, and that were not settled when it was recorded: if
-    /// one of them is rejected, this one is refused with `predecessor_failed`.
+    /// Earlier transactions, by `client_seq`, that wrote a row which this one writes too, or created a row that it refers to, and
+    /// that are not known to be applied. If one of them is rejected, this one is rejected with `predecessor_failed`. At most
+    /// 1,000, all below `client_seq`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<u64>,
     /// The changes, in the order in which they were made; 1 to 1,000 (`limits.transaction_changes`).
@@ -141,6 +148,15 @@ pub struct Submit {
     /// W3C trace context of the local write.
     #[serde(default, deserialize_with = "crate::trace::lenient", skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+}
+
+/// A number that counts from 1.
+fn from_one<'de, D: Deserializer<'de>, N: Deserialize<'de> + Default + PartialEq>(reader: D) -> Result<N, D::Error> {
+    let number = N::deserialize(reader)?;
+    if number == N::default() {
+        return Err(de::Error::custom("`client_seq` and `attempt` count from 1"));
+    }
+    Ok(number)
 }
 
 /// What an edge sends.
@@ -184,8 +200,7 @@ pub enum ServerFrame {
     },
     /// Here, among what is staged, the scopes' rows are replaced by the snapshot's.
     SnapshotApply {},
-    /// The bracket is complete: apply it and take the position, in one local transaction. After `resume: snapshot`, the
-    /// first load is complete.
+    /// The bracket is complete: apply it and take the position, in one local transaction.
     SnapshotEnd {
         /// The state that results is Postgres' at this position.
         position: Position,
@@ -196,6 +211,13 @@ pub enum ServerFrame {
     Confirmed(Confirmed),
     /// Apply what is staged.
     Commit {
+        /// The position that the client then has.
+        position: Position,
+    },
+    /// Once in each session, also if there was nothing to send, and never inside a snapshot bracket: everything that was
+    /// committed before the session was welcomed has been sent. Apply what is staged, as with `commit`; then the first load
+    /// is complete.
+    CaughtUp {
         /// The position that the client then has.
         position: Position,
     },
@@ -258,7 +280,7 @@ pub enum Resume {
 pub struct Limits {
     /// Most transactions submitted and not yet accepted.
     pub window: u32,
-    /// Largest frame, in bytes.
+    /// Largest `submit`, in bytes: both the frame and the copy on the broker, to which the edge adds the user. Stay 4 KiB below.
     pub frame_bytes: usize,
     /// Most changes in one transaction.
     pub transaction_changes: usize,
@@ -315,8 +337,7 @@ pub struct ErrorFrame {
     pub code: Code,
     /// What to do about it, for people; not part of the compatibility promise.
     pub message: String,
-    /// A `client_seq`. In `overloaded`, and in `out_of_order` for a gap: the number to go on from. Otherwise the
-    /// submission that was refused.
+    /// A `client_seq`. In `overloaded` and `gap`: the number to go on from. Otherwise the submission that was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_seq: Option<u64>,
     /// Try again no sooner than this (milliseconds).

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 /// Hash of the JSON Schemas for each protocol version. A change of the schemas is a change of the protocol: raise
 /// [`PROTOCOL_VERSION`] and add a line, or, before the first release, replace the last one.
-const HASHES: &[(u32, &str)] = &[(1, "8cc4eb6bcf8f8cab")];
+const HASHES: &[(u32, &str)] = &[(1, "17d61c1713718a7e")];
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
@@ -102,6 +102,27 @@ fn vectors_hold_for_schemas_and_types() {
             assert!(!schema.is_valid(value), "{}/{name}: the schema takes an invalid vector", document.name);
             assert!((document.round_trip)(&value.to_string()).is_err(), "{}/{name}: the type takes it", document.name);
         }
+    }
+}
+
+/// They are read by those who write clients in other languages.
+#[test]
+fn descriptions_name_nothing_of_rust() {
+    fn check(document: &str, value: &Value) {
+        match value {
+            Value::Object(fields) => {
+                if let Some(Value::String(text)) = fields.get("description") {
+                    let is_rust = ["::", "[`", "`Display`", "`None`", "`Some`"].iter().any(|word| text.contains(word));
+                    assert!(!is_rust, "{document}: {text}");
+                }
+                fields.values().for_each(|field| check(document, field));
+            }
+            Value::Array(items) => items.iter().for_each(|item| check(document, item)),
+            _ => {}
+        }
+    }
+    for document in documents() {
+        check(document.name, &document.schema);
     }
 }
 

@@ -251,6 +251,25 @@ class Suite:
             self.user(name)
         equal("carol's projects", [GARDEN], [row["id"] for row in self.clients["carol"].rows()["projects"]])
 
+    def caught_up(self):
+        """A client that says that it is caught up has everything that was committed before it connected."""
+        bob = self.user("bob")
+        for rows in [0, 1, 500]:
+            bob.ask("offline")
+            equal("`caught_up` without a connection", False, bob.status()["caught_up"])
+            self.stack.sql(f"INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), '{KITCHEN}', 'Task ' || n"
+                           f" FROM generate_series(1, {rows}) AS n")
+            bob.ask("online")
+            self.whole(bob)
+        new = Client(self, "bob")
+        self.whole(new)
+        new.kill()
+
+    def whole(self, client):
+        until(f"{client.user} is not caught up", lambda: None if client.status()["caught_up"] else f"status {client.status()}")
+        if amiss := difference(self.stack.readable(client.user), client.rows()):
+            raise Difference(f"{client.user} is caught up, but {amiss}")
+
     def writes_in_order(self):
         alice = self.user("alice")
         task = alice.add_task("0")
@@ -471,7 +490,7 @@ class Suite:
             if (count := self.stack.audit(task).count(title)) > 1:
                 raise Difference(f"the insert of task {task} took effect {count} times")
 
-    CASES = [first_snapshot, writes_in_order, one_transaction, cuts, killed_client, offline_writes, grant_and_revoke, rejections,
+    CASES = [first_snapshot, caught_up, writes_in_order, one_transaction, cuts, killed_client, offline_writes, grant_and_revoke, rejections,
              two_users_at_once, copied_store, truncate, edge_killed, random_run]
 
 

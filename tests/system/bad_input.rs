@@ -45,13 +45,13 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
             ("{".to_owned(), "bad_frame"),
             (json!({"type": "drop_everything"}).to_string(), "bad_frame"),
             (json!({"type": "submit", "client_seq": 1}).to_string(), "bad_frame"),
+            (submit(0, "projects", &["id", "name"], &["x", "y"]).to_string(), "bad_frame"),
             (
                 json!({"type": "submit", "client_seq": 1, "attempt": 1, "run_id": Uuid::nil(), "changes": []})
                     .to_string(),
                 "too_large",
             ),
-            (good.to_string(), "out_of_order"),
-            (submit(7, "projects", &["id", "name"], &["x", "y"]).to_string(), "out_of_order"),
+            (submit(7, "projects", &["id", "name"], &["x", "y"]).to_string(), "gap"),
             (format!("\"{}\"", "x".repeat(MAX_FRAME_BYTES)), "too_large"),
         ] {
             raw.text(sent.clone()).await?;
@@ -93,6 +93,13 @@ async fn bad_input_gets_a_code_and_harms_nobody() -> Result<()> {
         let mut raw = Raw::connect(&url).await?;
         raw.frame(hello(client_id, &board.stack.token("mallory"))).await?;
         ensure!(raw.error().await? == "identity_mismatch");
+
+        // `hello` comes once.
+        let mut raw = Raw::connect(&url).await?;
+        raw.hello(client_id, &token).await?;
+        raw.frame(good.clone()).await?;
+        ensure!(raw.error().await? == "out_of_order");
+        ensure!(raw.next_text().await?.is_none(), "the session went on after a second hello");
 
         // Far over the limit: cut.
         let mut raw = Raw::connect(&url).await?;

@@ -152,6 +152,7 @@ async fn every_frame_and_message_validates() -> Result<()> {
             "server-frame rows",
             "server-frame confirmed",
             "server-frame commit",
+            "server-frame caught_up",
             "server-frame scope_removed",
             "changes-message",
             "wal-payload",

@@ -45,6 +45,8 @@ pub struct Batch {
     pub transactions: u64,
     /// Trace contexts of the transactions; at most [`MAX_TRACES`].
     pub traceparents: Vec<String>,
+    /// With it, the store has everything that was committed before the session was welcomed.
+    pub caught_up: bool,
 }
 
 impl Batch {
@@ -207,6 +209,16 @@ impl Replica {
                 self.open = None;
                 if self.snapshot.is_none() {
                     self.commit(position);
+                }
+            }
+            ServerFrame::CaughtUp { position } => {
+                if self.snapshot.is_some() {
+                    return Err(ProtocolError("caught_up within a snapshot"));
+                }
+                self.open = None;
+                self.commit(position);
+                if let Some(Work::Apply(batch)) = self.work.last_mut() {
+                    batch.caught_up = true;
                 }
             }
             ServerFrame::SnapshotBegin { scopes, rows, token, resumed } => {

@@ -70,7 +70,8 @@ fn check_with(mut replica: Replica, frames: Vec<ServerFrame>, expected: &[&str])
                         Step::Snapshot { full, .. } => format!("snapshot{}", if *full { " full" } else { "" }),
                     })
                     .collect();
-                format!("{} @{}", steps.join(", "), batch.position.unwrap().stream_seq)
+                let caught_up = if batch.caught_up { ", caught up" } else { "" };
+                format!("{} @{}{caught_up}", steps.join(", "), batch.position.unwrap().stream_seq)
             }
         })
         .collect();
@@ -92,6 +93,20 @@ fn commit_applies_what_is_staged() {
     check(Resume::CatchUp, vec![confirmed(3), commit(9)], &["confirmed 3 @9"]);
     let lost = ServerFrame::ScopeRemoved { scope: scope() };
     check(Resume::CatchUp, vec![rows(5, 0, false, "a"), lost, commit(6)], &["a, lost project:1 @6"]);
+}
+
+#[test]
+fn caught_up_comes_with_what_was_sent_before_it() {
+    let caught_up = || ServerFrame::CaughtUp { position: position(9) };
+    check(Resume::CatchUp, vec![caught_up()], &[" @9, caught up"]);
+    check(Resume::CatchUp, vec![rows(5, 0, true, "a"), caught_up(), rows(10, 0, true, "b")], &["a+b @10, caught up"]);
+    let begin = || ServerFrame::SnapshotBegin { scopes: vec![scope()], rows: 0, token: None, resumed: false };
+    let end = ServerFrame::SnapshotEnd { position: position(8) };
+    let frames = vec![begin(), ServerFrame::SnapshotApply {}, end, caught_up()];
+    check(Resume::Snapshot, frames, &["clear", "snapshot full @9, caught up"]);
+    let mut replica = Replica::new(Resume::Snapshot);
+    replica.handle(begin(), 10).unwrap();
+    assert!(replica.handle(caught_up(), 10).is_err(), "within a snapshot");
 }
 
 #[test]

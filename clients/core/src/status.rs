@@ -80,6 +80,9 @@ pub struct Status {
     pub retry_at: Option<u64>,
     /// Whether the store holds the rows of a first snapshot.
     pub has_synced: bool,
+    /// Whether the store has everything that was committed before this connection began: its first load is complete. False while
+    /// there is no connection, and where another process does the syncing.
+    pub caught_up: bool,
     /// When server rows were last applied: milliseconds since 1970.
     pub last_synced_at: Option<u64>,
     /// Local transactions under way.

@@ -71,8 +71,6 @@ impl End {
         let then = match (frame.code, frame.code.retry()) {
             (code, _) if wants_token(code) => Then::Auth,
             (Code::EpochChanged, _) => Then::Snapshot,
-            // Frames that crossed a refusal on the wire were out of order: a new session puts that right.
-            (Code::OutOfOrder, _) => Then::Again,
             (_, Retry::Automatic) => Then::Again,
             (_, Retry::Manual | Retry::Never) => Then::Refused,
         };

@@ -150,6 +150,7 @@ impl SyncWorker {
             self.tell_status(|status| {
                 status.state = State::Connecting;
                 status.retry_at = None;
+                status.caught_up = false;
             });
             self.welcomed = None;
             let mut end = tokio::select! {
@@ -271,6 +272,7 @@ impl SyncWorker {
             status.retry_at = (wait > 0).then(|| wall_ms() + wait);
             status.uploading = false;
             (status.downloading, status.download) = (false, None);
+            status.caught_up = false;
             status.reconnects += u64::from(self.welcomed.is_some());
             if !matches!(end.then, Then::Now | Then::Interrupted) {
                 status.last_error = Some(LastError { code: end.code.clone(), message: end.message.clone() });
@@ -424,8 +426,12 @@ impl SyncWorker {
                     None => Err(End::gone()),
                 },
                 applied = performed(&mut performing), if performing.is_some() => {
-                    performing = None;
-                    outcome(applied)
+                    let caught_up = performing.take().is_some_and(|performing| performing.caught_up);
+                    let applied = outcome(applied);
+                    if applied.is_ok() && caught_up {
+                        self.tell_status(|status| status.caught_up = true);
+                    }
+                    applied
                 }
                 _ = links.tick() => {
                     // What was asked for again may have been lost again.
@@ -569,9 +575,10 @@ impl SyncWorker {
                 applies.flat_map(|batch| &batch.traceparents).map(|parent| span(Some(parent))).collect()
             }
         };
+        let caught_up = works.iter().any(|work| matches!(work, Work::Apply(batch) if batch.caught_up));
         let (reply, answer) = oneshot::channel();
         self.writer.send(WriterCommand::Perform(works, reply)).await.map_err(|_| End::gone())?;
-        Ok(Performing { answer, _spans: spans })
+        Ok(Performing { answer, caught_up, _spans: spans })
     }
 }
 
@@ -603,6 +610,8 @@ fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
 /// A batch at the writer, with the spans that last until it is applied.
 struct Performing {
     answer: oneshot::Receiver<Result<Applied>>,
+    /// With it, the store has everything that was committed before the session began.
+    caught_up: bool,
     _spans: Vec<tracing::Span>,
 }
 

@@ -455,6 +455,7 @@ impl Writer {
             status.reason = Some(message.clone());
             status.retry_at = None;
             (status.uploading, status.downloading, status.download) = (false, false, None);
+            status.caught_up = false;
             status.last_error = Some(crate::LastError { code: again().code().to_owned(), message });
         });
         for reply in std::mem::take(&mut self.waiting).into_values().flatten() {

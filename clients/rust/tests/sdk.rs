@@ -253,6 +253,26 @@ async fn clients_see_each_other_and_watches_follow() {
 }
 
 #[tokio::test]
+async fn status_tells_when_the_first_load_of_a_connection_is_complete() {
+    let (edge, directory) = (Edge::start().await, directory());
+    let (a, b) = (ready(builder(&directory, "a", &edge)).await, ready(builder(&directory, "b", &edge)).await);
+    let mut status = b.status();
+    for round in 0..20 {
+        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.caught_up)).await.unwrap().unwrap();
+        // At once: nothing that was there before is still on the way into the store.
+        assert_equal(&b, &edge).await;
+        b.pause();
+        until(&b, State::Offline).await;
+        assert!(!status.borrow_and_update().caught_up);
+        for n in 0..20 {
+            insert(&a, &format!("{round:02}-{n:02}"), "x").await;
+        }
+        a.flush(PATIENCE).await.unwrap();
+        b.resume();
+    }
+}
+
+#[tokio::test]
 async fn what_was_recorded_offline_survives_and_is_sent_later() {
     let (edge, directory) = (Edge::start().await, directory());
     let client = builder(&directory, "a", &edge).schema(schema()).paused().open().await.unwrap();

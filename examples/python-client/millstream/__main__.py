@@ -60,7 +60,7 @@ async def main(args):
 
     client = Client(args.store, args.edge, token)
     connection = asyncio.create_task(client.run())
-    await until(client, args.wait, lambda: client.loaded and client.state == "online" or client.state == "stopped")
+    await until(client, args.wait, lambda: client.caught_up or client.state == "stopped")
     if client.state != "online":
         print(f"{client.state}: {client.error}", file=sys.stderr)
     if args.command == "sql":

@@ -34,12 +34,14 @@ class Client:
     """A store that is kept in step with the server while `run` runs.
 
     `token` is a function, plain or async, that gives a token for each connection. `state` is `offline`, `online`,
-    `needs_auth` (trying on with whatever `token` gives) or `stopped`. `loaded` says that the rows are complete.
+    `needs_auth` (trying on with whatever `token` gives) or `stopped`. `loaded` says that there are rows, and `caught_up`
+    that everything is there which was committed before this connection.
     """
 
     def __init__(self, path, url, token):
         self.store, self.url, self.token = Store(path), url, token
         self.state, self.error, self.loaded = "offline", None, self.store.get("position") is not None
+        self.caught_up = False
         self._socket, self._changed, self._queued = None, asyncio.Event(), asyncio.Event()
 
     # For the app
@@ -153,6 +155,7 @@ class Client:
             try:
                 await self._receive(socket)
             finally:
+                self.caught_up = False
                 sender.cancel()
                 await asyncio.gather(sender, return_exceptions=True)
 
@@ -200,9 +203,9 @@ class Client:
                 if kind == "confirmed":
                     self._check_run(frame)
                 staged.append(frame)
-            elif kind == "commit":
+            elif kind in ("commit", "caught_up"):
                 if snapshot is None:
-                    staged = self._apply(staged, frame["position"])
+                    staged = self._apply(staged, frame["position"], kind == "caught_up")
             elif kind == "snapshot_begin":
                 snapshot = {"type": "snapshot", "scopes": frame["scopes"], "changes": [], "full": self._full}
             elif kind == "snapshot_rows":
@@ -223,8 +226,9 @@ class Client:
                 self._refused(frame)
         raise SessionEnded(socket.close_reason or "closed")
 
-    def _apply(self, staged, position):
+    def _apply(self, staged, position, caught_up=False):
         self.store.apply(staged, position)
+        self.caught_up = self.caught_up or caught_up
         self._queued.set()
         self._notify()
         return []

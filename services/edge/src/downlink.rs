@@ -93,6 +93,8 @@ pub struct Downlink {
     staged: bool,
     /// Highest `client_seq` confirmed to the client.
     confirmed: u64,
+    /// The run that submitted it, if this session has confirmed it.
+    confirmed_run: Option<Uuid>,
     /// The ledger as read at some fence, to be confirmed once the stream passes it.
     ledger: Option<(Lsn, Confirmed)>,
     /// It does not tell of everything up to its fence: the session ends behind it.
@@ -100,11 +102,13 @@ pub struct Downlink {
     /// A catch-up fetches only some of the messages that settle changes: nothing is confirmed until the ledger is read again.
     mute: bool,
     watermark: Option<Watermark>,
+    /// Everything that committed before it has been sent once the session is caught up. None: the client has been told.
+    catches_up: Option<Lsn>,
 }
 
 impl Downlink {
     /// A session that stands at `position` and holds `scopes` there; `open` is the commit LSN and id of a transaction that has
-    /// only been published in part by then.
+    /// only been published in part by then. It is caught up with what committed before `authorization` was taken.
     pub fn new(
         client_id: Uuid,
         user_id: &str,
@@ -125,6 +129,7 @@ impl Downlink {
             checked: None,
             disclaimed: BTreeSet::new(),
             scopes: scopes.into_iter().map(|scope| (scope, None)).collect(),
+            catches_up: Some(authorization.lsn),
             authorization,
             reauthorize: false,
             ended: BTreeSet::new(),
@@ -132,6 +137,7 @@ impl Downlink {
             held: Vec::new(),
             staged: false,
             confirmed: 0,
+            confirmed_run: None,
             ledger: None,
             cut: false,
             mute: false,
@@ -176,7 +182,7 @@ impl Downlink {
 
     /// Whether something waits for the stream to pass an LSN, so that a watermark would help on a quiet database.
     pub fn waits(&self) -> bool {
-        self.bracket.is_some() || self.ledger.is_some()
+        self.bracket.is_some() || self.ledger.is_some() || self.catches_up.is_some()
     }
 
     /// A catch-up begins: nothing is confirmed until [`Downlink::ledger`] tells of all that it passed over.
@@ -337,6 +343,7 @@ impl Downlink {
             }
             if entry.client_seq > self.confirmed && !self.cut && !self.mute {
                 self.confirmed = entry.client_seq;
+                self.confirmed_run = Some(entry.run_id);
                 out.push(Out::Own(ServerFrame::Confirmed(Confirmed {
                     client_seq: entry.client_seq,
                     run_id: entry.run_id,
@@ -350,7 +357,10 @@ impl Downlink {
 
     fn confirm_ledger(&mut self, out: &mut Vec<Out>) {
         if let Some((_, confirmed)) = self.ledger.take() {
-            self.confirmed = self.confirmed.max(confirmed.client_seq);
+            if confirmed.client_seq > self.confirmed {
+                self.confirmed = confirmed.client_seq;
+                self.confirmed_run = Some(confirmed.run_id);
+            }
             out.push(Out::Own(ServerFrame::Confirmed(confirmed)));
             self.staged = true;
         }
@@ -481,6 +491,11 @@ impl Downlink {
         self.confirmed
     }
 
+    /// The run that submitted it, if this session has confirmed it.
+    pub fn confirmed_run(&self) -> Option<Uuid> {
+        self.confirmed_run
+    }
+
     /// Everything before an LSN is known to be published.
     pub fn watermark(&mut self, watermark: Watermark) {
         if watermark.epoch == self.position.epoch {
@@ -503,6 +518,11 @@ impl Downlink {
                 out.push(Out::Own(ServerFrame::Commit { position: self.position }));
             }
             _ => {}
+        }
+        let is_whole = self.bracket.is_none() && self.ledger.is_none() && !self.cut;
+        if is_whole && self.catches_up.is_some_and(|until| self.passed(until)) {
+            self.catches_up = None;
+            out.push(Out::Own(ServerFrame::CaughtUp { position: self.position }));
         }
     }
 

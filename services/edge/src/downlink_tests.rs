@@ -38,9 +38,18 @@ fn moving(mut message: Message, scopes: &[Scope]) -> Message {
     message
 }
 
+/// A session that was caught up long ago.
 fn downlink(scopes: &[Scope]) -> Downlink {
+    let mut link = opened(scopes, fence(0, 0));
+    link.settle(&mut Vec::new());
+    link.authorized(&scopes.iter().cloned().collect(), fence(0, 0x100), &mut Vec::new());
+    link
+}
+
+/// A session that opened at this moment, behind the last message that it was sent.
+fn opened(scopes: &[Scope], moment: Arc<Fence>) -> Downlink {
     let position = Position { epoch: Uuid::nil(), stream_seq: 10, lsn: Lsn(0x10_0000) };
-    Downlink::new(CLIENT, "alice", Arc::new(board()), position, None, scopes.iter().cloned(), fence(0, 0x100))
+    Downlink::new(CLIENT, "alice", Arc::new(board()), position, None, scopes.iter().cloned(), moment)
 }
 
 fn words(out: Vec<Out>) -> String {
@@ -50,6 +59,7 @@ fn words(out: Vec<Out>) -> String {
             other => panic!("{other:?}"),
         },
         Out::Own(ServerFrame::Commit { position }) => format!("commit{}", position.stream_seq),
+        Out::Own(ServerFrame::CaughtUp { position }) => format!("caught_up{}", position.stream_seq),
         Out::Own(ServerFrame::Confirmed(confirmed)) => format!("confirmed{}", confirmed.client_seq),
         Out::Own(ServerFrame::SnapshotApply {}) => "apply".to_owned(),
         Out::Own(ServerFrame::SnapshotEnd { position }) => format!("end{}", position.stream_seq),
@@ -368,7 +378,7 @@ fn a_session_may_begin_inside_a_transaction() {
     link.joined(new, &fence(8, 0x8), &[Arc::new(msg(10, 8, 0, false, Some(project("a"))))]);
     link.settle(&mut out);
     assert_eq!(words(out), "");
-    assert_eq!(feed(&mut link, msg(11, 8, 1, true, Some(project("a")))), "apply rows10 rows11! end11");
+    assert_eq!(feed(&mut link, msg(11, 8, 1, true, Some(project("a")))), "apply rows10 rows11! end11 caught_up11");
 }
 
 /// A change whose fate the session has not been told, because it was settled before the session began and the ledger did not
@@ -384,4 +394,41 @@ fn what_nobody_told_of_is_read_from_the_ledger() {
     link.ledger(Lsn(0x10_0003), ledger(6), false);
     assert_eq!(feed(&mut link, next), "rows12!");
     assert_eq!(feed(&mut link, origin(msg(13, 3, 0, true, None), CLIENT, 7)), "confirmed6 confirmed7 commit13");
+}
+
+#[test]
+fn a_session_is_caught_up_once_the_stream_has_passed_its_opening() {
+    let mut link = opened(&[project("a")], fence(0, 0x100));
+    assert!(link.waits());
+    assert_eq!(feed(&mut link, msg(11, 1, 0, true, Some(project("a")))), "rows11!");
+    assert_eq!(feed(&mut link, msg(12, 0xFF, 0, true, None)), "");
+    assert_eq!(feed(&mut link, msg(13, 0x100, 0, false, Some(project("a")))), "", "inside of a transaction");
+    assert_eq!(feed(&mut link, msg(14, 0x100, 1, true, None)), "rows13 commit14 caught_up14");
+    assert!(!link.waits());
+    assert_eq!(feed(&mut link, msg(15, 0x101, 0, true, Some(project("a")))), "rows15!", "told once");
+}
+
+#[test]
+fn a_session_for_which_there_is_nothing_is_caught_up_too() {
+    let mut link = opened(&[], fence(0, 0x100));
+    let mut out = Vec::new();
+    link.watermark(Watermark { epoch: Uuid::nil(), lsn: Lsn(0x10_0000 + 0x100), stream_seq: 10 });
+    link.settle(&mut out);
+    assert_eq!(words(out), "caught_up10");
+}
+
+/// What became of the client's own changes belongs to it, and so do the rows of a bracket that has begun.
+#[test]
+fn a_session_is_caught_up_behind_its_ledger_and_its_snapshots() {
+    let mut link = opened(&[project("a")], fence(0, 0x10));
+    link.ledger(Lsn(0x10_0000 + 0x20), ledger(5), false);
+    link.joined([project("b")], &fence(0x30, 0x30), &[]);
+    assert_eq!(feed(&mut link, msg(11, 0x10, 0, true, Some(project("a")))), "rows11!");
+    assert_eq!(feed(&mut link, msg(12, 0x20, 0, true, None)), "confirmed5");
+    assert_eq!(feed(&mut link, msg(13, 0x30, 0, true, None)), "apply end12 caught_up13");
+    // More failures than can be told at once: the session ends, and the next one is told of the rest.
+    let mut link = opened(&[], fence(0, 0x10));
+    link.ledger(Lsn(0x10_0000 + 0x10), ledger(5), true);
+    assert_eq!(feed(&mut link, msg(11, 0x10, 0, true, None)), "confirmed5 commit11");
+    assert!(link.is_cut());
 }

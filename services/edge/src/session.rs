@@ -201,12 +201,14 @@ struct Session {
     stored: (mpsc::Sender<u64>, mpsc::Receiver<u64>),
     /// The next `client_seq` that may be forwarded: a lane must not get holes from us.
     expected: u64,
+    /// The run that submitted the transaction before it, if that is known.
+    last_run: Option<Uuid>,
     /// Up to which `client_seq` the broker has what was forwarded.
     accepted: u64,
     /// What was forwarded and is not known to be settled.
     unsettled: Unsettled,
-    /// The `client_seq` that the client was told to send again.
-    gap_told: u64,
+    /// The last submission that was not taken because of an overload or a gap, since one was taken.
+    passed_over: Option<u64>,
     refusals: u32,
     /// The client is not read before.
     deaf_until: Option<Instant>,
@@ -591,6 +593,7 @@ impl Session {
         };
         match text::submit(&text) {
             Ok(submit) => self.submit(wire, submit).await,
+            Err(refused) if refused.code == Code::OutOfOrder => Err(End::fatal(refused.code, refused.message)),
             Err(refused) => self.refuse(wire, refused.code, refused.message, refused.client_seq).await,
         }
     }

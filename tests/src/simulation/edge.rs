@@ -41,7 +41,8 @@ pub struct Session {
     pub is_cut: bool,
     ended: bool,
     expected: u64,
-    gap_told: u64,
+    last_run: Option<uuid::Uuid>,
+    passed_over: Option<u64>,
     /// When the last frame in each direction arrives.
     up: u64,
     down: u64,
@@ -72,7 +73,8 @@ impl World {
             is_cut: false,
             ended: false,
             expected: 0,
-            gap_told: 0,
+            last_run: None,
+            passed_over: None,
             up: self.now,
             down: self.now,
         });
@@ -171,6 +173,7 @@ impl World {
                 && self.broker.outbound[position.stream_seq as usize - 1].position == *position
         };
         let kept = hello.position.filter(vouched);
+        self.sessions[session].last_run = runs.last().map(|span| span.run_id);
         let welcome = Welcome {
             protocol: 1,
             session: self.uuid(),
@@ -428,20 +431,30 @@ impl World {
             let message = String::new();
             ServerFrame::Error(ErrorFrame { code, message, client_seq: Some(client_seq), retry_after_ms, fatal: false })
         };
-        let confirmed = state.downlink.as_ref().map_or(0, Downlink::confirmed);
-        state.expected = state.expected.max(confirmed + 1);
+        if let Some(downlink) = state.downlink.as_ref().filter(|downlink| downlink.confirmed() >= state.expected) {
+            state.expected = downlink.confirmed() + 1;
+            state.last_run = downlink.confirmed_run();
+        }
         if client_seq > state.expected {
             let expected = state.expected;
-            if std::mem::replace(&mut state.gap_told, expected) != expected {
-                self.tell(session, &refuse(Code::OutOfOrder, expected, None));
+            if state.passed_over.replace(client_seq) != Some(client_seq - 1) {
+                self.tell(session, &refuse(Code::Gap, expected, None));
             }
             return;
         }
+        let follows = |last: uuid::Uuid| submit.run_id == last || submit.previous == Some(last);
+        if client_seq == state.expected && state.last_run.is_some_and(|last| !follows(last)) {
+            return self.fatal(session, Code::WrongPrevious);
+        }
         if overloaded {
-            state.gap_told = client_seq;
+            state.passed_over = Some(client_seq);
             return self.tell(session, &refuse(Code::Overloaded, client_seq, Some(500)));
         }
-        state.expected = state.expected.max(client_seq + 1);
+        if client_seq == state.expected {
+            state.expected = client_seq + 1;
+            state.last_run = Some(submit.run_id);
+        }
+        state.passed_over = None;
         let submission = Submission {
             client_id: state.client_id,
             user_id: state.user.clone(),

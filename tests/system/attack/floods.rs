@@ -59,7 +59,7 @@ async fn submissions(scene: &Scene, (clients, changes): (u16, usize)) -> Result<
                 sent += 1;
                 while let Heard::Text(text) = peer.next(Duration::ZERO).await {
                     // Only where it is told that it left a gap: it has nothing else to go by.
-                    if let Some(gap) = text.contains("out_of_order").then(|| serde_json::from_str::<Value>(&text)) {
+                    if let Some(gap) = text.contains(r#""code":"gap""#).then(|| serde_json::from_str::<Value>(&text)) {
                         client_seq = gap?["client_seq"].as_u64().unwrap_or(client_seq) - 1;
                     }
                 }

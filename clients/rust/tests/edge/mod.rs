@@ -295,6 +295,7 @@ impl Edge {
         let run_id = spans.and_then(|spans| spans.last()).map_or(Uuid::nil(), |span| span.run_id);
         frames.push(ServerFrame::Confirmed(Confirmed { client_seq: last_seq, run_id, failed, lost: Vec::new() }));
         frames.push(ServerFrame::Commit { position });
+        frames.push(ServerFrame::CaughtUp { position });
         frames
     }
 
@@ -315,7 +316,7 @@ impl Edge {
         let last = state.ledger.get(&hello.client_id).copied().unwrap_or(0);
         if submit.client_seq > last + 1 {
             return ServerFrame::Error(ErrorFrame {
-                code: Code::OutOfOrder,
+                code: Code::Gap,
                 message: format!("{} comes next", last + 1),
                 client_seq: Some(last + 1),
                 retry_after_ms: None,

@@ -219,6 +219,7 @@ pub(super) async fn open(
     for scope in lost {
         downlink.removed(scope, &mut out);
     }
+    let last_run = ledger.runs.last().map(|span| span.run_id);
     let (last_seq, is_bound, too_many) = (ledger.last_seq, ledger.user_id.is_some(), ledger.is_cut());
     downlink.ledger(ledger_fence, ledger.confirmed(), too_many);
     let mut session = Session {
@@ -236,9 +237,10 @@ pub(super) async fn open(
         results,
         stored: mpsc::channel(STORED_QUEUE),
         expected: last_seq + 1,
+        last_run,
         accepted: last_seq,
         unsettled: Unsettled::default(),
-        gap_told: 0,
+        passed_over: None,
         refusals: 0,
         deaf_until: None,
         out,

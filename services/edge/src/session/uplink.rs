@@ -7,6 +7,7 @@ use millstream_runtime::telemetry;
 use millstream_schemas::Code;
 use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame, Submit};
 use millstream_schemas::stream::Submission;
+use uuid::Uuid;
 
 use super::wire::Wire;
 use super::{End, RETRY_MS, Session};
@@ -53,15 +54,26 @@ impl Session {
     pub(super) async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
         let client_seq = submit.client_seq;
         // What was confirmed meanwhile came by another session; the client goes on behind it.
-        self.expected = self.expected.max(self.downlink.confirmed() + 1);
+        if self.downlink.confirmed() >= self.expected {
+            self.expected = self.downlink.confirmed() + 1;
+            self.last_run = self.downlink.confirmed_run();
+        }
         if client_seq > self.expected {
-            // Said once for each gap: what was under way behind an overload is not the client's fault.
-            if std::mem::replace(&mut self.gap_told, self.expected) == self.expected {
+            // Said once for each run of numbers: those under way behind a refusal follow from it.
+            if self.passed_over.replace(client_seq) == Some(client_seq - 1) {
                 return Ok(());
             }
             let message = format!("client_seq {client_seq} leaves a gap: {} comes next", self.expected);
-            return self.refuse(wire, Code::OutOfOrder, message, Some(self.expected)).await;
+            return self.refuse(wire, Code::Gap, message, Some(self.expected)).await;
         }
+        if client_seq == self.expected
+            && let Some(last) = self.last_run
+            && !follows(&submit, last)
+        {
+            // The ledger would skip it without a word. Its next welcome says what the client needs to know.
+            return Err(wrong_previous(client_seq, last));
+        }
+        let run_id = submit.run_id;
         let span = tracing::info_span!("submit", client = %self.client_id, client_seq);
         telemetry::set_client_parent(&span, submit.traceparent.as_deref());
         let submission = Submission {
@@ -93,15 +105,17 @@ impl Session {
             let wait = Duration::from_millis(RETRY_MS);
             return self.overloaded(wire, client_seq, wait, "too many changes wait for the broker").await;
         }
-        if client_seq >= self.expected {
+        if client_seq == self.expected {
             self.unsettled.push(client_seq, changes, bytes);
+            self.expected = client_seq + 1;
+            self.last_run = Some(run_id);
         }
-        self.expected = self.expected.max(client_seq + 1);
+        self.passed_over = None;
         Ok(())
     }
 
     async fn overloaded(&mut self, wire: &mut Wire, client_seq: u64, wait: Duration, what: &str) -> Result<(), End> {
-        self.gap_told = client_seq;
+        self.passed_over = Some(client_seq);
         let frame = ErrorFrame {
             code: Code::Overloaded,
             message: format!("{what}; send again from this client_seq"),
@@ -120,6 +134,20 @@ impl Session {
         }
         self.place.submit(changes, bytes).err()
     }
+}
+
+/// The ledger's rule: the run of the store that submitted the transaction before goes on, or this one knows of it.
+fn follows(submit: &Submit, last: Uuid) -> bool {
+    submit.run_id == last || submit.previous == Some(last)
+}
+
+fn wrong_previous(client_seq: u64, last: Uuid) -> End {
+    let message = format!(
+        "client_seq {client_seq} comes after a transaction of run {last}, which must be its `run_id` or its `previous`; connect again \
+         and compare the queue with `welcome.runs`"
+    );
+    let code = Code::WrongPrevious;
+    End::Fatal(ErrorFrame { code, message, client_seq: Some(client_seq), retry_after_ms: None, fatal: true })
 }
 
 #[cfg(test)]

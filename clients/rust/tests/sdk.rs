@@ -267,7 +267,7 @@ async fn status_tells_when_the_first_load_of_a_connection_is_complete() {
         for n in 0..20 {
             insert(&a, &format!("{round:02}-{n:02}"), "x").await;
         }
-        a.flush(PATIENCE).await.unwrap();
+        a.settled(PATIENCE).await.unwrap();
         b.resume();
     }
 }

@@ -141,7 +141,7 @@ class Client:
                 scopes = self.store.get("scopes")
                 for start in range(0, len(scopes), SCOPES_A_FRAME):
                     some, last = scopes[start:start + SCOPES_A_FRAME], start + SCOPES_A_FRAME >= len(scopes)
-                    await socket.send(json.dumps({"type": "scopes", "scopes": some, "last": last}))
+                    await socket.send(json.dumps({"type": "scopes", "scopes": some, "last": last}, ensure_ascii=False))
                 welcome = json.loads(await asyncio.wait_for(socket.recv(), WELCOME_S))
             if welcome["type"] == "error":
                 raise ended(welcome)

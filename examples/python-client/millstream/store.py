@@ -17,6 +17,7 @@ FRAME_BYTES, TRANSACTION_CHANGES = 512 * 1024, 1000
 FRAME_RESERVE = 24 * 1024  # of a `submit` frame: what is not changes, and what the edge adds
 SETTLED_KEPT = 1000  # settled transactions that a server restored from a backup can still be given
 MANY_SCOPES_BYTES = 64 * 1024  # longer lists of scopes are not in `hello`: it has their digest
+MOST_SCOPES_BYTES = 2 * 1024 * 1024  # longer ones are not named at all: everything comes as a snapshot
 
 
 def digest(scopes):
@@ -152,7 +153,10 @@ class Store:
             frame["schema"] = self.get("schema")["version"]
             if self.get("position"):
                 scopes = self.get("scopes")
-                many = sum(len(scope.encode()) + 4 for scope in scopes) > MANY_SCOPES_BYTES
+                length = sum(len(scope.encode()) + 4 for scope in scopes)
+                if length > MOST_SCOPES_BYTES:
+                    return frame
+                many = length > MANY_SCOPES_BYTES
                 frame.update(position=self.get("position"), **({"scopes_digest": digest(scopes)} if many else {"scopes": scopes}))
         return frame
 

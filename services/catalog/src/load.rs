@@ -231,6 +231,7 @@ fn id_types(tables: &[Table]) -> Vec<CatalogError> {
 async fn references(connection: &mut PgConnection, tables: &mut [Table]) -> Result<(), CatalogError> {
     let keys: HashMap<i64, (String, Vec<String>)> = tables
         .iter()
+        .filter(|table| table.synced)
         .map(|table| {
             let key = table.key.iter().map(|&column| table.columns[column].name.clone()).collect();
             (table.oid.into(), (table.name.clone(), key))
@@ -379,6 +380,16 @@ async fn table(
     let oid: i64 = found.get("oid");
 
     let (synced, nothing) = (declared.is_some(), TableConfig::source());
+    if !synced {
+        let may_read: bool = sqlx::query_scalar("SELECT has_table_privilege($1::int8::oid, 'SELECT')")
+            .bind(oid)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(CatalogError::Query)?;
+        if !may_read {
+            problems.add("its memberships cannot be read: run `millstream setup`");
+        }
+    }
     let declared = declared.unwrap_or(&nothing);
     let key_numbers = key(connection, oid, declared, problems).await?;
     let (mut columns, mut numbers) = columns(connection, oid, declared, problems).await?;

@@ -60,8 +60,8 @@ pub struct Aside {
 /// One synced table, or one that is read for its memberships alone.
 #[derive(Clone, Debug)]
 pub struct Table {
-    /// Whether clients have its rows. If not, its columns are the key and those that memberships name, and all that leaves the
-    /// database is that memberships have moved.
+    /// Whether clients have its rows. If not, its columns are the key and those that memberships name, and all that is published
+    /// is that memberships have moved.
     pub synced: bool,
     /// Object id.
     pub oid: u32,

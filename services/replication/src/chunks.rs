@@ -227,6 +227,8 @@ impl Chunks {
             self.flush(out);
         }
         let id = self.ids.get(scope).copied().unwrap_or_else(|| self.open(scope));
+        // Counted by their names, though those that are there already take no room: then it is emitted sooner.
+        self.bytes += moved.iter().map(|scope| scope.subject().len() + 1).sum::<usize>();
         self.buffers[(id - self.base) as usize].moves.add(moved);
     }
 

@@ -24,6 +24,11 @@ impl Lookups {
         Lookups { pool, tables, limit: limits.row }
     }
 
+    /// The table that a lookup reads.
+    pub fn table(&self, lookup: &Lookup) -> &str {
+        &self.tables[lookup.table].name
+    }
+
     /// Whether reads that begin now see a committed transaction, by the 32 bits of its id that the change stream tells.
     /// Source: PostgreSQL documentation, "Transaction ID and Snapshot Information Functions".
     pub async fn sees(&self, xid: u32) -> Result<bool, Error> {

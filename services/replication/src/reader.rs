@@ -33,8 +33,8 @@ const AGAIN_INTERVAL: Duration = Duration::from_micros(AGAIN_INTERVAL_MICROS.uns
 /// How soon a transaction that is not visible yet is looked at again, and how rarely at most.
 const VISIBLE_POLL: Duration = Duration::from_millis(1);
 const MAX_VISIBLE_POLL: Duration = Duration::from_millis(100);
-/// Waiting for a transaction to be visible is told after this long.
-const VISIBLE_TELL: Duration = Duration::from_secs(10);
+/// A transaction that is not visible is waited for this long, while everything behind it waits too.
+const VISIBLE_WAIT: Duration = Duration::from_secs(10);
 /// What a message costs beyond its payload.
 const MESSAGE_OVERHEAD_BYTES: usize = 512;
 
@@ -73,6 +73,10 @@ pub struct Reader {
     /// Tables that are to be sent again, once this has not been done for a while.
     late: BTreeSet<String>,
     late_since: Instant,
+    /// The transaction that reads have been found to see last.
+    seen: Option<u32>,
+    /// Transactions that were not waited for any longer.
+    unseen: Vec<u32>,
     /// Kept for its memory.
     out: Vec<Outgoing>,
 }
@@ -99,6 +103,8 @@ impl Reader {
             assembler: Assembler::new(tables.clone(), through, accepted).with_limits(limits).with_shapes(shapes),
             late: BTreeSet::new(),
             late_since: Instant::now(),
+            seen: None,
+            unseen: Vec::new(),
             witness,
             lookups: Lookups::new(pool.clone(), tables, limits),
             pool,
@@ -130,6 +136,13 @@ impl Reader {
                 }
                 () = tokio::time::sleep_until(self.late_since + AGAIN_INTERVAL), if !self.late.is_empty() => {
                     self.late_since = Instant::now();
+                    // Nor is a snapshot right that does not see what was read too early.
+                    while let Some(&xid) = self.unseen.last() && self.lookups.sees(xid).await? {
+                        self.unseen.pop();
+                    }
+                    if !self.unseen.is_empty() {
+                        continue;
+                    }
                     match content::ask(&self.pool, &self.late).await {
                         Ok(()) => self.late.clear(),
                         Err(error) => tracing::warn!(error = error.chain(), "cannot ask for tables to be sent again; trying on"),
@@ -158,7 +171,11 @@ impl Reader {
             let filled = match self.assembler.lookup(&message)? {
                 Some(lookup) => {
                     let (_, xid) = self.assembler.open().unwrap_or_default();
-                    self.wait_until_visible(xid).await?;
+                    if !self.is_visible(xid).await? {
+                        let table = self.lookups.table(&lookup).to_owned();
+                        self.unseen.push(xid);
+                        self.send_again_later(table);
+                    }
                     self.lookups.fill(&lookup).await?
                 }
                 None => Filled::new(),
@@ -169,10 +186,7 @@ impl Reader {
             for left_out in self.assembler.take_left_out() {
                 self.report.tell(&left_out, lsn, xid);
                 if let LeftOut::Again { table, late: true, .. } = left_out {
-                    if self.late.is_empty() {
-                        self.late_since = Instant::now();
-                    }
-                    self.late.insert(table);
+                    self.send_again_later(table);
                 }
             }
             if !out.is_empty() {
@@ -232,26 +246,40 @@ impl Reader {
         Ok(())
     }
 
-    /// A transaction is decoded a moment before others see it, and long before where its commit waits for a standby: a read
-    /// that does not see it yet finds the rows as they were.
-    async fn wait_until_visible(&mut self, xid: u32) -> Result<(), Error> {
+    /// Waits until reads see a transaction: it is decoded a moment before, and long before where its commit waits for a
+    /// standby. False: it takes too long. That may be our own doing, if the server counts this connection among its
+    /// synchronous standbys: what we have not published, we do not confirm.
+    async fn is_visible(&mut self, xid: u32) -> Result<bool, Error> {
+        if self.seen == Some(xid) {
+            return Ok(true);
+        }
+        if self.unseen.last() == Some(&xid) {
+            return Ok(false);
+        }
         let start = Instant::now();
-        let mut told = false;
         let mut pause = VISIBLE_POLL;
         while !self.lookups.sees(xid).await? {
-            if !told && start.elapsed() > VISIBLE_TELL {
-                told = true;
+            if start.elapsed() > VISIBLE_WAIT {
                 tracing::warn!(
                     wal.xid = xid,
-                    "a transaction is in the write-ahead log and not visible yet, and others wait behind it: \
-                     does its commit wait for a synchronous standby?"
+                    "a transaction is in the write-ahead log and not visible yet: does its commit wait for a synchronous standby? \
+                     Leave this service out of synchronous_standby_names. What it may have read too early is sent again later"
                 );
+                return Ok(false);
             }
             tokio::select! {
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(MAX_VISIBLE_POLL),
                 changed = self.confirmed.changed() => self.confirm(changed)?,
             }
         }
-        Ok(())
+        self.seen = Some(xid);
+        Ok(true)
+    }
+
+    fn send_again_later(&mut self, table: String) {
+        if self.late.is_empty() {
+            self.late_since = Instant::now();
+        }
+        self.late.insert(table);
     }
 }

@@ -169,7 +169,7 @@ pub(super) async fn open(
     // Nor while it is sent anything.
     drop(snapshot);
     // What is held is a claim yet: see `Session::begin`.
-    let (claimed, _room) = match (kept, &hello.scopes_digest) {
+    let (claimed, room) = match (kept, &hello.scopes_digest) {
         (None, _) => Default::default(),
         (Some(_), None) => (hello.scopes, Vec::new()),
         (Some(_), Some(digest)) if *digest == ScopesDigest::of(&scopes) => {
@@ -180,6 +180,7 @@ pub(super) async fn open(
     let (held, lost): (Vec<Scope>, Vec<Scope>) = claimed.into_iter().partition(|scope| scopes.contains(scope));
     let kept = kept.filter(|_| lost.len() <= MAX_LOST);
     let (held, lost) = if kept.is_some() { (held, lost) } else { Default::default() };
+    drop(room);
 
     if !known.agrees(&edge.hub) {
         // They changed while we read: rows behind this head would meet the old schema.

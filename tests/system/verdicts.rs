@@ -24,6 +24,8 @@ use uuid::Uuid;
 /// A client that speaks the wire by hand, with stamps of the test's choosing.
 struct Hand {
     raw: Raw,
+    url: String,
+    token: String,
     id: Uuid,
     run_id: Uuid,
     client_seq: u64,
@@ -31,9 +33,10 @@ struct Hand {
 
 impl Hand {
     async fn connect(board: &Board, user: &str) -> Result<Hand> {
-        let (mut raw, id) = (Raw::connect(&board.stack.edge_url()).await?, Uuid::now_v7());
-        raw.hello(id, &board.stack.token(user)).await?;
-        Ok(Hand { raw, id, run_id: Uuid::new_v4(), client_seq: 0 })
+        let (url, token, id) = (board.stack.edge_url(), board.stack.token(user), Uuid::now_v7());
+        let mut raw = Raw::connect(&url).await?;
+        raw.hello(id, &token).await?;
+        Ok(Hand { raw, url, token, id, run_id: Uuid::new_v4(), client_seq: 0 })
     }
 
     /// Submits one change and waits for what becomes of it: a verdict's word, or a code.
@@ -60,17 +63,23 @@ impl Hand {
     async fn submit(&mut self, changes: Value) -> Result<Confirmed> {
         self.client_seq += 1;
         let (client_seq, run_id) = (self.client_seq, self.run_id);
-        self.raw
-            .frame(
-                json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": run_id, "changes": changes}),
-            )
-            .await?;
-        self.raw
-            .wait(|frame| match frame {
-                ServerFrame::Confirmed(confirmed) if confirmed.client_seq >= client_seq => Some(confirmed),
-                _ => None,
-            })
-            .await
+        let submit =
+            json!({"type": "submit", "client_seq": client_seq, "attempt": 1, "run_id": run_id, "changes": changes});
+        let settled = |frame| match frame {
+            ServerFrame::Confirmed(confirmed) if confirmed.client_seq >= client_seq => Some(confirmed),
+            _ => None,
+        };
+        self.raw.frame(submit.clone()).await?;
+        match self.raw.wait(settled).await {
+            Ok(confirmed) => Ok(confirmed),
+            // An edge may end a session at any time, such as when memberships move during a snapshot: any client connects again.
+            Err(_) => {
+                self.raw = Raw::connect(&self.url).await?;
+                self.raw.hello(self.id, &self.token).await?;
+                self.raw.frame(submit).await?;
+                self.raw.wait(settled).await
+            }
+        }
     }
 }
 

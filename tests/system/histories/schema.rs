@@ -1,6 +1,6 @@
 //! Random schemas: memberships of projects, of teams, and of projects through teams; and two to five tables of rows that
 //! belong to projects, users, both, or to everybody, as databases have them: with keys and replica identities of all kinds,
-//! deferrable keys, partitions, children by inheritance, composite values, hidden columns, sums, triggers that change or leave out
+//! deferrable keys, partitions, children by inheritance, hidden columns, sums, triggers that change or leave out
 //! rows, memberships that clients have or do not have as rows, and migrations meanwhile.
 
 use std::fmt::Write;
@@ -27,8 +27,6 @@ pub enum Kind {
     Numeric,
     Jsonb,
     Enum,
-    /// A row of two columns.
-    Composite,
     /// A `bigint` of which every change counts.
     Sum,
     /// A `bigint` of which the greatest value stays.
@@ -36,17 +34,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 9] = [
-        Kind::Text,
-        Kind::Bigint,
-        Kind::Boolean,
-        Kind::Numeric,
-        Kind::Jsonb,
-        Kind::Enum,
-        Kind::Composite,
-        Kind::Sum,
-        Kind::Max,
-    ];
+    const ALL: [Kind; 8] =
+        [Kind::Text, Kind::Bigint, Kind::Boolean, Kind::Numeric, Kind::Jsonb, Kind::Enum, Kind::Sum, Kind::Max];
 
     fn sql(self) -> &'static str {
         match self {
@@ -56,7 +45,6 @@ impl Kind {
             Kind::Numeric => "numeric",
             Kind::Jsonb => "jsonb",
             Kind::Enum => "mood",
-            Kind::Composite => "spot",
         }
     }
 
@@ -90,7 +78,6 @@ impl Kind {
             Kind::Numeric => format!("'{n}.{:03}0'", n % 7),
             Kind::Jsonb => format!("'{{\"n\": {n}, \"list\": [1, null, \"x\"]}}'"),
             Kind::Enum => (*["'sad'", "'so so'", "'Happy'"].choose(rng).unwrap_or(&"NULL")).to_owned(),
-            Kind::Composite => format!("'({n},\"a ü{n}\")'"),
             Kind::Sum | Kind::Max => n.to_string(),
         }
     }
@@ -458,7 +445,6 @@ impl Schema {
              CREATE FUNCTION plain(r jsonb) RETURNS jsonb LANGUAGE sql AS
              $$ SELECT jsonb_object_agg(key, value) FROM jsonb_each_text(r{}) $$;
              CREATE TYPE mood AS ENUM ('sad', 'so so', 'Happy');
-             CREATE TYPE spot AS (x int, what text);
              CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
                IF NEW.v0 LIKE 'ü99%' THEN RETURN NULL; END IF;
                NEW.v0 := replace(NEW.v0, 'ü1', 'Ü1');

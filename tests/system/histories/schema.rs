@@ -1,6 +1,6 @@
 //! Random schemas: memberships of projects, of teams, and of projects through teams; and two to five tables of rows that
 //! belong to projects, users, both, or to everybody, as databases have them: with keys and replica identities of all kinds,
-//! deferrable keys, partitions, children by inheritance, hidden columns, sums, triggers that change or leave out
+//! deferrable keys, partitions, hidden columns, sums, triggers that change or leave out
 //! rows, memberships that clients have or do not have as rows, and migrations meanwhile.
 
 use std::fmt::Write;
@@ -171,8 +171,6 @@ pub struct Table {
     hidden: bool,
     /// Has a trigger that changes texts and leaves out rows.
     gate: bool,
-    /// May get a child by inheritance, whose rows belong to nobody.
-    pub child: bool,
 }
 
 impl Table {
@@ -429,7 +427,6 @@ impl Schema {
                 deferrable: identity == Identity::Full && rng.random_bool(0.3),
                 parts,
                 hidden: rng.random_bool(0.2),
-                child: parts.is_none() && rng.random_bool(0.2),
             });
         }
         Schema { tables, memberships_synced: rng.random_bool(0.75) }
@@ -589,20 +586,6 @@ impl Schema {
                 let id = Pool::any(&pool.ids[n], rng);
                 let set = if *hidden { "secret = md5(random()::text)" } else { "v0 = v0" };
                 format!("UPDATE {name} SET {set} WHERE id = '{id}'")
-            }
-            66..70 => {
-                let children: Vec<&Table> = self.tables.iter().filter(|table| table.child).collect();
-                match children.choose(rng) {
-                    Some(Table { name, .. }) if rng.random_bool(0.3) => {
-                        format!("CREATE TABLE IF NOT EXISTS {name}_child () INHERITS ({name})")
-                    }
-                    Some(Table { name, .. }) => format!(
-                        "DO $$ BEGIN IF to_regclass('{name}_child') IS NOT NULL THEN
-                           DELETE FROM {name}_child; INSERT INTO {name}_child SELECT * FROM ONLY {name} LIMIT 2;
-                         END IF; END $$"
-                    ),
-                    None => self.statement(pool, true, rng),
-                }
             }
             _ => self.statement(pool, true, rng),
         }

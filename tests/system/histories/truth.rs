@@ -59,8 +59,7 @@ pub async fn read(postgres: &mut PgConnection, schema: &Schema) -> Result<View> 
     let mut rows = View::new();
     for (table, (name, columns)) in schema.columns().iter().enumerate() {
         let columns: Vec<String> = columns.iter().map(|(name, _)| format!("{name}::text")).collect();
-        let only = if schema.tables.iter().any(|table| table.name == *name && table.child) { "ONLY " } else { "" };
-        let sql = format!("SELECT ARRAY[{}] FROM {only}{name}", columns.join(", "));
+        let sql = format!("SELECT ARRAY[{}] FROM {name}", columns.join(", "));
         for row in sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *postgres).await? {
             rows.insert((table, row.get(0)));
         }

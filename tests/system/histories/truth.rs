@@ -156,7 +156,7 @@ impl Truth {
     ///
     /// Memberships are read when a commit that moves them is delivered, and so may be those of a later one: whoever left a
     /// project and is back by then never lost it. A client that catches up with more than an edge remembers shows at first the scopes
-    /// that it held then and holds later: lost ones are gone at once, new ones come at the end. And a snapshot may miss the rows of a table that is truncated while it is
+    /// that it held where it stood, or held then, and holds later: lost ones are gone at once, new ones come at the end. And a snapshot may miss the rows of a table that is truncated while it is
     /// read (PostgreSQL documentation, "TRUNCATE": it is not MVCC-safe); the truncation follows in the stream.
     pub fn check(&self, user: &str, all: &[Shown]) -> Result<()> {
         let (mut at, last) = (0, self.states.len() - 1);
@@ -164,7 +164,8 @@ impl Truth {
             let is = |commit: &usize| {
                 let read: BTreeSet<_> = (*commit..=last).map(|later| self.memberships(later, user)).collect();
                 let then = self.memberships(*commit, user);
-                let both: BTreeSet<_> = read.iter().map(|later| then.and(later)).collect();
+                let stood = self.memberships(at, user);
+                let both: BTreeSet<_> = read.iter().flat_map(|later| [then.and(later), stood.and(later)]).collect();
                 let views = read.union(&both).map(|memberships| self.view(*commit, user, memberships));
                 let emptied: BTreeSet<usize> =
                     self.truncations.iter().filter(|(at, _)| at > commit).map(|(_, table)| *table).collect();

@@ -243,7 +243,7 @@ async fn values_are_read_once_their_transaction_is_visible() -> Result<()> {
             ensure!(start.elapsed() < PATIENCE, "the commit waits for nobody");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        // Time enough for whoever does not wait.
+        // A reader that does not wait would have read by then.
         tokio::time::sleep(Duration::from_secs(1)).await;
         scene.sql("ALTER SYSTEM RESET synchronous_standby_names").await?;
         scene.sql("SELECT pg_reload_conf()").await?;

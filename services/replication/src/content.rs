@@ -150,7 +150,7 @@ pub async fn keep(connection: &mut PgConnection, content: &Content, again: &BTre
 /// Asks for tables to be sent again.
 pub async fn ask(pool: &PgPool, tables: &BTreeSet<String>) -> Result<(), Error> {
     let names: Vec<&str> = tables.iter().map(String::as_str).collect();
-    // Whoever reads the change stream asks: the commit must not wait for what has not been read.
+    // The reader of the change stream asks: the commit must not wait for a standby that is this reader.
     sqlx::query("SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(true, $1, $2)::text")
         .bind(AGAIN_PREFIX)
         .bind(names.join("\n"))

@@ -211,7 +211,7 @@ impl World {
         let moves: Vec<_> = told.filter_map(|message| message.moves.as_ref()).collect();
         let (claims, kept): (Vec<Scope>, Vec<Scope>) =
             held.into_iter().partition(|scope| moves.iter().any(|moves| reach.concerns(moves, scope)));
-        // As `Session::begin`: behind the ring, all of it as of one moment; else only what is no claim any more comes anew.
+        // As `Session::begin`: a client behind the ring gets all scopes again as of one moment, another only those that moved.
         let (behind, mut claims) = (self.rng.random_bool(0.5), claims);
         let (position, held) = if behind && !claims.is_empty() {
             claims.extend(kept);

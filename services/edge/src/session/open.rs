@@ -168,7 +168,7 @@ pub(super) async fn open(
     let fence = Arc::new(snapshot.fence.clone());
     // Nor while it is sent anything.
     drop(snapshot);
-    // What is held is a claim yet: see `Session::begin`.
+    // The scopes are only claimed: `Session::begin` checks them.
     let (claimed, room) = match (kept, &hello.scopes_digest) {
         (None, _) => Default::default(),
         (Some(_), None) => (hello.scopes, Vec::new()),

@@ -249,7 +249,7 @@ impl Wire {
         self.room_for(frames.iter().map(weight).sum::<usize>().div_ceil(1024).saturating_sub(ALLOWANCE_KIB))
     }
 
-    /// Room for so many KiB, of the user's and the edge's.
+    /// Takes `kib` KiB of room, of the user's and of the edge's.
     pub fn room_for(&self, kib: usize) -> Result<Room, End> {
         let take = |room: &Arc<Semaphore>, most: usize| {
             let room = room.clone().try_acquire_many_owned(u32::try_from(kib.min(most)).unwrap_or(u32::MAX));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use millstream_changes::pure::{self, Effect, Known};
+use millstream_changes::for_simulation::{self, Effect, Known};
 use millstream_schemas::stream::{
     ChangesMessage, Failure, MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES, Submission, ValidateRequest,
 };
@@ -15,7 +15,7 @@ use crate::tables::TABLES;
 pub fn submission(input: &[u8]) {
     let Ok(message) = serde_json::from_slice::<ChangesMessage>(input) else { return };
     for submission in &message.submissions {
-        match pure::validate(&TABLES, submission) {
+        match for_simulation::validate(&TABLES, submission) {
             Ok(steps) => assert!(steps <= submission.changes.len()),
             Err((index, failure)) => {
                 let codes = [
@@ -41,7 +41,7 @@ pub fn submission(input: &[u8]) {
             _ => Effect::Applied(Vec::new()),
         }
     };
-    let settled = pure::settle(Vec::new(), &TABLES, &message.submissions, |_, _| false, &mut apply);
+    let settled = for_simulation::settle(Vec::new(), &TABLES, &message.submissions, |_, _| false, &mut apply);
     let taken: HashMap<Uuid, u64> = settled.clients.iter().map(|known| (known.client_id, known.last_seq)).collect();
     for entry in &settled.origin {
         assert_eq!(taken.get(&entry.client_id), Some(&entry.client_seq), "{entry:?}");
@@ -51,7 +51,7 @@ pub fn submission(input: &[u8]) {
         }
     }
     let ledger: Vec<Known> = settled.clients;
-    let again = pure::settle(
+    let again = for_simulation::settle(
         ledger,
         &TABLES,
         &message.submissions,
@@ -110,7 +110,7 @@ pub fn validator(input: &[u8]) {
         changes: asked,
         traceparent: None,
     };
-    match pure::answer(input, &request, &submission) {
+    match for_simulation::answer(input, &request, &submission) {
         Ok(Some((index, failure))) => {
             assert_eq!((failure.code, index > 0), (Code::BusinessRule, true));
             check(&submission, index, &failure);

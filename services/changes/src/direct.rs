@@ -13,11 +13,10 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use crate::batch::Item;
-use crate::executor::Executor;
-use crate::external::External;
-use crate::model::Source;
-use crate::progress::Owned;
+use crate::item::{Item, Owned};
+use crate::sql::model::Source;
+use crate::transaction::executor::Executor;
+use crate::worker::external::External;
 use crate::worker::{Lost, Shared, Worker};
 
 /// Its partition, of an incarnation that is its own.

@@ -4,7 +4,7 @@ use millstream_schemas::Code;
 use millstream_schemas::stream::{MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES};
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use crate::traits::PrimaryKey;
+use crate::sql::traits::PrimaryKey;
 
 /// Why the service ended.
 #[derive(Debug, thiserror::Error)]
@@ -195,6 +195,11 @@ pub(crate) fn may_be_a_value(error: &sqlx::Error) -> bool {
         let about_the_row = ["23", "44", "P0"].iter().any(|class| error.code().starts_with(class));
         !about_the_row && error.code() != "42501" && Site::of(error) != Site::Raised
     })
+}
+
+/// Whether the statement was stopped by its time limit.
+pub(crate) fn is_out_of_time(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state == "57014")
 }
 
 /// Whether the connection can still be used after this error and a `ROLLBACK`.

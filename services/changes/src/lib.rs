@@ -1,46 +1,24 @@
 //! The validator and executor: from submitted change to committed row.
 //!
-//! `ownership` decides which partitions of the stream are this process's. Each of a few `worker`s has a `consumer` that
-//! reads its share of them; a worker cuts `batch`es and has the `executor` apply each in one Postgres
-//! transaction, `at_once` if it can, guarded by the partition's position and the client's `ledger`. The `validator` says
-//! what needs no database, `external` asks validators outside (what waits for them stands at the `gate`), `statement`
-//! holds the SQL that says the rest, `error` tells verdicts from faults of the server. Verdicts go out by `results` and,
-//! if they are rejections, into `history`. The `janitor` keeps the stream small, `retention` the tables.
+//! The rooms, in the order of a change's way; each uses only those below it:
+//!
+//! - [`partitions`]: which partitions of the stream are this process's, and the cursor that reads them.
+//! - [`worker`]: what waits for its turn, in each client's order; what is tried next after a failure.
+//! - [`transaction`]: a batch in one Postgres transaction, guarded by the partitions' positions and the clients' ledger.
+//! - [`sql`]: the texts that changes become, made from the catalog.
+//! - [`decide`]: the rules that need no database.
+//!
+//! `error` tells verdicts from faults of the server, `item` is what is to be done. `direct` runs a worker without a broker.
 
-mod apply;
-mod aside;
-mod at_once;
-mod batch;
-mod consumer;
+mod decide;
 pub mod direct;
 mod error;
-mod executor;
-mod explain;
-mod external;
-mod gate;
-mod group;
-mod history;
-mod janitor;
-mod ledger;
-mod model;
-mod ownership;
-mod pace;
-mod parked;
-mod plan;
-mod predicate;
-mod progress;
-// The rules of a batch without a database, for the simulation in `tests`: it runs these, not a copy of them.
 #[doc(hidden)]
-pub mod pure;
-mod reread;
-mod results;
-mod retention;
-mod settle;
-mod statement;
-mod suspects;
-mod traits;
-mod turns;
-mod validator;
+pub mod for_simulation;
+mod item;
+mod partitions;
+mod sql;
+mod transaction;
 mod worker;
 
 use std::path::PathBuf;
@@ -59,14 +37,16 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::consumer::{Consumer, Ended, Lane, Reading, WORKER_COMMANDS, WORKER_KIB};
-use crate::executor::Executor;
-use crate::external::External;
-use crate::janitor::Janitor;
-use crate::model::{Source, Watcher};
-use crate::ownership::{Assignment, Ownership};
-use crate::parked::Parked;
-use crate::retention::Retention;
+use crate::item::WORKER_KIB;
+use crate::partitions::consumer::{Consumer, Ended, Lane, Reading, WORKER_COMMANDS};
+use crate::partitions::janitor::Janitor;
+use crate::partitions::ownership::{Assignment, Ownership};
+use crate::partitions::retention::Retention;
+use crate::partitions::{consumer, ownership};
+use crate::sql::model::{Source, Watcher};
+use crate::transaction::executor::Executor;
+use crate::worker::external::External;
+use crate::worker::parked::Parked;
 use crate::worker::{Shared, Worker};
 
 pub use error::Error;

@@ -1,6 +1,16 @@
 //! A worker: takes what is waiting, has it executed, and follows the policy on failure. One connection for batches and one
 //! aside, some partitions.
 
+mod aside;
+pub(crate) mod external;
+mod gate;
+mod pace;
+pub(crate) mod parked;
+mod progress;
+mod queue;
+mod reread;
+mod turns;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,18 +27,18 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::apply::is_out_of_time;
-use crate::aside::{Aside, Done};
-use crate::batch::{Item, Mode, Queue};
-use crate::error::{Refusal, keeps_connection};
-use crate::executor::{Executor, Failed};
-use crate::external::{External, Questions};
-use crate::parked::Parked;
-use crate::plan::Condemned;
-use crate::progress::{Fence, Owned};
-use crate::reread::{Payload, Read, Reads};
-use crate::results::Results;
-use crate::validator::Rejection;
+use crate::decide::plan::Condemned;
+use crate::decide::results::Results;
+use crate::decide::validator::Rejection;
+use crate::error::{Refusal, is_out_of_time, keeps_connection};
+use crate::item::{Item, Mode, Owned, PositionMove};
+use crate::transaction::executor::Executor;
+use crate::transaction::failed::Failed;
+use crate::worker::aside::{Aside, Done};
+use crate::worker::external::{External, Questions};
+use crate::worker::parked::Parked;
+use crate::worker::queue::Queue;
+use crate::worker::reread::{Payload, Read, Reads};
 
 /// After so many failures that nobody understands, a transaction is rejected as `internal`.
 const MAX_STRIKES: u32 = 5;
@@ -522,7 +532,7 @@ impl Worker {
     }
 
     /// The first items of the batch are done with.
-    fn committed(&mut self, count: usize, mode: Mode, took: Duration, fences: &[Fence]) {
+    fn committed(&mut self, count: usize, mode: Mode, took: Duration, fences: &[PositionMove]) {
         if self.queue.items()[..count].iter().any(|item| item.submission.is_some()) {
             self.worked = Some(Instant::now());
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
-use millstream_changes::pure;
+use millstream_changes::for_simulation;
 use millstream_edge::pure::Message;
 use millstream_schemas::stream::{ANY_SCOPE, OriginEntry, Submission, header};
 use millstream_schemas::{Lsn, Row, Scope, TableChanges, TableOp};
@@ -211,7 +211,7 @@ impl World {
             let history = transaction.state.history.clone();
             let rejected = |client_id, client_seq| history.contains_key(&(client_id, client_seq));
             let apply = |submission: &Submission| transaction.submit(tables, submission, self.now);
-            pure::settle(known, tables, &submissions, rejected, apply)
+            for_simulation::settle(known, tables, &submissions, rejected, apply)
         };
         transaction.settle(&settled);
         for entry in &settled.origin {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 
 use millstream_catalog::{Column, ConflictPolicy, Members, Membership, Table, WriteRules};
-use millstream_changes::pure::{Effect, Known, Settled};
+use millstream_changes::for_simulation::{Effect, Known, Settled};
 use millstream_edge::pure::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::frame::Confirmed;

@@ -12,7 +12,7 @@ use millstream_schemas::subject::PARTITIONS;
 use sqlx::{PgPool, Row};
 use tokio::sync::{mpsc, watch};
 
-use crate::progress::Owned;
+use crate::item::Owned;
 use crate::worker::Lost;
 
 /// Time between heartbeats, and between looks at who owns what.

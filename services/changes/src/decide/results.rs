@@ -4,7 +4,7 @@ use millstream_schemas::stream::{ResultsMessage, TransactionResult};
 use millstream_schemas::subject;
 use uuid::Uuid;
 
-use crate::plan::Planned;
+use crate::decide::plan::Planned;
 
 /// Verdicts by client, each client's in the order in which they were reached.
 #[derive(Debug, Default)]

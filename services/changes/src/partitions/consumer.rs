@@ -17,7 +17,8 @@ use millstream_schemas::subject::{CHANGES_SUBJECTS, PARTITIONS, changes};
 use tokio::sync::{Semaphore, mpsc, watch};
 use uuid::Uuid;
 
-use crate::ownership::Assignment;
+use crate::item::WORKER_KIB;
+use crate::partitions::ownership::Assignment;
 use crate::worker::Command;
 
 /// A cursor that hears nothing for twice this time is dropped.
@@ -37,9 +38,6 @@ const INACTIVE: Duration = Duration::from_secs(30);
 const CHECK: Duration = Duration::from_secs(5);
 /// Commands that may wait for a worker.
 pub(crate) const WORKER_COMMANDS: usize = 1_024;
-/// Payloads that may wait for a worker, in KiB.
-pub(crate) const WORKER_KIB: usize = 16 * 1024;
-
 /// Which of `workers` a partition belongs to.
 pub(crate) fn worker_of(partition: u16, workers: usize) -> usize {
     usize::from(partition) % workers

@@ -1,5 +1,5 @@
 //! One Postgres transaction a batch: fence, ledger, rows, ledger again, history, origin, COMMIT; or, where its outcome can
-//! be foreseen, all that as one statement (see [`crate::at_once`]).
+//! be foreseen, all that as one statement (see [`crate::transaction::at_once`]).
 //!
 //! The fence moves the positions of the batch's partitions and so locks their rows: whoever else believes to own one of
 //! them waits, and then finds another position or term. What becomes of an error is decided by the caller, from
@@ -8,28 +8,23 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use millstream_runtime::{postgres, telemetry};
+use millstream_runtime::postgres;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection, Row};
 use tokio::sync::watch;
-use uuid::Uuid;
 
-use crate::apply::Applier;
-use crate::at_once::Memory;
-use crate::batch::{Item, Mode};
-use crate::error::{Fault, classify, is_drift, keeps_connection};
-use crate::history;
-use crate::model::{Model, ModelError, Origin, Source};
-use crate::plan::{Action, Condemned, Planned, Rejected, depends_on_catalog, name_set_aside, plan, predecessors};
-use crate::progress::{Fence, Owned};
-use crate::results::Results;
-use crate::settle;
-use crate::validator::Rejection;
+use crate::decide::plan::Condemned;
+use crate::decide::results::Results;
+use crate::error::{is_drift, keeps_connection};
+use crate::item::{Item, Mode, Owned, PositionMove};
+use crate::sql::model::{Model, Source};
+use crate::transaction::batch::Transaction;
+use crate::transaction::failed::Failed;
+use crate::transaction::memory::Memory;
 
 /// Longest statement where others wait for it, and longest of a transaction that is tried alone there. What takes longer is applied
 /// aside, with the session's own limit.
 const BRIEF: &str = "2s";
-const BEGIN_SINGLE_BRIEF: &str = "BEGIN; SET LOCAL lock_timeout = '50ms'; SET LOCAL statement_timeout = '500ms'";
 
 /// Limits of a worker's session. A statement has to end some time; a worker that hangs must not keep its locks.
 const SESSION: [(&str, &str); 11] = [
@@ -52,10 +47,6 @@ const SESSION: [(&str, &str); 11] = [
     ("client_min_messages", "error"),
 ];
 
-/// Begins a transaction; one that a batch has to itself waits for no lock that is held for longer than others take.
-const BEGIN: &str = "BEGIN";
-const BEGIN_SINGLE: &str = "BEGIN; SET LOCAL lock_timeout = '50ms'";
-
 const POSITIONS: &str = "\
 SELECT partition, epoch, position FROM millstream.partitions
 WHERE stream_epoch = $1 AND partition = ANY ($2) ORDER BY partition FOR UPDATE";
@@ -63,46 +54,6 @@ WHERE stream_epoch = $1 AND partition = ANY ($2) ORDER BY partition FOR UPDATE";
 const RELEASE: &str = "\
 UPDATE millstream.partitions SET owner = NULL, heartbeat = now()
 WHERE stream_epoch = $1 AND partition = $2 AND epoch = $3";
-
-/// Why a batch was not committed. Everything was rolled back, but for [`Failed::Unsure`].
-#[derive(Debug)]
-pub(crate) enum Failed {
-    /// Another owner took a partition over, or a position is not the one in memory.
-    Fenced,
-    /// Something in the batch cannot be applied, or not together with the rest: the submission with this index, if known.
-    Isolate { why: String, at: Option<usize> },
-    /// This transaction, alone in its batch, is refused by COMMIT.
-    Condemned(Uuid, u64, Rejection),
-    /// This transaction met an error that nobody understands.
-    Strike(Uuid, u64, sqlx::Error),
-    /// The backend went away while it applied the batch.
-    Gone(sqlx::Error),
-    /// A statement for the batch's changes met a lock, a deadlock or a lack of resources: the server's state, or what one of
-    /// the changes does.
-    Busy(sqlx::Error),
-    /// Postgres cannot serve now.
-    Server(sqlx::Error),
-    /// The catalog cannot be read now.
-    Model(ModelError),
-    /// The catalog is old and a refusal depends on it; it will be read again.
-    Stale,
-    /// The ledger was moved by somebody else.
-    Ledger,
-    /// Nobody knows whether COMMIT happened. The results hold if it did.
-    Unsure(Results, sqlx::Error),
-}
-
-impl Failed {
-    /// See [`Failed::Isolate`].
-    pub fn isolate_at(submission: usize, why: &str) -> Failed {
-        Failed::Isolate { why: why.to_owned(), at: Some(submission) }
-    }
-
-    /// A fault of the server that a statement for the batch's changes met.
-    pub fn at_work(error: sqlx::Error) -> Failed {
-        if keeps_connection(&error) { Failed::Busy(error) } else { Failed::Server(error) }
-    }
-}
 
 /// A worker's connection and what it knows.
 pub(crate) struct Executor {
@@ -185,7 +136,7 @@ impl Executor {
     pub async fn execute(
         &mut self,
         items: &[Item],
-        fences: &[Fence],
+        fences: &[PositionMove],
         mode: Mode,
         condemned: &Condemned,
     ) -> Result<Results, Failed> {
@@ -301,133 +252,4 @@ impl Executor {
 
 async fn rollback(connection: &mut PgConnection) -> bool {
     sqlx::raw_sql("ROLLBACK").execute(connection).await.is_ok()
-}
-
-/// A batch and its connection.
-pub(crate) struct Transaction<'a> {
-    pub connection: &'a mut PgConnection,
-    source: &'a Source,
-    pub incarnation: &'a str,
-    pub items: &'a [Item],
-    pub fences: &'a [Fence],
-    mode: Mode,
-    pub condemned: &'a Condemned,
-    brief: bool,
-    /// See [`spans`]; one a submission, made by the first attempt.
-    pub spans: Option<Vec<tracing::Span>>,
-}
-
-impl<'a> Transaction<'a> {
-    async fn run(mut self, model: &mut Model, memory: &mut Memory) -> Result<Results, Failed> {
-        let begin = match (self.mode, self.brief) {
-            (Mode::Single, true) => BEGIN_SINGLE_BRIEF,
-            (Mode::Single, false) => BEGIN_SINGLE,
-            (Mode::Fast | Mode::Careful | Mode::Savepoints, _) => BEGIN,
-        };
-        sqlx::raw_sql(begin).execute(&mut *self.connection).await.map_err(Failed::Server)?;
-        let (mut ledger, now) = settle::fence(self.connection, self.incarnation, self.items, self.fences).await?;
-        let Model { catalog, statements, origin } = model;
-        let items: &'a [Item] = self.items;
-        let submissions = || items.iter().filter_map(|item| item.submission.as_ref());
-        let mut rejected = Rejected::default();
-        let named = predecessors(submissions(), &ledger);
-        if !named.is_empty() {
-            rejected.0 = history::rejected(self.connection, &named).await.map_err(Failed::Server)?;
-        }
-        let mut plan = plan(submissions(), &mut ledger, |name| catalog.table(name), self.condemned, &mut rejected);
-        let mut current = false;
-        if depends_on_catalog(&plan) {
-            self.ensure_current(origin).await?;
-            current = true;
-            name_set_aside(&mut plan, &catalog.aside);
-        }
-        let spans = self.spans.take().unwrap_or_else(|| spans(&plan));
-        let mut applier = Applier::new(self.connection, statements, now);
-        match self.mode {
-            Mode::Fast | Mode::Careful => {
-                applier.set_wise(&mut plan, &mut rejected, self.mode == Mode::Careful).await?;
-            }
-            Mode::Savepoints | Mode::Single => applier.one_by_one(&mut plan, &mut rejected).await?,
-        }
-        if !current && depends_on_catalog(&plan) {
-            self.ensure_current(origin).await?;
-        }
-        let mut results = Results::default();
-        let repeated: Vec<(Uuid, u64)> = plan
-            .iter()
-            .filter(|planned| matches!(planned.action, Action::Repeat))
-            .map(|planned| (planned.submission.client_id, planned.submission.client_seq))
-            .collect();
-        results.extend(&plan);
-        if !repeated.is_empty() {
-            let known = history::known(self.connection, &repeated).await.map_err(Failed::Server)?;
-            // Results of this batch come first, so a repetition within it does not hide its rejection.
-            known.into_iter().for_each(|(client_id, result)| results.push(client_id, result));
-        }
-        settle::settle(self.connection, &plan, &ledger, traceparent(&plan, &spans)).await?;
-        let committed = self.commit(&plan, results).await;
-        if committed.is_ok() {
-            memory.keep(ledger, Some(now));
-        }
-        committed
-    }
-
-    /// A refusal must not be due to a catalog that is behind the database.
-    async fn ensure_current(&mut self, origin: &Origin) -> Result<(), Failed> {
-        match origin.is_current(self.connection, self.source).await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Failed::Stale),
-            Err(error) => Err(Failed::Server(error)),
-        }
-    }
-
-    async fn commit(self, plan: &[Planned<'_>], results: Results) -> Result<Results, Failed> {
-        let Err(error) = sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await else {
-            plan.iter().for_each(Planned::log_losses);
-            return Ok(results);
-        };
-        if !keeps_connection(&error) {
-            return Err(Failed::Unsure(results, error));
-        }
-        // Postgres said no: a deferred constraint, most likely. It names no change, so the transaction has to be alone.
-        let alone = if let [planned] = plan { Some(planned) } else { None };
-        Err(match (classify(&error), alone) {
-            (Fault::Server | Fault::Gone, _) => Failed::at_work(error),
-            (Fault::Verdict(refusal), Some(planned)) => {
-                let submission = planned.submission;
-                let rejection = Rejection::new(submission, submission.changes.len().saturating_sub(1), refusal);
-                Failed::Condemned(submission.client_id, submission.client_seq, rejection)
-            }
-            (Fault::Unknown, Some(planned)) => {
-                Failed::Strike(planned.submission.client_id, planned.submission.client_seq, error)
-            }
-            (Fault::Verdict(_) | Fault::Unknown, None) => Failed::Isolate { why: error.to_string(), at: None },
-        })
-    }
-}
-
-/// The spans of submissions, each within the trace that its client began.
-pub(crate) fn spans(plan: &[Planned<'_>]) -> Vec<tracing::Span> {
-    plan.iter().map(span).collect()
-}
-
-/// The trace that the batch's origin names: that of the last one that was taken.
-pub(crate) fn traceparent(plan: &[Planned<'_>], spans: &[tracing::Span]) -> Option<String> {
-    let (planned, span) = plan.iter().zip(spans).rev().find(|(planned, _)| planned.result().is_some())?;
-    span.in_scope(telemetry::traceparent).or_else(|| planned.submission.traceparent.clone())
-}
-
-fn span(planned: &Planned<'_>) -> tracing::Span {
-    if planned.result().is_none() {
-        return tracing::Span::none();
-    }
-    let submission = planned.submission;
-    let span = tracing::info_span!(
-        "apply",
-        client.id = %submission.client_id,
-        client.seq = submission.client_seq,
-        changes = submission.changes.len(),
-    );
-    telemetry::set_parent(&span, submission.traceparent.as_deref());
-    span
 }

@@ -1,4 +1,4 @@
-//! Reads again, message by message, what clients left in the stream: see [`crate::turns`].
+//! Reads again, message by message, what clients left in the stream: see [`crate::worker::turns`].
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::turns::Left;
+use crate::item::Left;
 
 /// Messages of a worker that are read at a time.
 const MAX_READS: usize = 4;

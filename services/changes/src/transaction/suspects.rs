@@ -7,7 +7,7 @@
 
 use sqlx::postgres::PgDatabaseError;
 
-use crate::statement::InputRow;
+use crate::sql::statement::InputRow;
 
 /// Indexes of the rows; none where the error quotes nothing that they hold.
 pub(crate) fn suspects(rows: &[InputRow<'_>], error: &sqlx::Error) -> Vec<usize> {
@@ -46,8 +46,8 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::validator::tests::{change, only, submission, tasks};
-    use crate::validator::validate;
+    use crate::decide::validator::tests::{change, only, submission, tasks};
+    use crate::decide::validator::validate;
 
     #[test]
     fn rows_are_known_by_what_is_quoted() {

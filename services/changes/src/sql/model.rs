@@ -11,8 +11,9 @@ use millstream_runtime::shutdown::Shutdown;
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::watch;
 
-use crate::statement::Statements;
-use crate::traits;
+use crate::sql::combined::Combined;
+use crate::sql::statement::Statements;
+use crate::sql::traits;
 
 /// Time between looks at whether the configuration or the database has changed.
 const LOOK: Duration = Duration::from_secs(2);
@@ -114,6 +115,8 @@ impl Source {
 pub(crate) struct Model {
     pub catalog: Catalog,
     pub statements: Statements,
+    /// Made from [`Model::statements`].
+    pub combined: Combined,
     pub origin: Origin,
 }
 
@@ -166,7 +169,8 @@ impl Model {
         let (traits, views) = traits::load(connection, &catalog.tables).await.map_err(ModelError::Traits)?;
         source.health.set_note(CATALOG_NOTE, None);
         source.asides.tell(catalog.aside.iter().map(|aside| (aside.table.as_str(), aside.why.as_str())));
-        *model = Some(Model { catalog, statements: Statements::new(traits, views), origin });
+        *model =
+            Some(Model { catalog, statements: Statements::new(traits, views), combined: Combined::default(), origin });
         Ok(())
     }
 }

@@ -8,12 +8,12 @@ use millstream_schemas::Code;
 use millstream_schemas::stream::{Failure, OriginEntry, RunSpan, Submission, ValidateRequest};
 use uuid::Uuid;
 
+use crate::decide::ledger::{Client, Ledger};
+use crate::decide::origin::origin;
+use crate::decide::plan::{Condemned, Rejected, plan, predecessors};
+use crate::decide::validator::{self, Rejection};
 use crate::error::Refusal;
-use crate::external;
-use crate::ledger::{Client, Ledger};
-use crate::plan::{Condemned, Rejected, plan, predecessors};
-use crate::settle;
-use crate::validator::{self, Rejection};
+use crate::worker::external;
 
 /// A client's row in the ledger.
 #[derive(Clone, Debug)]
@@ -91,7 +91,7 @@ pub fn settle(
         last_seq: client.last,
         run_id: client.run_id,
     });
-    Settled { clients: clients.collect(), spans: ledger.spans().to_vec(), origin: settle::origin(&plan, &ledger) }
+    Settled { clients: clients.collect(), spans: ledger.spans().to_vec(), origin: origin(&plan, &ledger) }
 }
 
 /// What needs no database to be said of a transaction: how many changes are left to be applied.

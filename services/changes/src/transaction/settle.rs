@@ -1,19 +1,16 @@
 //! The first and the last statement of a batch's transaction: what stands, and what stands from then on.
 
-use std::collections::HashMap;
-
-use millstream_schemas::stream::{Failure, Loss, ORIGIN_PREFIX, OriginEntry, OriginRecord};
-use sqlx::postgres::PgArguments;
-use sqlx::query::Query;
-use sqlx::{PgConnection, Postgres, Row};
+use millstream_schemas::stream::{ORIGIN_PREFIX, OriginEntry, OriginRecord};
+use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use crate::batch::Item;
-use crate::executor::Failed;
-use crate::history::Record;
-use crate::ledger::{Client, Ledger};
-use crate::plan::{Action, Planned};
-use crate::progress::Fence;
+use crate::decide::ledger::{Client, Ledger};
+use crate::decide::origin::origin;
+use crate::decide::plan::{Action, Planned};
+use crate::item::{Item, PositionMove};
+use crate::sql::fenced::{bind_fences, fenced};
+use crate::transaction::failed::Failed;
+use crate::transaction::history::Record;
 
 /// Newest losses that the ledger keeps a client.
 pub(crate) const MAX_LOST: usize = 100;
@@ -22,19 +19,7 @@ const MAX_ORIGIN_BYTES: usize = 40 * 1024;
 /// Newest runs kept a client.
 const MAX_RUNS: i64 = 1_000;
 
-macro_rules! fenced {
-    () => {
-        "millstream_fenced AS (
-    UPDATE millstream.partitions AS p SET position = f.new
-    FROM unnest($2::smallint[], $3::bigint[], $4::bigint[], $5::bigint[]) AS f(partition, epoch, old, new)
-    WHERE p.stream_epoch = $1 AND p.partition = f.partition AND p.epoch = f.epoch AND p.position = f.old
-    RETURNING p.partition)"
-    };
-}
-/// Moves the positions of those partitions that are where their owner believes. Its parameters: [`bind_fences`].
-pub(crate) const FENCED: &str = fenced!();
-
-/// Fence of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
+/// PositionMove of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
 /// another owner changed the ledger meanwhile, it would have moved the position or the term too, and the fence fails.
 const FENCE: &str = concat!(
     "WITH ",
@@ -90,7 +75,7 @@ pub(crate) async fn fence(
     connection: &mut PgConnection,
     incarnation: &str,
     items: &[Item],
-    fences: &[Fence],
+    fences: &[PositionMove],
 ) -> Result<(Ledger, u64), Failed> {
     let mut clients: Vec<Uuid> = items.iter().filter_map(|item| Some(item.submission.as_ref()?.client_id)).collect();
     clients.sort_unstable();
@@ -115,21 +100,6 @@ pub(crate) async fn fence(
         }
     }
     Ok((ledger, now))
-}
-
-/// The parameters `$1` to `$5` of [`FENCED`].
-pub(crate) fn bind_fences<'q>(
-    query: Query<'q, Postgres, PgArguments>,
-    incarnation: &'q str,
-    fences: &[Fence],
-) -> Query<'q, Postgres, PgArguments> {
-    let column = |value: fn(&Fence) -> i64| fences.iter().map(value).collect::<Vec<i64>>();
-    query
-        .bind(incarnation)
-        .bind(fences.iter().map(|fence| fence.partition as i16).collect::<Vec<i16>>())
-        .bind(column(|fence| fence.term))
-        .bind(column(|fence| fence.old as i64))
-        .bind(column(|fence| fence.new as i64))
 }
 
 /// Stores the ledger and the failures, and writes the origin.
@@ -184,26 +154,6 @@ pub(crate) async fn settle(
         .map_err(Failed::at_work)?;
     let settled: i64 = row.try_get("settled").map_err(Failed::Server)?;
     if settled == changed.len() as i64 { Ok(()) } else { Err(Failed::Ledger) }
-}
-
-/// What the batch settles: one entry for each client whose ledger moved, in the order of [`Ledger::changed`].
-pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> {
-    let mut failures: HashMap<Uuid, Vec<Failure>> = HashMap::new();
-    let mut losses: HashMap<Uuid, Vec<Loss>> = HashMap::new();
-    for planned in plan {
-        let client_id = planned.submission.client_id;
-        losses.entry(client_id).or_default().extend(planned.loss());
-        failures.entry(client_id).or_default().extend(planned.result().and_then(|result| result.failure));
-    }
-    let entry = |(id, client): (Uuid, &Client)| OriginEntry {
-        client_id: id,
-        first_seq: client.stored.unwrap_or(0) + 1,
-        client_seq: client.last,
-        run_id: client.run_id.unwrap_or_default(),
-        failed: failures.remove(&id).unwrap_or_default(),
-        lost: losses.remove(&id).unwrap_or_default(),
-    };
-    ledger.changed().map(entry).collect()
 }
 
 /// The origin record of a batch of so many submissions. Both ways of committing a batch make it here, within its bound.

@@ -9,9 +9,9 @@ use millstream_schemas::subject::{PARTITIONS, changes};
 use sqlx::{PgPool, Row};
 use tokio::sync::{mpsc, watch};
 
-use crate::consumer::{Idle, worker_of};
-use crate::ownership::Assignment;
-use crate::retention::Retention;
+use crate::partitions::consumer::{Idle, worker_of};
+use crate::partitions::ownership::Assignment;
+use crate::partitions::retention::Retention;
 
 /// Time between rounds.
 const PERIOD: Duration = Duration::from_secs(30);
@@ -69,7 +69,7 @@ impl Janitor {
     async fn round(&self) -> Result<(), JanitorError> {
         // In this order: what the stream holds, then how far partitions are. Messages published meanwhile lie behind `last`.
         let info = self.stream.get_info().await.map_err(JanitorError::Info)?;
-        if crate::consumer::incarnation_of(&info) != self.incarnation {
+        if crate::partitions::consumer::incarnation_of(&info) != self.incarnation {
             return Ok(());
         }
         let (first, last) = (info.state.first_sequence, info.state.last_sequence);

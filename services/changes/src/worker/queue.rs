@@ -3,138 +3,18 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use millstream_schemas::stream::{ChangesMessage, Submission};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::pace::Pace;
-use crate::progress::{Fence, Owned, Progress};
-use crate::turns::{Left, Turns};
-
-/// Most transactions in one Postgres transaction.
-pub(crate) const MAX_TRANSACTIONS: usize = 100;
-/// Most that the transactions in one Postgres transaction may cost ([`Item::cost`]), unless a single one costs more.
-pub(crate) const MAX_COST: usize = 1_000;
-/// Most transactions in one Postgres transaction where each has a savepoint: from 64 subtransactions on, every snapshot
-/// of the server is slowed down.
-pub(crate) const MAX_SAVEPOINTS: usize = 60;
+use crate::item::{Item, Left, MAX_SAVEPOINTS, MAX_TRANSACTIONS, Mode, Owned, PositionMove};
+use crate::worker::pace::Pace;
+use crate::worker::progress::Progress;
+use crate::worker::turns::Turns;
 
 /// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
 const WARY: usize = 10;
 /// After one that took longer, so many quick ones have to follow before there are more at once again.
 const PATIENCE: usize = 10;
-
-/// One submission of a message, or a message without any.
-#[derive(Debug)]
-pub(crate) struct Item {
-    /// Partition of the message.
-    pub partition: u16,
-    /// Place in the message.
-    pub index: u32,
-    /// The message's stream sequence.
-    pub sequence: u64,
-    /// What to do; none for an undecodable message, and for an idle partition that is only moved on.
-    pub submission: Option<Submission>,
-    /// The last one of its message.
-    pub last: bool,
-    /// About what it takes in memory.
-    pub bytes: usize,
-    /// About what it takes to be applied, in small changes.
-    pub cost: usize,
-    /// Room in the worker's memory, freed when the item is done with.
-    #[expect(dead_code, reason = "held, not read")]
-    pub room: Option<OwnedSemaphorePermit>,
-}
-
-impl Item {
-    /// The items of a [`ChangesMessage`].
-    pub fn decode(partition: u16, sequence: u64, payload: &[u8], room: Option<OwnedSemaphorePermit>) -> Vec<Item> {
-        let submissions = match serde_json::from_slice::<ChangesMessage>(payload) {
-            Ok(message) => message.submissions,
-            Err(error) => {
-                // Nobody can be told: it does not say whose it is. The sender never sees it confirmed and sends it again.
-                // (The error's text could quote values.)
-                tracing::error!(
-                    partition,
-                    stream.sequence = sequence,
-                    line = error.line(),
-                    column = error.column(),
-                    "a message cannot be decoded and is passed over"
-                );
-                Vec::new()
-            }
-        };
-        Item::of_message(partition, sequence, submissions, room)
-    }
-
-    /// The items of a message, each with its part of the room.
-    pub fn of_message(
-        partition: u16,
-        sequence: u64,
-        submissions: Vec<Submission>,
-        mut room: Option<OwnedSemaphorePermit>,
-    ) -> Vec<Item> {
-        let count = submissions.len();
-        let item = |(index, submission): (usize, Submission)| {
-            let (bytes, cost) = (bytes(&submission), cost(&submission));
-            let room = room.as_mut().and_then(|room| room.split(room.num_permits().min(bytes / 1024 + 1)));
-            let last = index + 1 == count;
-            Item { partition, index: index as u32, sequence, submission: Some(submission), last, bytes, cost, room }
-        };
-        match count {
-            0 => vec![Item::empty(partition, sequence)],
-            _ => submissions.into_iter().enumerate().map(item).collect(),
-        }
-    }
-
-    /// Of a message without a submission, and of none, that the partition is moved on over.
-    pub fn empty(partition: u16, sequence: u64) -> Item {
-        Item { partition, index: 0, sequence, submission: None, last: true, bytes: 0, cost: 0, room: None }
-    }
-
-    /// Which transaction it is: client and `client_seq`.
-    pub fn name(&self) -> Option<(Uuid, u64)> {
-        self.submission.as_ref().map(|submission| (submission.client_id, submission.client_seq))
-    }
-
-    /// Where it is in the stream.
-    pub fn left(&self) -> Left {
-        Left { partition: self.partition, index: self.index, sequence: self.sequence }
-    }
-}
-
-/// About what a submission takes in memory.
-fn bytes(submission: &Submission) -> usize {
-    let change = |change: &millstream_schemas::Change| {
-        let values = change.key.iter().chain(&change.values).flatten().map(String::len).sum::<usize>();
-        size_of_val(change)
-            + values
-            + (change.columns.len() + change.values.len() + change.key.len()) * size_of::<String>()
-    };
-    size_of::<Item>() + submission.changes.iter().map(change).sum::<usize>()
-}
-
-/// What a transaction takes to be applied, in changes of a small row. Large values cost by their size: they are parsed, checked and
-/// compressed.
-fn cost(submission: &Submission) -> usize {
-    const SMALL_ROW_BYTES: usize = 256;
-    let values = submission.changes.iter().flat_map(|change| change.values.iter().flatten());
-    submission.changes.len().max(values.map(String::len).sum::<usize>() / SMALL_ROW_BYTES)
-}
-
-/// How the next batch is applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
-    /// Set-wise, without savepoints.
-    Fast,
-    /// Set-wise, each statement in a savepoint.
-    Careful,
-    /// Change by change, a savepoint each transaction.
-    Savepoints,
-    /// As `Savepoints`, one transaction alone.
-    Single,
-}
 
 /// The worker's queue: a batch, how many of its first items are to be applied how, and behind it what waits for its turn.
 ///
@@ -221,7 +101,7 @@ impl Queue {
     }
 
     /// The fences for the first `count` items; every partition of theirs must be in `owned`.
-    pub fn fences(&self, count: usize, owned: &BTreeMap<u16, Owned>) -> Vec<Fence> {
+    pub fn fences(&self, count: usize, owned: &BTreeMap<u16, Owned>) -> Vec<PositionMove> {
         self.progress.fences(self.batch.iter().take(count), owned)
     }
 
@@ -412,8 +292,10 @@ pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::pace::CAREFUL;
-    use crate::validator::tests::change;
+    use crate::worker::pace::CAREFUL;
+    use millstream_schemas::stream::Submission;
+
+    use crate::decide::validator::tests::change;
 
     /// A message of client 0 with transactions of these sizes.
     pub fn message(partition: u16, sequence: u64, sizes: &[usize]) -> Vec<Item> {

@@ -7,9 +7,9 @@ use millstream_schemas::Code;
 use millstream_schemas::stream::{Failure, Loss, Submission, TransactionResult, Verdict};
 use uuid::Uuid;
 
+use crate::decide::ledger::{Decision, Ledger};
+use crate::decide::validator::{self, Rejection, Step};
 use crate::error::Refusal;
-use crate::ledger::{Decision, Ledger};
-use crate::validator::{self, Rejection, Step};
 
 /// Rejections that are already certain, by client and `client_seq`: of transactions that failed at COMMIT or kept
 /// failing in ways nobody understands.
@@ -230,8 +230,8 @@ mod tests {
     use millstream_schemas::{Change, Operation};
 
     use super::*;
-    use crate::ledger::Client;
-    use crate::validator::tests::{change, only, tasks};
+    use crate::decide::ledger::Client;
+    use crate::decide::validator::tests::{change, only, tasks};
 
     fn submission(client_seq: u64, after: &[u64], title: &str) -> Submission {
         Submission {

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use crate::validator::Rejection;
+use crate::decide::validator::Rejection;
 
 /// One row, as `jsonb_to_recordset` reads it.
 #[derive(Debug, Serialize)]
@@ -148,7 +148,7 @@ mod tests {
     use millstream_schemas::Change;
 
     use super::*;
-    use crate::validator::tests::change;
+    use crate::decide::validator::tests::change;
 
     #[test]
     fn records_can_be_stored_whatever_the_client_sent() {

@@ -13,45 +13,29 @@ use std::sync::Arc;
 
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::{Clock, Code, Merge, Operation};
-use sqlx::postgres::PgArguments;
-use sqlx::query::Query;
-use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
-use uuid::Uuid;
+use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-use crate::batch::MAX_SAVEPOINTS;
-use crate::error::{Fault, Refusal, classify, is_duplicate, may_be_a_value};
-use crate::executor::Failed;
-use crate::explain;
-use crate::group::{Group, Groups, Place};
-use crate::plan::{Action, Planned, Rejected};
-use crate::statement::{InputRow, Statement, Statements};
-use crate::suspects::suspects;
-use crate::validator::Step;
+use crate::decide::plan::{Action, Planned, Rejected};
+use crate::decide::validator::Step;
+use crate::error::{Fault, Refusal, classify, is_duplicate, is_out_of_time, may_be_a_value};
+use crate::item::MAX_SAVEPOINTS;
+use crate::sql::combined::Combined;
+use crate::sql::group::{Group, Groups, Place};
+use crate::sql::statement::{InputRow, Statement, Statements, bind};
+use crate::transaction::explain::{self, Outcome};
+use crate::transaction::failed::Failed;
+use crate::transaction::suspects::suspects;
 
 /// Most rows that are left out of a statement for what its errors quote.
 const MAX_APART: usize = 20;
 /// How often a row is tried that is there, may be written and would win, but was not written: somebody else was writing it.
 const RACES: usize = 3;
 
-/// What became of a change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    Won,
-    /// It lost to newer changes, in part or as a whole; `winner` is the newest clock among them.
-    Lost {
-        whole: bool,
-        winner: String,
-    },
-    /// It was refused, and nothing written.
-    Refused(Refusal),
-    /// It was refused after a trigger left it out: what that did meanwhile has to be undone.
-    Undone(Refusal),
-}
-
 /// A transaction of Postgres in which changes are applied.
 pub(crate) struct Applier<'a> {
     connection: &'a mut PgConnection,
     statements: &'a mut Statements,
+    combined: &'a mut Combined,
     /// The database's time at the batch's beginning, microseconds since 1970.
     now: u64,
     /// How many stamps were cut to the bound.
@@ -63,10 +47,16 @@ pub(crate) struct Applier<'a> {
 }
 
 impl<'a> Applier<'a> {
-    pub fn new(connection: &'a mut PgConnection, statements: &'a mut Statements, now: u64) -> Self {
+    pub fn new(
+        connection: &'a mut PgConnection,
+        statements: &'a mut Statements,
+        combined: &'a mut Combined,
+        now: u64,
+    ) -> Self {
         Applier {
             connection,
             statements,
+            combined,
             now,
             cut: Cell::new(0),
             user: None,
@@ -116,13 +106,13 @@ impl<'a> Applier<'a> {
         let mut outcomes = Vec::new();
         if careful && independent {
             outcomes = self.write_apart(groups).await?;
-        } else if let Some(sql) = independent.then(|| self.statements.together(&mut groups)).flatten() {
-            let written = self.write_together(&sql, &groups).await.map_err(failed)?;
+        } else if let Some(sql) = independent.then(|| self.combined.together(&mut groups)).flatten() {
+            let written = self.write_together(&sql, &groups).await.map_err(Failed::of)?;
             outcomes.extend(groups.into_iter().flat_map(|group| group.places).zip(written.into_iter().flatten()));
         } else {
             for group in groups {
                 let written = match careful {
-                    false => self.write(&group.statement, &group.rows).await.map_err(failed)?,
+                    false => self.write(&group.statement, &group.rows).await.map_err(Failed::of)?,
                     true => self.write_carefully(&group).await?,
                 };
                 outcomes.extend(group.places.into_iter().zip(written));
@@ -163,7 +153,7 @@ impl<'a> Applier<'a> {
         if groups.len() > 1 {
             self.savepoint(0).await?;
         }
-        while let Some(sql) = self.statements.together(&mut groups) {
+        while let Some(sql) = self.combined.together(&mut groups) {
             let error = match self.write_together(&sql, &groups).await {
                 Ok(written) => {
                     let places = groups.drain(..).flat_map(|group| group.places);
@@ -173,7 +163,7 @@ impl<'a> Applier<'a> {
                 Err(error) => error,
             };
             if ends_batch(&error) {
-                return Err(failed(error));
+                return Err(Failed::of(error));
             }
             self.raw("ROLLBACK TO SAVEPOINT statement").await?;
             let before = apart.len();
@@ -221,7 +211,7 @@ impl<'a> Applier<'a> {
                 }
                 Err(error) => {
                     if ends_batch(&error) {
-                        return Err(failed(error));
+                        return Err(Failed::of(error));
                     }
                     self.raw("ROLLBACK TO SAVEPOINT statement").await?;
                     self.forget();
@@ -235,7 +225,7 @@ impl<'a> Applier<'a> {
                                         outcomes.push(outcome);
                                         continue;
                                     }
-                                    Err(error) if ends_batch(&error) => return Err(failed(error)),
+                                    Err(error) if ends_batch(&error) => return Err(Failed::of(error)),
                                     Err(error) => error,
                                 };
                                 self.raw("ROLLBACK TO SAVEPOINT statement").await?;
@@ -607,41 +597,4 @@ fn won(winner: Option<String>) -> Outcome {
 /// fault would meet it again. A statement that ran out of time is one of them.
 fn ends_batch(error: &sqlx::Error) -> bool {
     matches!(classify(error), Fault::Server | Fault::Gone) || is_out_of_time(error)
-}
-
-/// Whether the statement was stopped by its time limit.
-pub(crate) fn is_out_of_time(error: &sqlx::Error) -> bool {
-    error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state == "57014")
-}
-
-/// An error of a statement that ends the batch.
-pub(crate) fn failed(error: sqlx::Error) -> Failed {
-    match classify(&error) {
-        _ if is_out_of_time(&error) => Failed::at_work(error),
-        Fault::Server => Failed::at_work(error),
-        Fault::Gone => Failed::Gone(error),
-        Fault::Verdict(refusal) => Failed::Isolate { why: refusal.code.to_string(), at: None },
-        Fault::Unknown => Failed::Isolate { why: error.to_string(), at: None },
-    }
-}
-
-/// A statement's text is made of the catalog's names and the operator's predicates; values are bound.
-pub(crate) fn bind<'q>(
-    mut query: Query<'q, Postgres, PgArguments>,
-    op: Operation,
-    rows: &[InputRow<'q>],
-) -> Query<'q, Postgres, PgArguments> {
-    let step = rows[0].step;
-    let keys = if op == Operation::Insert { 0 } else { step.key.len() };
-    for place in 0..keys {
-        query = query.bind(rows.iter().map(|row| row.step.key[place].as_deref()).collect::<Vec<Option<&str>>>());
-    }
-    for place in 0..step.values.len() {
-        query = query.bind(rows.iter().map(|row| row.step.values[place]).collect::<Vec<Option<&str>>>());
-    }
-    query
-        .bind(rows.iter().map(|row| row.user_id).collect::<Vec<&str>>())
-        .bind(rows.iter().map(|row| row.client_id).collect::<Vec<Uuid>>())
-        .bind(rows.iter().map(|row| row.clock.to_string()).collect::<Vec<String>>())
-        .bind(rows.iter().map(|row| row.clock.stamp as i64).collect::<Vec<i64>>())
 }

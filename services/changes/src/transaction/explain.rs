@@ -6,9 +6,23 @@ use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
-use crate::apply::{Outcome, bind};
 use crate::error::{Fault, Refusal, classify, may_be_a_value};
-use crate::statement::{InputRow, Statement};
+use crate::sql::statement::{InputRow, Statement, bind};
+
+/// What became of a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Won,
+    /// It lost to newer changes, in part or as a whole; `winner` is the newest clock among them.
+    Lost {
+        whole: bool,
+        winner: String,
+    },
+    /// It was refused, and nothing written.
+    Refused(Refusal),
+    /// It was refused after a trigger left it out: what that did meanwhile has to be undone.
+    Undone(Refusal),
+}
 
 /// What the database says of a row that was not written.
 #[derive(Clone, Debug, Default)]
@@ -172,9 +186,9 @@ fn misfit(state: &str, column: &str, sql_type: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::statement::Statements;
-    use crate::validator::tests::{change, only, submission, tasks};
-    use crate::validator::validate;
+    use crate::decide::validator::tests::{change, only, submission, tasks};
+    use crate::decide::validator::validate;
+    use crate::sql::statement::Statements;
 
     #[test]
     fn the_first_reason_counts() {

@@ -1,235 +1,10 @@
-//! The SQL that writes: one static text per shape (table, operation, set of columns), for any number of rows.
-//!
-//! Its parameters are arrays, one a column: key, values, who writes, the change's clock. Values arrive as text and are cast
-//! to their column's type, so what Postgres once wrote reads back exactly. The statement decides what has to hold in one
-//! view of the database: whether the row is there, whether the user may (the permission predicate), whether the declared
-//! rules hold, and whether the change is newer than what it writes over (see [`millstream_schemas::clock`]). It writes and
-//! tells of the rows for which all that is so; a second text explains the others.
-//!
-//! Identifiers come from the catalog alone.
-
-use std::collections::HashMap;
-use std::sync::Arc;
+//! The SQL text of one shape.
 
 use millstream_catalog::{ConflictPolicy, Table, literal};
-use millstream_schemas::{Clock, Merge, Operation};
-use uuid::Uuid;
+use millstream_schemas::{Merge, Operation};
 
-use crate::at_once;
-use crate::group::{Group, Shape};
-use crate::predicate::Mentions;
-use crate::traits::Traits;
-use crate::validator::{Step, rule};
-
-/// Most texts kept; column sets are the clients' choice, so there can be many.
-const MAX_CACHED: usize = 1_000;
-/// Most statements that are sent as one.
-const MAX_TOGETHER: usize = 8;
-/// A combination of statements is worth a plan of its own once it has come so often before.
-const WORTH_A_PLAN: u32 = 1;
-
-/// The texts of a shape.
-#[derive(Debug)]
-pub(crate) struct Statement {
-    /// Writes the rows. Updates and deletes give for each row that they wrote its number (1, 2, 3 …) and, where some
-    /// columns lost, the newest clock of those. Watched ones give `version` of each row that is there, and whether it was `written`.
-    pub sql: Arc<str>,
-    /// Deletes instead of which a trigger may write the row.
-    pub watched: bool,
-    /// Says of rows that were not written, by number: `found`, `readable` (told of those that are not allowed), `allowed`,
-    /// `broken` (index into `rules`), `wins`, the newest clock that the row has, `winner`, and its `version` where that was made by
-    /// this transaction.
-    pub explain_sql: Arc<str>,
-    /// Says whether the rows to update are there and the user may read them, without a look at the values.
-    pub readable_sql: Arc<str>,
-    /// The declared rules for the operation: code and message.
-    pub rules: Vec<(String, String)>,
-    /// Row security may keep rows from being written that can be seen.
-    pub row_security: bool,
-    /// What it depends on.
-    pub shape: Shape,
-}
-
-/// One row of a statement's parameters.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct InputRow<'a> {
-    pub step: &'a Step<'a>,
-    pub user_id: &'a str,
-    pub client_id: Uuid,
-    pub clock: Clock,
-}
-
-/// What a statement is for: the table, the operation, the columns that are set, and those that are added to.
-type Name = (u32, Operation, Vec<usize>, Vec<usize>);
-
-/// The texts made so far.
-#[derive(Debug, Default)]
-pub(crate) struct Statements {
-    traits: HashMap<u32, Traits>,
-    views: Vec<String>,
-    cache: HashMap<Name, Arc<Statement>>,
-    conflicts: HashMap<(usize, usize), bool>,
-    /// Texts for several groups, by their kind and shapes.
-    combined: HashMap<(Kind, Vec<usize>), Combined>,
-    made: usize,
-}
-
-/// What a text for several groups holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Kind {
-    /// The groups alone.
-    Together,
-    /// All of a batch.
-    AtOnce,
-}
-
-/// What there is for a combination of shapes.
-#[derive(Debug, Default)]
-struct Combined {
-    /// How often it came.
-    seen: u32,
-    text: Option<Arc<str>>,
-}
-
-/// A statement within another one.
-struct Part {
-    sql: String,
-    /// It gives a row for each that it wrote, with `ms_i` and `winner`; others only as many.
-    tells: bool,
-}
-
-/// The parts as `millstream_0`, `millstream_1` and so on.
-fn ctes(parts: &[Part]) -> String {
-    parts
-        .iter()
-        .enumerate()
-        .map(|(n, part)| format!("millstream_{n} AS ({})", part.sql))
-        .collect::<Vec<_>>()
-        .join(",\n")
-}
-
-impl Statements {
-    /// Starts with what the database says of tables, and the names of views.
-    pub fn new(traits: Vec<Traits>, views: Vec<String>) -> Self {
-        Statements { traits: traits.into_iter().map(|traits| (traits.oid, traits)).collect(), views, ..Self::default() }
-    }
-
-    /// The statement for a change.
-    pub fn of(&mut self, step: &Step<'_>) -> Arc<Statement> {
-        let key = (step.table.oid, step.op, step.columns.clone(), step.adds.clone());
-        if let Some(statement) = self.cache.get(&key) {
-            return statement.clone();
-        }
-        if self.cache.len() >= MAX_CACHED {
-            self.cache.clear();
-            self.conflicts.clear();
-            self.combined.clear();
-        }
-        self.made += 1;
-        let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
-        let unknown = Traits::unknown(table.oid);
-        let traits = self.traits.get(&table.oid).unwrap_or(&unknown);
-        let mut writer = Writer { table, op, columns, adds: &step.adds, first: 1, watched: false };
-        let mut mentions = Mentions::default();
-        writer.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
-        // Where the row is there already, it is an update.
-        let merges = op == Operation::Insert && table.insert_existing_merges && table.write.update.is_some();
-        if merges {
-            let update = Writer { op: Operation::Update, ..writer };
-            update.predicates().for_each(|sql| mentions.add(Mentions::of(sql)));
-        }
-        let reads_view = self.views.iter().any(|view| mentions.names.contains(view));
-        // A refusal depends on who is a member by then.
-        if op != Operation::Insert || merges {
-            mentions.names.extend(Mentions::of(&table.readable).names);
-        }
-        let shape = Shape::new(self.made, table, op, columns, traits, mentions, reads_view);
-        // Rewrite rules cannot be where a delete is a part of a statement.
-        let watched = shape.cause && op == Operation::Delete && !traits.rules;
-        writer.watched = watched;
-        let statement = Arc::new(Statement {
-            sql: if watched { writer.delete_watched() } else { writer.write() }.into(),
-            watched,
-            explain_sql: writer.explain(traits.row_security).into(),
-            readable_sql: writer.readable().into(),
-            rules: writer.rules().map(|rule| (rule.code.clone(), rule.message.clone())).collect(),
-            row_security: traits.row_security,
-            shape,
-        });
-        self.cache.insert(key, statement.clone());
-        statement
-    }
-
-    /// One text for groups that do not depend on each other: a round trip instead of several. It gives, by the place of the
-    /// group, what each statement gives; of inserts how many rows there are, as `ms_i`. None: they are to be sent one by one.
-    /// `groups` each have rows, and are sorted if there is a text.
-    pub fn together(&mut self, groups: &mut [Group<'_>]) -> Option<Arc<str>> {
-        if groups.len() < 2 {
-            return None;
-        }
-        let text = |parts: &[Part]| {
-            let results = parts.iter().enumerate().map(|(place, part)| {
-                let (ms_i, winner) = if part.tells { ("ms_i", "winner") } else { ("count(*)", "NULL::text") };
-                format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM millstream_{place}")
-            });
-            let results = results.collect::<Vec<_>>().join(" UNION ALL ");
-            format!("/* millstream together */ WITH {}\n{results}", ctes(parts))
-        };
-        self.combined(Kind::Together, groups, 1, text)
-    }
-
-    /// One text for a whole batch: see [`crate::at_once`]. None: it is to go the long way. `groups` are as above, of any
-    /// number.
-    pub fn at_once(&mut self, groups: &mut [Group<'_>]) -> Option<Arc<str>> {
-        let text = |parts: &[Part]| {
-            let whole = |part: &Part| if part.tells { " FILTER (WHERE winner IS NULL)" } else { "" };
-            let counts = parts.iter().enumerate();
-            let counts = counts.map(|(n, part)| format!("(SELECT count(*){} FROM millstream_{n})", whole(part)));
-            at_once::text(&ctes(parts), &counts.collect::<Vec<_>>())
-        };
-        self.combined(Kind::AtOnce, groups, at_once::PARAMETERS + 1, text)
-    }
-
-    /// A text for groups, made when their combination is worth it. `first`: number of the first parameter of theirs.
-    fn combined(
-        &mut self,
-        kind: Kind,
-        groups: &mut [Group<'_>],
-        mut first: usize,
-        text: impl Fn(&[Part]) -> String,
-    ) -> Option<Arc<str>> {
-        if !(1..=MAX_TOGETHER).contains(&groups.len()) {
-            return None;
-        }
-        if self.combined.len() >= MAX_CACHED {
-            self.combined.clear();
-        }
-        groups.sort_by_key(|group| group.statement.shape.id);
-        let shapes: Vec<usize> = groups.iter().map(|group| group.statement.shape.id).collect();
-        let combined = self.combined.entry((kind, shapes)).or_default();
-        combined.seen = combined.seen.saturating_add(1);
-        if combined.seen <= WORTH_A_PLAN {
-            return None;
-        }
-        if combined.text.is_none() {
-            let part = |group: &Group<'_>| {
-                let Step { table, op, columns, adds, .. } = group.rows[0].step;
-                let writer = Writer { table, op: *op, columns, adds, first, watched: false };
-                first += writer.parameters();
-                let tells = *op != Operation::Insert;
-                Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
-            };
-            combined.text = Some(text(&groups.iter().map(part).collect::<Vec<_>>()).into());
-        }
-        combined.text.clone()
-    }
-
-    /// Whether changes of two shapes may depend on their order, even if of different rows.
-    pub fn conflict(&mut self, a: &Shape, b: &Shape) -> bool {
-        let pair = (a.id.min(b.id), a.id.max(b.id));
-        *self.conflicts.entry(pair).or_insert_with(|| a.conflicts(b))
-    }
-}
+use crate::decide::validator::rule;
+use crate::sql::predicate::Mentions;
 
 /// Who writes, for predicates.
 const AUTH: &str =
@@ -251,26 +26,26 @@ const OWN_PARAMETERS: [(&str, &str); 4] =
 
 /// Makes the texts of a shape.
 #[derive(Clone, Copy)]
-struct Writer<'a> {
-    table: &'a Table,
-    op: Operation,
-    columns: &'a [usize],
+pub(crate) struct Writer<'a> {
+    pub table: &'a Table,
+    pub op: Operation,
+    pub columns: &'a [usize],
     /// Those of `columns` whose value is added.
-    adds: &'a [usize],
+    pub adds: &'a [usize],
     /// Number of its first parameter.
-    first: usize,
+    pub first: usize,
     /// See [`Statement::watched`].
-    watched: bool,
+    pub watched: bool,
 }
 
 impl<'a> Writer<'a> {
-    fn rules(&self) -> impl Iterator<Item = &'a millstream_catalog::Rule> + use<'a> {
+    pub fn rules(&self) -> impl Iterator<Item = &'a millstream_catalog::Rule> + use<'a> {
         let op = self.op;
         self.table.rules.iter().filter(move |rule| rule.on.contains(&op))
     }
 
     /// The permission predicate, then those of rules.
-    fn predicates(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+    pub fn predicates(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         // The validator lets no operation through that has no rule.
         let permission = rule(self.table, self.op).unwrap_or("false");
         std::iter::once(permission).chain(self.rules().map(|rule| rule.check.as_str()))
@@ -325,11 +100,11 @@ impl<'a> Writer<'a> {
     }
 
     /// How many parameters there are.
-    fn parameters(&self) -> usize {
+    pub fn parameters(&self) -> usize {
         self.keys() + self.columns.len() + OWN_PARAMETERS.len()
     }
 
-    /// The parameters, as [`crate::apply`] binds them: keys (but of inserts, whose values hold them), values, users,
+    /// The parameters, as [`crate::transaction::apply`] binds them: keys (but of inserts, whose values hold them), values, users,
     /// clients, clocks, times.
     fn input(&self) -> String {
         let keys = self.keys();
@@ -507,7 +282,7 @@ impl<'a> Writer<'a> {
         kept
     }
 
-    fn write(&self) -> String {
+    pub fn write(&self) -> String {
         let (name, guard) = (&self.table.sql_name, self.guard());
         let from = format!("{}, {AUTH}", self.input());
         let sql = match self.op {
@@ -565,7 +340,7 @@ impl<'a> Writer<'a> {
     }
 
     /// A delete that tells of the rows that are there which it did not write: a trigger may have written them instead.
-    fn delete_watched(&self) -> String {
+    pub fn delete_watched(&self) -> String {
         format!(
             "{} WITH millstream_before AS MATERIALIZED (SELECT millstream_input.ms_i, {VERSION} AS version\nFROM {} JOIN {} AS old ON {}),\n\
              millstream_written AS ({})\n\
@@ -593,7 +368,7 @@ impl<'a> Writer<'a> {
         format!("LATERAL (SELECT {row}) AS new")
     }
 
-    fn readable(&self) -> String {
+    pub fn readable(&self) -> String {
         format!(
             "/* millstream readable */ SELECT EXISTS (SELECT FROM {} CROSS JOIN {AUTH} JOIN {} AS old ON {} WHERE {})",
             self.input(),
@@ -604,7 +379,7 @@ impl<'a> Writer<'a> {
     }
 
     /// `row_security`: rows that are allowed may not be written nevertheless.
-    fn explain(&self, row_security: bool) -> String {
+    pub fn explain(&self, row_security: bool) -> String {
         let (join, found) = match self.op {
             Operation::Insert => (format!("CROSS JOIN {}", self.inserted()), "true".to_owned()),
             Operation::Update | Operation::Delete => (
@@ -666,7 +441,7 @@ mod tests {
     use millstream_catalog::{Column, Rule};
 
     use super::*;
-    use crate::validator::tests::tasks;
+    use crate::decide::validator::tests::tasks;
 
     fn sql(table: &Table, op: Operation, columns: &[usize]) -> String {
         Writer { table, op, columns, adds: &[], first: 1, watched: false }.write()

@@ -3,7 +3,7 @@
 //! The order that must hold is that of each client. Turns go round by deficit round robin (Shreedhar and Varghese,
 //! "Efficient Fair Queuing using Deficit Round-Robin", 1995): a turn is one transaction, and one that costs more waits until its
 //! client has the credit. A client that is alone needs none. Large transactions, and those of clients whose transactions took long,
-//! hold up nobody: they are for a connection aside ([`crate::aside`]), one at a time. A client whose transaction is in trouble is
+//! hold up nobody: they are for a connection aside ([`crate::worker::aside`]), one at a time. A client whose transaction is in trouble is
 //! parked until a time, and its transactions up to that one are then tried apart from others.
 //!
 //! A client does not fill the memory of the worker either: what exceeds its share is left in the stream, and read again
@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::batch::{Item, MAX_COST};
+use crate::item::{Item, Left, MAX_COST, WORKER_KIB};
 
 /// What a client gets as credit in a round of turns, in small changes as [`Item::cost`].
 const QUANTUM: usize = 20;
@@ -34,24 +34,14 @@ const MAX_SLOW: usize = 10_000;
 const SHARE_BYTES: usize = 1 << 20;
 /// The same where more than [`CROWDED_BYTES`] wait: half of the worker's room.
 const CROWDED_SHARE_BYTES: usize = 16 << 10;
-const CROWDED_BYTES: usize = crate::consumer::WORKER_KIB << 9;
+const CROWDED_BYTES: usize = WORKER_KIB << 9;
 /// What was left in the stream is not read while more than this waits for its turn.
-const MAX_BYTES: usize = crate::consumer::WORKER_KIB << 10;
+const MAX_BYTES: usize = WORKER_KIB << 10;
 /// Most transactions that a worker leaves in the stream and keeps in mind, 24 bytes each.
 const MAX_LEFT: usize = 1_000_000;
 
 /// Whose an item is: a client's, or nobody's, where it only moves a position on.
 type Owner = Option<Uuid>;
-
-/// A transaction that was left in the stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Left {
-    pub partition: u16,
-    /// Place in its message.
-    pub index: u32,
-    /// The message's.
-    pub sequence: u64,
-}
 
 /// A client of which something waits.
 #[derive(Debug)]
@@ -470,8 +460,8 @@ impl Turns {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::MAX_TRANSACTIONS;
-    use crate::batch::tests::submission;
+    use crate::item::MAX_TRANSACTIONS;
+    use crate::worker::queue::tests::submission;
 
     /// The transactions of a client, all in one message.
     fn message(client: u128, sequence: u64, first: u64, sizes: &[usize]) -> Vec<Item> {

@@ -6,23 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::batch::Item;
-
-/// A partition's fence within one Postgres transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fence {
-    pub partition: u16,
-    pub term: i64,
-    pub old: u64,
-    pub new: u64,
-}
-
-/// A partition that the worker owns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Owned {
-    pub term: i64,
-    pub position: u64,
-}
+use crate::item::{Item, Owned, PositionMove};
 
 /// The messages that are not done with. As many as there are such messages, however far others are ahead of them.
 #[derive(Debug, Default)]
@@ -65,7 +49,7 @@ impl Progress {
     }
 
     /// The fences for a batch: where the positions of its partitions are once it is done with.
-    pub fn fences<'a>(&self, items: impl Iterator<Item = &'a Item>, owned: &BTreeMap<u16, Owned>) -> Vec<Fence> {
+    pub fn fences<'a>(&self, items: impl Iterator<Item = &'a Item>, owned: &BTreeMap<u16, Owned>) -> Vec<PositionMove> {
         let mut batch: BTreeMap<u16, BTreeMap<u64, usize>> = BTreeMap::new();
         for item in items {
             *batch.entry(item.partition).or_default().entry(item.sequence).or_default() += 1;
@@ -75,7 +59,7 @@ impl Progress {
             let Partition { seen, open } = self.0.get(&partition)?;
             let remains = |(sequence, open): &(&u64, &Open)| !open.whole || done.get(sequence) != Some(&open.items);
             let new = open.iter().find(remains).map_or(*seen, |(first, _)| first.saturating_sub(1));
-            Some(Fence { partition, term, old: position, new: new.max(position) })
+            Some(PositionMove { partition, term, old: position, new: new.max(position) })
         };
         batch.into_iter().filter_map(fence).collect()
     }
@@ -92,7 +76,7 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::tests::message;
+    use crate::worker::queue::tests::message;
 
     #[test]
     fn a_position_moves_over_what_is_done_from_the_first_on() {

@@ -12,9 +12,8 @@ use millstream_schemas::stream::Submission;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::batch::{Item, MAX_TRANSACTIONS};
-use crate::progress::Owned;
-use crate::validator::Rejection;
+use crate::decide::validator::Rejection;
+use crate::item::{Item, MAX_TRANSACTIONS, Owned};
 
 /// Most transactions of a partition that validators are asked about at a time: what fits into a batch.
 const ASK_AHEAD: usize = MAX_TRANSACTIONS;

@@ -22,8 +22,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use crate::gate::{Answer, Gate, Key};
-use crate::validator::Rejection;
+use crate::decide::validator::Rejection;
+use crate::item::Item;
+use crate::worker::gate::{Answer, Gate, Key};
 
 /// Most questions under way a table, over all workers of the process.
 const MAX_QUESTIONS: usize = 64;
@@ -236,7 +237,7 @@ fn verdict(submission: &Submission, refusals: Vec<Refusal>) -> Answer {
     })
 }
 
-/// The verdict on a transaction by one answer alone, for [`crate::pure`].
+/// The verdict on a transaction by one answer alone, for [`crate::for_simulation`].
 pub(crate) fn answer(payload: &[u8], request: &ValidateRequest, submission: &Submission) -> Result<Answer, String> {
     let refusal = refusal(payload, request).map_err(|why| why.to_string())?;
     Ok(verdict(submission, refusal.into_iter().collect()))
@@ -255,13 +256,13 @@ impl Questions {
     }
 
     /// Takes an item in; gives it back if it need not wait.
-    pub fn push(&mut self, item: crate::batch::Item) -> Option<crate::batch::Item> {
+    pub fn push(&mut self, item: Item) -> Option<Item> {
         let asks = item.submission.as_ref().is_some_and(|submission| self.external.concerns(submission));
         self.gate.push(item, asks)
     }
 
     /// Takes the answers that are there, hands on what waits no more, and asks what is to be asked.
-    pub fn proceed(&mut self, out: impl FnMut(crate::batch::Item, Answer)) {
+    pub fn proceed(&mut self, out: impl FnMut(Item, Answer)) {
         while let Some(Ok((partition, key, answer))) = self.under_way.try_join_next() {
             self.gate.answered(partition, key, answer, Instant::now());
         }
@@ -296,7 +297,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::validator::tests::change;
+    use crate::decide::validator::tests::change;
 
     fn request() -> ValidateRequest {
         let mut changes = vec![change(Operation::Delete, "1", &[]), change(Operation::Delete, "2", &[])];

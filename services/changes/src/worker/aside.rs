@@ -9,10 +9,11 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::batch::{Item, Mode};
-use crate::executor::{Executor, Failed};
-use crate::plan::Condemned;
-use crate::results::Results;
+use crate::decide::plan::Condemned;
+use crate::decide::results::Results;
+use crate::item::{Item, Mode};
+use crate::transaction::executor::Executor;
+use crate::transaction::failed::Failed;
 
 /// The connection, and what it is at.
 pub(crate) struct Aside {

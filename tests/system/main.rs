@@ -5,6 +5,7 @@ mod bad_input;
 mod batches;
 mod bulk;
 mod caught_up;
+mod circles;
 mod command_line;
 mod content;
 mod domains;

@@ -29,8 +29,6 @@ const SCHEMA: &str = include_str!("executor/schema.sql");
 const SLICE_CHANGES: usize = 2_000;
 /// Slices before the measurement, in which each way of plain SQL is tried.
 const WARM_UP_ROUNDS: usize = 12;
-/// Share of changes that violate something, in the bad slices.
-const BAD_SHARE: f64 = 0.01;
 /// Names of the two connections.
 const EXECUTOR: &str = "bench-executor";
 const FLOOR: &str = "bench-floor";
@@ -50,6 +48,9 @@ pub struct ExecutorArgs {
     /// Clients that the changes are of, each with a user of its own
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub clients: u64,
+    /// Percent of changes that violate something, in the slices with bad changes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub bad: u8,
     /// Folder for the data, to choose the disk; removed afterwards. Default: a temporary one
     #[arg(long)]
     pub dir: Option<std::path::PathBuf>,
@@ -176,7 +177,7 @@ async fn measure(stack: &Stack, config: &Path, args: &ExecutorArgs) -> Result<Re
         ratio: ratio(&executor, &floor),
         batch: args.batch,
         bad: Bad {
-            share: BAD_SHARE,
+            share: bench.bad_share,
             changes_per_s: round(bad.changes_per_s()),
             ratio: ratio(&bad, &floor),
             of_clean: ratio(&bad, &executor),
@@ -203,6 +204,7 @@ struct Bench {
     watch: PgConnection,
     workload: Workload,
     batch: usize,
+    bad_share: f64,
 }
 
 impl Bench {
@@ -231,7 +233,7 @@ impl Bench {
             .await
             .map_err(Error::postgres("connect"))?;
         let workload = Workload::new(args.clients as usize);
-        Ok(Bench { executor, floor, watch, workload, batch: args.batch as usize })
+        Ok(Bench { executor, floor, watch, workload, batch: args.batch as usize, bad_share: f64::from(args.bad) / 100.0 })
     }
 
     /// The batches of a slice.
@@ -281,7 +283,7 @@ impl Bench {
 
     /// A slice of the executor with bad changes; plain SQL gets the others, not measured.
     async fn bad(&mut self, way: Way, sum: &mut Sum) -> Result<(), Error> {
-        let batches = self.batches(BAD_SHARE);
+        let batches = self.batches(self.bad_share);
         self.plain(way, &batches, &mut Sum::default()).await?;
         self.execute(batches, sum).await
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use millstream_changes::pure;
-use millstream_edge::pure::Message;
+use millstream_edge::for_simulation::Message;
 use millstream_schemas::stream::{ANY_SCOPE, OriginEntry, Submission, header};
 use millstream_schemas::{Lsn, Row, Scope, TableChanges, TableOp};
 use rand::RngExt;

@@ -1,11 +1,11 @@
-//! Edges: what `session.rs` and `session/open.rs` of the edge do around the real downlink, with the network's frames
+//! Edges: what `session.rs` of the edge and the files below it do around the real downlink, with the network's frames
 //! and a model of Postgres and the broker on the other sides.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use millstream_edge::pure::{Downlink, Fence, Message, Next, Out, Reach};
+use millstream_edge::for_simulation::{Downlink, Fence, Message, Next, Out, Reach};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
 use millstream_schemas::stream::{Submission, Watermark};
 use millstream_schemas::{Code, Lsn, Position, Scope, TableChanges, TableOp};

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use millstream_edge::pure::Fence;
+use millstream_edge::for_simulation::Fence;
 use millstream_schemas::Value;
 use millstream_schemas::frame::Hello;
 use rand::rngs::StdRng;

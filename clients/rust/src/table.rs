@@ -279,7 +279,7 @@ impl<T: DeserializeOwned> Filter<T> {
 }
 
 fn quote(name: &str) -> String {
-    millstream_client_core::trigger::quote(name)
+    millstream_client_core::sql::quote(name)
 }
 
 /// A JSON value as SQLite stores it in a column of a Postgres type.

@@ -10,7 +10,7 @@ use millstream_schemas::stream::{ChangesMessage, MAX_ROW_BYTES, Submission, WalP
 use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Row, Scope, trace};
 use uuid::Uuid;
 
-use crate::cut;
+use crate::cut::cut;
 
 /// A text of a client: what is taken from it survives being sent on, and what is not has a code.
 pub fn client_frame(input: &[u8]) {

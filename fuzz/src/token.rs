@@ -9,7 +9,7 @@ use millstream_edge::AUDIENCE;
 use millstream_schemas::Code;
 use serde_json::Value;
 
-use crate::cut;
+use crate::cut::cut;
 
 const SECRET: &[u8] = b"0123456789abcdef0123456789abcdef";
 const ANOTHER: &[u8] = b"fedcba9876543210fedcba9876543210";

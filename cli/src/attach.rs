@@ -8,8 +8,9 @@ use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use millstream_catalog::{Catalog, ClockNames, Config, ConfigError, Conflict, TableConfig};
-use millstream_replication::identity_problems;
+use millstream_catalog::{
+    Catalog, ClockNames, Config, ConfigError, Conflict, TableConfig, Unanswered, identity_problems,
+};
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 pub use self::migration::{
@@ -66,7 +67,7 @@ pub enum Error {
     Postgres(#[source] sqlx::Error),
     /// Replica identities cannot be read.
     #[error("cannot read replica identities")]
-    Identity(#[source] Box<millstream_replication::Error>),
+    Identity(#[source] Box<Unanswered>),
     /// The output.
     #[error("cannot write the migration to {path}")]
     Output {

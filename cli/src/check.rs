@@ -61,7 +61,7 @@ pub enum Error {
     Postgres(#[source] sqlx::Error),
     /// Publication and replica identities cannot be read.
     #[error("cannot read what is replicated")]
-    Replication(#[source] Box<millstream_replication::Error>),
+    Replication(#[source] Box<millstream_catalog::Unanswered>),
     /// Nobody listens.
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use millstream_client_core::replica::{Batch, Replica, Step, Work};
-use millstream_client_core::trigger::{self, Kind};
+use millstream_client_core::sql::quote;
+use millstream_client_core::trigger::create_table;
+use millstream_client_core::types::{Kind, text_expr};
 use millstream_client_store::bound;
 use millstream_schemas::frame::{Resume, ServerFrame};
 use millstream_schemas::{ColumnSchema, Schema, TableChanges, TableSchema};
@@ -154,18 +156,18 @@ fn connection() -> Connection {
     };
     let schema = Schema { version: String::new(), tables: vec![table] };
     let connection = Connection::open_in_memory().expect("SQLite in memory");
-    let sql = format!("{}; INSERT INTO \"values\" DEFAULT VALUES", trigger::create_table(&schema.tables[0]));
+    let sql = format!("{}; INSERT INTO \"values\" DEFAULT VALUES", create_table(&schema.tables[0]));
     connection.execute_batch(&sql).expect("a table");
     connection
 }
 
 /// What the wire is given for a value that came from there.
 fn stored(connection: &Connection, kind: Kind, sql_type: &str, text: &str) -> String {
-    let column = trigger::quote(sql_type);
+    let column = quote(sql_type);
     let value = bound(kind, text).expect("a value is bound");
     let set = format!("UPDATE \"values\" SET {column} = ?1");
     connection.prepare_cached(&set).and_then(|mut set| set.execute([value])).expect("a value is stored");
-    let get = format!("SELECT {} FROM \"values\"", trigger::text_expr(kind, &column));
+    let get = format!("SELECT {} FROM \"values\"", text_expr(kind, &column));
     let mut get = connection.prepare_cached(&get).expect("a value is read");
     get.query_row([], |row| row.get(0)).expect("a value is read as text")
 }

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use bytes::Bytes;
-use millstream_edge::pure::{self, Fence, Message, text};
+use millstream_edge::for_simulation::{self, Fence, Message, text};
 use millstream_schemas::frame::{ClientFrame, MAX_FRAME_BYTES, MAX_HELLO_BYTES, Rows, ServerFrame, SnapshotMark};
 use millstream_schemas::stream::{ChangesMessage, MAX_ROW_BYTES, Submission, WalPayload};
 use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Row, Scope, trace};
 use uuid::Uuid;
 
-use crate::cut;
+use crate::cut::cut;
 
 /// A text of a client: what is taken from it survives being sent on, and what is not has a code.
 pub fn client_frame(input: &[u8]) {
@@ -65,10 +65,10 @@ pub fn mark(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     let (token, mark) = cut(text, '\n');
     let cut = SnapshotMark { token: token.into(), mark: mark.into() };
-    assert!(!pure::is_taken(b"0123456789abcdef0123456789abcdef", &cut), "no edge wrote it");
+    assert!(!for_simulation::is_taken(b"0123456789abcdef0123456789abcdef", &cut), "no edge wrote it");
     // Whose digest is in the seeds.
     let scopes = BTreeSet::from([Scope::global(), Scope::user("alice")]);
-    let read = |cut: &SnapshotMark| pure::resumed(cut, "0123456789abcdef", &scopes);
+    let read = |cut: &SnapshotMark| for_simulation::resumed(cut, "0123456789abcdef", &scopes);
     let Some((again, fence)) = read(&cut) else { return };
     assert_eq!(read(&again), Some((again.clone(), fence.clone())), "it is what it was");
     if let Some(fence) = fence {
@@ -170,7 +170,7 @@ pub fn copy(input: &[u8]) {
 /// The rows of a table of which COPY sends these chunks, and the last mark.
 fn rows<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> (Vec<Row>, Option<String>) {
     let (mut rows, mut last) = (Vec::new(), None);
-    for frame in pure::reframed("ta\"sks", &[1, 0], chunks) {
+    for frame in for_simulation::reframed("ta\"sks", &[1, 0], chunks) {
         match serde_json::from_str(&frame) {
             Ok(ServerFrame::SnapshotRows { changes, mark }) if changes.len() == 1 => {
                 rows.extend(changes.into_iter().flat_map(|changes| changes.rows));

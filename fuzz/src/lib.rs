@@ -6,6 +6,7 @@
 
 mod changes;
 mod client;
+mod cut;
 mod edge;
 mod store;
 mod tables;
@@ -30,8 +31,3 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("validator", changes::validator),
     ("value", client::value),
 ];
-
-/// The text before the first `separator`, and that behind it.
-fn cut(text: &str, separator: char) -> (&str, &str) {
-    text.split_once(separator).unwrap_or((text, ""))
-}

@@ -9,7 +9,7 @@ use millstream_edge::AUDIENCE;
 use millstream_schemas::Code;
 use serde_json::Value;
 
-use crate::cut;
+use crate::cut::cut;
 
 const SECRET: &[u8] = b"0123456789abcdef0123456789abcdef";
 const ANOTHER: &[u8] = b"fedcba9876543210fedcba9876543210";
@@ -33,7 +33,7 @@ pub fn token(input: &[u8]) {
         // Signed, and then changed.
         _ => format!("{message}A.{}", signature(&message, SECRET, Algorithm::HS256)),
     };
-    match millstream_edge::pure::user(SECRET, &token) {
+    match millstream_edge::for_simulation::user(SECRET, &token) {
         Ok(user) => {
             let (message, signed) = token.rsplit_once('.').expect("three parts");
             assert_eq!(signature(message, SECRET, Algorithm::HS256), signed, "not signed with the secret: {token}");

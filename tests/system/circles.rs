@@ -52,10 +52,14 @@ fn circles_are_seen() -> Result<()> {
         Ok(())
     };
     check(&[("", "mod a; mod b;"), ("a", "use crate::b::B;"), ("b", "struct B;")], None)?;
-    check(&[("", "mod a; mod b;"), ("a", "use crate::b::B;"), ("b", "fn f() { crate::a::g() }")], Some(&["a", "b", "a"]))?;
+    check(
+        &[("", "mod a; mod b;"), ("a", "use crate::b::B;"), ("b", "fn f() { crate::a::g() }")],
+        Some(&["a", "b", "a"]),
+    )?;
     check(&[("", "mod a; fn f() { a::g() }"), ("a", "use super::f;")], Some(&["", "a", ""]))?;
     check(&[("", "mod a; pub use a::{A, B};"), ("a", "struct A;")], None)?;
-    let by_facade = [("", "mod a; mod b; pub(crate) use a::A;"), ("a", "use crate::b::B;"), ("b", "use crate::{A, x::Y};")];
+    let by_facade =
+        [("", "mod a; mod b; pub(crate) use a::A;"), ("a", "use crate::b::B;"), ("b", "use crate::{A, x::Y};")];
     check(&by_facade, Some(&["a", "b", "a"]))?;
     check(&[("", "mod a; mod b;"), ("a", "use crate::b::B;"), ("b", "mod tests { use crate::a::A; }")], None)?;
     let three = [("a", "use crate::b;"), ("b", "use super::c::C;"), ("c", "fn f() -> crate::a::A {}"), ("", "")];
@@ -136,9 +140,12 @@ fn names(tokens: TokenStream, children: &BTreeSet<&str>, found: &mut Vec<Named>)
     let mut at = 0;
     while at < tokens.len() {
         match &tokens[at] {
-            TokenTree::Ident(word) if *word == "mod" && matches!(tokens.get(at + 2), Some(TokenTree::Group(_))) => at += 3,
+            TokenTree::Ident(word) if *word == "mod" && matches!(tokens.get(at + 2), Some(TokenTree::Group(_))) => {
+                at += 3
+            }
             TokenTree::Ident(word)
-                if (["crate", "super", "self"].iter().any(|root| word == root) || children.contains(word.to_string().as_str()))
+                if (["crate", "super", "self"].iter().any(|root| word == root)
+                    || children.contains(word.to_string().as_str()))
                     && is_colon(at + 1)
                     && is_colon(at + 2)
                     && !(at >= 2 && is_colon(at - 1) && is_colon(at - 2)) =>

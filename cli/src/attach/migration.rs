@@ -2,8 +2,7 @@
 
 use std::fmt::Write as _;
 
-use millstream_catalog::{ClockNames, ConflictPolicy, Table, literal};
-use millstream_replication::Misfit;
+use millstream_catalog::{ClockNames, ConflictPolicy, Misfit, Table, literal};
 
 /// A statement gives up rather than queue the table's readers behind a long transaction.
 const LOCK_TIMEOUT: &str = "5s";

@@ -233,7 +233,14 @@ impl Bench {
             .await
             .map_err(Error::postgres("connect"))?;
         let workload = Workload::new(args.clients as usize);
-        Ok(Bench { executor, floor, watch, workload, batch: args.batch as usize, bad_share: f64::from(args.bad) / 100.0 })
+        Ok(Bench {
+            executor,
+            floor,
+            watch,
+            workload,
+            batch: args.batch as usize,
+            bad_share: f64::from(args.bad) / 100.0,
+        })
     }
 
     /// The batches of a slice.

@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 
-use millstream_catalog::{Catalog, Config, Conflict, ConflictPolicy, Table};
-use millstream_replication::{identity_problems, publication_problems};
+use millstream_catalog::{
+    Catalog, Config, Conflict, ConflictPolicy, Table, Unanswered, identity_problems, publication_problems,
+};
 use sqlx::{PgConnection, Row};
 
 use super::{Error, Problem};
@@ -159,7 +160,7 @@ pub async fn unindexed(connection: &mut PgConnection, catalog: &Catalog) -> Resu
     Ok(warnings)
 }
 
-fn replication(error: millstream_replication::Error) -> Error {
+fn replication(error: Unanswered) -> Error {
     Error::Replication(Box::new(error))
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Nothing here does I/O, knows the time or makes randomness: the caller brings them. The parts:
 //!
+//! - [`format`](mod@format): the tables of the store itself
+//! - [`types`]: how SQLite keeps the values of Postgres' types; [`sql`]: names and literals
 //! - [`trigger`]: the SQLite tables, and the triggers that record local writes in `local_changes`
 //! - [`outbox`]: what is sent when, so that every local transaction arrives in order and none is lost
 //! - [`replica`]: staging of what the edge sends, until it can be applied whole
@@ -13,9 +15,12 @@
 #![warn(clippy::missing_errors_doc)]
 
 pub mod backoff;
+pub mod format;
 pub mod outbox;
 pub mod rebase;
 pub mod replica;
+pub mod sql;
 pub mod status;
 pub mod territory;
 pub mod trigger;
+pub mod types;

@@ -16,245 +16,14 @@
 //! SQLite applies the conflict clause of the app's statement (`INSERT OR REPLACE`) to statements inside triggers too.
 //! Therefore nothing here relies on `OR IGNORE`; existence is asked for.
 
-use millstream_schemas::spelling::{decimals, is_spelt};
-use millstream_schemas::{ColumnSchema, Merge, Numeric, TableSchema};
+use millstream_schemas::spelling::is_spelt;
+use millstream_schemas::{Merge, TableSchema};
 
-/// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
-/// app's by SQLite's own documentation.
-pub const STORE_VERSION: i64 = 5;
-
-/// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
-pub const UPGRADE_FROM_0: &str = "
-DROP INDEX local_changes_open;
-DROP INDEX local_changes_failed;
-ALTER TABLE local_changes ADD COLUMN seq INTEGER;
-ALTER TABLE local_changes ADD COLUMN instance TEXT;
-ALTER TABLE local_changes ADD COLUMN last_error_rule TEXT;
-ALTER TABLE local_changes ADD COLUMN outcome TEXT;
-UPDATE local_changes SET seq = tx, instance = (SELECT value FROM millstream_meta WHERE key = 'instance') WHERE tx > 0;
-INSERT OR REPLACE INTO millstream_meta (key, value) SELECT 'last_tx', coalesce(max(tx), 0) FROM local_changes WHERE tx > 0;
-UPDATE local_changes SET tx = (SELECT value FROM millstream_meta WHERE key = 'last_tx') - tx WHERE tx < 0;
-INSERT OR REPLACE INTO millstream_meta (key, value) SELECT 'confirmed_instance', value FROM millstream_meta WHERE key = 'instance';
-";
-
-/// Brings the tables of a store of version 1, where it was found out at each sending what a transaction has to come after, up
-/// to version 2.
-pub const UPGRADE_FROM_1: &str = "
-ALTER TABLE local_changes ADD COLUMN predecessors TEXT;
-DROP INDEX IF EXISTS local_changes_live;
-CREATE INDEX local_changes_live ON local_changes (tbl, key, seq) WHERE state <> 'confirmed';
-UPDATE local_changes AS entry SET predecessors = (SELECT nullif(json_group_array(before), '[]') FROM (
-    SELECT DISTINCT (SELECT max(e.seq) FROM local_changes AS e INDEXED BY local_changes_live WHERE e.tbl = mine.tbl AND e.key = mine.key
-        AND e.state <> 'confirmed' AND e.seq < mine.seq AND e.tx < mine.tx) AS before
-    FROM local_changes AS mine WHERE mine.tx = entry.tx) WHERE before IS NOT NULL)
-WHERE id IN (SELECT min(id) FROM local_changes WHERE seq IS NOT NULL AND state <> 'confirmed' GROUP BY tx);
-";
-
-/// Brings the tables of a store of version 2 up to version 3: the number is the app's from now on.
-pub const UPGRADE_FROM_2: &str = "PRAGMA user_version = 0;";
-
-/// Brings the tables of a store of version 3, where every value was what a column becomes, up to version 4.
-pub const UPGRADE_FROM_3: &str =
-    "ALTER TABLE local_changes ADD COLUMN adds TEXT; ALTER TABLE local_changes ADD COLUMN gone INTEGER;";
-
-/// Brings the tables of a store of version 4, whose triggers recorded values as they were written, up to version 5.
-pub const UPGRADE_FROM_4: &str = "";
-
-/// Tables of the store itself.
-///
-/// `millstream_aside` keeps what the app added and had to give way. (Version 4 has it, and nothing else that version 3 has not.)
-///
-/// In `local_changes`, `tx` names the local transaction for good; `seq` is its `client_seq`, which it gets when it may be
-/// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
-/// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any. `adds` names
-/// the columns whose value is an amount to add, as a JSON array; null: none. `gone` is 1 of a delete whose row an earlier one took along.
-pub const STORE_TABLES: &str = "
-CREATE TABLE IF NOT EXISTS local_changes (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    tx INTEGER NOT NULL,
-    seq INTEGER,
-    instance TEXT,
-    predecessors TEXT,
-    change_id TEXT NOT NULL UNIQUE,
-    tbl TEXT NOT NULL,
-    key TEXT NOT NULL,
-    op TEXT NOT NULL CHECK (op IN ('insert', 'update', 'delete')),
-    columns TEXT NOT NULL,
-    vals TEXT NOT NULL,
-    previous TEXT,
-    stamp INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('pending', 'sending', 'accepted', 'retry_wait', 'error', 'held', 'confirmed')),
-    attempts INTEGER NOT NULL DEFAULT 0,
-    next_attempt INTEGER,
-    last_error_code TEXT,
-    last_error_rule TEXT,
-    last_error TEXT,
-    outcome TEXT CHECK (outcome IN ('merged', 'superseded')),
-    traceparent TEXT,
-    recorded_at INTEGER NOT NULL,
-    adds TEXT,
-    gone INTEGER
-);
-CREATE INDEX IF NOT EXISTS local_changes_by_tx ON local_changes (tx);
-CREATE INDEX IF NOT EXISTS local_changes_by_seq ON local_changes (seq) WHERE seq IS NOT NULL;
-CREATE INDEX IF NOT EXISTS local_changes_live ON local_changes (tbl, key, seq) WHERE state <> 'confirmed';
-CREATE INDEX IF NOT EXISTS local_changes_troubled ON local_changes (tx) WHERE state <> 'confirmed' AND (attempts > 0 OR state = 'held');
-CREATE TABLE IF NOT EXISTS millstream_base (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS millstream_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS millstream_scopes (kind TEXT NOT NULL, id TEXT NOT NULL, replaced INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (kind, id)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS millstream_aside (kind TEXT NOT NULL, name TEXT NOT NULL COLLATE NOCASE, tbl TEXT, reason TEXT NOT NULL, sql TEXT, moved_to TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS millstream_spill (n INTEGER PRIMARY KEY, part INTEGER NOT NULL, changes TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
-";
+use crate::sql::{joined, literal, quote};
+use crate::types::{Kind, MAX_DIGITS, text_expr};
 
 /// Through how many references a delete is followed to the one that took its row along.
 const MAX_CASCADE: usize = 4;
-
-/// Name of the queue's table.
-pub const LOCAL_CHANGES: &str = "local_changes";
-
-/// Names that synced tables may not have.
-pub fn is_reserved(table: &str) -> bool {
-    let name = table.to_ascii_lowercase();
-    name == LOCAL_CHANGES || name.starts_with("millstream_") || name.starts_with("sqlite_")
-}
-
-/// Most digits of which every number has 64 bits.
-const MAX_DIGITS: u32 = 18;
-
-/// How SQLite stores the values of a column.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// 0 and 1; `f` and `t` on the wire.
-    Bool,
-    /// 64 bits.
-    Integer,
-    /// 64 bits; `NaN`, which SQLite lacks, stays text.
-    Real,
-    /// The smallest units of a `numeric(precision, scale)`, as 64 bits: 1250 for 12.50. What has no place in these stays text.
-    Units {
-        /// Number of all digits.
-        precision: u32,
-        /// Number of digits behind the point.
-        scale: u32,
-    },
-    /// Bytes; `\x…` on the wire.
-    Bytes,
-    /// Everything else, as Postgres writes it: exact for `numeric`, times, JSON and arrays.
-    Text,
-}
-
-impl Kind {
-    /// Of a column, by its type, as `format_type` names it, and what is declared.
-    pub fn of(column: &ColumnSchema) -> Kind {
-        match (column.numeric, column.r#type.as_str()) {
-            (Some(Numeric::Real), _) => Kind::Real,
-            (Some(Numeric::Integer), r#type) => {
-                decimals(r#type).map_or(Kind::Text, |(precision, scale)| Kind::Units { precision, scale })
-            }
-            (_, "boolean") => Kind::Bool,
-            (_, "smallint" | "integer" | "bigint") => Kind::Integer,
-            (_, "real" | "double precision") => Kind::Real,
-            (_, "bytea") => Kind::Bytes,
-            _ => Kind::Text,
-        }
-    }
-
-    /// A value in Postgres' text form as SQL of SQLite; none if it is none of this kind.
-    fn literal(self, text: &str) -> Option<String> {
-        let is_hex = |digits: &&str| digits.bytes().all(|b| b.is_ascii_hexdigit()) && digits.len().is_multiple_of(2);
-        match self {
-            Kind::Bool => Some(if text == "t" { "1" } else { "0" }.to_owned()),
-            Kind::Integer => text.parse::<i64>().ok().map(|number| number.to_string()),
-            Kind::Units { scale, .. } => units(text, scale).map(|number| number.to_string()),
-            Kind::Real => {
-                text.parse::<f64>().ok().filter(|number| number.is_finite()).map(|number| format!("{number:e}"))
-            }
-            Kind::Bytes => text.strip_prefix("\\x").filter(is_hex).map(|digits| format!("x'{digits}'")),
-            Kind::Text => Some(literal(text)),
-        }
-    }
-
-    /// The declared type. `INT`, because `INTEGER` would make a sole key column an alias of the rowid, which SQLite fills in.
-    fn declaration(self) -> &'static str {
-        match self {
-            // SQLite would make a rounded number of text that has no place in 64 bits.
-            Kind::Units { precision, .. } if precision > MAX_DIGITS => "BLOB",
-            Kind::Bool | Kind::Integer | Kind::Units { .. } => "INT",
-            Kind::Real => "REAL",
-            Kind::Bytes => "BLOB",
-            Kind::Text => "TEXT",
-        }
-    }
-}
-
-/// How many of the smallest units a decimal number is, in Postgres' text form; none if that has no place in 64 bits, or is no such number.
-pub fn units(text: &str, scale: u32) -> Option<i64> {
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let digits = whole.strip_prefix('-').unwrap_or(whole);
-    if digits.is_empty() || fraction.len() > scale as usize || !fraction.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    format!("{whole}{fraction:0<width$}", width = scale as usize).parse().ok()
-}
-
-/// An identifier, quoted.
-pub fn quote(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-/// A text literal.
-pub fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
-}
-
-/// SQL that joins operands by an associative operator, as a balanced tree. A plain chain is as deep as it is long, and SQLite
-/// refuses expressions deeper than 1,000: a wide table's would be.
-pub fn joined(operands: &[String], operator: &str) -> String {
-    match operands {
-        [operand] => operand.clone(),
-        _ => {
-            let (left, right) = operands.split_at(operands.len() / 2);
-            format!("({} {operator} {})", joined(left, operator), joined(right, operator))
-        }
-    }
-}
-
-/// SQL that gives the Postgres text form of a stored value.
-///
-/// `|| ''` takes from a value what it has besides its bytes: what a JSON function gave (`json_set`, `->`) carries a subtype to
-/// wherever it goes within the statement, also through CAST, and `json_quote` would take it for JSON instead of quoting it
-/// (SQLite documentation, "The JSON subtype").
-pub fn text_expr(kind: Kind, value: &str) -> String {
-    let text = format!("(CAST({value} AS TEXT) || '')");
-    match kind {
-        Kind::Bool => format!(
-            "CASE WHEN {value} IS NULL THEN NULL WHEN {value} IN (1, 't', 'true') THEN 't' WHEN {value} IN (0, 'f', 'false') THEN 'f' ELSE {text} END"
-        ),
-        Kind::Integer | Kind::Text => text,
-        Kind::Units { scale: 0, .. } => text,
-        Kind::Units { scale, .. } => {
-            let (digits, least) = (format!("ltrim({text}, '-')"), scale + 1);
-            let digits = format!(
-                "substr('{0:0<least$}', 1, {least} - length({digits})) || {digits}",
-                "",
-                least = least as usize
-            );
-            format!(
-                "CASE WHEN typeof({value}) = 'integer' THEN iif({value} < 0, '-', '') || substr({digits}, 1, length({digits}) - {scale}) \
-                 || '.' || substr({digits}, -{scale}) ELSE {text} END"
-            )
-        }
-        // SQLite's cast keeps 15 digits: 17 where that is not exact, and whole numbers as Postgres writes them.
-        Kind::Real => format!(
-            "CASE WHEN typeof({value}) <> 'real' THEN {text} \
-             WHEN abs({value}) < 1e15 AND {value} = CAST({value} AS INTEGER) THEN CAST(CAST({value} AS INTEGER) AS TEXT) \
-             WHEN CAST(CAST({value} AS TEXT) AS REAL) = {value} THEN CAST({value} AS TEXT) \
-             ELSE printf('%!.17g', {value}) END"
-        ),
-        Kind::Bytes => format!("CASE WHEN {value} IS NULL THEN NULL ELSE '\\x' || lower(hex({value})) END"),
-    }
-}
 
 /// SQL of the `CREATE TABLE`.
 pub fn create_table(table: &TableSchema) -> String {
@@ -690,10 +459,11 @@ fn taken(table: &TableSchema, tables: &[TableSchema], prefix: &str, depth: usize
 
 #[cfg(test)]
 mod tests {
-    use millstream_schemas::ColumnSchema;
+    use millstream_schemas::{ColumnSchema, Numeric};
+    use rusqlite::Connection;
 
     use super::*;
-    use rusqlite::Connection;
+    use crate::format::STORE_TABLES;
 
     fn table(columns: &[(&str, &str, bool)]) -> TableSchema {
         TableSchema {
@@ -727,34 +497,6 @@ mod tests {
         connection.execute_batch(&drop_triggers(&table.name)).unwrap();
     }
 
-    #[track_caller]
-    fn check(kind: Kind, stored: &str, expected: Option<&str>) {
-        let connection = Connection::open_in_memory().unwrap();
-        let sql = format!("SELECT {} FROM (SELECT {stored} AS v)", text_expr(kind, "v"));
-        let text: Option<String> = connection.query_row(&sql, [], |row| row.get(0)).unwrap();
-        assert_eq!(text.as_deref(), expected, "{stored}");
-    }
-
-    #[test]
-    fn values_leave_in_postgres_text_form() {
-        for kind in [Kind::Bool, Kind::Integer, Kind::Real, Kind::Bytes, Kind::Text] {
-            check(kind, "NULL", None);
-        }
-        check(Kind::Bool, "1", Some("t"));
-        check(Kind::Bool, "0", Some("f"));
-        check(Kind::Bool, "'true'", Some("t"));
-        check(Kind::Integer, "9223372036854775807", Some("9223372036854775807"));
-        check(Kind::Real, "0.1", Some("0.1"));
-        check(Kind::Real, "0.1 + 0.2", Some("0.30000000000000004"));
-        check(Kind::Real, "3.0", Some("3"));
-        check(Kind::Real, "-2.5", Some("-2.5"));
-        check(Kind::Real, "'NaN'", Some("NaN"));
-        check(Kind::Real, "9e999", Some("Inf"));
-        check(Kind::Bytes, "x'00FFab'", Some("\\x00ffab"));
-        check(Kind::Bytes, "x''", Some("\\x"));
-        check(Kind::Text, "'1.50'", Some("1.50"));
-    }
-
     #[test]
     fn types_map_to_affinities() {
         let table = table(&[
@@ -776,50 +518,5 @@ mod tests {
             create_table(&table),
             r#"CREATE TABLE "it's" ("id" INT, "b" INT, "r" REAL, "n" TEXT, "y" BLOB, "l" TEXT, "u" INT, "v" BLOB, "w" REAL, PRIMARY KEY ("id"))"#
         );
-    }
-
-    /// 64 bits are the limit of units, either way.
-    #[test]
-    fn units_leave_and_come_back_as_decimals() {
-        for (scale, text, number) in [
-            (2, "12.50", 1250),
-            (2, "-0.05", -5),
-            (2, "0.00", 0),
-            (2, "-123.45", -12345),
-            (0, "7", 7),
-            (0, "-7", -7),
-            (4, "0.0001", 1),
-            (18, "9.223372036854775807", i64::MAX),
-            (18, "-9.223372036854775808", i64::MIN),
-            (2, "92233720368547758.07", i64::MAX),
-        ] {
-            assert_eq!(units(text, scale), Some(number), "{text}");
-            check(Kind::Units { precision: 20, scale }, &number.to_string(), Some(text));
-        }
-        assert_eq!((units("12.5", 2), units("12", 2)), (Some(1250), Some(1200)));
-        for (scale, text) in
-            [(2, "92233720368547758.08"), (2, "1.505"), (2, "NaN"), (2, ""), (2, "."), (2, "-"), (2, "1.-5")]
-        {
-            assert_eq!(units(text, scale), None, "{text}");
-        }
-        let kind = Kind::Units { precision: 20, scale: 2 };
-        for (stored, text) in
-            [("NULL", None), ("'NaN'", Some("NaN")), ("'92233720368547758.08'", Some("92233720368547758.08"))]
-        {
-            check(kind, stored, text);
-        }
-    }
-
-    #[test]
-    fn joined_operands_are_a_balanced_tree() {
-        let letters = |text: &str| text.chars().map(String::from).collect::<Vec<_>>();
-        assert_eq!(joined(&letters("a"), "||"), "a");
-        assert_eq!(joined(&letters("abcde"), "OR"), "((a OR b) OR (c OR (d OR e)))");
-    }
-
-    #[test]
-    fn reserved_names() {
-        assert!(is_reserved("local_changes") && is_reserved("Millstream_meta") && is_reserved("sqlite_x"));
-        assert!(!is_reserved("tasks"));
     }
 }

@@ -19,10 +19,12 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::bus::{self, Control, Copies, Ended, Link, Part, Progress, WriterCommand};
 use crate::changes::{ChangesWorker, closed};
 use crate::client::{Client, Inner};
+use crate::host::SystemHost;
+use crate::spans::{ApplySpan, Traceparent};
 use crate::sync::{Auth, SyncWorker};
 use crate::token::{self, Tokens};
 use crate::watch::Readers;
-use crate::writer::{SystemHost, Writer};
+use crate::writer::Writer;
 use crate::{BoxError, Error, Result};
 
 /// How long settled entries stay in the queue, unless the app says otherwise. If the server is restored to an earlier
@@ -33,11 +35,6 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// Before a worker that ended is started anew.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
-
-/// Gives the trace context of the current span.
-pub(crate) type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
-/// Makes the span of an apply, given the trace context of what is applied.
-pub(crate) type ApplySpan = Arc<dyn Fn(Option<&str>) -> tracing::Span + Send + Sync>;
 
 /// Settings of a client. [`Client::builder`] makes one.
 #[must_use = "`open` opens the client"]
@@ -55,10 +52,20 @@ pub struct Builder {
     paused: bool,
 }
 
-impl Builder {
-    pub(crate) fn new(path: PathBuf) -> Self {
+impl Client {
+    /// Settings of a client whose store is the file at `path`, which [`Builder::open`] creates if need be. Beside it lie SQLite's own
+    /// files and `<path>-lock`.
+    ///
+    /// ```no_run
+    /// # use millstream_client::{Client, Result};
+    /// # async fn example(token: String) -> Result<()> {
+    /// let client = Client::builder("app.db").edge("wss://sync.example.org").token(token).open().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn builder(path: impl Into<PathBuf>) -> Builder {
         Builder {
-            path,
+            path: path.into(),
             edge: None,
             tokens: Tokens::default(),
             schema: None,
@@ -71,7 +78,9 @@ impl Builder {
             paused: false,
         }
     }
+}
 
+impl Builder {
     /// URL of the edge's WebSocket, `ws://…` or `wss://…`. Without one the client only records.
     ///
     /// ```no_run

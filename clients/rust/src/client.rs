@@ -1,7 +1,6 @@
 //! The client.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::status::{State, Status};
@@ -13,10 +12,9 @@ use tokio::task::JoinHandle;
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::builder::{Builder, Traceparent};
 use crate::bus::{Control, Done, Job, Notice, Reply, WriterCommand};
 use crate::error::chain;
-use crate::table::Table;
+use crate::spans::Traceparent;
 use crate::token::Tokens;
 use crate::watch::{Readers, Watch, typed};
 use crate::write::{Tx, Write};
@@ -47,20 +45,6 @@ impl Drop for Inner {
 }
 
 impl Client {
-    /// Settings of a client whose store is the file at `path`, which [`Builder::open`] creates if need be. Beside it lie SQLite's own
-    /// files and `<path>-lock`.
-    ///
-    /// ```no_run
-    /// # use millstream_client::{Client, Result};
-    /// # async fn example(token: String) -> Result<()> {
-    /// let client = Client::builder("app.db").edge("wss://sync.example.org").token(token).open().await?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn builder(path: impl Into<PathBuf>) -> Builder {
-        Builder::new(path.into())
-    }
-
     /// Waits until the tables exist and hold the rows of a first snapshot; at once if they ever did. Waits on while the client is
     /// offline.
     ///
@@ -282,26 +266,6 @@ impl Client {
     /// ```
     pub fn client_id(&self) -> Uuid {
         self.inner.status.borrow().client_id
-    }
-
-    /// Rows of a synced table as values of a type; see [`Table`].
-    ///
-    /// ```
-    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
-    /// # local::run(async |client| {
-    /// #[derive(serde::Deserialize)]
-    /// struct Task {
-    ///     title: String,
-    ///     done: bool,
-    /// }
-    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
-    /// let open = client.table::<Task>("tasks").filter("NOT done ORDER BY title", ()).rows().await?;
-    /// assert!(open[0].title == "Buy milk" && !open[0].done);
-    /// # Ok(())
-    /// # })
-    /// ```
-    pub fn table<T>(&self, name: impl Into<String>) -> Table<T> {
-        Table::new(self.clone(), name.into())
     }
 
     /// The installed schema; `None` before the first connection.

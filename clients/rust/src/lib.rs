@@ -189,11 +189,14 @@ mod bus;
 mod changes;
 mod client;
 mod error;
+mod host;
 mod leader;
 mod params;
 mod queue;
 mod rows;
+mod session;
 mod socket;
+mod spans;
 mod sync;
 mod table;
 #[cfg(feature = "testing")]

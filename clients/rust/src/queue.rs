@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use millstream_client_core::trigger;
+use millstream_client_core::format::LOCAL_CHANGES;
 use millstream_client_store::{Edit, FailedWrite, Imported, QueueEntry, Saved};
 
 use crate::bus::WriterCommand;
@@ -78,7 +78,7 @@ impl Client {
     /// ```
     pub fn watch_failed(&self) -> Watch<Vec<FailedWrite>> {
         let (notices, client) = (self.inner.notices.subscribe(), self.clone());
-        crate::watch::watch_table(notices, trigger::LOCAL_CHANGES, move || {
+        crate::watch::watch_table(notices, LOCAL_CHANGES, move || {
             let client = client.clone();
             async move { client.failed().await }
         })

@@ -43,6 +43,28 @@ pub struct Table<T> {
     row: PhantomData<fn() -> T>,
 }
 
+impl Client {
+    /// Rows of a synced table as values of a type; see [`Table`].
+    ///
+    /// ```
+    /// # mod local { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/local/mod.rs")); }
+    /// # local::run(async |client| {
+    /// #[derive(serde::Deserialize)]
+    /// struct Task {
+    ///     title: String,
+    ///     done: bool,
+    /// }
+    /// client.execute("INSERT INTO tasks (id, title) VALUES (millstream_uuid(), 'Buy milk')", ()).await?;
+    /// let open = client.table::<Task>("tasks").filter("NOT done ORDER BY title", ()).rows().await?;
+    /// assert!(open[0].title == "Buy milk" && !open[0].done);
+    /// # Ok(())
+    /// # })
+    /// ```
+    pub fn table<T>(&self, name: impl Into<String>) -> Table<T> {
+        Table { client: self.clone(), name: name.into(), row: PhantomData }
+    }
+}
+
 impl<T> Clone for Table<T> {
     fn clone(&self) -> Self {
         Table { client: self.client.clone(), name: self.name.clone(), row: PhantomData }
@@ -50,10 +72,6 @@ impl<T> Clone for Table<T> {
 }
 
 impl<T> Table<T> {
-    pub(crate) fn new(client: Client, name: String) -> Self {
-        Table { client, name, row: PhantomData }
-    }
-
     /// Inserts a row.
     ///
     /// ```
@@ -279,7 +297,7 @@ impl<T: DeserializeOwned> Filter<T> {
 }
 
 fn quote(name: &str) -> String {
-    millstream_client_core::trigger::quote(name)
+    millstream_client_core::sql::quote(name)
 }
 
 /// A JSON value as SQLite stores it in a column of a Postgres type.

@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use crate::bus::{Notice, WriterCommand};
 use crate::error::chain;
-use crate::writer::SystemHost;
+use crate::host::SystemHost;
 use crate::{Error, Result, Rows, SqlValue};
 
 /// Most queries that run at the same time.

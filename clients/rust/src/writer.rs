@@ -3,17 +3,17 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use millstream_client_core::replica::Work;
 use millstream_client_core::status::{State, Status};
 use millstream_client_store::{Applied, Host, Meeting, Outcome, Recorded, Settled, Store, StoreError, Verdict};
 use millstream_schemas::stream::Failure;
 use tokio::sync::{broadcast, mpsc, watch};
-use uuid::Uuid;
 
 use crate::bus::{Done, Job, Notice, Progress, Reply, Sender, ToChanges, WriterCommand};
 use crate::error::chain;
+use crate::host::SystemHost;
 use crate::watch::Readers;
 use crate::{Error, Result};
 
@@ -25,19 +25,6 @@ const RETRY_POLLS: u64 = 5;
 const MARK_POLLS: u64 = 20;
 /// Polls between prunings of settled entries.
 const PRUNE_POLLS: u64 = 6_000;
-
-/// The system's clock and ids.
-pub(crate) struct SystemHost;
-
-impl Host for SystemHost {
-    fn now_micros(&self) -> u64 {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
-    }
-
-    fn uuid(&self) -> Uuid {
-        Uuid::now_v7()
-    }
-}
 
 pub(crate) struct Writer {
     pub store: Store,

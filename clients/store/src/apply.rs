@@ -9,16 +9,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use millstream_client_core::backoff;
 use millstream_client_core::rebase::{self, Image, Pending};
 use millstream_client_core::replica::{Batch, Step, Work};
+use millstream_client_core::sql::quote;
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::stream::Failure;
-use millstream_schemas::{Clock, Code, Operation, Position, TableChanges, TableOp, Value};
+use millstream_schemas::{Clock, Code, Position, TableChanges, TableOp, Value};
 use rusqlite::{OptionalExtension, params};
 
-use crate::error::{During, encode, parse};
-use crate::queue::{OPEN, Outcome};
-use crate::schema::TableSql;
+use crate::error::{During, StoreError, encode, parse};
+use crate::statements::TableSql;
+use crate::states::{OPEN, Outcome, operation};
+use crate::store::Store;
 use crate::value::Wire;
-use crate::{Store, StoreError};
 
 /// What a batch did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -239,7 +240,7 @@ impl<'a> Applier<'a> {
         for (key, _) in self.bases_of(table.name())? {
             self.set_base(table.name(), key, None)?;
         }
-        let sql = format!("DELETE FROM {}", millstream_client_core::trigger::quote(table.name()));
+        let sql = format!("DELETE FROM {}", quote(table.name()));
         self.store.connection.execute(&sql, []).during("emptying a table")?;
         Ok(())
     }
@@ -495,14 +496,5 @@ impl<'a> Applier<'a> {
         let Some(row) = rows.next().during("reading a row")? else { return Ok(None) };
         let text: String = row.get(0).during("reading a row")?;
         parse(&text, "row").map(Some)
-    }
-}
-
-pub(crate) fn operation(word: &str) -> Operation {
-    // The table's CHECK admits no other word.
-    match word {
-        "insert" => Operation::Insert,
-        "update" => Operation::Update,
-        _ => Operation::Delete,
     }
 }

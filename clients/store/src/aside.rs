@@ -1,12 +1,14 @@
 //! What the app added and had to give way: it is dropped or renamed, and kept in `millstream_aside` with the reason and its SQL.
 
+use millstream_client_core::format::is_reserved;
+use millstream_client_core::sql::quote;
 use millstream_client_core::territory::{self, Kind, SetAside};
-use millstream_client_core::trigger::{is_reserved, quote};
 use rusqlite::config::DbConfig;
 use rusqlite::{OptionalExtension, params};
 
 use crate::error::{During, cause};
-use crate::territory::{Object, Offence, Tables};
+use crate::statements::Tables;
+use crate::territory::{Object, Offence};
 use crate::{Store, StoreError};
 
 /// An attempt that is not to last.

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use millstream_schemas::frame::MAX_TRANSACTION_CHANGES;
+use rusqlite::ErrorCode;
+use rusqlite::ffi::SQLITE_CORRUPT_VTAB;
 
 use crate::damage::Damage;
-use crate::queue::EntryState;
-use crate::write::MAX_TRANSACTION_BYTES;
+use crate::limits::MAX_TRANSACTION_BYTES;
+use crate::states::EntryState;
 
 /// An error of the store. What failed was rolled back.
 #[derive(Debug, thiserror::Error)]
@@ -161,7 +163,7 @@ impl StoreError {
     /// Whether the guard refused the statement.
     pub(crate) fn is_refusal(&self) -> bool {
         let StoreError::Statement(source) = self else { return false };
-        source.sqlite_error_code() == Some(rusqlite::ErrorCode::AuthorizationForStatementDenied)
+        source.sqlite_error_code() == Some(ErrorCode::AuthorizationForStatementDenied)
     }
 
     /// Whether something that the app added to its database may be the reason.
@@ -171,10 +173,40 @@ impl StoreError {
             && !self.is_damage()
     }
 
+    /// Whether the error shows that the store's file is damaged.
+    pub fn is_damage(&self) -> bool {
+        let by_sqlite = |error: &rusqlite::Error| {
+            let Some(found) = error.sqlite_error() else { return false };
+            // What is inside a virtual table is the app's: a search index that does not fit its table is no damage of the store.
+            matches!(found.code, ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
+                && found.extended_code != SQLITE_CORRUPT_VTAB
+        };
+        match self {
+            StoreError::Statement(source) => by_sqlite(source),
+            // Of the store's own rows, whose types are known.
+            StoreError::Sqlite { source, .. } => {
+                use rusqlite::Error::{FromSqlConversionFailure, InvalidColumnType, Utf8Error};
+                by_sqlite(source)
+                    || matches!(source, FromSqlConversionFailure(..) | InvalidColumnType(..) | Utf8Error(..))
+            }
+            StoreError::Corrupt { .. } | StoreError::Inconsistent(_) => true,
+            _ => false,
+        }
+    }
+
+    /// The same error again, if it says that the store is of no use any more: it is to be closed, and opened again.
+    pub fn lost(&self) -> Option<StoreError> {
+        match self {
+            StoreError::Damaged(damage) => Some(StoreError::Damaged(Arc::clone(damage))),
+            StoreError::Moved => Some(StoreError::Moved),
+            _ => None,
+        }
+    }
+
     /// Whether the same may succeed later: another process holds the lock, or the disk is full.
     pub fn is_retryable(&self) -> bool {
         let (StoreError::Sqlite { source, .. } | StoreError::Statement(source)) = self else { return false };
-        use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull};
+        use ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull};
         matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked | DiskFull))
     }
 }
@@ -228,7 +260,7 @@ pub(crate) fn cause(error: &rusqlite::Error) -> String {
     if words.len() < text.len() {
         words.push('…');
     }
-    if error.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_CORRUPT_VTAB) {
+    if error.sqlite_error().is_some_and(|error| error.extended_code == SQLITE_CORRUPT_VTAB) {
         words += " (a virtual table does not fit what it was made from: of FTS5, INSERT INTO t(t) VALUES('rebuild') mends it)";
     }
     words

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use millstream_client_core::trigger;
+use millstream_client_core::format::is_reserved;
 use millstream_schemas::Clocks;
 use millstream_schemas::spelling::{Spelling, respelt, spelling};
 use rusqlite::Connection;
@@ -13,8 +13,7 @@ use rusqlite::functions::FunctionFlags;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use uuid::Uuid;
 
-use crate::StoreError;
-use crate::error::During;
+use crate::error::{During, StoreError};
 
 /// What the store asks of its surroundings.
 pub trait Host: Send + Sync {
@@ -351,7 +350,7 @@ const OF_THE_APP: [&str; 3] = ["application_id", "user_version", "defer_foreign_
 /// of synced tables, and every PRAGMA that could change what is recorded, or how durably, are the store's.
 fn refusal(context: AuthContext<'_>, is_synced: impl Fn(&str) -> bool) -> Option<String> {
     let own = |name: &str| {
-        let is_own = trigger::is_reserved(name) && !name.to_ascii_lowercase().starts_with("sqlite_");
+        let is_own = is_reserved(name) && !name.to_ascii_lowercase().starts_with("sqlite_");
         is_own.then(|| {
             format!("\"{name}\" is the store's own: it can be read, and the queue has methods for everything else")
         })

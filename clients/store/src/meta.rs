@@ -9,7 +9,7 @@ use rusqlite::{OptionalExtension, ToSql, params};
 use uuid::Uuid;
 
 use crate::error::{During, encode, parse};
-use crate::queue::{FAILED, TROUBLED};
+use crate::states::{FAILED, TROUBLED};
 use crate::{Store, StoreError};
 
 /// The store's facts, as `hello` and the status need them.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::apply::Applier;
 use crate::error::{During, encode};
 use crate::parents::MINE;
-use crate::queue::{OPEN, Outcome, TROUBLED};
+use crate::states::{OPEN, Outcome, TROUBLED};
 use crate::{Store, StoreError};
 
 /// How the server's ledger compares with the store.

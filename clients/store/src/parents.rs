@@ -11,9 +11,10 @@ use millstream_schemas::spelling::respelt;
 use millstream_schemas::{Operation, Value};
 use rusqlite::params;
 
-use crate::apply::{Applier, operation};
+use crate::apply::Applier;
 use crate::error::{During, encode, parse};
-use crate::schema::TableSql;
+use crate::statements::TableSql;
+use crate::states::operation;
 use crate::{Store, StoreError};
 
 /// The SQL of the rows that a transaction (`?1`) comes after others by: those that it writes, and (`?2`, as [`Store::parents`] gives

@@ -7,9 +7,10 @@ use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, params_from_iter};
 
-use crate::error::During;
-use crate::functions::{self, Session};
-use crate::{Host, StoreError, damage};
+use crate::error::{During, StoreError};
+use crate::functions::{self, Host, Session};
+use crate::inspection;
+use crate::limits::BUSY_TIMEOUT_MS;
 
 /// Prepared statements kept by a reader.
 const STATEMENTS: usize = 64;
@@ -62,7 +63,7 @@ impl Reader {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags).during("opening the store for reading")?;
         connection
-            .busy_timeout(std::time::Duration::from_millis(crate::BUSY_TIMEOUT_MS))
+            .busy_timeout(std::time::Duration::from_millis(BUSY_TIMEOUT_MS))
             .during("setting the busy timeout")?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
         functions::register(&connection, &Arc::new(Session::new(host)), false)?;
@@ -128,7 +129,7 @@ impl Reader {
     /// SQLite failed, or found damage.
     pub fn check(&self, stop: impl FnMut() -> bool + Send + 'static) -> Result<bool, StoreError> {
         self.connection.progress_handler(STOP_OPS, Some(stop)).during("preparing a check")?;
-        let result = damage::sound(&self.connection, "PRAGMA quick_check(100)");
+        let result = inspection::sound(&self.connection, "PRAGMA quick_check(100)");
         self.connection.progress_handler(0, None::<fn() -> bool>).during("ending a check")?;
         match result {
             Err(StoreError::Sqlite { source, .. })

@@ -11,12 +11,12 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use millstream_client_core::trigger::LOCAL_CHANGES;
+use millstream_client_core::format::LOCAL_CHANGES;
 use millstream_schemas::{Change, Operation};
 use rusqlite::types::Value;
 use uuid::Uuid;
 
-use crate::queue::EntryState;
+use crate::states::EntryState;
 use crate::wal::{self, PAGE_SIZE, Wal, is_page_size, u32_at};
 
 /// Largest row that is put together from overflow pages, in bytes: more than a transaction may have.

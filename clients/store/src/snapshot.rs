@@ -5,14 +5,14 @@
 //! rows with changes under way survive: only their confirmed images change.
 
 use millstream_client_core::rebase::Image;
-use millstream_client_core::trigger::{joined, literal, quote};
+use millstream_client_core::sql::{joined, literal, quote};
 use millstream_schemas::subject::GLOBAL_KIND;
 use millstream_schemas::{Row, Scope, TableChanges, TableOp};
 use rusqlite::params;
 
 use crate::apply::Applier;
 use crate::error::{During, encode, parse};
-use crate::schema::TableSql;
+use crate::statements::TableSql;
 use crate::{Store, StoreError};
 
 /// Rows taken from the staging area at a time.

@@ -12,19 +12,14 @@
 //!
 //! What fails only with some row, such as an index over `json_extract`, is found when that row comes: see [`Store::unhindered`].
 
-use std::collections::HashMap;
-use std::sync::Arc;
-
+use millstream_client_core::format::is_reserved;
+use millstream_client_core::sql::quote;
 use millstream_client_core::territory::{self, Kind};
-use millstream_client_core::trigger::{is_reserved, quote};
 use rusqlite::OptionalExtension;
 
-use crate::error::During;
-use crate::schema::TableSql;
+use crate::error::{During, cause};
+use crate::statements::Tables;
 use crate::{Store, StoreError};
-
-/// The synced tables, by name.
-pub(crate) type Tables = HashMap<String, Arc<TableSql>>;
 
 /// An index, a view or a trigger of the app's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -196,7 +191,7 @@ impl Store {
             for sql in [&table.upsert, &table.delete, &update] {
                 if let Err(error) = self.connection.prepare(sql) {
                     self.session.take_refused();
-                    let why = crate::error::cause(&error);
+                    let why = cause(&error);
                     return Err(Misfit { trespass: self.session.take_trespass(), table: name.clone(), why });
                 }
             }

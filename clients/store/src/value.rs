@@ -1,6 +1,6 @@
 //! Between Postgres' text form and SQLite's values.
 
-use millstream_client_core::trigger::{Kind, units};
+use millstream_client_core::types::{Kind, units};
 use rusqlite::ToSql;
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 

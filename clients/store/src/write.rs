@@ -2,13 +2,14 @@
 
 use millstream_client_core::outbox::Entry;
 use millstream_client_core::territory;
-use millstream_schemas::frame::{ClientFrame, MAX_FRAME_BYTES, MAX_TRANSACTION_CHANGES};
+use millstream_schemas::frame::{ClientFrame, MAX_TRANSACTION_CHANGES};
 use rusqlite::types::Value;
 use rusqlite::{Connection, params_from_iter};
 use uuid::Uuid;
 
-use crate::damage::FileId;
 use crate::error::{During, encode};
+use crate::inspection::FileId;
+use crate::limits::MAX_TRANSACTION_BYTES;
 use crate::read::{Table, query};
 use crate::{Store, StoreError};
 
@@ -17,9 +18,6 @@ const BEGIN: &str = "/* store */ BEGIN IMMEDIATE";
 const COMMIT: &str = "/* store */ COMMIT";
 const ROLLBACK: &str = "/* store */ ROLLBACK";
 
-/// Largest encoded transaction, in bytes. Less than a frame: on the broker the edge puts the user and the installation
-/// with it, and what the edge cannot pass on would block the queue.
-pub const MAX_TRANSACTION_BYTES: usize = MAX_FRAME_BYTES - 4 * 1024;
 /// Most bytes of encoded transactions read at a time; one transaction may exceed it.
 const READ_BYTES: usize = 4 * 1024 * 1024;
 /// Transactions read by one query.

@@ -5,26 +5,18 @@
 //! too: while SQLite compiles a statement it names every table that the statement can write, through triggers of any depth. Those
 //! count as written when the statement has changed anything. (SQLite documentation, `sqlite3_update_hook`, `sqlite3_set_authorizer`)
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::collections::BTreeSet;
+use std::sync::PoisonError;
 
 use rusqlite::Connection;
 
 use crate::error::During;
-use crate::{STATEMENTS, Store, StoreError};
+use crate::limits::STATEMENTS;
+use crate::{Store, StoreError};
 
 /// The store's own tables that the update hook is silent about.
 const SILENT: [&str; 5] =
     ["millstream_aside", "millstream_base", "millstream_meta", "millstream_scopes", "millstream_snapshot"];
-
-/// What is known of the connection's writes.
-#[derive(Default)]
-pub(crate) struct Watched {
-    /// The tables that the app's statements in the connection's cache can write: SQLite names them only while it compiles.
-    effects: Mutex<HashMap<String, BTreeSet<String>>>,
-    /// Rows that the connection had changed when it was asked last.
-    changes: u64,
-}
 
 impl Store {
     /// Runs a statement of the app's, and notes the tables that it wrote.

@@ -133,6 +133,20 @@ impl Table {
         declared.chain(self.memberships.iter().map(Membership::members))
     }
 
+    /// The columns that the replica identity must cover: the key finds the row at the client, the scope columns
+    /// and those of memberships say whose row it was.
+    pub fn identity_columns(&self) -> Vec<usize> {
+        let mut columns = self.key.clone();
+        let scopes = self.row_scope_columns().filter_map(|scope| scope.column);
+        let granted = self.memberships.iter().map(|membership| membership.scope);
+        for column in scopes.chain(granted) {
+            if !columns.contains(&column) {
+                columns.push(column);
+            }
+        }
+        columns
+    }
+
     /// What clients are told.
     pub fn schema(&self) -> TableSchema {
         let mut scopes = Vec::with_capacity(self.scopes.len() + self.memberships.len());

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use millstream_catalog::{Catalog, CatalogError, Config, ConfigError, layout};
 use millstream_runtime::backoff::Backoff;
+use millstream_runtime::error::chain;
 use millstream_runtime::health::{Asides, Health};
 use millstream_runtime::shutdown::Shutdown;
 use sqlx::PgPool;
@@ -14,7 +15,6 @@ use tokio::sync::{Mutex, watch};
 
 use crate::hub::Hub;
 use crate::reach::Reach;
-use crate::tail::Chain;
 
 /// Shortest time between two looks that sessions ask for.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -148,7 +148,7 @@ impl Catalogs {
                 match self.look().await {
                     Ok(()) => break,
                     Err(error) => {
-                        tracing::warn!(error = %Chain(&error), "the synced tables have changed; cannot read them")
+                        tracing::warn!(error = chain(&error), "the synced tables have changed; cannot read them")
                     }
                 }
                 tokio::select! {

@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use millstream_runtime::error::chain;
 use millstream_runtime::shutdown::Shutdown;
 use sqlx::{PgPool, Row};
 use tokio::sync::watch;
-
-use crate::tail::Chain;
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -52,7 +51,7 @@ impl Evictions {
                 // What is known holds on.
                 Err(error) if !told => {
                     told = true;
-                    tracing::warn!(error = %Chain(&error), "cannot look whose sessions were ended");
+                    tracing::warn!(error = chain(&error), "cannot look whose sessions were ended");
                 }
                 Err(_) => {}
             }

@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 
 use millstream_schemas::{Lsn, Scope};
 
-use crate::Edge;
 use crate::catchup::{CatchUpError, Merge};
+use crate::edge::Edge;
 use crate::fence::Fence;
 use crate::message::Message;
 use crate::reach::{Moves, Reach};

@@ -30,25 +30,10 @@ pub(crate) const RESULTS_QUEUE: usize = 256;
 #[derive(Default)]
 pub struct Hub {
     state: RwLock<State>,
-    head: Head,
-    schema: Newest,
-}
-
-struct Head(watch::Sender<Option<Position>>);
-
-impl Default for Head {
-    fn default() -> Self {
-        Head(watch::Sender::new(None))
-    }
-}
-
-/// Version of the schema that the newest rows are encoded by.
-struct Newest(watch::Sender<Option<String>>);
-
-impl Default for Newest {
-    fn default() -> Self {
-        Newest(watch::Sender::new(None))
-    }
+    /// The newest message.
+    head: watch::Sender<Option<Position>>,
+    /// Version of the schema that the newest rows are encoded by.
+    schema: watch::Sender<Option<String>>,
 }
 
 #[derive(Default)]
@@ -131,7 +116,7 @@ impl Hub {
     ///
     /// A gap or another epoch empties the ring first: sessions then fall behind it and are cut.
     pub fn push(&self, message: Arc<Message>, now: Instant) {
-        self.schema.0.send_if_modified(|newest| {
+        self.schema.send_if_modified(|newest| {
             let changed = message.schema.is_some() && *newest != message.schema;
             if changed {
                 newest.clone_from(&message.schema);
@@ -183,17 +168,17 @@ impl Hub {
                 state.moves.pop_front_if(|first| first.position.stream_seq <= old.position.stream_seq);
             }
         }
-        self.head.0.send_replace(Some(head));
+        self.head.send_replace(Some(head));
     }
 
     /// Version of the schema that the newest rows are encoded by.
     pub fn schema(&self) -> watch::Receiver<Option<String>> {
-        self.schema.0.subscribe()
+        self.schema.subscribe()
     }
 
     /// The position of the newest message, as a value to watch; none before the first one.
     pub fn head(&self) -> watch::Receiver<Option<Position>> {
-        self.head.0.subscribe()
+        self.head.subscribe()
     }
 
     /// The position of the oldest message that the ring holds.
@@ -282,7 +267,7 @@ impl Hub {
         let mut state = self.write();
         state.clear();
         state.sessions.values().for_each(|member| member.wake.notify_one());
-        self.head.0.send_replace(None);
+        self.head.send_replace(None);
     }
 }
 

@@ -1,29 +1,35 @@
 //! The edge: the WebSocket service. It holds no truth; any edge can serve any client.
 //!
-//! - [`session`](self): one socket, from `hello` to its end: the shell
+//! - `session`: one socket, from `hello` to its end: the shell; `edge`: what all sessions share
 //! - `downlink`: which messages of the outbound stream a client gets, and when they take effect (pure)
+//! - `authorize`: who may read what
 //! - `hub`, `tail`: one own tail of the stream, a ring of recent messages, and who is woken by which
 //! - `catalogs`: the synced tables, read anew when they have changed
 //! - `catchup`: older messages of single scopes
-//! - `snapshot`, `fence`: what is read from Postgres, and how it joins the stream exactly
-//! - `shared`: snapshots of clients that start together; `resume`: those that were cut
+//! - `snapshot`, `ledger`, `copy`, `fence`: what is read from Postgres, and how it joins the stream exactly
+//! - `shared`, `moment`: snapshots of clients that start together; `resume`: those that were cut
 //! - `history`, `reach`: which claims of a client on the past hold
 //! - `shares`: what one user may take of the edge; `spool`: rows that slow clients have not taken yet
 //! - `watermark`: how far replication has published, on a quiet database
 //! - `lane`: submissions to the broker, in order
 //! - `token`: who the user is; `evictions`: whose sessions were ended
 
+mod authorize;
 mod catalogs;
 mod catchup;
+mod copy;
 mod downlink;
 #[cfg(test)]
 mod downlink_tests;
+mod edge;
 mod evictions;
 mod fence;
 mod history;
 mod hub;
 mod lane;
+mod ledger;
 mod message;
+mod moment;
 mod reach;
 mod resume;
 mod session;
@@ -53,16 +59,16 @@ use millstream_runtime::postgres;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::stream::{ResultsMessage, row_limit};
 use millstream_schemas::subject::RESULTS_SUBJECTS;
-use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-pub use token::{AUDIENCE, MIN_SECRET_BYTES};
+use crate::edge::Edge;
+pub use crate::token::{AUDIENCE, MIN_SECRET_BYTES};
 
 // What a session reads and sends, without sockets, databases and brokers, for the simulation in `tests` and for `fuzz`: they run
 // this, not a copy of it.
 #[doc(hidden)]
-pub mod pure;
+pub mod for_simulation;
 
 /// Connections to Postgres: sessions that open, and snapshots.
 /// More than snapshots and shared reads take together, so that sessions without one still open.
@@ -138,30 +144,6 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-}
-
-/// What all sessions share.
-pub(crate) struct Edge {
-    catalogs: Arc<catalogs::Catalogs>,
-    pool: PgPool,
-    nats: Nats,
-    hub: Arc<hub::Hub>,
-    lanes: lane::Lanes,
-    watermarks: watermark::Watermarks,
-    verifier: token::Verifier,
-    evictions: Arc<evictions::Evictions>,
-    /// Knows what edges gave to clients to keep.
-    sealer: resume::Sealer,
-    shares: shares::Shares,
-    strangers: shares::Strangers,
-    /// How long a client may take for rows that are kept in memory for it.
-    snapshot_time: Duration,
-    shared: Arc<shared::Shared>,
-    spool: Arc<spool::Spool>,
-    /// Room for what waits for slow clients, in KiB.
-    unsent: Arc<Semaphore>,
-    catch_ups: catchup::CatchUps,
-    shutdown: Shutdown,
 }
 
 /// Runs until shutdown.

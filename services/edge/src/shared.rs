@@ -8,31 +8,27 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use millstream_runtime::error::chain;
 use millstream_schemas::Scope;
 use sqlx::PgPool;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio_tungstenite::tungstenite::Utf8Bytes;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::catalogs::Known;
-use crate::fence::Fence;
+use crate::copy::Framing;
+use crate::moment::{Adopted, Apart, Moment, Part};
 use crate::resume::{Seal, Sealer, moment_of};
-use crate::snapshot::{Exporter, Framing, SNAPSHOT_FRAMES, Snapshot, SnapshotError};
-use crate::tail::Chain;
+use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, SnapshotError};
 use crate::unwritable::Unwritable;
 
-/// For so long others join a moment.
+/// Clients that connect within this window share one snapshot.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Most bytes of rows that are kept.
 const MAX_BYTES: usize = 50 << 20;
 /// Most rows of a scope that are shared, and most scopes of a client: each is read by statements of its own.
 const MAX_ROWS: u64 = 250_000;
 const MAX_SCOPES: usize = 16;
-/// For so long a scope that turned out to be too large is not shared.
+/// How long a scope that was found too large to share is read for each session by itself.
 const APART: Duration = Duration::from_secs(300);
-
-/// The rows cannot be shared (any more): they have to be read apart.
-#[derive(Debug)]
-pub struct Apart;
 
 /// What sessions share.
 pub struct Shared {
@@ -47,42 +43,6 @@ pub struct Shared {
     reads: Semaphore,
     /// Room for rows, in bytes.
     room: Arc<Semaphore>,
-}
-
-/// A moment, as a session holds it: as long as it does, more scopes can be read as of it.
-#[derive(Clone)]
-pub struct Adopted {
-    pub moment: Arc<Moment>,
-    exporter: Arc<Exporter>,
-}
-
-/// A snapshot of Postgres, and what was read in it.
-pub struct Moment {
-    /// What it sees.
-    pub fence: Fence,
-    known: Arc<Known>,
-    begun: Instant,
-    parts: Mutex<HashMap<Scope, Arc<Part>>>,
-}
-
-/// The rows of a scope as frames, while they are read and after.
-pub struct Part {
-    progress: watch::Sender<Progress>,
-    frames: Mutex<Vec<(Utf8Bytes, OwnedSemaphorePermit)>>,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Progress {
-    /// How many rows there are, once they have been counted.
-    rows: Option<u64>,
-    /// How many frames can be had.
-    frames: usize,
-    /// No more will come; and whether that is all.
-    end: Option<bool>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
@@ -126,8 +86,8 @@ impl Shared {
             return Ok(adopted.clone());
         }
         let begun = Instant::now();
-        let (exporter, fence) = Exporter::begin(&self.pool).await?;
-        let moment = Arc::new(Moment { fence, known: known.clone(), begun, parts: Mutex::default() });
+        let (exporter, fence) = Snapshot::export(&self.pool).await?;
+        let moment = Arc::new(Moment::new(fence, known.clone(), begun));
         let (shared, old) = (self.clone(), Arc::downgrade(&moment));
         tokio::spawn(async move {
             tokio::time::sleep(WINDOW).await;
@@ -144,22 +104,22 @@ impl Shared {
     /// # Errors
     /// They are too many, or some are known to be too large.
     pub fn parts(self: &Arc<Self>, adopted: &Adopted, scopes: &[Scope]) -> Result<Vec<Arc<Part>>, Apart> {
-        let mut apart = locked(&self.apart);
+        let mut apart = self.known_apart();
         apart.retain(|_, found| found.elapsed() < APART);
         if scopes.len() > MAX_SCOPES || scopes.iter().any(|scope| apart.contains_key(scope)) {
             return Err(Apart);
         }
         drop(apart);
-        let mut parts = locked(&adopted.moment.parts);
         let part = |scope: &Scope| {
-            let part = parts.entry(scope.clone()).or_insert_with(|| {
-                let part = Arc::new(Part { progress: watch::Sender::default(), frames: Mutex::default() });
-                tokio::spawn(self.clone().read(adopted.clone(), scope.clone(), part.clone()));
-                part
-            });
-            part.clone()
+            adopted.moment.part(scope, |part| {
+                tokio::spawn(self.clone().read(adopted.clone(), scope.clone(), part));
+            })
         };
         Ok(scopes.iter().map(part).collect())
+    }
+
+    fn known_apart(&self) -> MutexGuard<'_, HashMap<Scope, Instant>> {
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads a scope's rows, with no regard to how fast they are taken.
@@ -167,11 +127,11 @@ impl Shared {
         let whole = match self.fill(adopted, &scope, &part).await {
             Ok(whole) => whole,
             Err(error) => {
-                tracing::warn!(error = %Chain(&error), "a shared snapshot cannot be read");
+                tracing::warn!(error = chain(&error), "a shared snapshot cannot be read");
                 false
             }
         };
-        part.progress.send_modify(|progress| progress.end = Some(whole));
+        part.end(whole);
     }
 
     /// Gives whether all rows are there; not so if they are too large.
@@ -183,11 +143,11 @@ impl Shared {
             let mut snapshot = Snapshot::adopt(&self.pool, adopted).await?;
             rows = snapshot.count(&known.catalog, &scopes).await?;
             if rows > MAX_ROWS {
-                locked(&self.apart).insert(scope.clone(), Instant::now());
+                self.known_apart().insert(scope.clone(), Instant::now());
                 return Ok(false);
             }
             // Not before: who has been told how many there are gets them.
-            part.progress.send_modify(|progress| progress.rows = Some(rows));
+            part.set_rows(rows);
             let seal = self.sealer.seal(&moment_of(&snapshot.fence, &known.catalog.version));
             let framing = self.framing(seal);
             let (mut sender, mut frames) = mpsc::channel::<String>(SNAPSHOT_FRAMES);
@@ -196,8 +156,7 @@ impl Shared {
                     let room =
                         u32::try_from(frame.len()).ok().map(|bytes| self.room.clone().try_acquire_many_owned(bytes));
                     let Some(Ok(room)) = room else { return false };
-                    locked(&part.frames).push((frame.into(), room));
-                    part.progress.send_modify(|progress| progress.frames += 1);
+                    part.push(frame.into(), room);
                 }
                 true
             };
@@ -211,45 +170,11 @@ impl Shared {
             let (read, kept) = tokio::join!(reading, keep);
             read?;
             if !kept {
-                locked(&self.apart).insert(scope.clone(), Instant::now());
+                self.known_apart().insert(scope.clone(), Instant::now());
                 return Ok(false);
             }
         }
-        part.progress.send_modify(|progress| progress.rows = Some(rows));
+        part.set_rows(rows);
         Ok(true)
-    }
-}
-
-impl Adopted {
-    /// The exported snapshot.
-    pub fn exporter(&self) -> &Exporter {
-        &self.exporter
-    }
-}
-
-impl Part {
-    /// How many rows it has.
-    ///
-    /// # Errors
-    /// They cannot be had.
-    pub async fn rows(&self) -> Result<u64, Apart> {
-        let mut progress = self.progress.subscribe();
-        let known = progress.wait_for(|progress| progress.rows.is_some() || progress.end.is_some()).await;
-        let known = *known.map_err(|_| Apart)?;
-        known.rows.filter(|_| known.end != Some(false)).ok_or(Apart)
-    }
-
-    /// The frame with this index; none behind the last.
-    ///
-    /// # Errors
-    /// It cannot be had.
-    pub async fn frame(&self, index: usize) -> Result<Option<Utf8Bytes>, Apart> {
-        let mut progress = self.progress.subscribe();
-        let known = progress.wait_for(|progress| progress.frames > index || progress.end.is_some()).await;
-        let known = *known.map_err(|_| Apart)?;
-        if index < known.frames {
-            return Ok(locked(&self.frames).get(index).map(|(frame, _)| frame.clone()));
-        }
-        if known.end == Some(true) { Ok(None) } else { Err(Apart) }
     }
 }

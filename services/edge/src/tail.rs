@@ -10,6 +10,7 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::stream::Stream;
 use futures_util::StreamExt;
+use millstream_runtime::error::chain;
 use millstream_runtime::health::Health;
 use millstream_runtime::nats::{self, Nats};
 use millstream_runtime::shutdown::Shutdown;
@@ -57,34 +58,13 @@ pub async fn run(nats: Nats, hub: Arc<Hub>, health: Health, shutdown: Shutdown) 
         };
         health.set_ready("stream", false);
         if let Err(error) = ended {
-            tracing::warn!(error = %Chain(&error), "the tail of the outbound stream begins again");
+            tracing::warn!(error = chain(&error), "the tail of the outbound stream begins again");
             if matches!(error, TailError::SetBack) {
                 last = None;
                 hub.reset();
             }
         }
         tokio::time::sleep(PAUSE).await;
-    }
-}
-
-/// Longest error in the log, in characters.
-const MAX_SHOWN: usize = 500;
-
-/// Displays an error with its causes.
-pub(crate) struct Chain<'a>(pub &'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut text = self.0.to_string();
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            text.push_str(": ");
-            text.push_str(&cause.to_string());
-            source = cause.source();
-        }
-        // It may quote what a client sent.
-        let end = text.char_indices().nth(MAX_SHOWN).map_or(text.len(), |(end, _)| end);
-        f.write_str(&text[..end])
     }
 }
 

@@ -6,7 +6,7 @@
 
 use millstream_schemas::stream::MAX_ROW_BYTES;
 
-use crate::pgoutput::DecodeError;
+use crate::pgoutput::{DecodeError, TOO_LARGE};
 
 /// Longest message that is held as it is, in bytes.
 pub const MAX_WHOLE_BYTES: usize = 16 * 1024 * 1024;
@@ -15,9 +15,6 @@ pub const MAX_WHOLE_BYTES: usize = 16 * 1024 * 1024;
 pub const MAX_IMAGE_BYTES: usize = 8 * 1024 * 1024;
 /// Longest prefix of a logical message that is kept; ours is shorter.
 const MAX_PREFIX_BYTES: usize = 64;
-
-/// In place of a value's tag, length and bytes: there is one, and it is too large.
-pub const TOO_LARGE: u8 = b'x';
 
 const _: () = assert!(MAX_IMAGE_BYTES >= 2 * MAX_ROW_BYTES);
 

@@ -6,19 +6,20 @@
 //! starts over from what the stream really holds.
 
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_nats::jetstream::stream::Stream;
 use async_nats::{HeaderMap, HeaderValue};
+use bytes::Bytes;
 use millstream_runtime::nats::Nats;
 use millstream_schemas::Lsn;
 use millstream_schemas::stream::header;
+use millstream_schemas::subject::WAL_ORIGIN;
 use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::assemble::Outgoing;
 use crate::error::Error;
-use crate::publisher::MARK_XID;
 use crate::witness::Landmark;
 
 /// Up to this many waiting messages are published one by one: a batch has a fixed cost of several milliseconds.
@@ -32,10 +33,16 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for an answer once the connection was made anew: what was asked over the old one gets none.
 const ACK_TIMEOUT_RECONNECTED: Duration = Duration::from_millis(500);
 
+/// What headers other than the origin take at most; the broker counts them too.
+const HEADER_BYTES: usize = 10 * 1024;
+
 const EXPECTED_LAST_SEQUENCE: &str = "Nats-Expected-Last-Sequence";
 const BATCH_ID: &str = "Nats-Batch-Id";
 const BATCH_SEQUENCE: &str = "Nats-Batch-Sequence";
 const BATCH_COMMIT: &str = "Nats-Batch-Commit";
+
+/// Transaction id of a mark: it stands for no transaction.
+const MARK_XID: u32 = 0;
 
 /// NATS' error code for a stream that does not end where the publisher thought.
 const WRONG_LAST_SEQUENCE: u64 = 10071;
@@ -106,6 +113,25 @@ fn landmark(headers: &HeaderMap) -> Option<Landmark> {
         at: get(header::AT)?.parse().ok()?,
     };
     Some(landmark).filter(|landmark| landmark.xid != MARK_XID)
+}
+
+/// A message without rows that says: the stream holds everything before `lsn`. Its own LSN lies above that of every
+/// transaction before and below that of every one to come.
+pub fn mark(lsn: Lsn) -> Outgoing {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Outgoing {
+        subject: WAL_ORIGIN.to_owned(),
+        payload: Bytes::from_static(b"[]"),
+        lsn: Lsn(lsn.0.saturating_sub(1)),
+        end_lsn: lsn,
+        xid: MARK_XID,
+        index: 0,
+        last: true,
+        at: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),
+        origin: None,
+        traceparent: None,
+        moves: None,
+    }
 }
 
 /// The writing end of the stream.
@@ -216,7 +242,7 @@ impl Appender {
         Ok(())
     }
 
-    async fn request(&self, message: &Outgoing, headers: HeaderMap) -> Result<bytes::Bytes, Error> {
+    async fn request(&self, message: &Outgoing, headers: HeaderMap) -> Result<Bytes, Error> {
         let request =
             async_nats::Request::new().headers(headers).payload(message.payload.clone()).timeout(Some(ACK_TIMEOUT));
         let mut connections = self.nats.connections.clone();
@@ -286,9 +312,6 @@ impl Appender {
         headers
     }
 }
-
-/// What headers other than the origin take at most; the broker counts them too.
-const HEADER_BYTES: usize = 10 * 1024;
 
 #[cfg(test)]
 mod tests {

@@ -1,73 +1,51 @@
 //! From decoded messages to the messages of the outbound stream: whole transactions, in commit order, split by scope.
 //!
 //! Pure. Protocol version 1 sends only committed transactions, one after the other, so a transaction's chunks may be
-//! published while it still arrives. Memory is bounded by [`MAX_TRANSACTION_BUFFER_BYTES`] whatever its size.
+//! published while it still arrives. Memory is bounded by `MAX_TRANSACTION_BUFFER_BYTES` whatever its size.
 
+mod again;
 mod change;
+mod error;
 mod handover;
+mod limits;
+mod lookup;
+mod outgoing;
 mod sizes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use millstream_catalog::Table;
-use millstream_schemas::stream::{ORIGIN_PREFIX, OriginRecord, message_limit, row_limit};
+use millstream_catalog::{Shape, Table};
+use millstream_schemas::stream::{ORIGIN_PREFIX, OriginRecord};
 use millstream_schemas::subject::WAL_ORIGIN;
 use millstream_schemas::{Lsn, Scope};
 
-pub use self::change::Again;
+pub use self::again::AGAIN_INTERVAL_MICROS;
+use self::again::SentAgain;
 use self::change::{Change, bad_row, hash, images, key, scopes};
-use self::handover::Handover;
+pub use self::error::AssembleError;
+use self::handover::{Handover, change_row};
+pub use self::limits::Limits;
+pub use self::lookup::{Filled, Found, Lookup};
+pub use self::outgoing::Outgoing;
 use self::sizes::Sizes;
 use crate::chunks::{Chunk, Chunks, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, Moved};
 use crate::error::Place;
-use crate::left_out::LeftOut;
-use crate::moves::{Moves, moves};
+use crate::left_out::{Again, LeftOut};
+use crate::moves::Moves;
 use crate::origin::Origins;
-use crate::pgoutput::{DecodeError, Message, Old, Relation, Value};
-use crate::relation::{BadTuple, Cell, Image, Mapping};
-use crate::shape::Shape;
+use crate::pgoutput::{Message, Old, Relation, Value};
+use crate::relation::{Cell, Mapping};
 
 /// Prefix of transactional messages in the write-ahead log that ask for tables to be sent again: their names, a line each.
 pub const AGAIN_PREFIX: &str = "millstream.again";
 /// Stands for every table there.
 const EVERY_TABLE: &str = "*";
-/// A table with changes that cannot be routed is sent again at most once in this time, in microseconds; while that goes on, in twice as
-/// much each time, up to the second.
-pub const AGAIN_INTERVAL_MICROS: i64 = 10_000_000;
-const MAX_AGAIN_INTERVAL_MICROS: i64 = 600_000_000;
 /// What subjects of rows begin with.
 const WAL_PREFIX: &str = "ms.wal.";
 /// Ends the name of a kind in the header `Ms-Moves`: all scopes of that kind.
 const EVERY_SCOPE: &str = ".*";
-
-/// A message of the outbound stream. What is not known before it is appended (epoch, previous transaction) is missing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outgoing {
-    /// Subject.
-    pub subject: String,
-    /// JSON array of `TableChanges`.
-    pub payload: Bytes,
-    /// Commit LSN of the transaction.
-    pub lsn: Lsn,
-    /// LSN behind the commit record; on messages that are sent before the record was read, `lsn` again, a lower bound.
-    pub end_lsn: Lsn,
-    /// Transaction id.
-    pub xid: u32,
-    /// Index within the transaction.
-    pub index: u32,
-    /// Whether it is the transaction's last.
-    pub last: bool,
-    /// Commit time, microseconds since 1970.
-    pub at: i64,
-    /// On the last message: the JSON array of `OriginEntry`.
-    pub origin: Option<String>,
-    /// Trace context, as far as it is known yet.
-    pub traceparent: Option<String>,
-    /// Scopes of which memberships moved for those who read it, as the header tells them.
-    pub moves: Option<String>,
-}
 
 /// What a message meant for the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,88 +57,6 @@ pub enum Step {
         /// LSN behind its commit record.
         end_lsn: Lsn,
     },
-}
-
-/// Why the change stream cannot be assembled.
-#[derive(Debug, thiserror::Error)]
-pub enum AssembleError {
-    /// Bytes that are no message.
-    #[error("cannot decode a message of the change stream")]
-    Decode(#[from] DecodeError),
-    /// A row that does not fit its table.
-    #[error("cannot read a row of table {table}")]
-    Row {
-        /// The table.
-        table: String,
-        /// Why.
-        source: BadTuple,
-    },
-    /// Messages in an impossible order.
-    #[error("unexpected {what} in the change stream")]
-    Order {
-        /// What came.
-        what: &'static str,
-    },
-    /// The database's table is no longer as the catalog says.
-    #[error("table {table} has changed; reading the catalog again")]
-    SchemaChanged {
-        /// The table.
-        table: String,
-        /// The shape, to be accepted if the catalog stays as it is.
-        shape: u64,
-    },
-}
-
-/// What the broker takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Largest row, in bytes of its JSON text.
-    pub row: usize,
-    /// Most bytes of rows in one message, unless it is a single row.
-    pub message: usize,
-}
-
-impl Limits {
-    /// With this `max_payload`.
-    pub fn of(max_payload: usize) -> Limits {
-        Limits { row: row_limit(max_payload), message: message_limit(max_payload) }
-    }
-}
-
-/// Columns to be read from the table, since the change stream does not carry them and a new reader needs them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lookup {
-    /// Index of the table among the synced ones.
-    pub table: usize,
-    /// Columns by which the row is found, with their values: its key, and what names its scopes. If it has gone on to other
-    /// scopes by now, its values are not for those that it was in.
-    pub fixed: Vec<(usize, Option<String>)>,
-    /// Indexes of the columns to be read.
-    pub columns: Vec<usize>,
-    /// Whether lengths will do, if they are far below the limit of a row.
-    pub lengths: bool,
-}
-
-/// The answer to a [`Lookup`]: columns and what was found there.
-pub type Filled = Vec<(usize, Found)>;
-
-/// A value that was read from the table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// Null.
-    Null,
-    /// Its text.
-    Text(String),
-    /// It is too large to be read.
-    TooLarge,
-    /// Bytes of its text, which was not read.
-    Length(usize),
-}
-
-impl From<Option<String>> for Found {
-    fn from(value: Option<String>) -> Found {
-        value.map_or(Found::Null, Found::Text)
-    }
 }
 
 struct Transaction {
@@ -183,8 +79,8 @@ pub struct Assembler {
     tables: Arc<[Table]>,
     /// What the database says of them beyond that; none is known of tables behind the last.
     shapes: Arc<[Shape]>,
-    /// When tables were sent again last because of their content: commit time, microseconds since 1970.
-    sent_again: HashMap<usize, (i64, i64)>,
+    /// When tables were sent again last because of their content.
+    sent_again: SentAgain,
     relations: HashMap<u32, Option<Mapping>>,
     /// Transactions up to this commit LSN are in the stream.
     through: Lsn,
@@ -211,7 +107,7 @@ impl Assembler {
         Assembler {
             tables,
             shapes: Arc::default(),
-            sent_again: HashMap::new(),
+            sent_again: SentAgain::default(),
             relations: HashMap::new(),
             through,
             accepted,
@@ -526,18 +422,11 @@ impl Assembler {
         let mut grants = false;
         for (&index, &why) in &transaction.again {
             let table = &self.tables[index];
-            // What goes on and on must not keep clients at it all the time.
-            let (last, interval) = self.sent_again.get(&index).copied().unwrap_or((i64::MIN, AGAIN_INTERVAL_MICROS));
-            let since = transaction.at.saturating_sub(last);
-            let late = why == Again::Unroutable && (0..interval).contains(&since);
+            let late = self.sent_again.is_late(index, why, transaction.at);
             self.left_out.push(LeftOut::Again { table: table.name.clone(), why, late });
             if late {
                 continue;
             }
-            let goes_on = why == Again::Unroutable && (0..interval.saturating_mul(3)).contains(&since);
-            let interval =
-                if goes_on { interval.saturating_mul(2).min(MAX_AGAIN_INTERVAL_MICROS) } else { AGAIN_INTERVAL_MICROS };
-            self.sent_again.insert(index, (transaction.at, interval));
             if table.synced {
                 kinds.extend(table.row_scope_columns().map(|scope| scope.kind));
             }
@@ -601,50 +490,6 @@ impl Transaction {
 /// A message to everybody that brings no row.
 fn silent(moves: Moved) -> Chunk {
     Chunk { subject: Scope::global().subject(), payload: Bytes::from_static(b"[]"), moves }
-}
-
-/// Sends a row change, or keeps it where keys may change hands.
-fn change_row(
-    change: &mut Change<'_>,
-    handover: &mut Handover,
-    before: Option<&Image<'_>>,
-    after: Option<&Image<'_>>,
-    is_update: bool,
-) {
-    let (index, mapping) = (change.mapping.table, change.mapping);
-    if !change.table.synced {
-        for (member, moved) in moves(change.table, before, after, is_update) {
-            change.chunks.add_moves(&member, &moved, change.pieces);
-        }
-        return;
-    }
-    if change.loose_key && handover.keeps(index) {
-        return handover.take(index, change, before, after, is_update, |column| mapping.covers(column));
-    }
-    if change.loose_key
-        && before.is_some_and(|before| after.is_none_or(|after| key(change.table, before) != key(change.table, after)))
-    {
-        handover.leaves(index);
-    }
-    match (before, after) {
-        (before, Some(after)) if is_update => change.update(before, after),
-        (_, Some(after)) => {
-            let key = change.key(after);
-            change.moves = moves(change.table, None, Some(after), false);
-            change.write(after, &scopes(change.table, after), key);
-        }
-        (Some(before), None) => {
-            let key = change.key(before);
-            change.moves = moves(change.table, Some(before), None, false);
-            change.delete(&scopes(change.table, before), key.as_deref());
-            if let Some(key) = key {
-                let row = hash(change.table, &key);
-                change.withdrawn.remove(&row);
-                change.sizes.forget(row);
-            }
-        }
-        (None, None) => {}
-    }
 }
 
 #[cfg(test)]

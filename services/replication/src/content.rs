@@ -8,13 +8,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use millstream_catalog::Catalog;
+use millstream_catalog::{Catalog, Shape};
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, PgPool};
 
 use crate::assemble::AGAIN_PREFIX;
 use crate::error::Error;
-use crate::shape::Shape;
 
 /// What synced tables consist of.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

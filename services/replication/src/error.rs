@@ -1,5 +1,6 @@
 //! What can go wrong, by operation.
 
+use millstream_catalog::Unanswered;
 use millstream_schemas::Lsn;
 use millstream_schemas::stream::MIN_PAYLOAD_BYTES;
 use pgwire_replication::protocol::ErrorFields;
@@ -158,6 +159,12 @@ pub enum Error {
     PartEnded,
 }
 
+impl From<Unanswered> for Error {
+    fn from(error: Unanswered) -> Error {
+        Error::Postgres { operation: error.operation, source: error.source }
+    }
+}
+
 /// A transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -227,20 +234,5 @@ impl Error {
     /// Wraps an error of the ordinary connection.
     pub(crate) fn postgres(operation: &'static str) -> impl FnOnce(sqlx::Error) -> Error {
         move |source| Error::Postgres { operation, source }
-    }
-
-    /// The whole chain in one line, for the log.
-    pub(crate) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(error) = source {
-            let part = error.to_string();
-            if !text.ends_with(&part) {
-                text.push_str(": ");
-                text.push_str(&part);
-            }
-            source = error.source();
-        }
-        text
     }
 }

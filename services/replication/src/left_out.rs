@@ -5,13 +5,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use millstream_catalog::Catalog;
+use millstream_catalog::{Catalog, Misfit};
 use millstream_runtime::health::{Asides, Health};
 use millstream_runtime::telemetry::{Counter, KeyValue, meter};
 use millstream_schemas::Lsn;
-
-use crate::assemble::Again;
-use crate::identity::Misfit;
 
 /// The log tells of a table's rows, and of origin records, at most once in this time.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -45,6 +42,17 @@ pub enum LeftOut {
         /// Not yet: it was sent again a moment ago.
         late: bool,
     },
+}
+
+/// Why a table is sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// A delete, or an update, of which the change stream does not say whose row it was.
+    Unroutable,
+    /// More rows changed their keys in one transaction than are kept to find out what became of each key.
+    Keys,
+    /// The database says that it is to be: see `content.rs`.
+    Asked,
 }
 
 /// Where it is told. Cheap to clone.

@@ -5,39 +5,42 @@
 //! what the stream holds and says it holds. On any failure the session ends and starts over from the last message of
 //! the stream, so that every transaction is there once, in order.
 //!
-//! - [`abridge`]: messages of the change stream that are too long to be held
-//! - [`pgoutput`]: decoder of the change stream; [`relation`]: its tables mapped to the catalog
-//! - [`assemble`]: messages from transactions; [`chunks`]: their buffers, order across scopes, bounded memory; `origin`: what
+//! - `abridge`: messages of the change stream that are too long to be held
+//! - [`pgoutput`]: decoder of the change stream; `relation`: its tables mapped to the catalog
+//! - [`assemble`]: messages from transactions; `chunks`: their buffers, order across scopes, bounded memory; `origin`: what
 //!   they settle
-//! - [`moves`]: which memberships a row change moves
+//! - `moves`: which memberships a row change moves
 //! - [`append`]: the end of the stream and how to append there
-//! - [`shape`]: what holds the rows of tables, and what old rows tell; `content`: values that change without a row in the log
-//! - [`left_out`]: what no message can carry; `fault`: transactions that no session gets past
-//! - `epoch`: whether the history goes on; `leader`, `identity`, `wal`: lock, checks, connection
+//! - `content`: values that change without a row in the log
+//! - `left_out`: what no message can carry; `fault`: transactions that no session gets past
+//! - `epoch`: whether the history goes on; `leader`, `wal`: lock, connection
 //! - `reader` → queue → `publisher`: the two halves of a session, which run side by side; `watermark`: how far it reaches;
 //!   `lag`: how far it is behind
+//!
+//! Public beside [`run`] is only what the fuzz targets feed.
 
-pub mod abridge;
+mod abridge;
+#[doc(hidden)]
 pub mod append;
+#[doc(hidden)]
 pub mod assemble;
-pub mod chunks;
+mod chunks;
 mod content;
 mod epoch;
 mod error;
 mod fault;
-mod identity;
 mod lag;
 mod leader;
-pub mod left_out;
+mod left_out;
 mod lookup;
-pub mod moves;
+mod moves;
 mod origin;
+#[doc(hidden)]
 pub mod pgoutput;
 mod publisher;
 mod reader;
-pub mod relation;
+mod relation;
 mod session;
-pub mod shape;
 mod wait;
 mod wal;
 mod watermark;
@@ -50,6 +53,7 @@ use std::time::{Duration, Instant};
 
 use millstream_catalog::Config;
 use millstream_runtime::backoff::Backoff;
+use millstream_runtime::error::chain;
 use millstream_runtime::health::{self, Health};
 use millstream_runtime::shutdown::Shutdown;
 use millstream_runtime::{nats, postgres};
@@ -57,7 +61,6 @@ use millstream_runtime::{nats, postgres};
 use crate::assemble::AssembleError;
 pub use crate::error::Error;
 use crate::fault::{Faults, TRIES};
-pub use crate::identity::{Misfit, identity_problems, publication_problems};
 use crate::lag::Gauges;
 use crate::left_out::Report;
 use crate::session::{Shared, part};
@@ -166,7 +169,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         without_wal = if fault::is_wal_gone(error.cause()) { without_wal + 1 } else { 0 };
         if without_wal >= fault::TRIES {
             tracing::error!(
-                error = error.chain(),
+                error = chain(&error),
                 tries = without_wal,
                 "the write-ahead log is gone that the replication slot needs: another slot is made, and a new epoch begins"
             );
@@ -177,14 +180,14 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
             && let Some(place) = error.place()
         {
             tracing::error!(
-                wal.lsn = %place.lsn, wal.xid = place.xid, table.name = place.table, error = error.chain(), tries = TRIES,
+                wal.lsn = %place.lsn, wal.xid = place.xid, table.name = place.table, error = chain(&error), tries = TRIES,
                 "a transaction cannot be carried: a new epoch begins behind it, and clients start over"
             );
             shared.pass_over.store(true, Ordering::Relaxed);
         }
         let delay = backoff.next();
         tracing::warn!(
-            error = error.chain(),
+            error = chain(&error),
             retry.after_ms = delay.as_millis() as u64,
             "the session ended; starting over"
         );

@@ -5,10 +5,10 @@
 
 use millstream_schemas::Lsn;
 
-use crate::abridge::TOO_LARGE;
-
 /// Microseconds from 1970 to 2000, the origin of Postgres' times.
 const POSTGRES_EPOCH_MICROS: i64 = 946_684_800_000_000;
+/// Of ours, not of Postgres: in place of a value's tag, length and bytes, where a longer message was shortened (`abridge`).
+pub const TOO_LARGE: u8 = b'x';
 
 /// One message of the change stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +119,7 @@ pub enum Value<'a> {
     Null,
     /// Stored out of line and not changed, so not sent.
     Unchanged,
-    /// Left out by [`crate::abridge`].
+    /// Left out by `abridge`.
     TooLarge,
     /// Postgres' text output.
     Text(&'a [u8]),

@@ -1,17 +1,14 @@
 //! The writing half of a session: appends what waits, confirms what is in the stream, and knows the watermark.
 
 use std::convert::Infallible;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use bytes::Bytes;
 use millstream_schemas::Lsn;
 use millstream_schemas::stream::Watermark;
-use millstream_schemas::subject::WAL_ORIGIN;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::append::{Appender, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES};
-use crate::assemble::Outgoing;
+use crate::append::{Appender, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES, mark};
 use crate::error::{Error, Place};
 use crate::reader::{Queued, Reached};
 
@@ -135,27 +132,5 @@ impl Publisher {
         self.appender.append(&[mark(lsn)]).await?;
         self.hold(lsn);
         Ok(())
-    }
-}
-
-/// Stands for no transaction.
-pub const MARK_XID: u32 = 0;
-
-/// A message without rows that says: the stream holds everything before `lsn`. Its own LSN lies above that of every
-/// transaction before and below that of every one to come.
-pub fn mark(lsn: Lsn) -> Outgoing {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Outgoing {
-        subject: WAL_ORIGIN.to_owned(),
-        payload: Bytes::from_static(b"[]"),
-        lsn: Lsn(lsn.0.saturating_sub(1)),
-        end_lsn: lsn,
-        xid: MARK_XID,
-        index: 0,
-        last: true,
-        at: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),
-        origin: None,
-        traceparent: None,
-        moves: None,
     }
 }

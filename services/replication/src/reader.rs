@@ -6,7 +6,8 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use millstream_catalog::Table;
+use millstream_catalog::{Shape, Table};
+use millstream_runtime::error::chain;
 use millstream_runtime::telemetry;
 use millstream_schemas::Lsn;
 use sqlx::PgPool;
@@ -20,7 +21,6 @@ use crate::error::Error;
 use crate::left_out::{LeftOut, Report};
 use crate::lookup::Lookups;
 use crate::pgoutput::{self, Message};
-use crate::shape::Shape;
 use crate::wal::{Event, Wal};
 use crate::witness::{Landmark, Witness};
 
@@ -145,7 +145,7 @@ impl Reader {
                     }
                     match content::ask(&self.pool, &self.late).await {
                         Ok(()) => self.late.clear(),
-                        Err(error) => tracing::warn!(error = error.chain(), "cannot ask for tables to be sent again; trying on"),
+                        Err(error) => tracing::warn!(error = chain(&error), "cannot ask for tables to be sent again; trying on"),
                     }
                     continue;
                 }

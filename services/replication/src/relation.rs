@@ -1,9 +1,8 @@
 //! Tables as the change stream describes them, mapped to the catalog, and the images of their rows.
 
-use millstream_catalog::Table;
+use millstream_catalog::{Shape, Table};
 
 use crate::pgoutput::{self, Old, Tuple, Value};
-use crate::shape::Shape;
 
 /// How the tuples of a relation map to a table of the catalog.
 #[derive(Clone, Debug)]
@@ -68,20 +67,6 @@ impl Mapping {
             None => self.positions[column].is_some_and(|at| self.identity[at]),
         }
     }
-}
-
-/// The columns that the replica identity of a table must cover: the key finds the row at the client, the scope columns
-/// and those of memberships say whose row it was.
-pub fn identity_columns(table: &Table) -> Vec<usize> {
-    let mut columns = table.key.clone();
-    let scopes = table.row_scope_columns().filter_map(|scope| scope.column);
-    let granted = table.memberships.iter().map(|membership| membership.scope);
-    for column in scopes.chain(granted) {
-        if !columns.contains(&column) {
-            columns.push(column);
-        }
-    }
-    columns
 }
 
 /// One value of a row image.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use millstream_catalog::{Catalog, Config, layout};
+use millstream_catalog::{Catalog, Config, Holders, Shape, layout, misfits, publication_problems};
+use millstream_runtime::error::chain;
 use millstream_runtime::health::Health;
 use millstream_runtime::nats::{self, Nats};
 use millstream_runtime::postgres;
@@ -18,21 +19,19 @@ use sqlx::{PgConnection, PgPool};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::append::{self, Appender, Tail};
+use crate::append::{self, Appender, Tail, mark};
 use crate::assemble::Limits;
 use crate::content::{self, Content};
 use crate::error::Error;
 use crate::fault::Faults;
-use crate::identity::misfits;
 use crate::lag::Gauges;
 use crate::leader::Leader;
 use crate::left_out::Report;
-use crate::publisher::{Publisher, mark};
+use crate::publisher::Publisher;
 use crate::reader::{QUEUE_MESSAGES, Reached, Reader};
-use crate::shape::{self, Shape};
-use crate::wal::Source;
+use crate::wal::{Source, Wal};
 use crate::witness::Witness;
-use crate::{epoch, identity, lag, watermark};
+use crate::{epoch, lag, watermark};
 
 /// How often it is looked whether synced tables have changed that nobody writes to.
 const LOOK: Duration = Duration::from_secs(2);
@@ -123,15 +122,7 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     postgres::ask(connection, "leader lock", &shared.options)
         .await
         .map_err(Error::postgres("ask for its encryption"))?;
-    let catalog = load(&shared.config, &shared.publication, connection).await?;
-    shared.report.aside(&catalog);
-    identity::check(connection, &catalog, &shared.publication).await?;
-    let holders = shape::read(connection, &catalog).await?;
-    for misfit in catalog.tables.iter().zip(&holders).flat_map(|(table, holders)| misfits(table, holders)) {
-        shared.report.misfit(&misfit);
-    }
-    let shapes: Vec<Shape> = catalog.tables.iter().zip(&holders).map(|(table, holders)| holders.shape(table)).collect();
-    let found = content::read(connection, &catalog, &shapes).await?;
+    let (catalog, shapes, found) = read_tables(connection, &shared.config, &shared.publication, &shared.report).await?;
     let kept = content::kept(connection).await?;
 
     // From here on, whoever was leader before is fenced: its next append conflicts with our first, or ours with its.
@@ -204,7 +195,7 @@ pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> R
     if !again.is_empty() || kept.as_ref() != Some(&found.content) {
         content::keep(connection, &found.content, &again.into_keys().collect()).await?;
     }
-    let wal = shared.source.start().await?;
+    let wal = Wal::start(&shared.source).await?;
     tracing::info!(
         epoch = %appender.epoch(), stream.seq = appender.sequence(), wal.lsn = %start.held, slot = shared.slot,
         "leader: replicating"
@@ -272,9 +263,38 @@ async fn get_ready(
     std::future::pending().await
 }
 
-async fn load(config: &Path, publication: &str, connection: &mut PgConnection) -> Result<Catalog, Error> {
+/// Reads the synced tables, and what holds their rows. Reports tables that do not fit.
+async fn read_tables(
+    connection: &mut PgConnection,
+    config: &Path,
+    publication: &str,
+    report: &Report,
+) -> Result<(Catalog, Vec<Shape>, content::Found), Error> {
     let config = Config::read(config).map_err(Error::ConfigFile)?;
-    Catalog::load(connection, &config, Some(publication)).await.map_err(Error::Catalog)
+    let catalog = Catalog::load(connection, &config, Some(publication)).await.map_err(Error::Catalog)?;
+    report.aside(&catalog);
+    check(connection, &catalog, publication).await?;
+    let holders = Holders::read_all(connection, &catalog).await?;
+    let tables = || catalog.tables.iter().zip(&holders);
+    for misfit in tables().flat_map(|(table, holders)| misfits(table, holders)) {
+        report.misfit(&misfit);
+    }
+    let shapes: Vec<Shape> = tables().map(|(table, holders)| holders.shape(table)).collect();
+    let found = content::read(connection, &catalog, &shapes).await?;
+    Ok((catalog, shapes, found))
+}
+
+/// Refuses what nothing can be replicated with. What concerns one table is told by [`Report::misfit`], and stops no other.
+async fn check(connection: &mut PgConnection, catalog: &Catalog, publication: &str) -> Result<(), Error> {
+    let encoding: String = sqlx::query_scalar("SELECT current_setting('server_encoding')")
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(Error::postgres("read the database's encoding"))?;
+    if encoding == "SQL_ASCII" {
+        return Err(Error::Encoding);
+    }
+    let problems = publication_problems(connection, catalog, publication).await?;
+    if problems.is_empty() { Ok(()) } else { Err(Error::Tables(problems.join("\n"))) }
 }
 
 /// What is looked at now and then.
@@ -298,14 +318,14 @@ impl Look {
                     match self.keep(&consists.content).await {
                         Ok(()) => content = consists.content,
                         Err(error) => {
-                            tracing::warn!(error = error.chain(), "cannot keep what synced tables consist of")
+                            tracing::warn!(error = chain(&error), "cannot keep what synced tables consist of")
                         }
                     }
                 }
                 Ok(_) => return Err(Error::SchemaChanged),
                 // What goes on under the old catalog goes on.
                 Err(error) => {
-                    let text = error.chain();
+                    let text = chain(&error);
                     if told.as_ref() != Some(&text) {
                         tracing::warn!(error = text, "cannot look whether synced tables have changed");
                         told = Some(text);
@@ -322,16 +342,7 @@ impl Look {
 
     async fn look(&self) -> Result<(String, content::Found), Error> {
         let mut connection = self.pool.acquire().await.map_err(Error::postgres("connect"))?;
-        let catalog = load(&self.config, &self.publication, &mut connection).await?;
-        self.report.aside(&catalog);
-        identity::check(&mut connection, &catalog, &self.publication).await?;
-        let holders = shape::read(&mut connection, &catalog).await?;
-        for misfit in catalog.tables.iter().zip(&holders).flat_map(|(table, holders)| misfits(table, holders)) {
-            self.report.misfit(&misfit);
-        }
-        let shapes: Vec<Shape> =
-            catalog.tables.iter().zip(&holders).map(|(table, holders)| holders.shape(table)).collect();
-        let found = content::read(&mut connection, &catalog, &shapes).await?;
+        let (catalog, _, found) = read_tables(&mut connection, &self.config, &self.publication, &self.report).await?;
         Ok((catalog.version, found))
     }
 }

@@ -7,8 +7,10 @@
 //! - [`health`]: `/livez` and `/readyz`, served with header timeouts
 //! - [`shutdown`]: one signal that everything waits for
 //! - [`backoff`]: full jitter
+//! - [`error`]: errors as the log shows them
 
 pub mod backoff;
+pub mod error;
 pub mod health;
 pub mod lease;
 pub mod nats;

@@ -6,63 +6,19 @@ use std::sync::Arc;
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use millstream_changes::for_simulation;
-use millstream_edge::pure::Message;
+use millstream_edge::for_simulation::Message;
 use millstream_schemas::stream::{ANY_SCOPE, OriginEntry, Submission, header};
 use millstream_schemas::{Lsn, Row, Scope, TableChanges, TableOp};
 use rand::RngExt;
-use uuid::Uuid;
 
+use super::event::{Event, Stored};
+use super::parts::{Executor, Item, Replication};
 use super::postgres::Transaction;
-use super::world::{Event, MS, World};
+use super::world::World;
 use crate::trace;
 
 /// Most submissions of a batch.
 const BATCH: usize = 12;
-
-/// A submission in a lane: from which session.
-pub type Stored = (usize, Submission);
-
-#[derive(Default)]
-pub struct Broker {
-    /// Inbound messages by rising sequence.
-    pub inbound: Vec<(u64, Vec<Submission>)>,
-    last: u64,
-    /// Which stream of that name it is.
-    stream: u64,
-    /// Outbound messages; sequence 1 first.
-    pub outbound: Vec<Arc<Message>>,
-    /// It has lost outbound messages that clients may have seen.
-    pub has_lost: bool,
-}
-
-struct Item {
-    sequence: u64,
-    submission: Submission,
-    last: bool,
-}
-
-/// An executor that owns the partition, or believes so.
-pub struct Executor {
-    is_up: bool,
-    stream: u64,
-    owner: i64,
-    position: u64,
-    handed: u64,
-    items: VecDeque<Item>,
-    batch: Option<usize>,
-}
-
-#[derive(Default)]
-pub struct Replication {
-    pub is_up: bool,
-    /// The stream and the slot do not fit together: a new epoch has to begin.
-    pub is_lost: bool,
-    pub epoch: Uuid,
-    /// Next commit of the log.
-    next: usize,
-    /// How far the slot is confirmed.
-    confirmed: Lsn,
-}
 
 impl World {
     pub fn lane(&mut self, edge: usize, run: u64) {
@@ -413,6 +369,3 @@ impl World {
             && self.edges.iter().all(|edge| edge.lane.is_empty() && !edge.publishing)
     }
 }
-
-/// Beside the milliseconds: a pause in which nothing is asked for.
-pub const PAUSE: u64 = 800 * MS;

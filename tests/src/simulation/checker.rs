@@ -4,70 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use millstream_client_store::Reader;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
-use millstream_schemas::stream::{OriginEntry, Submission};
 use millstream_schemas::{Operation, Position, Row};
 use rusqlite::types::Value;
 use uuid::Uuid;
 
 use super::postgres::{TASKS, Taken};
+use super::record::Local;
 use super::world::World;
-
-/// A local transaction.
-#[derive(Clone, Debug)]
-struct Local {
-    /// The changes: id, and the row as table and key.
-    changes: Vec<(Uuid, String)>,
-    discarded: bool,
-}
-
-/// What is known of a store from outside.
-#[derive(Clone, Debug, Default)]
-pub struct Store {
-    transactions: BTreeMap<u64, Local>,
-    /// Those that were rejected or held back at some time.
-    troubled: BTreeSet<u64>,
-    /// The newest value shown of a cell, in the order of Postgres.
-    shown: HashMap<(usize, String), u64>,
-    /// The outbound history of what it shows.
-    epoch: Option<Uuid>,
-}
-
-impl Store {
-    /// The store went back, or the server did.
-    pub fn forget_shown(&mut self) {
-        self.shown.clear();
-    }
-
-    pub fn discarded(&mut self, tx: u64) {
-        self.transactions.get_mut(&tx).expect("a recorded transaction").discarded = true;
-    }
-}
-
-#[derive(Default)]
-pub struct Checker {
-    pub stores: Vec<Store>,
-    /// Changes that the server rejected at some time.
-    rejected: HashSet<Uuid>,
-    /// Changes that a restored database lost.
-    lost: HashSet<Uuid>,
-}
-
-impl Checker {
-    pub fn restored(&mut self, lost: impl Iterator<Item = Uuid>) {
-        self.lost.extend(lost);
-        self.stores.iter_mut().for_each(Store::forget_shown);
-    }
-
-    pub fn decided(&mut self, submissions: &[Submission], origin: &[OriginEntry]) {
-        for entry in origin {
-            for failure in &entry.failed {
-                let same = |s: &&Submission| s.client_id == entry.client_id && s.client_seq == failure.client_seq;
-                let changes = submissions.iter().filter(same).flat_map(|submission| &submission.changes);
-                self.rejected.extend(changes.map(|change| change.change_id));
-            }
-        }
-    }
-}
 
 fn read(reader: &Reader, sql: &str) -> Vec<Vec<Option<String>>> {
     read_with(reader, sql, &[])

@@ -1,142 +1,37 @@
 //! Clients: the real outbox, staging and store, driven as the SDK's workers drive them.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
-use millstream_client_core::outbox::{Input, Outbox, Output};
+use millstream_client_core::outbox::{Input, Output};
 use millstream_client_core::replica::{Replica, Step, Work};
-use millstream_client_store::{Edit, EntryState, Host, Meeting, Reader, Recorded, Store, StoreError, Tx};
+use millstream_client_store::{Edit, Meeting, Recorded, Store, StoreError, Tx};
 use millstream_schemas::Code;
-use millstream_schemas::Position;
-use millstream_schemas::Schema;
 use millstream_schemas::frame::{Hello, ServerFrame};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rusqlite::types::Value;
-use uuid::Uuid;
 
-use super::broker::PAUSE;
-use super::postgres::{LABELS, NOTES, TASKS, tables};
-use super::world::{self, Event, MS, World};
+use super::device::{Client, FakeHost, length, log_of, template};
+use super::event::{Event, MS, PAUSE};
+use super::postgres::{LABELS, NOTES, TASKS};
+use super::world::World;
 use crate::trace;
 
-/// A clock that is wrong by a day, or not, and random ids from a seed.
-struct FakeHost {
-    clock: Arc<AtomicU64>,
-    skew: i64,
-    rng: Mutex<StdRng>,
-}
-
-impl Host for FakeHost {
-    fn now_micros(&self) -> u64 {
-        self.clock.load(Ordering::Relaxed).saturating_add_signed(self.skew)
-    }
-
-    fn uuid(&self) -> Uuid {
-        Uuid::from_u128(self.rng.lock().expect("the generator").random())
-    }
-}
-
-pub struct Client {
-    /// Which store of the checker.
-    pub user: String,
-    pub store: Option<Store>,
-    pub reader: Option<Reader>,
-    host: Arc<FakeHost>,
-    path: PathBuf,
-    outbox: Outbox,
-    /// Session and its staging, from `welcome` on; before, the session alone.
-    pub session: Option<usize>,
-    pub replica: Option<Replica>,
-    /// Which run of the process.
-    pub run: u64,
-    pub position: Option<Position>,
-    /// Length of the write-ahead log when it was last synced: a power cut takes no byte of that.
-    synced: u64,
-}
-
-/// A store that has its schema and no identity yet: made once, since that is slow.
-fn template() -> &'static [u8] {
-    static TEMPLATE: OnceLock<Vec<u8>> = OnceLock::new();
-    TEMPLATE.get_or_init(|| {
-        let directory = world::directory();
-        let path = directory.path().join("template.db");
-        let rng = Mutex::new(StdRng::seed_from_u64(0));
-        let host = Arc::new(FakeHost { clock: Arc::default(), skew: 0, rng });
-        let mut store = Store::open(&path.to_string_lossy(), host).expect("a store");
-        let tables = tables().iter().map(|table| table.schema()).collect();
-        store.install(&Schema { version: "1".into(), tables }).expect("a schema");
-        drop(store);
-        let connection = rusqlite::Connection::open(&path).expect("the store's file");
-        connection.execute("DELETE FROM millstream_meta WHERE key = 'client_id'", []).expect("no identity");
-        drop(connection);
-        std::fs::read(&path).expect("the store's file")
-    })
-}
-
-fn log_of(path: &std::path::Path) -> PathBuf {
-    PathBuf::from(format!("{}-wal", path.display()))
-}
-
-fn length(path: &std::path::Path) -> u64 {
-    std::fs::metadata(log_of(path)).map_or(0, |meta| meta.len())
-}
-
-impl Client {
-    pub fn new(world: &mut World, index: usize, user: &str, skew: i64) -> Client {
-        let rng = Mutex::new(StdRng::seed_from_u64(world.rng.random()));
-        let host = Arc::new(FakeHost { clock: world.clock.clone(), skew, rng });
-        let path = world.directory.join(format!("{index}-0.db"));
+impl World {
+    pub fn client(&mut self, index: usize, user: &str, skew: i64) -> Client {
+        let rng = Mutex::new(StdRng::seed_from_u64(self.rng.random()));
+        let host = Arc::new(FakeHost { clock: self.clock.clone(), skew, rng });
+        let path = self.directory.join(format!("{index}-0.db"));
         std::fs::write(&path, template()).expect("an empty store");
         let mut store = Store::open(&path.to_string_lossy(), host.clone()).expect("a store");
         store.set_max_attempts(3);
-        world.checker.stores.push(Default::default());
-        trace!(world, "client {index}: {user}, clock {} s", skew / 1_000_000);
+        self.checker.stores.push(Default::default());
+        trace!(self, "client {index}: {user}, clock {} s", skew / 1_000_000);
         let synced = length(&path);
         Client::with(user, Some(store), host, path, synced)
     }
 
-    fn with(user: &str, store: Option<Store>, host: Arc<FakeHost>, path: PathBuf, synced: u64) -> Client {
-        let mut client = Client {
-            user: user.to_owned(),
-            store,
-            reader: None,
-            host,
-            path,
-            outbox: Outbox::default(),
-            session: None,
-            replica: None,
-            run: 0,
-            position: None,
-            synced,
-        };
-        client.opened();
-        client
-    }
-
-    fn opened(&mut self) {
-        let info = self.store().info().expect("the store's facts");
-        self.outbox = Outbox::new(info.last_seq, info.confirmed_seq);
-        self.position = info.position;
-        self.reader = Reader::open(&self.path.to_string_lossy(), self.host.clone()).ok();
-    }
-
-    pub fn store(&mut self) -> &mut Store {
-        self.store.as_mut().expect("an open store")
-    }
-
-    /// Copies the files as a crash leaves them; `power`: what was not synced may be gone.
-    fn copy(&self, to: &std::path::Path, keep: u64) {
-        std::fs::copy(&self.path, to).expect("a copy");
-        if let Ok(log) = std::fs::read(log_of(&self.path)) {
-            let keep = (keep as usize).min(log.len());
-            std::fs::write(log_of(to), &log[..keep]).expect("a copy");
-        }
-    }
-}
-
-impl World {
     /// The process dies: nothing is closed, the file is opened again. Sometimes the machine loses power.
     pub fn crash(&mut self, index: usize) {
         let (client, power) = (&self.clients[index], self.rng.random_bool(0.3));
@@ -592,13 +487,5 @@ impl World {
         }
         let info = self.clients[index].store().info().expect("the store's facts");
         info.last_seq == info.confirmed_seq && !info.resync && self.clients[index].waiting() == 0
-    }
-}
-
-impl Client {
-    /// Transactions that will be tried again by themselves.
-    fn waiting(&mut self) -> usize {
-        let failed = self.store().failed().expect("the failed ones");
-        failed.iter().filter(|write| write.state == EntryState::RetryWait).count()
     }
 }

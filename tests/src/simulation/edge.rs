@@ -1,65 +1,25 @@
-//! Edges: what `session.rs` and `session/open.rs` of the edge do around the real downlink, with the network's frames
+//! Edges: what `session.rs` of the edge and the files below it do around the real downlink, with the network's frames
 //! and a model of Postgres and the broker on the other sides.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use millstream_edge::pure::{Downlink, Fence, Message, Next, Out, Reach};
+use millstream_edge::for_simulation::{Downlink, Fence, Message, Next, Out, Reach};
 use millstream_schemas::frame::{ClientFrame, ErrorFrame, Hello, Limits, Resume, ServerFrame, Submit, Welcome};
 use millstream_schemas::stream::{Submission, Watermark};
 use millstream_schemas::{Code, Lsn, Position, Scope, TableChanges, TableOp};
 use rand::RngExt;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use super::broker::Stored;
+use super::event::{Event, MS};
+use super::parts::Session;
 use super::postgres::State;
-use super::world::{Event, MS, World};
+use super::world::World;
 use crate::trace;
 
 /// Messages that may be younger than what a snapshot sees.
 const LOOK_BACK: usize = 40;
-
-#[derive(Default)]
-pub struct Edge {
-    /// Which run of the process.
-    pub run: u64,
-    pub lane: Vec<Stored>,
-    pub publishing: bool,
-    /// Outbound messages read.
-    pub seen: usize,
-}
-
-/// One WebSocket, as the edge and the network know it.
-pub struct Session {
-    pub edge: usize,
-    pub client: usize,
-    client_id: uuid::Uuid,
-    user: String,
-    /// None: not welcomed yet, or ended.
-    downlink: Option<Downlink>,
-    pub is_cut: bool,
-    ended: bool,
-    expected: u64,
-    last_run: Option<uuid::Uuid>,
-    passed_over: Option<u64>,
-    /// When the last frame in each direction arrives.
-    up: u64,
-    down: u64,
-}
-
-impl Session {
-    pub fn end(&mut self) {
-        self.downlink = None;
-        self.ended = true;
-    }
-
-    /// Everything has been sent that the stream holds up to here.
-    pub fn is_idle(&self, length: usize) -> bool {
-        let downlink = self.downlink.as_ref();
-        downlink.is_some_and(|d| d.cursor() == length as u64 && !d.waits() && !d.in_bracket())
-    }
-}
 
 impl World {
     pub fn connected(&mut self, client: usize, hello: Hello) -> usize {

@@ -10,16 +10,22 @@
 mod broker;
 mod checker;
 mod client;
+mod device;
+mod drive;
 mod edge;
+mod event;
+mod parts;
 mod postgres;
+mod record;
+mod trace;
 mod world;
 
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use trace::say;
 use world::{POINTS, Points, World};
 
 /// Seeds of an ordinary run.
@@ -31,15 +37,11 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
 }
 
-/// On stderr whatever the test harness captures.
-fn say(text: std::fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
-
 fn run(seed: u64, trace: bool) -> Result<Points, String> {
-    let directory = world::directory();
+    let directory = device::directory();
     let run = || {
         let mut world = World::new(seed, directory.path(), trace);
+        world.set_up();
         world.run();
         world.points
     };

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use millstream_catalog::{Column, ConflictPolicy, Members, Membership, Table, WriteRules};
 use millstream_changes::for_simulation::{Effect, Known, Settled};
-use millstream_edge::pure::Fence;
+use millstream_edge::for_simulation::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::stream::{Failure, Loss, OriginEntry, RunSpan, Submission};

@@ -7,14 +7,16 @@ use std::time::Instant;
 
 use millstream_schemas::{Code, Position, Scope};
 
+use super::end::End;
+use super::state::{Cut, Session};
+use super::visible::{VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE, VISIBLE_WAIT};
 use super::wire::Wire;
-use super::{End, Session, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE, VISIBLE_WAIT};
-use crate::Edge;
 use crate::downlink::Out;
+use crate::edge::Edge;
 use crate::fence::Fence;
 use crate::message::Message;
+use crate::moment::{Apart, Part};
 use crate::resume::{Mark, Seal, Token, moment_of};
-use crate::shared::{Apart, Part};
 use crate::shares::Turn;
 use crate::snapshot::{Snapshot, SnapshotError, begin_frame};
 
@@ -38,14 +40,6 @@ enum Source {
     Own(Snapshot, u64, Turn),
     /// What is read for several sessions, and how many rows that is.
     Shared(Vec<Arc<Part>>, u64),
-}
-
-/// A snapshot that was cut, and can go on.
-pub(super) struct Cut {
-    pub token: Token,
-    pub mark: Mark,
-    /// The moment at which it began.
-    pub fence: Arc<Fence>,
 }
 
 impl Session {

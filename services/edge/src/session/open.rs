@@ -2,9 +2,10 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use millstream_catalog::layout;
+use millstream_runtime::error::chain;
 use millstream_schemas::frame::{
     Hello, Limits, MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_SCOPES_BYTES, MAX_TRANSACTION_CHANGES, Resume, SUBMIT_WINDOW,
     ScopesDigest, ServerFrame, Welcome,
@@ -13,28 +14,27 @@ use millstream_schemas::{Code, Lsn, PROTOCOL_VERSION, Position, Scope};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::join::Cut;
-use super::uplink::Unsettled;
-use super::wire::Room;
-use super::{
-    End, HEARTBEAT, STORED_QUEUE, Session, Socket, SocketError, Start, VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE,
-    VISIBLE_WAIT, Wire, text,
-};
-use crate::Edge;
+use super::end::End;
+use super::state::{Cut, Session, Start};
+use super::text;
+use super::unsettled::Unsettled;
+use super::visible::{another_user, settled};
+use super::wire::{Room, Socket, SocketError, Wire};
 use crate::catalogs::Known;
 use crate::catchup;
 use crate::downlink::Downlink;
+use crate::edge::Edge;
 use crate::fence::Fence;
 use crate::resume;
 use crate::shares::Place;
-use crate::snapshot::{Ledger, Snapshot};
-use crate::tail::Chain;
 use crate::token::Identity;
 
+/// The client must be heard within this time.
+pub const HEARTBEAT: Duration = Duration::from_secs(45);
+/// Acknowledgements of lanes between two looks at them.
+const STORED_QUEUE: usize = 4 * SUBMIT_WINDOW as usize;
 /// How long the tail may lag behind a client that came from a faster edge.
 const HEAD_WAIT: Duration = Duration::from_secs(2);
-/// How long the ledger is waited for to show what the client knows to be confirmed.
-const LEDGER_WAIT: Duration = Duration::from_millis(500);
 /// A client that is asked for its scopes has this long to name them.
 const SCOPES_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a list of scopes takes in memory, as a multiple of its text.
@@ -98,10 +98,6 @@ async fn name_scopes(wire: &mut Wire) -> Result<(Vec<Scope>, Vec<Room>), End> {
     tokio::time::timeout(SCOPES_TIMEOUT, named)
         .await
         .map_err(|_| End::fatal(Code::HeartbeatTimeout, "the scopes did not come within 30 s"))?
-}
-
-pub(super) fn another_user() -> End {
-    End::fatal(Code::IdentityMismatch, "this client id belongs to another user; make a new store")
 }
 
 /// A session's outbound half at the end of the stream, with nothing held.
@@ -257,40 +253,6 @@ pub(super) async fn open(
     Ok(session)
 }
 
-/// What became of a client's changes, and the snapshot that says so: one that sees what the client knows to be confirmed and
-/// what the stream tells of the client up to a message. Both were published, perhaps a moment before they become visible. (A
-/// server that was restored never knows all that the client does.)
-pub(super) async fn settled(
-    edge: &Edge,
-    client_id: Uuid,
-    confirmed_seq: u64,
-    upto: u64,
-) -> Result<(Snapshot, Ledger), End> {
-    let unavailable = |error| End::unavailable(&error);
-    let (start, mut pause, mut looked_again) = (Instant::now(), VISIBLE_PAUSE, false);
-    loop {
-        let mut snapshot = Snapshot::begin(&edge.pool).await.map_err(unavailable)?;
-        let ledger = snapshot.ledger(client_id, confirmed_seq).await.map_err(unavailable)?;
-        let unseen = edge.hub.unseen(&snapshot.fence, upto, start);
-        let tells_all = unseen.iter().all(|message| message.settles(client_id).next().is_none());
-        if tells_all && (ledger.last_seq >= confirmed_seq || looked_again) {
-            return Ok((snapshot, ledger));
-        }
-        drop(snapshot);
-        if start.elapsed() > VISIBLE_WAIT {
-            return Err(End::retry(Code::Unavailable, "a published transaction does not become visible; try again"));
-        }
-        if tells_all {
-            // That is the client's word alone: it is worth one more look.
-            looked_again = true;
-            tokio::time::sleep(LEDGER_WAIT).await;
-        } else {
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(VISIBLE_LONGEST_PAUSE);
-        }
-    }
-}
-
 /// The client's position, if its rows are of our layout.
 fn position(hello: &Hello, known: &Known) -> Option<Position> {
     let schema = hello.schema.as_deref()?;
@@ -317,7 +279,7 @@ async fn vouched(edge: &Edge, wire: &mut Wire, position: Position) -> Result<boo
         Ok(Some(message)) => message.position == position,
         Ok(None) => false,
         Err(error) => {
-            tracing::warn!(error = %Chain(&error), "a client's position cannot be checked; it gets a snapshot");
+            tracing::warn!(error = chain(&error), "a client's position cannot be checked; it gets a snapshot");
             false
         }
     })

@@ -1,6 +1,5 @@
 //! What a client submits: in order, within its window and its user's share, into the lane.
 
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use millstream_runtime::telemetry;
@@ -9,46 +8,15 @@ use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, SUBMIT_WINDOW, Serv
 use millstream_schemas::stream::Submission;
 use uuid::Uuid;
 
+use super::end::{End, RETRY_MS};
+use super::state::Session;
 use super::wire::Wire;
-use super::{End, RETRY_MS, Session};
 use crate::lane::Item;
 
-/// Most that a session has submitted and that is not known to be settled: changes, and bytes. The rest waits at the client, not
-/// before the changes of others.
-const UNSETTLED_CHANGES: usize = 10_000;
-const UNSETTLED_BYTES: usize = 4 << 20;
+/// Refused frames after which a client is cut.
+const MAX_REFUSALS: u32 = 100;
 /// A client that sends on while it is told to wait is not read for at most this time.
 const DEAF: Duration = Duration::from_secs(1);
-
-/// Submissions that were forwarded and are not known to be settled.
-#[derive(Default)]
-pub(super) struct Unsettled {
-    /// `client_seq`, changes, bytes.
-    submissions: VecDeque<(u64, usize, usize)>,
-    changes: usize,
-    bytes: usize,
-}
-
-impl Unsettled {
-    fn push(&mut self, client_seq: u64, changes: usize, bytes: usize) {
-        self.submissions.push_back((client_seq, changes, bytes));
-        self.changes += changes;
-        self.bytes += bytes;
-    }
-
-    fn settled(&mut self, upto: u64) {
-        while let Some((_, changes, bytes)) = self.submissions.pop_front_if(|(client_seq, ..)| *client_seq <= upto) {
-            self.changes -= changes;
-            self.bytes -= bytes;
-        }
-    }
-
-    /// Whether there is room for one more. The first always fits.
-    fn fits(&self, changes: usize, bytes: usize) -> bool {
-        self.submissions.is_empty()
-            || (self.changes + changes <= UNSETTLED_CHANGES && self.bytes + bytes <= UNSETTLED_BYTES)
-    }
-}
 
 impl Session {
     pub(super) async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
@@ -114,6 +82,20 @@ impl Session {
         Ok(())
     }
 
+    pub(super) async fn refuse(
+        &mut self,
+        wire: &mut Wire,
+        code: Code,
+        message: String,
+        client_seq: Option<u64>,
+    ) -> Result<(), End> {
+        self.refusals += 1;
+        if self.refusals > MAX_REFUSALS {
+            return Err(End::fatal(code, format!("{MAX_REFUSALS} frames were refused; the last: {message}")));
+        }
+        wire.own(ServerFrame::Error(ErrorFrame { code, message, client_seq, retry_after_ms: None, fatal: false })).await
+    }
+
     async fn overloaded(&mut self, wire: &mut Wire, client_seq: u64, wait: Duration, what: &str) -> Result<(), End> {
         self.passed_over = Some(client_seq);
         let frame = ErrorFrame {
@@ -148,23 +130,4 @@ fn wrong_previous(client_seq: u64, last: Uuid) -> End {
     );
     let code = Code::WrongPrevious;
     End::Fatal(ErrorFrame { code, message, client_seq: Some(client_seq), retry_after_ms: None, fatal: true })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_under_way_is_bounded_and_the_first_always_fits() {
-        let mut unsettled = Unsettled::default();
-        assert!(unsettled.fits(UNSETTLED_CHANGES + 1, UNSETTLED_BYTES + 1));
-        unsettled.push(1, UNSETTLED_CHANGES - 1, 10);
-        assert!(unsettled.fits(1, 10) && !unsettled.fits(2, 10) && !unsettled.fits(1, UNSETTLED_BYTES - 9));
-        unsettled.push(2, 1, UNSETTLED_BYTES - 10);
-        assert!(!unsettled.fits(1, 1));
-        unsettled.settled(1);
-        assert!(unsettled.fits(5, 10) && !unsettled.fits(5, 11));
-        unsettled.settled(7);
-        assert_eq!((unsettled.changes, unsettled.bytes, unsettled.submissions.len()), (0, 0, 0));
-    }
 }

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -29,7 +29,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::{CloseFrame, Frame};
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 pub use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Socket};
 
-use super::{End, SEND_TIMEOUT, SIGN_OF_LIFE};
+use super::end::End;
 use crate::downlink::Out;
 use crate::shares::USER_UNSENT_KIB;
 
@@ -49,6 +49,11 @@ const INBOX_FRAMES: usize = 256;
 pub const UNSENT_KIB: usize = 96 * 1024;
 /// What may wait for any client, in KiB.
 const ALLOWANCE_KIB: usize = 256;
+
+/// While the client waits for us, it hears from us this often.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
+/// A client that takes not one frame in this time is cut.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A WebSocket.
 pub type WebSocket = WebSocketStream<Guarded>;

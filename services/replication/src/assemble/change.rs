@@ -6,13 +6,15 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use millstream_catalog::Table;
 use millstream_schemas::{Scope, TableOp};
 
+use super::error::AssembleError;
+use super::limits::Limits;
+use super::lookup::{Filled, Found};
 use super::sizes::Sizes;
-use super::{AssembleError, Filled, Found, Limits};
 use crate::chunks::{Chunk, Chunks, Group, KeyHash, write_row};
-use crate::left_out::LeftOut;
+use crate::left_out::{Again, LeftOut};
 use crate::moves::{Moves, moves};
 use crate::pgoutput::{Old, Tuple};
-use crate::relation::{BadTuple, Cell, Image, Mapping, identity_columns};
+use crate::relation::{BadTuple, Cell, Image, Mapping};
 
 /// Most rows remembered as withdrawn.
 const MAX_WITHDRAWN: usize = 65_536;
@@ -34,17 +36,6 @@ pub(super) struct Change<'a> {
     pub loose_key: bool,
     /// Set if readers may be left with rows that are not theirs any more, or lack some: the table is sent again.
     pub again: &'a mut Option<Again>,
-}
-
-/// Why a table is sent again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Again {
-    /// A delete, or an update, of which the change stream does not say whose row it was.
-    Unroutable,
-    /// More rows changed their keys in one transaction than are kept to find out what became of each key.
-    Keys,
-    /// The database says that it is to be: see `content.rs`.
-    Asked,
 }
 
 impl Change<'_> {
@@ -69,7 +60,7 @@ impl Change<'_> {
             // No old image means that nothing of it changed, where it covers these columns.
             None => self.mapping.covers(column),
         };
-        if !identity_columns(self.table).into_iter().all(known) {
+        if !self.table.identity_columns().into_iter().all(known) {
             self.unroutable();
         }
     }

@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::change::{Change, key, scopes};
+use super::change::{Change, hash, key, scopes};
 use crate::moves::{Moves, moves};
 use crate::relation::{Cell, Image};
 
@@ -246,5 +246,49 @@ impl Handover {
     /// Marks a table whose rows go out in the order of the log, as one of which a row has left its key.
     pub fn leaves(&mut self, table: usize) {
         self.left.insert(table);
+    }
+}
+
+/// Sends a row change, or keeps it where keys may change hands.
+pub(super) fn change_row(
+    change: &mut Change<'_>,
+    handover: &mut Handover,
+    before: Option<&Image<'_>>,
+    after: Option<&Image<'_>>,
+    is_update: bool,
+) {
+    let (index, mapping) = (change.mapping.table, change.mapping);
+    if !change.table.synced {
+        for (member, moved) in moves(change.table, before, after, is_update) {
+            change.chunks.add_moves(&member, &moved, change.pieces);
+        }
+        return;
+    }
+    if change.loose_key && handover.keeps(index) {
+        return handover.take(index, change, before, after, is_update, |column| mapping.covers(column));
+    }
+    if change.loose_key
+        && before.is_some_and(|before| after.is_none_or(|after| key(change.table, before) != key(change.table, after)))
+    {
+        handover.leaves(index);
+    }
+    match (before, after) {
+        (before, Some(after)) if is_update => change.update(before, after),
+        (_, Some(after)) => {
+            let key = change.key(after);
+            change.moves = moves(change.table, None, Some(after), false);
+            change.write(after, &scopes(change.table, after), key);
+        }
+        (Some(before), None) => {
+            let key = change.key(before);
+            change.moves = moves(change.table, Some(before), None, false);
+            change.delete(&scopes(change.table, before), key.as_deref());
+            if let Some(key) = key {
+                let row = hash(change.table, &key);
+                change.withdrawn.remove(&row);
+                change.sizes.forget(row);
+            }
+        }
+        (None, None) => {}
     }
 }

@@ -4,10 +4,9 @@
 
 use std::collections::HashMap;
 
+use super::lookup::{Filled, Found};
 use crate::chunks::KeyHash;
 use crate::relation::{Cell, Image};
-
-use super::{Filled, Found};
 
 /// Most rows remembered.
 const MAX_ROWS: usize = 65_536;

@@ -8,10 +8,11 @@ use pgwire_replication::protocol::framing::{
     MessageReader, write_password_message, write_query, write_ssl_request, write_startup_message,
 };
 use pgwire_replication::protocol::messages::{auth, parse_auth_request};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::Source;
+use super::socket::Socket;
+use super::source::Source;
 use super::tls::{Answer, Tls};
 use crate::error::{Error, ServerError};
 
@@ -19,10 +20,6 @@ use crate::error::{Error, ServerError};
 const PROTOCOL: i32 = 196_608;
 /// Longest message of the server before the change stream runs, in bytes.
 const MAX_START_MESSAGE_BYTES: usize = 64 * 1024;
-
-/// Any way to the server.
-pub trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Socket for S {}
 
 /// A connection on which the server is in the middle of its change stream.
 pub async fn start(source: &Source) -> Result<Box<dyn Socket>, Error> {

@@ -13,8 +13,8 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
-use super::WAL_SENDER_TIMEOUT;
-use super::connect::Socket;
+use super::socket::Socket;
+use super::source::WAL_SENDER_TIMEOUT;
 use crate::abridge::{Abridge, MAX_WHOLE_BYTES};
 use crate::assemble::AssembleError;
 use crate::error::{Error, ServerError};

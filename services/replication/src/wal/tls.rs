@@ -14,7 +14,7 @@ use sqlx::postgres::PgSslMode;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::connect::Socket;
+use super::socket::Socket;
 use crate::error::Error;
 
 /// What is asked of TLS. Files may also be given as PEM text.

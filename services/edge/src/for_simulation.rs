@@ -6,12 +6,12 @@ use millstream_schemas::frame::SnapshotMark;
 use millstream_schemas::{Code, Scope};
 use uuid::Uuid;
 
+pub use crate::copy::reframed;
 pub use crate::downlink::{Downlink, Next, Out};
 pub use crate::fence::Fence;
 pub use crate::message::Message;
 pub use crate::reach::{Moves, Reach};
 pub use crate::session::text;
-pub use crate::snapshot::reframed;
 
 use crate::resume::{self, Mark, Sealer, Token};
 use crate::token::Verifier;

@@ -3,11 +3,25 @@
 
 use std::collections::BTreeSet;
 
-use millstream_catalog::{Catalog, Table};
 use sqlx::{PgConnection, Row};
 
-use crate::error::Error;
-use crate::relation::identity_columns;
+use crate::model::{Catalog, Table};
+
+/// A question about how tables are replicated that Postgres did not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {operation}")]
+pub struct Unanswered {
+    /// What was to be done.
+    pub operation: &'static str,
+    /// Why it could not be.
+    pub source: sqlx::Error,
+}
+
+impl Unanswered {
+    pub(crate) fn at(operation: &'static str) -> impl FnOnce(sqlx::Error) -> Unanswered {
+        move |source| Unanswered { operation, source }
+    }
+}
 
 /// One synced table, as far as the assembler asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,8 +76,19 @@ impl Holder {
 pub struct Holders(pub Vec<Holder>);
 
 impl Holders {
-    /// Reads them.
-    pub async fn read(connection: &mut PgConnection, table: &Table) -> Result<Holders, Error> {
+    /// Reads them for every synced table, in the catalog's order.
+    ///
+    /// # Errors
+    /// Postgres cannot be asked.
+    pub async fn read_all(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Holders>, Unanswered> {
+        let mut all = Vec::with_capacity(catalog.tables.len());
+        for table in &catalog.tables {
+            all.push(Holders::read(connection, table).await?);
+        }
+        Ok(all)
+    }
+
+    async fn read(connection: &mut PgConnection, table: &Table) -> Result<Holders, Unanswered> {
         let rows = sqlx::query(
             "WITH RECURSIVE held AS (SELECT $1::bigint::oid AS oid, false AS inherits UNION ALL \
                SELECT h.inhrelid, NOT c.relispartition FROM held JOIN pg_inherits h ON h.inhparent = held.oid \
@@ -79,7 +104,7 @@ impl Holders {
         .bind(i64::from(table.oid))
         .fetch_all(connection)
         .await
-        .map_err(Error::postgres("read replica identities"))?;
+        .map_err(Unanswered::at("read replica identities"))?;
         let holder = |row: &sqlx::postgres::PgRow| Holder {
             name: row.get(0),
             short: row.get(1),
@@ -103,7 +128,7 @@ impl Holders {
     pub fn shape(&self, table: &Table) -> Shape {
         let is_partitioned = self.0.first().is_some_and(|holder| holder.kind == "p");
         let covered = |name: &str| self.published().all(|holder| holder.covers(name));
-        let uncovered = identity_columns(table).into_iter().filter(|column| !covered(&table.columns[*column].name));
+        let uncovered = table.identity_columns().into_iter().filter(|column| !covered(&table.columns[*column].name));
         Shape {
             uncovered: uncovered.collect(),
             partitions: is_partitioned.then(|| table.columns.iter().map(|column| covered(&column.name)).collect()),
@@ -114,20 +139,11 @@ impl Holders {
     /// Those whose deletes and moves cannot be routed, each with what its identity lacks.
     pub fn unroutable<'h>(&'h self, table: &Table) -> Vec<(&'h Holder, Vec<String>)> {
         let needed: Vec<String> =
-            identity_columns(table).into_iter().map(|column| table.columns[column].name.clone()).collect();
+            table.identity_columns().into_iter().map(|column| table.columns[column].name.clone()).collect();
         let lacks = |holder: &Holder| needed.iter().filter(|column| !holder.covers(column)).cloned().collect();
         self.published()
             .map(|holder| (holder, lacks(holder)))
             .filter(|(_, lacks): &(_, Vec<String>)| !lacks.is_empty())
             .collect()
     }
-}
-
-/// Reads what holds the rows of every synced table.
-pub async fn read(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Holders>, Error> {
-    let mut all = Vec::with_capacity(catalog.tables.len());
-    for table in &catalog.tables {
-        all.push(Holders::read(connection, table).await?);
-    }
-    Ok(all)
 }

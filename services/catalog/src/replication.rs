@@ -3,12 +3,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use millstream_catalog::{Catalog, Table};
 use sqlx::{PgConnection, Row};
 
-use crate::error::Error;
-use crate::relation::identity_columns;
-use crate::shape::{self, Holder, Holders};
+use crate::holders::{Holder, Holders, Unanswered};
+use crate::model::{Catalog, Table};
 
 /// Something about a table that keeps its rows from being replicated as they should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,25 +19,12 @@ pub struct Misfit {
     pub fix: String,
 }
 
-/// Refuses what nothing can be replicated with. What concerns one table is told by [`misfits`], and stops no other.
-pub async fn check(connection: &mut PgConnection, catalog: &Catalog, publication: &str) -> Result<(), Error> {
-    let encoding: String = sqlx::query_scalar("SELECT current_setting('server_encoding')")
-        .fetch_one(&mut *connection)
-        .await
-        .map_err(Error::postgres("read the database's encoding"))?;
-    if encoding == "SQL_ASCII" {
-        return Err(Error::Encoding);
-    }
-    let problems = publication_problems(connection, catalog, publication).await?;
-    if problems.is_empty() { Ok(()) } else { Err(Error::Tables(problems.join("\n"))) }
-}
-
 /// What keeps rows of synced tables from being replicated as they should be.
 ///
 /// # Errors
 /// Postgres cannot be asked.
-pub async fn identity_problems(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Misfit>, Error> {
-    let all = shape::read(connection, catalog).await?;
+pub async fn identity_problems(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Misfit>, Unanswered> {
+    let all = Holders::read_all(connection, catalog).await?;
     Ok(catalog.tables.iter().zip(&all).flat_map(|(table, holders)| misfits(table, holders)).collect())
 }
 
@@ -51,7 +36,7 @@ pub async fn publication_problems(
     connection: &mut PgConnection,
     catalog: &Catalog,
     publication: &str,
-) -> Result<Vec<String>, Error> {
+) -> Result<Vec<String>, Unanswered> {
     let mut problems = Vec::new();
     let published = published(connection, publication).await?;
     for table in &catalog.tables {
@@ -73,12 +58,12 @@ pub async fn publication_problems(
 }
 
 /// Object ids of the published tables (roots of partitioned ones); none if there is no such publication.
-async fn published(connection: &mut PgConnection, publication: &str) -> Result<Option<HashSet<i64>>, Error> {
+async fn published(connection: &mut PgConnection, publication: &str) -> Result<Option<HashSet<i64>>, Unanswered> {
     let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)")
         .bind(publication)
         .fetch_one(&mut *connection)
         .await
-        .map_err(Error::postgres("read the publication"))?;
+        .map_err(Unanswered::at("read the publication"))?;
     if !exists {
         return Ok(None);
     }
@@ -89,7 +74,7 @@ async fn published(connection: &mut PgConnection, publication: &str) -> Result<O
     .bind(publication)
     .fetch_all(connection)
     .await
-    .map_err(Error::postgres("read the publication's tables"))?;
+    .map_err(Unanswered::at("read the publication's tables"))?;
     Ok(Some(rows.into_iter().map(|row| row.get(0)).collect()))
 }
 
@@ -120,7 +105,7 @@ pub fn misfits(table: &Table, holders: &Holders) -> Vec<Misfit> {
         }
     }
     let needed: Vec<&str> =
-        identity_columns(table).into_iter().map(|column| table.columns[column].name.as_str()).collect();
+        table.identity_columns().into_iter().map(|column| table.columns[column].name.as_str()).collect();
     // Index names are of a schema: each gets its own.
     let mut names: BTreeMap<String, usize> = BTreeMap::new();
     for (holder, lacks) in holders.unroutable(table) {

@@ -4,12 +4,11 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::{EncodingKey, Header, encode};
+use millstream_schemas::AUDIENCE;
 use serde::Serialize;
 
 use crate::stack::DEV_DATA;
 
-/// Audience of every session token.
-pub const AUDIENCE: &str = "millstream";
 /// How long a token lasts unless told otherwise.
 pub const DEFAULT_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
 

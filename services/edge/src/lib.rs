@@ -57,7 +57,7 @@ use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-pub use token::{AUDIENCE, MIN_SECRET_BYTES};
+pub use token::MIN_SECRET_BYTES;
 
 // What a session reads and sends, without sockets, databases and brokers, for the simulation in `tests` and for `fuzz`: they run
 // this, not a copy of it.

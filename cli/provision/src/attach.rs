@@ -1,15 +1,15 @@
 //! Writes the migration that lets concurrent changes to an existing table merge. It reads the
 //! database and changes nothing there.
 
+mod found;
 mod migration;
 
 use millstream_catalog::{Catalog, CatalogError, ClockNames, Config, Conflict, TableConfig};
 use millstream_replication::identity_problems;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-pub use self::migration::{
-    Found, FoundColumn, FoundTrigger, Missing, Policy, TRIGGERS, migration, missing, rename_taken, triggers,
-};
+pub use self::found::{Found, FoundColumn, FoundTrigger, TRIGGERS};
+pub use self::migration::{Missing, Policy, migration, missing, rename_taken, triggers};
 use crate::exit::{Exit, HasExit};
 
 /// No migration.

@@ -101,6 +101,11 @@ fn exit_codes_are_those_of_the_help() {
         assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
         assert!(output.stdout.is_empty());
     }
+    // A service whose configuration is not there.
+    for service in ["changes", "replication"] {
+        let output = millstream(&[service, "--config", "/nonexistent.toml", "--database-url", nowhere]);
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    }
     let output = millstream(&["healthcheck", "http://127.0.0.1:9/readyz"]);
     assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
     assert!(output.stdout.is_empty());

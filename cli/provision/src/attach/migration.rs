@@ -3,13 +3,11 @@
 use std::fmt::Write as _;
 
 use millstream_catalog::{ClockNames, ConflictPolicy, Table, literal};
-use millstream_replication::Misfit;
+
+use super::found::{Found, FoundTrigger, TRIGGERS};
 
 /// A statement gives up rather than queue the table's readers behind a long transaction.
 const LOCK_TIMEOUT: &str = "5s";
-/// Names of the triggers: on insert, on update. The same for both policies, so that one takes the other's place.
-pub const TRIGGERS: [&str; 2] = ["millstream_clocks_insert", "millstream_clocks_update"];
-
 /// How concurrent changes to a row of the table shall meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Policy {
@@ -147,61 +145,6 @@ fn quoted(name: &str) -> String {
     if plain { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\"\"")) }
 }
 
-/// A table as the database has it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
-    /// As written on the command line or in the file.
-    pub name: String,
-    /// Quoted for SQL.
-    pub sql_name: String,
-    /// `relkind`.
-    pub kind: String,
-    /// The table that it is a partition of, quoted.
-    pub partition_of: Option<String>,
-    /// Whether it has a primary key.
-    pub has_key: bool,
-    /// Its columns.
-    pub columns: Vec<FoundColumn>,
-    /// Its triggers for each row before insert or update.
-    pub triggers: Vec<FoundTrigger>,
-    /// Whether some row has a value in the column that is to be `client_id`.
-    pub client_id_used: bool,
-    /// Names of the columns that tell which change is newer.
-    pub clocks: ClockNames,
-    /// What `writable` declares.
-    pub writable: Vec<String>,
-    /// What its replica identity lacks, and the remedy.
-    pub identity: Vec<Misfit>,
-}
-
-/// A column.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FoundColumn {
-    /// Its name.
-    pub name: String,
-    /// As `format_type` writes it.
-    pub sql_type: String,
-    /// Whether it may not be null.
-    pub not_null: bool,
-    /// Whether it is computed.
-    pub generated: bool,
-    /// Whether a foreign key or an index names it.
-    pub referenced: bool,
-}
-
-/// A trigger.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FoundTrigger {
-    /// Its name.
-    pub name: String,
-    /// `schema.function`, quoted.
-    pub function: String,
-    /// The function's arguments.
-    pub arguments: Vec<String>,
-    /// Whether it fires.
-    pub enabled: bool,
-}
-
 /// What is missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
@@ -293,18 +236,6 @@ pub fn rename_taken(table: &mut Found, policy: Policy) -> bool {
     table.client_id_used &= names.client_id == table.clocks.client_id;
     table.clocks = names;
     renamed
-}
-
-impl Found {
-    fn has_triggers(&self) -> bool {
-        self.triggers.iter().any(|trigger| TRIGGERS.contains(&trigger.name.as_str()))
-    }
-
-    /// Triggers of the application that fire after ours: Postgres goes by name.
-    pub fn later_triggers(&self) -> impl Iterator<Item = &str> {
-        let names = self.triggers.iter().map(|trigger| trigger.name.as_str());
-        names.filter(|name| *name > TRIGGERS[0] && !TRIGGERS.contains(name))
-    }
 }
 
 /// The statements that make the triggers of a table, whose name is quoted: on insert, on update.
@@ -433,6 +364,7 @@ fn tag(body: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attach::found::FoundColumn;
 
     fn column(name: &str, sql_type: &str) -> FoundColumn {
         FoundColumn { name: name.into(), sql_type: sql_type.into(), ..FoundColumn::default() }

@@ -5,8 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD as BASE64;
 use jsonwebtoken::{Algorithm, EncodingKey};
-use millstream_edge::AUDIENCE;
-use millstream_schemas::Code;
+use millstream_schemas::{AUDIENCE, Code};
 use serde_json::Value;
 
 use crate::cut::cut;

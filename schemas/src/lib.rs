@@ -35,3 +35,6 @@ pub use subject::Scope;
 ///
 /// History: 1 = first version.
 pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The audience that every session token names.
+pub const AUDIENCE: &str = "millstream";

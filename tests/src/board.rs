@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use millstream::stack::{Service, Stack};
 use millstream_client::Client;
+use millstream_stack::{Builder, Service, Stack};
 use sqlx::{Connection, PgConnection, Row};
 
 /// The board example's own tables.
@@ -58,7 +58,7 @@ impl Board {
     ///
     /// # Errors
     /// A part does not start.
-    pub async fn with(change: impl FnOnce(millstream::stack::Builder) -> millstream::stack::Builder) -> Result<Board> {
+    pub async fn with(change: impl FnOnce(Builder) -> Builder) -> Result<Board> {
         let builder = Stack::builder()
             .app_schema(format!("{SCHEMA}{AUDIT}"))
             .config(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/board/millstream.toml"))

@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use millstream::keys::Role;
-use millstream::stack::Stack;
 use millstream_changes::direct::Direct;
+use millstream_provision::keys::Role;
 use millstream_schemas::Code;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::stream::{Submission, Verdict};
+use millstream_stack::Stack;
 use serde_json::Value;
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Executor};

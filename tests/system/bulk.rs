@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millstream::stack::Service;
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use uuid::Uuid;
 

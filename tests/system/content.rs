@@ -5,9 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream::healthcheck;
-use millstream::stack::{Builder, Service};
 use millstream_client::{Client, SqlValue};
+use millstream_stack::{Builder, Service, healthcheck};
 use millstream_tests::board::{Board, PATIENCE};
 use sqlx::{AssertSqlSafe, PgConnection};
 
@@ -385,7 +384,7 @@ async fn readiness_stays_away_while_replication_cannot_go_on() -> Result<()> {
     let outcome = async {
         scene.canary().await?;
         // A stream that takes no message is what a broker with a full disk is like: it answers, and refuses.
-        let args = scene.board.stack.nats_args(millstream::keys::Role::Admin);
+        let args = scene.board.stack.nats_args(millstream_provision::keys::Role::Admin);
         let admin = millstream_runtime::nats::connect(&args, "admin").await?;
         let mut config = admin.jetstream.get_stream("MS_WAL").await?.cached_info().config.clone();
         config.sealed = false;

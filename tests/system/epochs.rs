@@ -4,10 +4,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millstream::keys::Role;
-use millstream::stack::Service;
 use millstream_client::{Client, State};
+use millstream_provision::keys::Role;
 use millstream_runtime::nats::{self, StreamArgs};
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use sqlx::PgConnection;

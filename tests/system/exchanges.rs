@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use millstream::stack::Stack;
 use millstream_runtime::lease::Lease;
 use millstream_runtime::postgres;
+use millstream_stack::Stack;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sqlx::{PgPool, Row as _};

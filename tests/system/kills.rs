@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millstream::stack::Service;
 use millstream_client::Client;
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use millstream_tests::workload::{Entry, Workload, audit_of, write};

@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream::check;
 use millstream_catalog::Config;
 use millstream_client::{Client, SqlValue, State};
+use millstream_provision::check;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::raw::{Raw, hello};
 use sqlx::{AssertSqlSafe, Executor as _};

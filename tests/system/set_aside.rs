@@ -4,10 +4,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream::stack::Service;
-use millstream::{check, healthcheck, setup};
 use millstream_catalog::Config;
 use millstream_client::{Client, State};
+use millstream_provision::names::SERVICE_ROLES;
+use millstream_provision::{check, setup};
+use millstream_stack::{Service, healthcheck};
 use millstream_tests::board::PATIENCE;
 use sqlx::Connection as _;
 
@@ -30,7 +31,7 @@ impl Scene {
 
     async fn deploy(&mut self) -> Result<(), setup::Error> {
         let config = Config::read(self.folder.path().join("millstream.toml")).expect("it is written");
-        let passwords = setup::SERVICE_ROLES.map(|role| (role, None));
+        let passwords = SERVICE_ROLES.map(|role| (role, None));
         setup::database(&mut self.postgres, &config, &passwords).await.map(drop)
     }
 

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::StreamExt as _;
-use millstream::stack::Service;
 use millstream_client::{Client, SqlValue};
 use millstream_schemas::frame::ServerFrame;
 use millstream_schemas::{TableChanges, TableOp};
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::raw::{Raw, hello};
 use sqlx::PgConnection;

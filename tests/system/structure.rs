@@ -20,6 +20,40 @@ const ALLOWED: &[(&str, &str, &[&str])] = &[
     ("clients/core", "millstream-client-core", &["millstream-schemas"]),
     ("clients/store", "millstream-client-store", &["millstream-client-core", "millstream-schemas"]),
     ("clients/rust", "millstream-client", &["millstream-client-core", "millstream-client-store", "millstream-schemas"]),
+    (
+        "cli/provision",
+        "millstream-provision",
+        &["millstream-catalog", "millstream-replication", "millstream-runtime", "millstream-schemas"],
+    ),
+    ("cli/stack", "millstream-stack", &["millstream-catalog", "millstream-provision", "millstream-runtime"]),
+    (
+        "cli/bench",
+        "millstream-bench",
+        &[
+            "millstream-changes",
+            "millstream-client",
+            "millstream-provision",
+            "millstream-runtime",
+            "millstream-schemas",
+            "millstream-stack",
+        ],
+    ),
+    (
+        "cli/millstream",
+        "millstream",
+        &[
+            "millstream-bench",
+            "millstream-catalog",
+            "millstream-changes",
+            "millstream-client",
+            "millstream-edge",
+            "millstream-provision",
+            "millstream-replication",
+            "millstream-runtime",
+            "millstream-schemas",
+            "millstream-stack",
+        ],
+    ),
 ];
 
 /// What the client's core and store must never need.

@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream::stack::Service;
 use millstream_client::{Client, SqlValue};
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use sqlx::{AssertSqlSafe, PgConnection};
 
@@ -341,7 +341,7 @@ async fn a_slot_of_another_database_is_left_alone() -> Result<()> {
         let url = scene.board.stack.postgres_url();
         let (server, _) = url.rsplit_once('/').context("no database")?;
         let mut staging = <PgConnection as sqlx::Connection>::connect(&format!("{server}/staging")).await?;
-        let found = millstream::check::slot(&mut staging, &slot).await?;
+        let found = millstream_provision::check::slot(&mut staging, &slot).await?;
         let found = found.context("check says nothing")?.to_string();
         ensure!(found.contains("belongs to database") && found.contains("MILLSTREAM_SLOT"), "{found}");
         // Ours goes; theirs has the name when replication starts again.

@@ -6,8 +6,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream::keys::Role;
-use millstream::stack::Service;
+use millstream_provision::keys::Role;
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use uuid::Uuid;
 

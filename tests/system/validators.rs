@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
-use millstream::keys::Role;
-use millstream::stack::Service;
 use millstream_client::{Client, Error};
+use millstream_provision::keys::Role;
 use millstream_schemas::stream::{ValidateRequest, ValidateResponse};
 use millstream_schemas::subject;
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use sqlx::Row;

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
-use millstream::keys::Role;
-use millstream::stack::Service;
 use millstream_client::testing::Host;
 use millstream_client::{EntryState, Error, Outcome, State};
+use millstream_provision::keys::Role;
 use millstream_schemas::frame::{Confirmed, ServerFrame};
 use millstream_schemas::stream::{OriginEntry, header};
 use millstream_schemas::{Clock, Clocks};
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use millstream_tests::raw::Raw;

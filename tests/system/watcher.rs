@@ -17,14 +17,11 @@ pub struct Watcher {
 impl Watcher {
     /// Starts it.
     pub fn start(board: &Board, user: &str, query: &str) -> Result<Watcher> {
-        let token = board.store(&format!("{user}.token"));
-        std::fs::write(&token, board.stack.token(user))?;
-        let mut process = Command::new(env!("CARGO_BIN_EXE_services"))
-            .args(["client", "--edge", &board.stack.edge_url(), "--store"])
-            .arg(board.store(user))
-            .arg("--token-file")
-            .arg(token)
-            .args(["watch", "--output", "json", query])
+        let mut process = Command::new(env!("CARGO_BIN_EXE_watcher"))
+            .env("WATCHER_STORE", board.store(user))
+            .env("WATCHER_EDGE", board.stack.edge_url())
+            .env("WATCHER_TOKEN", board.stack.token(user))
+            .env("WATCHER_QUERY", query)
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
@@ -34,13 +31,7 @@ impl Watcher {
 
     /// The next number that it shows.
     pub async fn next(&mut self) -> Result<u64> {
-        loop {
-            let line = self.lines.next_line().await?.context("the client ended")?;
-            let digits: String = line.chars().filter(char::is_ascii_digit).collect();
-            if let Ok(number) = digits.parse() {
-                return Ok(number);
-            }
-        }
+        Ok(self.lines.next_line().await?.context("the client ended")?.parse()?)
     }
 
     /// Waits until it shows a number; until then it may only show whole steps.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures_util::{SinkExt, StreamExt};
-use millstream::keys::Role;
 use millstream_client::Client;
+use millstream_provision::keys::Role;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
 use millstream_tests::workload::{Workload, write};

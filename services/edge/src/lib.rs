@@ -63,7 +63,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::edge::Edge;
-pub use crate::token::{AUDIENCE, MIN_SECRET_BYTES};
+pub use crate::token::MIN_SECRET_BYTES;
 
 // What a session reads and sends, without sockets, databases and brokers, for the simulation in `tests` and for `fuzz`: they run
 // this, not a copy of it.

@@ -4,11 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
-use millstream_schemas::Code;
+use millstream_schemas::{AUDIENCE, Code};
 use serde::Deserialize;
 
-/// The audience that a token must name.
-pub const AUDIENCE: &str = "millstream";
 /// Shortest secret, in bytes: RFC 7518 section 3.2 asks for a key as long as the hash.
 pub const MIN_SECRET_BYTES: usize = 32;
 /// Clocks may differ by this much, in seconds: a token is good this long behind its `exp`.

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures_util::future::{join_all, try_join_all};
-use millstream::stack::Service;
 use millstream_schemas::{Lsn, Position, Scope};
+use millstream_stack::Service;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};

@@ -200,7 +200,7 @@ async fn history_from_outside_a_membership_is_never_sent() -> Result<()> {
         let mut batch = Batch::new(&scene, "scripted", tales()).await?;
         batch.tell(&scene).await?;
         let in_the_ring = batch.judge().await?;
-        scene.board.kill_and_restart(millstream::stack::Service::Edge).await?;
+        scene.board.kill_and_restart(millstream_stack::Service::Edge).await?;
         batch.again(&scene, &mut StdRng::seed_from_u64(1)).await?;
         let wrong = batch.judge().await?;
         println!("{} tales are wrong, {} of them while the ring reached back", wrong.len(), in_the_ring.len());

@@ -28,16 +28,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use millstream::stack::{Builder, Service};
 use millstream_schemas::frame::ServerFrame;
+use millstream_stack::{Builder, Service};
 use millstream_tests::board::Board;
+use neighbours::{Neighbours, Seats};
+use peer::{Held, Peer};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgConnection};
 use tokio::sync::{Mutex, MutexGuard};
 use uuid::Uuid;
-
-use neighbours::{Neighbours, Seats};
-use peer::{Held, Peer};
 
 /// Tables of every kind that attacks need. `seen` is not synced: it keeps what each user could read at some commit.
 const SCHEMA: &str = "

@@ -58,7 +58,7 @@ impl Slowly {
 
 /// Sessions with a token that has 3 s left: readers, writers, and one in the middle of a snapshot.
 async fn expiry(scene: &Scene) -> Result<()> {
-    let mint = |user: &str| millstream::token::mint(scene.board.stack.token_secret(), user, LIFE);
+    let mint = |user: &str| millstream_provision::token::mint(scene.board.stack.token_secret(), user, LIFE);
     let start = Instant::now();
     let limit = LIFE + LEEWAY + RIGHTS;
     let until_closed = async |user: &str, slow: bool, writes: bool| -> Result<()> {

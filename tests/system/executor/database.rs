@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use millstream::keys::Role;
-use millstream::stack::Stack;
 use millstream_changes::direct::Direct;
+use millstream_provision::keys::Role;
 use millstream_schemas::stream::{Submission, TransactionResult};
 use millstream_schemas::{Change, Operation};
+use millstream_stack::Stack;
 use sqlx::Connection as _;
 use sqlx::postgres::PgConnection;
 use uuid::Uuid;

@@ -15,18 +15,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millstream::stack::Service;
 use millstream_client::{Client, SqlValue};
+use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use schema::{Columns, MEMBERSHIPS, Pool, SERIAL, Schema};
 use sqlx::error::DatabaseError;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::watch;
-use uuid::Uuid;
-
-use schema::{Columns, MEMBERSHIPS, Pool, SERIAL, Schema};
 use truth::{Shown, Truth, View};
+use uuid::Uuid;
 
 /// Histories of an ordinary run.
 const HISTORIES: u64 = 300;

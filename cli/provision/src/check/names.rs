@@ -1,0 +1,61 @@
+//! Names and keys that clients' stores cannot take, or not for what they are. Pure.
+
+use std::collections::HashMap;
+
+use millstream_catalog::{Catalog, Table};
+
+use super::problem::Problem;
+
+/// The store's own table beside those that begin with its name.
+const QUEUE: &str = "local_changes";
+
+/// What no client could make a table of.
+pub fn check(catalog: &Catalog) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (one, other) in alike(catalog.synced().map(|table| table.name.as_str())) {
+        problems.push(
+            Problem::table(other, format!("SQLite takes its name for that of `{one}`: they differ in case only"))
+                .fix("rename one of them, or leave one out of the file"),
+        );
+    }
+    catalog.synced().for_each(|table| problems.extend(of(table)));
+    problems
+}
+
+fn of(table: &Table) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let name = table.name.to_ascii_lowercase();
+    if name == QUEUE || name.starts_with("millstream_") || name.starts_with("sqlite_") {
+        problems.push(
+            Problem::table(&table.name, "its name is reserved in clients' stores")
+                .fix(format!("ALTER TABLE {} RENAME TO another name, or leave it out of the file", table.sql_name)),
+        );
+    }
+    for (one, other) in alike(table.columns.iter().map(|column| column.name.as_str())) {
+        problems.push(
+            Problem::table(
+                &table.name,
+                format!("SQLite takes `{one}` and `{other}` for one column: they differ in case only"),
+            )
+            .fix(format!("rename one of them, or keep it back: hidden = [\"{other}\"]")),
+        );
+    }
+    for column in table.key.iter().map(|index| &table.columns[*index]) {
+        if matches!(column.sql_type.as_str(), "real" | "double precision") {
+            let message = format!(
+                "`{}` of its key is {}: such numbers are spelled in one way by Postgres and in another by SQLite, so that \
+                 clients would not find their rows again",
+                column.name, column.sql_type
+            );
+            let fix = format!("ALTER TABLE {} ALTER COLUMN {} TYPE numeric", table.sql_name, column.sql_name);
+            problems.push(Problem::table(&table.name, message).fix(fix));
+        }
+    }
+    problems
+}
+
+/// Pairs of names that SQLite takes for one: it ignores the case of ASCII letters.
+fn alike<'n>(names: impl Iterator<Item = &'n str>) -> Vec<(&'n str, &'n str)> {
+    let mut seen: HashMap<String, &str> = HashMap::new();
+    names.filter_map(|name| seen.insert(name.to_ascii_lowercase(), name).map(|before| (before, name))).collect()
+}

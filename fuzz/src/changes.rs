@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use millstream_changes::for_simulation::{self, Effect, Known};
+use millstream_changes::for_simulation::{self, Effect, LedgerRow};
 use millstream_schemas::stream::{
     ChangesMessage, Failure, MAX_FAILURE_MESSAGE_BYTES, MAX_RULE_BYTES, Submission, ValidateRequest,
 };
@@ -50,7 +50,7 @@ pub fn submission(input: &[u8]) {
             assert!(failure.message.len() <= MAX_FAILURE_MESSAGE_BYTES);
         }
     }
-    let ledger: Vec<Known> = settled.clients;
+    let ledger: Vec<LedgerRow> = settled.clients;
     let again = for_simulation::settle(
         ledger,
         &TABLES,

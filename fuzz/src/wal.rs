@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, LazyLock};
 
 use millstream_catalog::Table;
-use millstream_replication::assemble::{Assembler, Filled, Found, Outgoing, Step};
+use millstream_replication::assemble::{Assembled, Assembler, Filled, Outgoing, ReadValue};
 use millstream_replication::pgoutput::{self, DecodeError};
 use millstream_schemas::stream::{MAX_MESSAGE_BYTES, OriginEntry, WalPayload};
 use millstream_schemas::subject::WAL_ORIGIN;
@@ -33,9 +33,9 @@ pub fn pgoutput(input: &[u8]) {
         let Ok(lookup) = assembler.lookup(&message) else { return };
         let filled: Filled = lookup.map_or_else(Vec::new, |lookup| {
             let found = |column: usize| match column % 3 {
-                0 => Found::Text("looked \"up\"".to_owned()),
-                1 => Found::Null,
-                _ => Found::TooLarge,
+                0 => ReadValue::Text("looked \"up\"".to_owned()),
+                1 => ReadValue::Null,
+                _ => ReadValue::TooLarge,
             };
             let value = |column| (column, found(column));
             lookup.columns.into_iter().map(value).collect()
@@ -46,7 +46,7 @@ pub fn pgoutput(input: &[u8]) {
         let Ok(step) = assembler.handle(&message, &filled, &mut out) else { return };
         produced += out[before..].iter().map(|message| message.payload.len()).sum::<usize>();
         assert!(produced <= taken, "{produced} bytes of at most {taken}");
-        if matches!(step, Step::Committed { .. }) {
+        if matches!(step, Assembled::Committed { .. }) {
             transaction(&out);
             out.clear();
         }

@@ -6,16 +6,16 @@ use rand::{RngExt, SeedableRng};
 use uuid::Uuid;
 
 /// One row operation: table, operation, id, marker. The same form as the audit's.
-pub type Entry = (String, String, String, String);
+pub type JournalEntry = (String, String, String, String);
 
 /// One statement with its journal entry (none for members, which the audit does not follow).
-pub struct Step {
+pub struct Journaled {
     /// SQL with `?` parameters.
     pub sql: &'static str,
     /// Its parameters.
     pub params: Vec<SqlValue>,
     /// What the audit must say of it.
-    pub entry: Option<Entry>,
+    pub entry: Option<JournalEntry>,
 }
 
 struct Task {
@@ -57,7 +57,7 @@ impl Workload {
     }
 
     /// The statements of the next transaction: one to a few, over all three tables, parents before children.
-    pub fn transaction(&mut self) -> Vec<Step> {
+    pub fn transaction(&mut self) -> Vec<Journaled> {
         let mut steps = Vec::new();
         let roll = self.rng.random_range(0..100);
         if self.projects.is_empty() || roll < 3 {
@@ -70,7 +70,7 @@ impl Workload {
             let index = self.rng.random_range(0..self.tasks.len());
             let (id, marker) = (self.tasks[index].id.clone(), self.marker());
             let done = i64::from(self.rng.random_bool(0.5));
-            steps.push(Step {
+            steps.push(Journaled {
                 sql: "UPDATE tasks SET title = ?, done = ? WHERE id = ?",
                 params: vec![text(&marker), SqlValue::Integer(done), text(&id)],
                 entry: entry("tasks", "update", &id, &marker),
@@ -85,15 +85,15 @@ impl Workload {
         steps
     }
 
-    fn add_project(&mut self, steps: &mut Vec<Step>) {
+    fn add_project(&mut self, steps: &mut Vec<Journaled>) {
         let (id, marker) = (self.id(), self.marker());
-        steps.push(Step {
+        steps.push(Journaled {
             sql: "INSERT INTO projects (id, name) VALUES (?, ?)",
             params: vec![text(&id), text(&marker)],
             entry: entry("projects", "insert", &id, &marker),
         });
         if let Some(user) = &self.share_with {
-            steps.push(Step {
+            steps.push(Journaled {
                 sql: "INSERT INTO members (project_id, user_id, role) VALUES (?, ?, 'member')",
                 params: vec![text(&id), text(user)],
                 entry: None,
@@ -102,10 +102,10 @@ impl Workload {
         self.projects.push(id);
     }
 
-    fn add_task(&mut self, steps: &mut Vec<Step>) {
+    fn add_task(&mut self, steps: &mut Vec<Journaled>) {
         let project = self.projects[self.rng.random_range(0..self.projects.len())].clone();
         let (id, marker) = (self.id(), self.marker());
-        steps.push(Step {
+        steps.push(Journaled {
             sql: "INSERT INTO tasks (id, project_id, title, position) VALUES (?, ?, ?, ?)",
             params: vec![text(&id), text(&project), text(&marker), SqlValue::Real(self.n as f64 / 8.0)],
             entry: entry("tasks", "insert", &id, &marker),
@@ -113,24 +113,24 @@ impl Workload {
         self.tasks.push(Task { id, project, comments: Vec::new() });
     }
 
-    fn add_comment(&mut self, steps: &mut Vec<Step>) {
+    fn add_comment(&mut self, steps: &mut Vec<Journaled>) {
         let index = self.rng.random_range(0..self.tasks.len());
         let (id, marker) = (self.id(), self.marker());
         let task = &mut self.tasks[index];
         task.comments.push(id.clone());
-        steps.push(Step {
+        steps.push(Journaled {
             sql: "INSERT INTO comments (id, project_id, task_id, body) VALUES (?, ?, ?, ?)",
             params: vec![text(&id), text(&task.project), text(&task.id), text(&marker)],
             entry: entry("comments", "insert", &id, &marker),
         });
     }
 
-    fn edit_comment(&mut self, steps: &mut Vec<Step>) {
+    fn edit_comment(&mut self, steps: &mut Vec<Journaled>) {
         let marker = self.marker();
         let Some(id) = self.tasks.iter().find_map(|task| task.comments.last().cloned()) else {
             return self.add_task(steps);
         };
-        steps.push(Step {
+        steps.push(Journaled {
             sql: "UPDATE comments SET body = ? WHERE id = ?",
             params: vec![text(&marker), text(&id)],
             entry: entry("comments", "update", &id, &marker),
@@ -138,17 +138,17 @@ impl Workload {
     }
 
     /// Children first, in one transaction. The audit marks a delete with the row's last text, which is not tracked here.
-    fn remove_task(&mut self, steps: &mut Vec<Step>) {
+    fn remove_task(&mut self, steps: &mut Vec<Journaled>) {
         let index = self.rng.random_range(0..self.tasks.len());
         let task = self.tasks.swap_remove(index);
         for id in &task.comments {
-            steps.push(Step {
+            steps.push(Journaled {
                 sql: "DELETE FROM comments WHERE id = ?",
                 params: vec![text(id)],
                 entry: entry("comments", "delete", id, ""),
             });
         }
-        steps.push(Step {
+        steps.push(Journaled {
             sql: "DELETE FROM tasks WHERE id = ?",
             params: vec![text(&task.id)],
             entry: entry("tasks", "delete", &task.id, ""),
@@ -161,7 +161,7 @@ fn text(value: &str) -> SqlValue {
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "reads as the field that it fills")]
-fn entry(table: &str, op: &str, id: &str, marker: &str) -> Option<Entry> {
+fn entry(table: &str, op: &str, id: &str, marker: &str) -> Option<JournalEntry> {
     Some((table.to_owned(), op.to_owned(), id.to_owned(), marker.to_owned()))
 }
 
@@ -169,7 +169,7 @@ fn entry(table: &str, op: &str, id: &str, marker: &str) -> Option<Entry> {
 ///
 /// # Errors
 /// The store refused.
-pub async fn write(client: &Client, steps: Vec<Step>) -> millstream_client::Result<Vec<Entry>> {
+pub async fn write(client: &Client, steps: Vec<Journaled>) -> millstream_client::Result<Vec<JournalEntry>> {
     let mut journal = Vec::new();
     let mut statements = Vec::new();
     for step in steps {
@@ -188,7 +188,7 @@ pub async fn write(client: &Client, steps: Vec<Step>) -> millstream_client::Resu
 }
 
 /// The audit restricted to one client's rows, with delete markers blanked, in the journal's form.
-pub fn audit_of(audit: &[Entry], journal: &[Entry]) -> Vec<Entry> {
+pub fn audit_of(audit: &[JournalEntry], journal: &[JournalEntry]) -> Vec<JournalEntry> {
     let ids: std::collections::HashSet<&str> = journal.iter().map(|entry| entry.2.as_str()).collect();
     audit
         .iter()

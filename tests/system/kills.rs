@@ -10,7 +10,7 @@ use millstream_client::Client;
 use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use millstream_tests::oracle::converged;
-use millstream_tests::workload::{Entry, Workload, audit_of, write};
+use millstream_tests::workload::{JournalEntry, Workload, audit_of, write};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::task::JoinHandle;
 
@@ -26,7 +26,7 @@ pub struct Load {
 }
 
 /// A client, its user, and the task that writes and returns its journal.
-type Writer = (Client, &'static str, JoinHandle<Result<Vec<Entry>>>);
+type Writer = (Client, &'static str, JoinHandle<Result<Vec<JournalEntry>>>);
 
 impl Load {
     /// Three clients, each of which shares its projects with the next.

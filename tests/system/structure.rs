@@ -20,11 +20,7 @@ const ALLOWED: &[(&str, &str, &[&str])] = &[
     ("clients/core", "millstream-client-core", &["millstream-schemas"]),
     ("clients/store", "millstream-client-store", &["millstream-client-core", "millstream-schemas"]),
     ("clients/rust", "millstream-client", &["millstream-client-core", "millstream-client-store", "millstream-schemas"]),
-    (
-        "cli/provision",
-        "millstream-provision",
-        &["millstream-catalog", "millstream-replication", "millstream-runtime", "millstream-schemas"],
-    ),
+    ("cli/provision", "millstream-provision", &["millstream-catalog", "millstream-runtime", "millstream-schemas"]),
     ("cli/stack", "millstream-stack", &["millstream-catalog", "millstream-provision", "millstream-runtime"]),
     (
         "cli/bench",

@@ -46,7 +46,7 @@ pub struct CatchupArgs {
 
 /// What is printed.
 #[derive(Debug, Serialize)]
-struct Report {
+struct CatchupReport {
     /// Messages.
     behind: u64,
     relevant: u64,
@@ -66,7 +66,7 @@ pub async fn run(args: CatchupArgs) -> Result<(), Error> {
     finish(stack, outcome, args.json, print).await
 }
 
-fn print(report: &Report) {
+fn print(report: &CatchupReport) {
     println!("{} messages behind, {} changes of its own  {} s", report.behind, report.relevant, report.seconds);
     println!("the first client, with a broker that is cold  {} s", report.first_seconds);
     println!("floor: one request to the broker              {} s", report.floor_seconds);
@@ -75,7 +75,7 @@ fn print(report: &Report) {
 /// Clients that come back, each with a store of its own.
 const CLIENTS: usize = 5;
 
-async fn measure(stack: &Stack, folder: &Path, args: &CatchupArgs) -> Result<Report, Error> {
+async fn measure(stack: &Stack, folder: &Path, args: &CatchupArgs) -> Result<CatchupReport, Error> {
     let mut postgres = PgConnection::connect(&stack.postgres_url()).await.map_err(Error::postgres("connect"))?;
     let (project, task) = (Uuid::now_v7(), Uuid::now_v7());
     for sql in [
@@ -139,7 +139,7 @@ async fn measure(stack: &Stack, folder: &Path, args: &CatchupArgs) -> Result<Rep
     }
     let behind = last(&mut stream).await? - from;
     let (first_seconds, seconds) = (round(times.first().copied()), median(times));
-    Ok(Report { behind, relevant: args.relevant, seconds, first_seconds, floor_seconds: median(floors) })
+    Ok(CatchupReport { behind, relevant: args.relevant, seconds, first_seconds, floor_seconds: median(floors) })
 }
 
 fn median(mut times: Vec<f64>) -> f64 {

@@ -42,7 +42,7 @@ pub struct DrainArgs {
 
 /// What is printed.
 #[derive(Debug, Serialize)]
-struct Report {
+struct DrainReport {
     changes: u64,
     /// From going online to the confirmation of the last one.
     seconds: f64,
@@ -62,13 +62,13 @@ pub async fn run(args: DrainArgs) -> Result<(), Error> {
     finish(stack, outcome, args.json, print).await
 }
 
-fn print(report: &Report) {
+fn print(report: &DrainReport) {
     println!("{} changes in {} s: {} changes/s", report.changes, report.seconds, report.changes_per_s);
     println!("flickers   {} in {} reads", report.flickers, report.reads);
     println!("recorded   {} changes/s while offline", report.recorded_per_s);
 }
 
-async fn measure(stack: &Stack, folder: &Path, rows: u64) -> Result<Report, Error> {
+async fn measure(stack: &Stack, folder: &Path, rows: u64) -> Result<DrainReport, Error> {
     // Two, since projects are shared by pairs; the other one is the witness that the rows have left.
     load::prepare(stack, 2).await?;
     let loaders = load::open(stack, folder, 2).await?;
@@ -98,7 +98,7 @@ async fn measure(stack: &Stack, folder: &Path, rows: u64) -> Result<Report, Erro
     eprintln!("comparing with Postgres …");
     verify::converged(stack, &loaders, load::SETTLE_LIMIT).await?;
     let changes = rows * VERSIONS;
-    let report = Report {
+    let report = DrainReport {
         changes,
         seconds: round(time.as_secs_f64()),
         changes_per_s: round(changes as f64 / time.as_secs_f64()),

@@ -61,7 +61,7 @@ pub struct ExecutorArgs {
 
 /// What is printed.
 #[derive(Debug, Serialize)]
-struct Report {
+struct ExecutorReport {
     changes_per_s: f64,
     floor_changes_per_s: f64,
     ratio: f64,
@@ -134,7 +134,7 @@ pub async fn run(args: ExecutorArgs) -> Result<(), Error> {
     finish(stack, outcome, args.json, print).await
 }
 
-async fn measure(stack: &Stack, config: &Path, args: &ExecutorArgs) -> Result<Report, Error> {
+async fn measure(stack: &Stack, config: &Path, args: &ExecutorArgs) -> Result<ExecutorReport, Error> {
     let mut bench = Bench::new(stack, config, args).await?;
     eprintln!("warm-up: {WARM_UP_ROUNDS} rounds …");
     let mut ways: BTreeMap<Way, Sum> = BTreeMap::new();
@@ -174,7 +174,7 @@ async fn measure(stack: &Stack, config: &Path, args: &ExecutorArgs) -> Result<Re
     eprintln!("comparing the tables …");
     bench.verify().await?;
     let ratio = |sum: &Sum, to: &Sum| round(sum.changes_per_s() / to.changes_per_s().max(1e-9));
-    Ok(Report {
+    Ok(ExecutorReport {
         changes_per_s: round(executor.changes_per_s()),
         floor_changes_per_s: round(floor.changes_per_s()),
         ratio: ratio(&executor, &floor),
@@ -347,8 +347,8 @@ fn expect(results: &[(Uuid, TransactionResult)], count: usize, bad: usize) -> Re
     )))
 }
 
-fn print(report: &Report) {
-    let Report { bad, wal_bytes_per_change: wal, server_us_per_change: cpu, .. } = report;
+fn print(report: &ExecutorReport) {
+    let ExecutorReport { bad, wal_bytes_per_change: wal, server_us_per_change: cpu, .. } = report;
     println!("executor   {} changes/s in batches of {}", report.changes_per_s, report.batch);
     println!("floor      {} changes/s ({:?} of {:?})", report.floor_changes_per_s, report.floor, report.floor_ways);
     println!("ratio      {}", report.ratio);

@@ -53,7 +53,7 @@ pub struct FanoutArgs {
 
 /// What is printed.
 #[derive(Debug, Serialize)]
-struct Report {
+struct FanoutReport {
     writes_per_s: u32,
     points: Vec<Point>,
 }
@@ -89,7 +89,7 @@ pub async fn run(args: FanoutArgs) -> Result<(), Error> {
     finish(stack, outcome, args.json, print).await
 }
 
-fn print(report: &Report) {
+fn print(report: &FanoutReport) {
     println!(
         "{} writes/s to one scope          p50     p99    CPU of 10,000 deliveries                memory a connection",
         report.writes_per_s
@@ -113,7 +113,7 @@ fn print(report: &Report) {
     }
 }
 
-async fn measure(stack: &mut Stack, folder: &Path, args: &FanoutArgs) -> Result<Report, Error> {
+async fn measure(stack: &mut Stack, folder: &Path, args: &FanoutArgs) -> Result<FanoutReport, Error> {
     let most = args.subscribers.iter().copied().max().unwrap_or(0);
     let project = Uuid::now_v7();
     let mut postgres = PgConnection::connect(&stack.postgres_url()).await.map_err(Error::postgres("connect"))?;
@@ -134,7 +134,7 @@ async fn measure(stack: &mut Stack, folder: &Path, args: &FanoutArgs) -> Result<
         eprintln!("{subscribers} subscribers …");
         points.push(point(stack, folder, args, subscribers, &mut postgres).await?);
     }
-    Ok(Report { writes_per_s: args.rate, points })
+    Ok(FanoutReport { writes_per_s: args.rate, points })
 }
 
 async fn point(

@@ -42,7 +42,7 @@ pub struct SnapshotArgs {
 
 /// What is printed.
 #[derive(Debug, Serialize)]
-struct Report {
+struct SnapshotReport {
     rows: u64,
     /// On the wire.
     bytes: u64,
@@ -62,7 +62,7 @@ pub async fn run(args: SnapshotArgs) -> Result<(), Error> {
     finish(stack, outcome, args.json, print).await
 }
 
-fn print(report: &Report) {
+fn print(report: &SnapshotReport) {
     println!("{} rows to a new client   {} s", report.rows, report.seconds);
     println!("to a bare socket            {} s, {} bytes", report.wire_seconds, report.bytes);
     println!("floor: COPY into SQLite     {} s", report.floor_seconds);
@@ -73,7 +73,7 @@ fn median(mut times: Vec<f64>) -> f64 {
     times.get(times.len() / 2).copied().map_or(0.0, |time| (time * 1_000.0).round() / 1_000.0)
 }
 
-async fn measure(stack: &Stack, folder: &Path, args: &SnapshotArgs) -> Result<Report, Error> {
+async fn measure(stack: &Stack, folder: &Path, args: &SnapshotArgs) -> Result<SnapshotReport, Error> {
     let project = Uuid::now_v7();
     let mut postgres = PgConnection::connect(&stack.postgres_url()).await.map_err(Error::postgres("connect"))?;
     eprintln!("writing {} rows …", args.rows);
@@ -115,7 +115,13 @@ async fn measure(stack: &Stack, folder: &Path, args: &SnapshotArgs) -> Result<Re
             bytes = received;
         }
     }
-    Ok(Report { rows, bytes, seconds: median(seconds), wire_seconds: median(wire), floor_seconds: median(floor) })
+    Ok(SnapshotReport {
+        rows,
+        bytes,
+        seconds: median(seconds),
+        wire_seconds: median(wire),
+        floor_seconds: median(floor),
+    })
 }
 
 /// A new client, until it holds the rows.

@@ -13,7 +13,7 @@ use crate::{cpu, floor, load, verify};
 
 /// What is printed.
 #[derive(Debug, Serialize)]
-struct Report {
+struct LoopReport {
     latency_ms: Percentiles,
     changes_per_s: f64,
     clients: usize,
@@ -38,7 +38,7 @@ pub async fn run(args: LoopArgs) -> Result<(), Error> {
     finish(stack, outcome, args.json, print).await
 }
 
-async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &Path) -> Result<Report, Error> {
+async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &Path) -> Result<LoopReport, Error> {
     eprintln!("measuring the floor …");
     let floor = floor::measure(stack).await?;
     load::prepare(stack, args.clients).await?;
@@ -60,7 +60,7 @@ async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &Path) -> Result<Re
         client.client.close().await.map_err(Error::client("close"))?;
     }
     let ms = |quantile: f64| round(latency.value_at_quantile(quantile) as f64 / 1000.0);
-    Ok(Report {
+    Ok(LoopReport {
         latency_ms: Percentiles { p50: ms(0.50), p95: ms(0.95), p99: ms(0.99) },
         changes_per_s: round(throughput.changes_per_s()),
         clients: args.clients,
@@ -71,8 +71,8 @@ async fn measure(stack: &mut Stack, args: &LoopArgs, folder: &Path) -> Result<Re
     })
 }
 
-fn print(report: &Report) {
-    let Report { latency_ms, floor, cpu_us_per_change: cpu, .. } = report;
+fn print(report: &LoopReport) {
+    let LoopReport { latency_ms, floor, cpu_us_per_change: cpu, .. } = report;
     println!(
         "write on A -> applied on B   p50 {} ms   p95 {} ms   p99 {} ms",
         latency_ms.p50, latency_ms.p95, latency_ms.p99

@@ -43,7 +43,7 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
         });
     }
     let client = builder.open().await.map_err(Error::client("cannot open the store"))?;
-    let session = Session { client: &client, args: &args, deadline: Instant::now() + wait, wait };
+    let session = OpenStore { client: &client, args: &args, deadline: Instant::now() + wait, wait };
     let outcome = session.run().await;
     if client.status().borrow().state == State::NeedsAuth {
         eprintln!("{NEEDS_AUTH}");
@@ -92,7 +92,7 @@ impl TokenSource {
     }
 }
 
-struct Session<'a> {
+struct OpenStore<'a> {
     client: &'a Client,
     args: &'a Args,
     /// For the connection.
@@ -101,7 +101,7 @@ struct Session<'a> {
     wait: Duration,
 }
 
-impl Session<'_> {
+impl OpenStore<'_> {
     async fn run(&self) -> Result<Exit, Error> {
         match &self.args.command {
             Command::Sql { statements } => match statements.as_slice() {

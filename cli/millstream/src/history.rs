@@ -63,12 +63,12 @@ pub struct Args {
     pub output: Output,
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: HistoryCommand,
 }
 
 /// What to do.
 #[derive(clap::Subcommand)]
-pub enum Command {
+pub enum HistoryCommand {
     /// The failed transactions, newest first
     List {
         /// Which.
@@ -161,14 +161,14 @@ pub async fn run(args: Args) -> Result<Exit, Error> {
     let options = postgres::options(&database, "history").map_err(Error::Connect)?;
     let mut connection = postgres::connect(&options).await.map_err(Error::Connect)?;
     let exit = match &args.command {
-        Command::List { filter, limit } => list(&mut connection, filter, *limit, args.output).await?,
-        Command::Show { id } => show(&mut connection, *id, args.output).await?,
-        Command::Parked => parked::list(&mut connection, args.output).await?,
-        Command::Reject { client_id, client_seq, message } => {
+        HistoryCommand::List { filter, limit } => list(&mut connection, filter, *limit, args.output).await?,
+        HistoryCommand::Show { id } => show(&mut connection, *id, args.output).await?,
+        HistoryCommand::Parked => parked::list(&mut connection, args.output).await?,
+        HistoryCommand::Reject { client_id, client_seq, message } => {
             parked::reject(&mut connection, *client_id, *client_seq, message).await?
         }
-        Command::Export { filter } => export(&mut connection, filter).await?,
-        Command::Replay { ids, wait } => {
+        HistoryCommand::Export { filter } => export(&mut connection, filter).await?,
+        HistoryCommand::Replay { ids, wait } => {
             replay::run(&mut connection, &nats, ids, Duration::from_secs(*wait), args.output).await?
         }
     };

@@ -24,12 +24,12 @@ pub struct Args {
     pub database: DatabaseArgs,
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: SessionsCommand,
 }
 
 /// What to do.
 #[derive(clap::Subcommand)]
-pub enum Command {
+pub enum SessionsCommand {
     /// End all sessions of a user
     End {
         /// User id, as tokens name it in `sub`
@@ -79,19 +79,19 @@ pub async fn run(args: Args) -> Result<(), Error> {
     let options = postgres::options(&database, "sessions").map_err(Error::Connect)?;
     let mut connection = postgres::connect(&options).await.map_err(Error::Connect)?;
     match &args.command {
-        Command::End { user } => {
+        SessionsCommand::End { user } => {
             let end = "INSERT INTO millstream.ended_sessions (user_id) VALUES ($1)
                        ON CONFLICT (user_id) DO UPDATE SET ended_at = excluded.ended_at";
             sqlx::query(end).bind(user).execute(&mut connection).await.map_err(Error::Query)?;
             println!("ended: sessions of {user}, and tokens issued until now");
         }
-        Command::List => {
+        SessionsCommand::List => {
             let list = "SELECT user_id, ended_at::text FROM millstream.ended_sessions ORDER BY ended_at DESC, user_id";
             for row in sqlx::query(list).fetch_all(&mut connection).await.map_err(Error::Query)? {
                 println!("{}  {}", row.get::<&str, _>(1), row.get::<&str, _>(0));
             }
         }
-        Command::Forget { user } => {
+        SessionsCommand::Forget { user } => {
             let forget = "DELETE FROM millstream.ended_sessions WHERE user_id = $1";
             let found = sqlx::query(forget).bind(user).execute(&mut connection).await.map_err(Error::Query)?;
             println!("{}", if found.rows_affected() > 0 { "forgotten" } else { "nothing was ended for this user" });

@@ -28,7 +28,7 @@ use crate::{binaries, postgres, script};
 /// The broker's configuration as shipped.
 const NATS_CONF: &str = include_str!("../../../deploy/nats.conf");
 /// Gets a line for each step that takes long.
-type Progress = Box<dyn FnMut(&str) + Send>;
+type OnProgress = Box<dyn FnMut(&str) + Send>;
 
 /// Puts a [`Stack`] together.
 #[must_use]
@@ -44,7 +44,7 @@ pub struct Builder {
     services: Option<Vec<Service>>,
     database_only: bool,
     settings: Settings,
-    progress: Option<Progress>,
+    progress: Option<OnProgress>,
 }
 
 impl Builder {
@@ -141,7 +141,7 @@ impl Builder {
 
     /// Starts everything and waits until it is ready.
     pub async fn start(self) -> Result<Stack, Error> {
-        let mut progress: Progress = self.progress.unwrap_or_else(|| Box::new(|line| eprintln!("{line}")));
+        let mut progress: OnProgress = self.progress.unwrap_or_else(|| Box::new(|line| eprintln!("{line}")));
         let (dir, temporary) = match self.dir {
             Some(dir) => (dir, None),
             None => {
@@ -249,7 +249,7 @@ impl Stack {
         &mut self,
         app_schema: Option<&str>,
         seed: Option<&str>,
-        progress: &mut Progress,
+        progress: &mut OnProgress,
     ) -> Result<(), Error> {
         let failed = |action: &str| {
             let action = action.to_owned();

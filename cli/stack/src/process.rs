@@ -251,12 +251,12 @@ fn pid(id: u32) -> Pid {
 #[derive(Debug)]
 pub struct Registry {
     path: PathBuf,
-    entries: Vec<Entry>,
+    entries: Vec<ProcessMark>,
 }
 
 /// What tells a process from a later one with the same id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Entry {
+struct ProcessMark {
     name: String,
     pid: u32,
     /// Start time in clock ticks since boot; absent where the system does not tell.
@@ -270,7 +270,7 @@ struct Entry {
 impl Registry {
     /// Ends what an earlier run left, and begins anew. Returns the names of the ended processes.
     pub fn open(path: PathBuf) -> io::Result<(Registry, Vec<String>)> {
-        let left: Vec<Entry> = match fs::read(&path) {
+        let left: Vec<ProcessMark> = match fs::read(&path) {
             // A damaged file names nobody that we could safely end.
             Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -292,7 +292,7 @@ impl Registry {
     /// Notes a child.
     pub fn add(&mut self, process: &Process) -> io::Result<()> {
         self.entries.retain(|entry| entry.name != process.name);
-        self.entries.push(Entry {
+        self.entries.push(ProcessMark {
             name: process.name.clone(),
             pid: process.pid(),
             started: started(process.pid()),
@@ -417,7 +417,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.json");
         let mut process = Process::spawn(&sleeper(dir.path())).unwrap();
-        let entry = Entry { name: "other".into(), pid: process.pid(), started: Some(1), has_children: false };
+        let entry = ProcessMark { name: "other".into(), pid: process.pid(), started: Some(1), has_children: false };
         fs::write(&path, serde_json::to_vec(&[entry]).unwrap()).unwrap();
         assert!(Registry::open(path).unwrap().1.is_empty());
         assert!(process.is_running());

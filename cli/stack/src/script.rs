@@ -11,16 +11,16 @@ const WITHOUT_EFFECT: [&str; 9] =
 
 /// A part of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part<'a> {
+pub struct Section<'a> {
     /// Line of the file on which it begins, from 1.
     pub line: usize,
     /// What it is.
-    pub kind: Kind<'a>,
+    pub kind: SectionKind<'a>,
 }
 
 /// What a part is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind<'a> {
+pub enum SectionKind<'a> {
     /// A statement.
     Statement(&'a str),
     /// `COPY … FROM stdin`, with the rows.
@@ -43,11 +43,11 @@ pub struct Failed {
 /// Postgres refuses a statement, or it is a command of psql that does something.
 pub async fn apply(connection: &mut PgConnection, text: &str) -> Result<usize, Failed> {
     let mut left_out = 0;
-    for Part { line, kind } in parts(text).map_err(|(line, what)| Failed {
+    for Section { line, kind } in parts(text).map_err(|(line, what)| Failed {
         action: format!("line {line}"),
         source: sqlx::Error::Configuration(what.into()),
     })? {
-        let (Kind::Statement(statement) | Kind::Copy(statement, _)) = kind;
+        let (SectionKind::Statement(statement) | SectionKind::Copy(statement, _)) = kind;
         let failed = |source: sqlx::Error| {
             let hint = if word(statement, 0) == "CREATE" && word(statement, 1) == "EXTENSION" {
                 " (MILLSTREAM_POSTGRES_BIN names a Postgres that has the extension)"
@@ -58,7 +58,7 @@ pub async fn apply(connection: &mut PgConnection, text: &str) -> Result<usize, F
             Failed { action: format!("line {line}: {}{hint}", first.chars().take(SHOWN).collect::<String>()), source }
         };
         match kind {
-            Kind::Copy(statement, rows) => {
+            SectionKind::Copy(statement, rows) => {
                 let mut copy = connection.copy_in_raw(statement).await.map_err(failed)?;
                 let sent = copy.send(rows.as_bytes()).await.map(drop);
                 match sent {
@@ -66,7 +66,7 @@ pub async fn apply(connection: &mut PgConnection, text: &str) -> Result<usize, F
                     Err(error) => return Err(failed(error)),
                 }
             }
-            Kind::Statement(statement) if may_be_left_out(statement) => {
+            SectionKind::Statement(statement) if may_be_left_out(statement) => {
                 let run = async |connection: &mut PgConnection, sql: &str| {
                     connection.execute(sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))).await.map(drop).map_err(failed)
                 };
@@ -80,7 +80,7 @@ pub async fn apply(connection: &mut PgConnection, text: &str) -> Result<usize, F
                     Err(error) => return Err(error),
                 }
             }
-            Kind::Statement(statement) => {
+            SectionKind::Statement(statement) => {
                 let sql = sqlx::raw_sql(AssertSqlSafe(statement.to_owned()));
                 connection.execute(sql).await.map_err(failed)?;
             }
@@ -114,7 +114,7 @@ fn word(statement: &str, number: usize) -> String {
 
 /// The parts of a file; or the line of what cannot be done, and what it is. What comes before a `\connect` is about another
 /// database, and no part.
-pub fn parts(text: &str) -> Result<Vec<Part<'_>>, (usize, String)> {
+pub fn parts(text: &str) -> Result<Vec<Section<'_>>, (usize, String)> {
     let mut parts = Vec::new();
     let (mut at, mut line, mut counted) = (0, 1, 0);
     loop {
@@ -142,10 +142,10 @@ pub fn parts(text: &str) -> Result<Vec<Part<'_>>, (usize, String)> {
             let begin = at + text[at..].find('\n').map_or(text.len() - at, |found| found + 1);
             let rows = &text[begin..];
             let length = end_of_rows(rows).ok_or((line, "COPY … FROM stdin has no end (a line \\.)".to_owned()))?;
-            parts.push(Part { line, kind: Kind::Copy(found.trim_end_matches(';'), &rows[..length]) });
+            parts.push(Section { line, kind: SectionKind::Copy(found.trim_end_matches(';'), &rows[..length]) });
             at = begin + length + "\\.".len();
         } else if found != ";" {
-            parts.push(Part { line, kind: Kind::Statement(found) });
+            parts.push(Section { line, kind: SectionKind::Statement(found) });
         }
     }
 }
@@ -278,8 +278,8 @@ mod tests {
             .unwrap()
             .into_iter()
             .map(|part| match part.kind {
-                Kind::Statement(text) => text.to_owned(),
-                Kind::Copy(text, rows) => format!("{text}<{rows}>"),
+                SectionKind::Statement(text) => text.to_owned(),
+                SectionKind::Copy(text, rows) => format!("{text}<{rows}>"),
             })
             .collect()
     }

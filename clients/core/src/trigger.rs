@@ -106,7 +106,7 @@ fn keep_base(table: &TableSchema, key: &str, row: &str) -> String {
 }
 
 /// What an entry of the queue says of the row's columns, in SQL.
-struct Entry<'a> {
+struct EntrySql<'a> {
     columns: &'a str,
     values: &'a str,
     adds: &'a str,
@@ -115,8 +115,8 @@ struct Entry<'a> {
 }
 
 /// `when`: a condition, or nothing.
-fn record(table: &TableSchema, op: &str, key: &str, entry: &Entry<'_>, when: &str) -> String {
-    let Entry { columns, values, adds, gone, previous } = entry;
+fn record(table: &TableSchema, op: &str, key: &str, entry: &EntrySql<'_>, when: &str) -> String {
+    let EntrySql { columns, values, adds, gone, previous } = entry;
     // Whoever edits a row has seen its newest change, so the edit is newer, however slow the clock here is.
     let seen = match table.clocks {
         Some(clocks) if op != "insert" => format!("OLD.{}", quote(&table.columns[clocks].name)),
@@ -280,7 +280,7 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
     let replaced =
         format!("(SELECT id FROM ({last}) WHERE op = 'delete' AND tbl = {} AND key = {key})", literal(&table.name));
     let when = format!(" WHERE {replaced} IS NULL");
-    let entry = Entry {
+    let entry = EntrySql {
         columns: &json_list(&columns),
         values: &json_list(&values),
         adds: "NULL",
@@ -398,7 +398,7 @@ fn update_trigger(table: &TableSchema) -> String {
     }
     let key = key_expr(table, "OLD.");
     body += &keep_base(table, &key, &row_expr(table, "OLD."));
-    let entry = Entry {
+    let entry = EntrySql {
         columns: &json_list(&columns),
         values: &json_list(&values),
         adds: &adds_list(&adds),
@@ -415,7 +415,7 @@ fn delete_trigger(table: &TableSchema, tables: &[TableSchema]) -> String {
     let row = row_expr(table, "OLD.");
     let gone = taken(table, tables, "OLD.", MAX_CASCADE);
     let gone = gone.map_or("NULL".to_owned(), |taken| format!("nullif({taken}, 0)"));
-    let entry = Entry { columns: "'[]'", values: "'[]'", adds: "NULL", gone: &gone, previous: &row };
+    let entry = EntrySql { columns: "'[]'", values: "'[]'", adds: "NULL", gone: &gone, previous: &row };
     let body = keep_base(table, &key, &row) + &record(table, "delete", &key, &entry, "");
     trigger(table, "delete", "", &body)
 }

@@ -16,7 +16,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::bus::{self, Control, Copies, Ended, Link, Part, Progress, WriterCommand};
+use crate::bus::{self, Control, Copies, Link, Progress, Supervised, WorkerEnd, WriterCommand};
 use crate::changes::{ChangesWorker, closed};
 use crate::client::{Client, Inner};
 use crate::host::SystemHost;
@@ -366,11 +366,11 @@ impl Builder {
 }
 
 /// Runs a worker, and starts it again when it asks for that or panics.
-async fn supervise(name: &str, mut part: impl Part) {
+async fn supervise(name: &str, mut part: impl Supervised) {
     loop {
         match AssertUnwindSafe(part.run()).catch_unwind().await {
-            Ok(Ended::Closed) => return,
-            Ok(Ended::Restart) => tracing::info!(worker = name, "starting the worker anew"),
+            Ok(WorkerEnd::Closed) => return,
+            Ok(WorkerEnd::Restart) => tracing::info!(worker = name, "starting the worker anew"),
             Err(_) => tracing::error!(worker = name, "the worker panicked; starting it anew"),
         }
         tokio::time::sleep(RESTART_PAUSE).await;

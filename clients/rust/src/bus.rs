@@ -237,14 +237,14 @@ pub(crate) struct Control {
 }
 
 /// A worker, as its supervisor sees it.
-pub(crate) trait Part: Send + 'static {
+pub(crate) trait Supervised: Send + 'static {
     /// Runs until the client is closed or gone, or the worker is to start anew.
-    fn run(&mut self) -> impl Future<Output = Ended> + Send;
+    fn run(&mut self) -> impl Future<Output = WorkerEnd> + Send;
 }
 
 /// A worker ended, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ended {
+pub(crate) enum WorkerEnd {
     /// The client was closed, or is gone.
     Closed,
     /// It is to be started anew.

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::Result;
-use crate::bus::{Control, Ended, Link, Part, Progress, Sender, ToChanges, ToSync, WriterCommand};
+use crate::bus::{Control, Link, Progress, Sender, Supervised, ToChanges, ToSync, WorkerEnd, WriterCommand};
 use crate::error::chain;
 
 /// What was handed to the sync worker and has not reached the socket after this time was lost on the way.
@@ -38,22 +38,22 @@ struct Run {
     handed: (u64, Instant),
 }
 
-impl Part for ChangesWorker {
+impl Supervised for ChangesWorker {
     /// All that it knows comes from the store and from what it is told again and again.
-    async fn run(&mut self) -> Ended {
+    async fn run(&mut self) -> WorkerEnd {
         let restarts = self.control.borrow().changes_restarts;
         let mut control = self.control.clone();
         let (reply, info) = oneshot::channel();
         if self.writer.send(WriterCommand::Info(reply)).await.is_err() {
-            return Ended::Closed;
+            return WorkerEnd::Closed;
         }
         let outbox = match info.await {
             Ok(Ok(info)) => Outbox::new(info.last_seq, info.confirmed_seq),
             Ok(Err(error)) => {
                 tracing::warn!(error.message = %chain(&error), "reading the queue failed");
-                return Ended::Restart;
+                return WorkerEnd::Restart;
             }
-            Err(_) => return Ended::Closed,
+            Err(_) => return WorkerEnd::Closed,
         };
         let start = Instant::now();
         let now = || start.elapsed().as_millis() as u64;
@@ -64,10 +64,10 @@ impl Part for ChangesWorker {
             let mut inputs = Vec::new();
             tokio::select! {
                 biased;
-                () = closed(&mut control) => return Ended::Closed,
-                () = raised(&mut self.control, |control| control.changes_restarts, restarts) => return Ended::Restart,
+                () = closed(&mut control) => return WorkerEnd::Closed,
+                () = raised(&mut self.control, |control| control.changes_restarts, restarts) => return WorkerEnd::Restart,
                 event = self.events.recv() => {
-                    let Some(event) = event else { return Ended::Closed };
+                    let Some(event) = event else { return WorkerEnd::Closed };
                     let mut event = Some(event);
                     while let Some(taken) = event {
                         run.take(taken, &mut inputs);
@@ -76,7 +76,7 @@ impl Part for ChangesWorker {
                 }
                 room = self.sync.ready(), if !run.sends.is_empty() => {
                     if !room {
-                        return Ended::Closed;
+                        return WorkerEnd::Closed;
                     }
                 }
                 loaded = answered(&mut loading), if loading.is_some() => {
@@ -87,7 +87,7 @@ impl Part for ChangesWorker {
                             tracing::warn!(error.message = %chain(&error), "reading the queue failed");
                             Vec::new()
                         }
-                        Err(_) => return Ended::Closed,
+                        Err(_) => return WorkerEnd::Closed,
                     };
                     inputs.push(Input::Loaded(entries));
                 }
@@ -103,7 +103,7 @@ impl Part for ChangesWorker {
                         Output::Load { after, limit } => {
                             let (reply, answer) = oneshot::channel();
                             if self.writer.send(WriterCommand::Load { after, limit, reply }).await.is_err() {
-                                return Ended::Closed;
+                                return WorkerEnd::Closed;
                             }
                             loading = Some(answer);
                         }

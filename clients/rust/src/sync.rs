@@ -9,7 +9,7 @@ use millstream_client_core::status::{LastError, Role, State, Status};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
-use crate::bus::{Control, Ended, Link, Part, Sender, ToChanges, ToSync, WriterCommand};
+use crate::bus::{Control, Link, Sender, Supervised, ToChanges, ToSync, WorkerEnd, WriterCommand};
 use crate::changes::{closed, raised};
 use crate::error::chain;
 use crate::leader;
@@ -65,32 +65,32 @@ pub(crate) struct Auth {
     set: u64,
 }
 
-impl Part for SyncWorker {
-    async fn run(&mut self) -> Ended {
+impl Supervised for SyncWorker {
+    async fn run(&mut self) -> WorkerEnd {
         let mut control = self.control.clone();
         let restarts = control.borrow().sync_restarts;
         let mut status = self.status.subscribe();
         let ended = tokio::select! {
             ended = self.sync() => ended,
-            () = raised(&mut control, |control| control.sync_restarts, restarts) => Ended::Restart,
+            () = raised(&mut control, |control| control.sync_restarts, restarts) => WorkerEnd::Restart,
             // Nothing works without the store.
-            _ = status.wait_for(|status| status.state == State::Damaged) => Ended::Closed,
+            _ = status.wait_for(|status| status.state == State::Damaged) => WorkerEnd::Closed,
         };
         // A session that was cut off has ended.
-        if !self.tell(|link| link.online = false).await { Ended::Closed } else { ended }
+        if !self.tell(|link| link.online = false).await { WorkerEnd::Closed } else { ended }
     }
 }
 
 impl SyncWorker {
-    async fn sync(&mut self) -> Ended {
+    async fn sync(&mut self) -> WorkerEnd {
         let mut control = self.control.clone();
         let Some(edge) = self.edge.clone() else {
             closed(&mut control).await;
-            return Ended::Closed;
+            return WorkerEnd::Closed;
         };
         let _leadership = tokio::select! {
             leadership = leader::lead(&self.path) => leadership,
-            () = closed(&mut control) => return Ended::Closed,
+            () = closed(&mut control) => return WorkerEnd::Closed,
         };
         self.status.send_modify(|status| status.role = Role::Leader);
         let start = Instant::now();
@@ -98,7 +98,7 @@ impl SyncWorker {
         let mut backoff = Backoff::new();
         loop {
             if control.wait_for(|control| control.closed || !control.paused).await.is_err() || control.borrow().closed {
-                return Ended::Closed;
+                return WorkerEnd::Closed;
             }
             let before = control.borrow_and_update().clone();
             self.tell_status(|status| {
@@ -112,13 +112,13 @@ impl SyncWorker {
                 () = interrupted(&mut control, &before, true) => End::new(Then::Interrupted, "interrupted", "the app wanted it"),
             };
             if !self.tell(|link| link.online = false).await || end.then == Then::Gone {
-                return Ended::Closed;
+                return WorkerEnd::Closed;
             }
             end = self.unless_stuck(end);
             if end.then == Then::Snapshot
                 && self.ask(WriterCommand::ForgetPosition).await.is_err_and(|end| end.then == Then::Gone)
             {
-                return Ended::Closed;
+                return WorkerEnd::Closed;
             }
             if let Some(welcomed) = self.welcomed {
                 backoff.connected((welcomed - start).as_millis() as u64);
@@ -127,7 +127,7 @@ impl SyncWorker {
             if end.then == Then::Auth && end.code != NO_TOKEN {
                 tokio::select! {
                     renewed = self.renew(end, before.tokens) => end = renewed,
-                    () = closed(&mut control) => return Ended::Closed,
+                    () = closed(&mut control) => return WorkerEnd::Closed,
                 }
             }
             let wait = self.ended(&end, |retry_after| backoff.failed(now(), rand::random(), retry_after));

@@ -24,7 +24,7 @@ pub trait Host: Send + Sync {
 }
 
 /// State of the connection that SQL functions see.
-pub(crate) struct Session {
+pub(crate) struct ConnectionState {
     host: Arc<dyn Host>,
     /// The app's transaction; 0 outside of one and while the store writes for itself.
     tx: AtomicI64,
@@ -53,9 +53,9 @@ pub(crate) struct Session {
     defined: AtomicBool,
 }
 
-impl Session {
+impl ConnectionState {
     pub fn new(host: Arc<dyn Host>) -> Self {
-        Session {
+        ConnectionState {
             host,
             tx: AtomicI64::new(0),
             client_seq: AtomicI64::new(0),
@@ -217,7 +217,11 @@ impl Session {
 }
 
 /// Registers the functions; `writer` adds those that triggers call.
-pub(crate) fn register(connection: &Connection, session: &Arc<Session>, writer: bool) -> Result<(), StoreError> {
+pub(crate) fn register(
+    connection: &Connection,
+    session: &Arc<ConnectionState>,
+    writer: bool,
+) -> Result<(), StoreError> {
     let flags = FunctionFlags::SQLITE_UTF8 | FunctionFlags::SQLITE_INNOCUOUS;
     let operation = "registering SQL functions";
     let s = Arc::clone(session);
@@ -416,7 +420,7 @@ fn refusal(context: AuthContext<'_>, is_synced: impl Fn(&str) -> bool) -> Option
 }
 
 /// Holds the app's statements to [`refusal`].
-pub(crate) fn guard(connection: &Connection, session: &Arc<Session>) -> Result<(), StoreError> {
+pub(crate) fn guard(connection: &Connection, session: &Arc<ConnectionState>) -> Result<(), StoreError> {
     let session = Arc::clone(session);
     let hook = move |context: AuthContext<'_>| {
         session.note(&context);

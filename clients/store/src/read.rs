@@ -8,7 +8,7 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, params_from_iter};
 
 use crate::error::{During, StoreError};
-use crate::functions::{self, Host, Session};
+use crate::functions::{self, ConnectionState, Host};
 use crate::inspection;
 use crate::limits::BUSY_TIMEOUT_MS;
 
@@ -66,7 +66,7 @@ impl Reader {
             .busy_timeout(std::time::Duration::from_millis(BUSY_TIMEOUT_MS))
             .during("setting the busy timeout")?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
-        functions::register(&connection, &Arc::new(Session::new(host)), false)?;
+        functions::register(&connection, &Arc::new(ConnectionState::new(host)), false)?;
         let seen = Arc::new(Mutex::new(BTreeSet::new()));
         let sink = Arc::clone(&seen);
         let hook = move |context: AuthContext<'_>| {

@@ -38,7 +38,7 @@ const LAYOUTS: [(usize, usize, usize); 3] = [(5, 2, 21), (4, 2, 20), (2, 17, 16)
 
 /// An entry of the queue.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Entry {
+pub(crate) struct SalvagedEntry {
     pub tx: u64,
     pub client_seq: Option<u64>,
     pub state: EntryState,
@@ -50,7 +50,7 @@ pub(crate) struct Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Salvage {
     /// Entries by their `id`, settled ones included.
-    pub entries: BTreeMap<i64, Entry>,
+    pub entries: BTreeMap<i64, SalvagedEntry>,
     pub client_id: Option<Uuid>,
     pub confirmed_seq: Option<u64>,
     /// Rows of the queue that do not read as entries.
@@ -276,7 +276,7 @@ impl<'a, F: Read + Seek> Reader<'a, F> {
                 pages.push(self.carve_page(&page, number.max(1), found));
             }
         }
-        let mut carved: HashMap<i64, Entry> = HashMap::new();
+        let mut carved: HashMap<i64, SalvagedEntry> = HashMap::new();
         for (id, entry) in pages.into_iter().flatten() {
             // Of several versions one that is settled is the latest.
             if entry.state == EntryState::Confirmed || !carved.contains_key(&id) {
@@ -289,7 +289,7 @@ impl<'a, F: Read + Seek> Reader<'a, F> {
         }
     }
 
-    fn carve_page(&mut self, page: &[u8], number: u32, found: &mut Salvage) -> Vec<(i64, Entry)> {
+    fn carve_page(&mut self, page: &[u8], number: u32, found: &mut Salvage) -> Vec<(i64, SalvagedEntry)> {
         if found.client_id.is_none() || found.confirmed_seq.is_none() {
             for row in self.index_rows(page, number) {
                 meta(&row, found);
@@ -402,7 +402,7 @@ fn integer(row: &[Value], column: usize) -> Option<i64> {
 }
 
 /// A row of `local_changes`; `None`: it is not one, or does not read.
-fn entry(row: &[Value]) -> Option<Entry> {
+fn entry(row: &[Value]) -> Option<SalvagedEntry> {
     LAYOUTS.into_iter().find_map(|(first, client_seq, recorded_at)| {
         // `id` is the rowid, which the row itself does not repeat.
         if row.first() != Some(&Value::Null) {
@@ -427,7 +427,7 @@ fn entry(row: &[Value]) -> Option<Entry> {
         };
         let state = EntryState::parse(text(row, first + 8)?)?;
         let fits = change.columns.len() == change.values.len() && !change.key.is_empty();
-        fits.then_some(Entry {
+        fits.then_some(SalvagedEntry {
             tx: u64::try_from(integer(row, 1)?).ok()?,
             client_seq: integer(row, client_seq).and_then(|client_seq| u64::try_from(client_seq).ok()),
             state,

@@ -9,7 +9,7 @@ use millstream_schemas::Schema;
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::error::{During, StoreError};
-use crate::functions::{self, Host, Session};
+use crate::functions::{self, ConnectionState, Host};
 use crate::inspection::{FileId, inspect, keep_log, look};
 use crate::limits::{BUSY_TIMEOUT_MS, STATEMENTS};
 use crate::rescue;
@@ -21,7 +21,7 @@ const CHECK_INTERVAL: u64 = 24 * 3600 * 1_000_000;
 /// The writing connection.
 pub struct Store {
     pub(crate) connection: Connection,
-    pub(crate) session: Arc<Session>,
+    pub(crate) session: Arc<ConnectionState>,
     pub(crate) tables: Tables,
     pub(crate) schema: Option<Schema>,
     /// Tables written since [`Store::take_written`], filled by SQLite's update hook.
@@ -108,7 +108,7 @@ impl Store {
         connection.pragma_update(None, "recursive_triggers", true).during("setting recursive_triggers")?;
         let upgraded = create_tables(&connection)?;
 
-        let session = Arc::new(Session::new(host));
+        let session = Arc::new(ConnectionState::new(host));
         functions::register(&connection, &session, true)?;
         let written = Arc::new(Mutex::new(BTreeSet::new()));
         let sink = Arc::clone(&written);

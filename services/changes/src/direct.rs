@@ -14,10 +14,10 @@ use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 use crate::item::{Item, Owned};
-use crate::sql::model::Source;
+use crate::sql::model::ConfigFile;
 use crate::transaction::executor::Executor;
 use crate::worker::external::External;
-use crate::worker::{Lost, Shared, Worker};
+use crate::worker::{Lost, Worker, WorkerContext};
 
 /// Its partition, of an incarnation that is its own.
 const PARTITION: u16 = 0;
@@ -64,8 +64,8 @@ impl Direct {
         let (lost_sender, lost) = mpsc::channel(1);
         let health = Health::new();
         let external = Arc::new(External::nobody(health.clone()));
-        let source = Arc::new(Source::new(config, health.clone()));
-        let shared = Shared {
+        let source = Arc::new(ConfigFile::new(config, health.clone()));
+        let shared = WorkerContext {
             nats: None,
             stream: None,
             external,

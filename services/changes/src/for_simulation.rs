@@ -8,7 +8,7 @@ use millstream_schemas::Code;
 use millstream_schemas::stream::{Failure, OriginEntry, RunSpan, Submission, ValidateRequest};
 use uuid::Uuid;
 
-use crate::decide::ledger::{Client, Ledger};
+use crate::decide::ledger::{Ledger, LedgerEntry};
 use crate::decide::origin::origin;
 use crate::decide::plan::{Condemned, Rejected, plan, predecessors};
 use crate::decide::validator::{self, Rejection};
@@ -17,7 +17,7 @@ use crate::worker::external;
 
 /// A client's row in the ledger.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct LedgerRow {
     /// The installation.
     pub client_id: Uuid,
     /// The user that it is bound to.
@@ -41,7 +41,7 @@ pub enum Effect {
 #[derive(Debug, Default)]
 pub struct Settled {
     /// Ledger rows that moved.
-    pub clients: Vec<Known>,
+    pub clients: Vec<LedgerRow>,
     /// Runs that began.
     pub spans: Vec<(Uuid, RunSpan)>,
     /// What the stream tells of it.
@@ -51,15 +51,15 @@ pub struct Settled {
 /// Decides for each submission in order; `rejected` tells of transactions of earlier batches, `apply` applies one whole
 /// or not at all.
 pub fn settle(
-    known: impl IntoIterator<Item = Known>,
+    known: impl IntoIterator<Item = LedgerRow>,
     tables: &[Table],
     submissions: &[Submission],
     rejected: impl Fn(Uuid, u64) -> bool,
     mut apply: impl FnMut(&Submission) -> Effect,
 ) -> Settled {
     let mut ledger = Ledger::default();
-    for Known { client_id, user_id, last_seq, run_id } in known {
-        ledger.load(client_id, Client::stored(user_id, last_seq, run_id));
+    for LedgerRow { client_id, user_id, last_seq, run_id } in known {
+        ledger.load(client_id, LedgerEntry::stored(user_id, last_seq, run_id));
     }
     let named = predecessors(submissions.iter(), &ledger);
     let mut refused =
@@ -85,7 +85,7 @@ pub fn settle(
             }
         }
     }
-    let clients = ledger.changed().map(|(client_id, client)| Known {
+    let clients = ledger.changed().map(|(client_id, client)| LedgerRow {
         client_id,
         user_id: client.user_id.clone(),
         last_seq: client.last,

@@ -43,11 +43,11 @@ use crate::partitions::janitor::Janitor;
 use crate::partitions::ownership::{Assignment, Ownership};
 use crate::partitions::retention::Retention;
 use crate::partitions::{consumer, ownership};
-use crate::sql::model::{Source, Watcher};
+use crate::sql::model::{ConfigFile, Watcher};
 use crate::transaction::executor::Executor;
 use crate::worker::external::External;
 use crate::worker::parked::Parked;
-use crate::worker::{Shared, Worker};
+use crate::worker::{Worker, WorkerContext};
 
 pub use error::Error;
 
@@ -102,7 +102,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         () = shutdown.requested() => return Ok(()),
     };
     let external = Arc::new(External::new(&config, nats.client.clone(), health.clone()));
-    let source = Arc::new(Source::new(args.config.clone(), health.clone()));
+    let source = Arc::new(ConfigFile::new(args.config.clone(), health.clone()));
     let service = Service { args, options, pool, health, nats, external, source, shutdown };
     while let Some(ended) = service.serve().await? {
         match ended {
@@ -122,7 +122,7 @@ struct Service {
     health: Health,
     nats: Nats,
     external: Arc<External>,
-    source: Arc<Source>,
+    source: Arc<ConfigFile>,
     shutdown: Shutdown,
 }
 
@@ -138,7 +138,7 @@ impl Service {
         let (trigger, stop) = Shutdown::manual();
         let (assignment_sender, assignment) = watch::channel(Assignment::default());
         let (lost_sender, lost) = mpsc::channel(NOTICES);
-        let shared = Shared {
+        let shared = WorkerContext {
             nats: Some(self.nats.client.clone()),
             stream: Some(stream.clone()),
             external: self.external.clone(),

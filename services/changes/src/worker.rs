@@ -101,7 +101,7 @@ pub(crate) struct Lost {
 
 /// What workers share.
 #[derive(Clone)]
-pub(crate) struct Shared {
+pub(crate) struct WorkerContext {
     /// Where results go; none: to the caller of [`Worker::settle`].
     pub nats: Option<async_nats::Client>,
     /// Where messages come from; none: nowhere.
@@ -124,7 +124,7 @@ pub(crate) struct Worker {
     /// When the last batch with changes was committed.
     worked: Option<Instant>,
     commands: mpsc::Receiver<Command>,
-    shared: Shared,
+    shared: WorkerContext,
     owned: BTreeMap<u16, Owned>,
     /// What waits for external validators before it enters the queue.
     questions: Questions,
@@ -150,7 +150,7 @@ struct Trouble {
 }
 
 impl Worker {
-    pub fn new(index: usize, executor: Executor, commands: mpsc::Receiver<Command>, shared: Shared) -> Self {
+    pub fn new(index: usize, executor: Executor, commands: mpsc::Receiver<Command>, shared: WorkerContext) -> Self {
         let questions = Questions::new(shared.external.clone());
         let reads = Reads::new(shared.stream.clone());
         let queue = if shared.stream.is_some() { Queue::default() } else { Queue::in_order() };

@@ -33,14 +33,14 @@ pub enum LoadError {
 
 /// A catalog, and what is made from it.
 #[derive(Debug)]
-pub struct Known {
+pub struct Loaded {
     /// The catalog.
     pub catalog: Catalog,
     /// Which scopes a moved membership concerns.
     pub reach: Arc<Reach>,
 }
 
-impl Known {
+impl Loaded {
     /// Whether the newest rows of the stream are encoded in its layout. Asked after the head was read, it holds for the head's
     /// epoch: an epoch has one layout, and a message shows its schema before it becomes the head.
     pub fn agrees(&self, hub: &Hub) -> bool {
@@ -54,7 +54,7 @@ pub struct Catalogs {
     publication: String,
     pool: PgPool,
     asides: Asides,
-    known: watch::Sender<Arc<Known>>,
+    known: watch::Sender<Arc<Loaded>>,
     /// When it was looked last.
     looked: Mutex<Instant>,
 }
@@ -91,7 +91,7 @@ impl Catalogs {
     }
 
     /// Tells of every other catalog than the one that is read first.
-    pub fn subscribe(&self) -> watch::Receiver<Arc<Known>> {
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Loaded>> {
         self.known.subscribe()
     }
 
@@ -100,7 +100,7 @@ impl Catalogs {
     ///
     /// # Errors
     /// It cannot be read.
-    pub async fn agreeing(&self, hub: &Hub) -> Result<Option<Arc<Known>>, LoadError> {
+    pub async fn agreeing(&self, hub: &Hub) -> Result<Option<Arc<Loaded>>, LoadError> {
         let agreeing = || {
             let known = self.known.borrow().clone();
             known.agrees(hub).then_some(known)
@@ -164,10 +164,10 @@ fn tell(asides: &Asides, catalog: &Catalog) {
     asides.tell(catalog.aside.iter().map(|aside| (aside.table.as_str(), aside.why.as_str())));
 }
 
-async fn load(config: &Path, publication: &str, pool: &PgPool) -> Result<Known, LoadError> {
+async fn load(config: &Path, publication: &str, pool: &PgPool) -> Result<Loaded, LoadError> {
     let config = Config::read(config)?;
     let mut connection = pool.acquire().await.map_err(CatalogError::Query)?;
     let catalog = Catalog::load(&mut connection, &config, Some(publication)).await?;
     let reach = Arc::new(Reach::new(catalog.memberships().map(|(_, membership)| membership)));
-    Ok(Known { catalog, reach })
+    Ok(Loaded { catalog, reach })
 }

@@ -70,14 +70,14 @@ struct Member {
 }
 
 /// A session's place in the hub; leaves it when dropped.
-pub struct Membership {
+pub struct Seat {
     hub: Arc<Hub>,
     id: u64,
     /// Woken when something may be there for the session.
     pub wake: Arc<Notify>,
 }
 
-impl Drop for Membership {
+impl Drop for Seat {
     fn drop(&mut self) {
         let mut state = self.hub.write();
         if let Some(member) = state.sessions.remove(&self.id) {
@@ -233,7 +233,7 @@ impl Hub {
     }
 
     /// Enters a session without scopes.
-    pub fn enter(self: &Arc<Self>, client: Uuid) -> (Membership, mpsc::Receiver<TransactionResult>) {
+    pub fn enter(self: &Arc<Self>, client: Uuid) -> (Seat, mpsc::Receiver<TransactionResult>) {
         let (sender, results) = mpsc::channel(RESULTS_QUEUE);
         let wake = Arc::new(Notify::new());
         let mut state = self.write();
@@ -242,7 +242,7 @@ impl Hub {
         state.clients.entry(client).or_default().insert(id);
         let member = Member { wake: wake.clone(), results: sender, client, scopes: HashSet::new() };
         state.sessions.insert(id, member);
-        (Membership { hub: self.clone(), id, wake }, results)
+        (Seat { hub: self.clone(), id, wake }, results)
     }
 
     /// Number of sessions.
@@ -271,7 +271,7 @@ impl Hub {
     }
 }
 
-impl Membership {
+impl Seat {
     /// Sets the scopes whose messages wake the session.
     pub fn set_scopes<'a>(&self, scopes: impl IntoIterator<Item = &'a Scope>) {
         let wanted: HashSet<Scope> = scopes.into_iter().cloned().collect();
@@ -313,13 +313,13 @@ mod tests {
     use super::*;
     use crate::message::tests::message;
 
-    fn seqs(membership: &Membership, cursor: u64) -> Result<Vec<u64>, FellBehind> {
+    fn seqs(membership: &Seat, cursor: u64) -> Result<Vec<u64>, FellBehind> {
         let mut found = Vec::new();
         membership.read(cursor, 100, &mut found)?;
         Ok(found.iter().map(|message| message.position.stream_seq).collect())
     }
 
-    async fn woken(membership: &Membership) -> bool {
+    async fn woken(membership: &Seat) -> bool {
         tokio::time::timeout(Duration::from_millis(1), membership.wake.notified()).await.is_ok()
     }
 

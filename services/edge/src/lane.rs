@@ -65,7 +65,7 @@ impl Stalled {
 }
 
 /// A submission, encoded, and where to say that it is stored.
-pub struct Item {
+pub struct Queued {
     /// JSON of a `Submission`.
     pub submission: Vec<u8>,
     /// Its `client_seq`.
@@ -81,7 +81,7 @@ pub struct Full;
 /// All lanes of an edge. Cheap to clone.
 #[derive(Clone)]
 pub struct Lanes {
-    lanes: Vec<mpsc::Sender<(Item, OwnedSemaphorePermit)>>,
+    lanes: Vec<mpsc::Sender<(Queued, OwnedSemaphorePermit)>>,
     room: Arc<Semaphore>,
 }
 
@@ -101,7 +101,7 @@ impl Lanes {
     ///
     /// # Errors
     /// [`Full`]: try again later.
-    pub fn submit(&self, client: Uuid, item: Item) -> Result<(), Full> {
+    pub fn submit(&self, client: Uuid, item: Queued) -> Result<(), Full> {
         let bytes = u32::try_from(item.submission.len()).map_err(|_| Full)?;
         let room = self.room.clone().try_acquire_many_owned(bytes).map_err(|_| Full)?;
         self.lanes[usize::from(subject::partition(client))].try_send((item, room)).map_err(|_| Full)
@@ -111,7 +111,7 @@ impl Lanes {
 async fn run(
     nats: Nats,
     subject: String,
-    mut queue: mpsc::Receiver<(Item, OwnedSemaphorePermit)>,
+    mut queue: mpsc::Receiver<(Queued, OwnedSemaphorePermit)>,
     stalled: Stalled,
     shutdown: Shutdown,
 ) {

@@ -9,7 +9,7 @@ use millstream_schemas::Scope;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use crate::catalogs::Known;
+use crate::catalogs::Loaded;
 use crate::fence::Fence;
 
 /// The rows cannot be shared (any more): they have to be read apart.
@@ -46,22 +46,22 @@ pub struct Moment {
     /// What it sees.
     pub fence: Fence,
     /// The catalog that it is read by.
-    pub known: Arc<Known>,
+    pub known: Arc<Loaded>,
     /// When the first session asked for it.
     pub begun: Instant,
-    parts: Mutex<HashMap<Scope, Arc<Part>>>,
+    parts: Mutex<HashMap<Scope, Arc<ScopeFrames>>>,
 }
 
 impl Moment {
     /// A moment in which nothing was read yet.
-    pub fn new(fence: Fence, known: Arc<Known>, begun: Instant) -> Moment {
+    pub fn new(fence: Fence, known: Arc<Loaded>, begun: Instant) -> Moment {
         Moment { fence, known, begun, parts: Mutex::default() }
     }
 
     /// The rows of a scope; `read` is called to fill it if nobody has asked for them.
-    pub fn part(&self, scope: &Scope, read: impl FnOnce(Arc<Part>)) -> Arc<Part> {
+    pub fn part(&self, scope: &Scope, read: impl FnOnce(Arc<ScopeFrames>)) -> Arc<ScopeFrames> {
         let new = || {
-            let part = Arc::new(Part::default());
+            let part = Arc::new(ScopeFrames::default());
             read(part.clone());
             part
         };
@@ -71,13 +71,13 @@ impl Moment {
 
 /// The rows of a scope as frames, while they are read and after.
 #[derive(Default)]
-pub struct Part {
-    progress: watch::Sender<Progress>,
+pub struct ScopeFrames {
+    progress: watch::Sender<ReadProgress>,
     frames: Mutex<Vec<(Utf8Bytes, OwnedSemaphorePermit)>>,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Progress {
+struct ReadProgress {
     /// How many rows there are, once they have been counted.
     rows: Option<u64>,
     /// How many frames can be had.
@@ -90,7 +90,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Part {
+impl ScopeFrames {
     /// It has this many rows: who is told so gets them.
     pub fn set_rows(&self, rows: u64) {
         self.progress.send_modify(|progress| progress.rows = Some(rows));

@@ -13,9 +13,9 @@ use millstream_schemas::Scope;
 use sqlx::PgPool;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::catalogs::Known;
+use crate::catalogs::Loaded;
 use crate::copy::Framing;
-use crate::moment::{Adopted, Apart, Moment, Part};
+use crate::moment::{Adopted, Apart, Moment, ScopeFrames};
 use crate::resume::{Seal, Sealer, moment_of};
 use crate::snapshot::{SNAPSHOT_FRAMES, Snapshot, SnapshotError};
 use crate::unwritable::Unwritable;
@@ -71,12 +71,12 @@ impl Shared {
     ///
     /// # Errors
     /// Postgres cannot be reached.
-    pub async fn begin(self: &Arc<Self>, known: &Arc<Known>) -> Result<Snapshot, SnapshotError> {
+    pub async fn begin(self: &Arc<Self>, known: &Arc<Loaded>) -> Result<Snapshot, SnapshotError> {
         let adopted = self.moment(known).await?;
         Snapshot::adopt(&self.pool, adopted).await
     }
 
-    async fn moment(self: &Arc<Self>, known: &Arc<Known>) -> Result<Adopted, SnapshotError> {
+    async fn moment(self: &Arc<Self>, known: &Arc<Loaded>) -> Result<Adopted, SnapshotError> {
         // Held while one begins: whoever comes meanwhile joins it.
         let mut newest = self.newest.lock().await;
         let joined = newest
@@ -103,7 +103,7 @@ impl Shared {
     ///
     /// # Errors
     /// They are too many, or some are known to be too large.
-    pub fn parts(self: &Arc<Self>, adopted: &Adopted, scopes: &[Scope]) -> Result<Vec<Arc<Part>>, Apart> {
+    pub fn parts(self: &Arc<Self>, adopted: &Adopted, scopes: &[Scope]) -> Result<Vec<Arc<ScopeFrames>>, Apart> {
         let mut apart = self.known_apart();
         apart.retain(|_, found| found.elapsed() < APART);
         if scopes.len() > MAX_SCOPES || scopes.iter().any(|scope| apart.contains_key(scope)) {
@@ -123,7 +123,7 @@ impl Shared {
     }
 
     /// Reads a scope's rows, with no regard to how fast they are taken.
-    async fn read(self: Arc<Self>, adopted: Adopted, scope: Scope, part: Arc<Part>) {
+    async fn read(self: Arc<Self>, adopted: Adopted, scope: Scope, part: Arc<ScopeFrames>) {
         let whole = match self.fill(adopted, &scope, &part).await {
             Ok(whole) => whole,
             Err(error) => {
@@ -135,7 +135,7 @@ impl Shared {
     }
 
     /// Gives whether all rows are there; not so if they are too large.
-    async fn fill(&self, adopted: Adopted, scope: &Scope, part: &Part) -> Result<bool, SnapshotError> {
+    async fn fill(&self, adopted: Adopted, scope: &Scope, part: &ScopeFrames) -> Result<bool, SnapshotError> {
         let (known, scopes) = (adopted.moment.known.clone(), [scope.clone()]);
         let mut rows = 0;
         if known.catalog.synced().any(|table| table.row_scope_columns().any(|of| of.kind == scope.kind)) {

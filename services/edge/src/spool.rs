@@ -55,7 +55,7 @@ struct State {
 }
 
 #[derive(Default)]
-struct Shared {
+struct Inner {
     state: Mutex<State>,
     /// For the reader; each end has a call of its own, so that neither takes the other's.
     written: Notify,
@@ -63,7 +63,7 @@ struct Shared {
     taken: Notify,
 }
 
-impl Shared {
+impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -94,13 +94,13 @@ impl Shared {
 
 /// The end that is written.
 pub struct Writer {
-    shared: Arc<Shared>,
+    shared: Arc<Inner>,
     spool: Arc<Spool>,
     user: Arc<Semaphore>,
 }
 
 /// The end that is read.
-pub struct Reader(Arc<Shared>);
+pub struct Reader(Arc<Inner>);
 
 impl Drop for Writer {
     fn drop(&mut self) {
@@ -122,7 +122,7 @@ impl Spool {
 
     /// Both ends for one snapshot; `user` is the room that its user has, in KiB. What is beyond waits for the client.
     pub fn open(self: &Arc<Self>, user: Arc<Semaphore>) -> (Writer, Reader) {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Inner::default());
         (Writer { shared: shared.clone(), spool: self.clone(), user }, Reader(shared))
     }
 

@@ -22,7 +22,7 @@ const _: () = assert!(MAX_IMAGE_BYTES >= 2 * MAX_ROW_BYTES);
 #[derive(Debug)]
 enum State {
     /// A part of fixed size.
-    Fixed(Part),
+    Fixed(Piece),
     /// The bytes of a value that is kept.
     Value { left: usize },
     /// The bytes of one that is not.
@@ -34,7 +34,7 @@ enum State {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Part {
+enum Piece {
     Tag,
     Relation,
     /// What kind of row image follows, if one does.
@@ -45,13 +45,13 @@ enum Part {
     LogicalHead,
 }
 
-impl Part {
+impl Piece {
     fn bytes(self) -> usize {
         match self {
-            Part::Tag | Part::Image | Part::ValueTag => 1,
-            Part::Count => 2,
-            Part::Relation | Part::ValueLength(_) => 4,
-            Part::LogicalHead => 9,
+            Piece::Tag | Piece::Image | Piece::ValueTag => 1,
+            Piece::Count => 2,
+            Piece::Relation | Piece::ValueLength(_) => 4,
+            Piece::LogicalHead => 9,
         }
     }
 }
@@ -82,7 +82,7 @@ pub struct Abridge {
 impl Default for Abridge {
     fn default() -> Self {
         Abridge {
-            state: State::Fixed(Part::Tag),
+            state: State::Fixed(Piece::Tag),
             fixed: Vec::new(),
             values: 0,
             image: 0,
@@ -157,39 +157,39 @@ impl Abridge {
         Ok(())
     }
 
-    fn fixed(&mut self, part: Part, bytes: &[u8]) -> Result<State, DecodeError> {
+    fn fixed(&mut self, part: Piece, bytes: &[u8]) -> Result<State, DecodeError> {
         let number = bytes.iter().fold(0_u32, |number, &byte| (number << 8) | u32::from(byte));
         let first = bytes.first().copied().unwrap_or_default();
         match part {
-            Part::ValueTag | Part::ValueLength(_) => {}
-            Part::Image => self.image = first,
-            Part::Tag | Part::Relation | Part::Count | Part::LogicalHead => self.out.extend_from_slice(bytes),
+            Piece::ValueTag | Piece::ValueLength(_) => {}
+            Piece::Image => self.image = first,
+            Piece::Tag | Piece::Relation | Piece::Count | Piece::LogicalHead => self.out.extend_from_slice(bytes),
         }
         Ok(State::Fixed(match part {
-            Part::Tag => match first {
-                b'I' | b'U' | b'D' => Part::Relation,
-                b'M' => Part::LogicalHead,
+            Piece::Tag => match first {
+                b'I' | b'U' | b'D' => Piece::Relation,
+                b'M' => Piece::LogicalHead,
                 // None of the others is ever as long; without its rest it is no message.
                 _ => return Ok(State::Rest),
             },
-            Part::Relation => Part::Image,
-            Part::Image => {
+            Piece::Relation => Piece::Image,
+            Piece::Image => {
                 self.out.push(first);
-                Part::Count
+                Piece::Count
             }
-            Part::Count => {
+            Piece::Count => {
                 self.values = u16::try_from(number).unwrap_or(u16::MAX);
                 return Ok(self.next_value());
             }
-            Part::ValueTag => match first {
-                b't' | b'b' => Part::ValueLength(first),
+            Piece::ValueTag => match first {
+                b't' | b'b' => Piece::ValueLength(first),
                 b'n' | b'u' => {
                     self.kept.push(Kept::Tag(first));
                     return Ok(self.next_value());
                 }
                 tag => return Err(DecodeError::UnknownTag(tag)),
             },
-            Part::ValueLength(tag) => {
+            Piece::ValueLength(tag) => {
                 let length = usize::try_from(number.cast_signed()).map_err(|_| DecodeError::NegativeLength)?;
                 if length > MAX_ROW_BYTES {
                     self.kept.push(Kept::Tag(TOO_LARGE));
@@ -203,7 +203,7 @@ impl Abridge {
                 }
                 return Ok(State::Value { left: length });
             }
-            Part::LogicalHead => return Ok(State::Prefix),
+            Piece::LogicalHead => return Ok(State::Prefix),
         }))
     }
 
@@ -226,7 +226,7 @@ impl Abridge {
     fn next_value(&mut self) -> State {
         if let Some(left) = self.values.checked_sub(1) {
             self.values = left;
-            return State::Fixed(Part::ValueTag);
+            return State::Fixed(Piece::ValueTag);
         }
         self.kept_bytes = 0;
         for kept in self.kept.drain(..) {
@@ -240,7 +240,7 @@ impl Abridge {
                 }
             }
         }
-        State::Fixed(Part::Image)
+        State::Fixed(Piece::Image)
     }
 
     /// The shorter message, once the longer one is complete. Whether it is one shows when it is decoded.

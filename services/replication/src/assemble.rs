@@ -27,11 +27,11 @@ use self::change::{Change, bad_row, hash, images, key, scopes};
 pub use self::error::AssembleError;
 use self::handover::{Handover, change_row};
 pub use self::limits::Limits;
-pub use self::lookup::{Filled, Found, Lookup};
+pub use self::lookup::{Filled, Lookup, ReadValue};
 pub use self::outgoing::Outgoing;
 use self::sizes::Sizes;
 use crate::chunks::{Chunk, Chunks, KeyHash, MAX_TRANSACTION_BUFFER_BYTES, Moved};
-use crate::error::Place;
+use crate::error::AtTransaction;
 use crate::left_out::{Again, LeftOut};
 use crate::moves::Moves;
 use crate::origin::Origins;
@@ -49,7 +49,7 @@ const EVERY_SCOPE: &str = ".*";
 
 /// What a message meant for the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum Assembled {
     /// It goes on.
     Open,
     /// It is complete; everything that belongs to it has been handed out.
@@ -59,7 +59,7 @@ pub enum Step {
     },
 }
 
-struct Transaction {
+struct OpenTransaction {
     lsn: Lsn,
     xid: u32,
     at: i64,
@@ -86,7 +86,7 @@ pub struct Assembler {
     through: Lsn,
     /// Shapes of tables that differ from the catalog even after it was read anew.
     accepted: HashSet<u64>,
-    transaction: Option<Transaction>,
+    transaction: Option<OpenTransaction>,
     limits: Limits,
     /// Rows that were withdrawn: clients lack them, so that a part of one is not enough for them.
     withdrawn: HashSet<KeyHash>,
@@ -138,10 +138,10 @@ impl Assembler {
     }
 
     /// The open transaction, or else the place behind the last one.
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> AtTransaction {
         let open = self.open();
         let table = open.and(self.last_table).map(|table| self.tables[table].name.clone());
-        Place { lsn: open.map_or(self.through, |(lsn, _)| lsn), xid: open.map(|(_, xid)| xid), table }
+        AtTransaction { lsn: open.map_or(self.through, |(lsn, _)| lsn), xid: open.map(|(_, xid)| xid), table }
     }
 
     /// Takes what was passed over since this was asked last.
@@ -218,14 +218,14 @@ impl Assembler {
         message: &Message<'_>,
         filled: &Filled,
         out: &mut Vec<Outgoing>,
-    ) -> Result<Step, AssembleError> {
+    ) -> Result<Assembled, AssembleError> {
         match message {
             Message::Begin { final_lsn, at, xid } => {
                 if self.transaction.is_some() {
                     return Err(AssembleError::Order { what: "begin" });
                 }
                 self.last_table = None;
-                self.transaction = Some(Transaction {
+                self.transaction = Some(OpenTransaction {
                     lsn: *final_lsn,
                     xid: *xid,
                     at: *at,
@@ -247,7 +247,7 @@ impl Assembler {
                     self.hand_over(&mut transaction, out);
                     self.finish(transaction, *end_lsn, out);
                 }
-                return Ok(Step::Committed { end_lsn: *end_lsn });
+                return Ok(Assembled::Committed { end_lsn: *end_lsn });
             }
             Message::Relation(relation) => self.relation(relation)?,
             Message::Origin | Message::Type => {}
@@ -295,7 +295,7 @@ impl Assembler {
                 }
             }
         }
-        Ok(Step::Open)
+        Ok(Assembled::Open)
     }
 
     fn relation(&mut self, relation: &Relation<'_>) -> Result<(), AssembleError> {
@@ -374,7 +374,7 @@ impl Assembler {
     }
 
     /// Sends the rows that were kept until the keys of a transaction had come to rest.
-    fn hand_over(&mut self, transaction: &mut Transaction, out: &mut Vec<Outgoing>) {
+    fn hand_over(&mut self, transaction: &mut OpenTransaction, out: &mut Vec<Outgoing>) {
         for index in transaction.handover.tables() {
             let Some(mapping) = self.relations.values().flatten().find(|mapping| mapping.table == index) else {
                 continue;
@@ -417,7 +417,7 @@ impl Assembler {
     }
 
     /// The messages by which edges send tables again: behind everything else of the transaction.
-    fn again(&mut self, transaction: &Transaction) {
+    fn again(&mut self, transaction: &OpenTransaction) {
         let mut kinds: BTreeSet<&str> = BTreeSet::new();
         let mut grants = false;
         for (&index, &why) in &transaction.again {
@@ -441,7 +441,7 @@ impl Assembler {
         }
     }
 
-    fn finish(&mut self, mut transaction: Transaction, end_lsn: Lsn, out: &mut Vec<Outgoing>) {
+    fn finish(&mut self, mut transaction: OpenTransaction, end_lsn: Lsn, out: &mut Vec<Outgoing>) {
         transaction.chunks.flush(&mut self.pieces);
         self.again(&transaction);
         if self.pieces.is_empty() && (!transaction.origins.is_empty() || transaction.index > 0) {
@@ -467,7 +467,7 @@ impl Assembler {
     }
 }
 
-impl Transaction {
+impl OpenTransaction {
     fn message(&mut self, chunk: Chunk, end_lsn: Option<Lsn>) -> Outgoing {
         let index = self.index;
         self.index += 1;

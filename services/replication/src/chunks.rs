@@ -76,7 +76,7 @@ impl Moved {
 
 /// Rows that share a `TableChanges`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Group<'a> {
+pub struct RowGroup<'a> {
     /// Name of the table.
     pub table: &'a str,
     /// What happened to the rows.
@@ -162,7 +162,7 @@ impl Chunks {
 
     /// Adds an encoded row to a scope; whatever has to be emitted before goes to `out`. What was added last always stays,
     /// so that the end of the transaction has a message to be marked on.
-    pub fn add(&mut self, scope: &Scope, group: Group<'_>, key: KeyHash, row: &[u8], out: &mut Vec<Chunk>) {
+    pub fn add(&mut self, scope: &Scope, group: RowGroup<'_>, key: KeyHash, row: &[u8], out: &mut Vec<Chunk>) {
         self.add_moving(scope, group, key, row, &[], out);
     }
 
@@ -170,7 +170,7 @@ impl Chunks {
     pub fn add_moving(
         &mut self,
         scope: &Scope,
-        group: Group<'_>,
+        group: RowGroup<'_>,
         key: KeyHash,
         row: &[u8],
         moved: &[Scope],
@@ -249,7 +249,7 @@ impl Chunks {
     pub fn add_truncate(&mut self, scope: &Scope, table: &str, grants: bool, out: &mut Vec<Chunk>) {
         self.flush(out);
         self.ordered = true;
-        self.add(scope, Group { table, op: TableOp::Truncate, columns: None }, 0, &[], out);
+        self.add(scope, RowGroup { table, op: TableOp::Truncate, columns: None }, 0, &[], out);
         if let Some(buffer) = self.buffers.back_mut().filter(|_| grants) {
             buffer.moves = Moved::Any;
         }
@@ -278,7 +278,7 @@ impl Chunks {
     }
 }
 
-fn write_head(head: &mut Vec<u8>, group: Group<'_>) {
+fn write_head(head: &mut Vec<u8>, group: RowGroup<'_>) {
     head.clear();
     head.extend_from_slice(b"{\"table\":");
     write_string(head, group.table);
@@ -352,8 +352,8 @@ mod tests {
     use millstream_schemas::TableChanges;
     use millstream_schemas::stream::MAX_MESSAGE_BYTES;
 
-    const UPSERT: Group<'static> = Group { table: "t", op: TableOp::Upsert, columns: None };
-    const DELETE: Group<'static> = Group { table: "t", op: TableOp::Delete, columns: None };
+    const UPSERT: RowGroup<'static> = RowGroup { table: "t", op: TableOp::Upsert, columns: None };
+    const DELETE: RowGroup<'static> = RowGroup { table: "t", op: TableOp::Delete, columns: None };
 
     fn scope(id: &str) -> Scope {
         Scope::new("p", id)
@@ -376,7 +376,7 @@ mod tests {
     fn runs_share_a_group() {
         let mut chunks = Chunks::new(MAX_TRANSACTION_BUFFER_BYTES, MAX_MESSAGE_BYTES);
         let mut out = Vec::new();
-        let narrow = Group { columns: Some(&["id", "x"]), op: TableOp::Update, ..UPSERT };
+        let narrow = RowGroup { columns: Some(&["id", "x"]), op: TableOp::Update, ..UPSERT };
         for (group, row) in [(UPSERT, "[\"1\"]"), (UPSERT, "[\"2\"]"), (narrow, "[\"1\",null]"), (DELETE, "[\"2\"]")] {
             chunks.add(&scope("a"), group, 0, row.as_bytes(), &mut out);
         }

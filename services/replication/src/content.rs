@@ -24,7 +24,7 @@ struct TableContent {
     /// For each column: its number, and the object id of its type.
     columns: BTreeMap<String, (i16, i64)>,
     /// What holds rows, by object id: the table, or its partitions.
-    holders: BTreeMap<String, Holder>,
+    holders: BTreeMap<String, HolderContent>,
     /// What the columns' types are made of, by object id.
     types: BTreeMap<String, Type>,
     /// Whether all its changes can be routed.
@@ -36,7 +36,7 @@ struct TableContent {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Holder {
+struct HolderContent {
     name: String,
     /// The file.
     file: i64,
@@ -56,15 +56,15 @@ struct Type {
 
 /// What tables consist of now, and which of their partitions are empty.
 #[derive(Clone, Debug, Default)]
-pub struct Found {
+pub struct Contents {
     /// To be kept.
     pub content: Content,
     empty: BTreeSet<String>,
 }
 
 /// Reads what tables consist of.
-pub async fn read(connection: &mut PgConnection, catalog: &Catalog, shapes: &[Shape]) -> Result<Found, Error> {
-    let mut found = Found::default();
+pub async fn read(connection: &mut PgConnection, catalog: &Catalog, shapes: &[Shape]) -> Result<Contents, Error> {
+    let mut found = Contents::default();
     for (table, shape) in catalog.tables.iter().zip(shapes) {
         let (text, empty): (String, Vec<String>) = sqlx::query_as(
             "WITH RECURSIVE holder AS ( \
@@ -105,7 +105,7 @@ pub async fn read(connection: &mut PgConnection, catalog: &Catalog, shapes: &[Sh
 #[derive(Default, Deserialize)]
 struct Read {
     columns: Option<BTreeMap<String, (i16, i64)>>,
-    holders: Option<BTreeMap<String, Holder>>,
+    holders: Option<BTreeMap<String, HolderContent>>,
     types: Option<BTreeMap<String, Type>>,
 }
 
@@ -159,7 +159,7 @@ pub async fn ask(pool: &PgPool, tables: &BTreeSet<String>) -> Result<(), Error> 
     Ok(())
 }
 
-impl Found {
+impl Contents {
     /// The tables of which rows have changed, or may have, without a row in the write-ahead log, and how: as compared with what
     /// was kept.
     pub fn changed<'f>(&'f self, before: &Content) -> BTreeMap<&'f str, String> {
@@ -232,8 +232,12 @@ mod tests {
     use super::*;
 
     fn table() -> TableContent {
-        let holder =
-            |name: &str, file, partition| Holder { name: name.into(), file, columns: Some("a".into()), partition };
+        let holder = |name: &str, file, partition| HolderContent {
+            name: name.into(),
+            file,
+            columns: Some("a".into()),
+            partition,
+        };
         TableContent {
             columns: BTreeMap::from([("id".into(), (1, 23)), ("mood".into(), (2, 900))]),
             holders: BTreeMap::from([("50".into(), holder("t", 7, false)), ("51".into(), holder("p", 8, true))]),
@@ -250,7 +254,7 @@ mod tests {
     fn check(change: impl Fn(&mut TableContent), empty: &[&str], says: &str) {
         let mut now = table();
         change(&mut now);
-        let found = Found {
+        let found = Contents {
             content: Content(BTreeMap::from([("t".into(), now)])),
             empty: empty.iter().map(|oid| (*oid).to_owned()).collect(),
         };
@@ -264,17 +268,17 @@ mod tests {
 
     #[test]
     fn rewritten_values_are_told_from_rows_that_only_moved() {
-        let holder = |table: &mut TableContent, oid: &str, change: fn(&mut Holder)| {
+        let holder = |table: &mut TableContent, oid: &str, change: fn(&mut HolderContent)| {
             change(table.holders.get_mut(oid).unwrap());
         };
         check(|_| {}, &[], "");
-        let moved = Found {
+        let moved = Contents {
             content: Content(BTreeMap::from([("t".into(), {
                 let mut now = table();
                 holder(&mut now, "50", |h| h.file = 9);
                 now
             })])),
-            ..Found::default()
+            ..Contents::default()
         };
         assert!(moved.reads_as(&Content(BTreeMap::from([("t".into(), table())]))));
         // VACUUM FULL, then SET NOT NULL.
@@ -285,7 +289,7 @@ mod tests {
         check(|now| drop(now.holders.remove("51")), &[], "p was detached");
         let add = |partition| {
             move |now: &mut TableContent| {
-                let holder = Holder { name: "q".into(), partition, ..Holder::default() };
+                let holder = HolderContent { name: "q".into(), partition, ..HolderContent::default() };
                 now.holders.insert("52".into(), holder);
             }
         };

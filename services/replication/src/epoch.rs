@@ -24,7 +24,7 @@ pub use crate::wait::Wait;
 
 /// The state of things that decides, apart from the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
+pub struct SourceState {
     /// Id of the Postgres cluster.
     pub system_identifier: String,
     /// How far the WAL is flushed.
@@ -86,7 +86,7 @@ impl Reason {
 }
 
 /// Whether the history goes on; if not, why.
-pub fn verdict(slot_name: &str, source: &Source, tail: Option<&Tail>) -> Result<(), Reason> {
+pub fn verdict(slot_name: &str, source: &SourceState, tail: Option<&Tail>) -> Result<(), Reason> {
     let tail = tail.ok_or(Reason::EmptyStream)?;
     let (epoch, system_identifier, slot) = source.row.as_ref().ok_or(Reason::OtherEpoch)?;
     if *epoch != tail.epoch {
@@ -108,7 +108,7 @@ pub fn verdict(slot_name: &str, source: &Source, tail: Option<&Tail>) -> Result<
 }
 
 /// Reads what decides.
-pub async fn read_source(connection: &mut PgConnection, slot: &str) -> Result<Source, Error> {
+pub async fn read_source(connection: &mut PgConnection, slot: &str) -> Result<SourceState, Error> {
     let row = sqlx::query(
         "SELECT (SELECT system_identifier FROM pg_control_system())::text, pg_current_wal_flush_lsn()::text",
     )
@@ -121,7 +121,7 @@ pub async fn read_source(connection: &mut PgConnection, slot: &str) -> Result<So
         .fetch_optional(&mut *connection)
         .await
         .map_err(Error::postgres("read millstream.epoch"))?;
-    Ok(Source {
+    Ok(SourceState {
         system_identifier,
         flushed,
         row: row.map(|row| (row.get(0), row.get(1), row.get(2))),
@@ -130,7 +130,7 @@ pub async fn read_source(connection: &mut PgConnection, slot: &str) -> Result<So
 }
 
 /// Refuses a slot that is not ours: names of slots are those of the cluster, whose databases may each have an installation.
-pub fn is_ours(slot: &str, source: &Source) -> Result<(), Error> {
+pub fn is_ours(slot: &str, source: &SourceState) -> Result<(), Error> {
     match source.slot.as_ref().and_then(|found| found.foreign.clone()) {
         Some(owner) => Err(Error::ForeignSlot { slot: slot.to_owned(), owner }),
         None => Ok(()),
@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn history_goes_on_only_without_a_doubt() {
         let epoch = Uuid::from_u128(1);
-        let source = Source {
+        let source = SourceState {
             system_identifier: "7".into(),
             flushed: Lsn(1000),
             row: Some((epoch, "7".into(), "millstream".into())),
@@ -295,7 +295,7 @@ mod tests {
             schema: String::new(),
             landmark: None,
         };
-        let check = |change: &dyn Fn(&mut Source, &mut Tail), expected: Result<(), Reason>| {
+        let check = |change: &dyn Fn(&mut SourceState, &mut Tail), expected: Result<(), Reason>| {
             let (mut source, mut tail) = (source.clone(), tail.clone());
             change(&mut source, &mut tail);
             assert_eq!(verdict("millstream", &source, Some(&tail)), expected);

@@ -99,7 +99,7 @@ pub enum Error {
     #[error("{place}")]
     At {
         /// Which.
-        place: Place,
+        place: AtTransaction,
         /// Why.
         #[source]
         source: Box<Error>,
@@ -167,7 +167,7 @@ impl From<Unanswered> for Error {
 
 /// A transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct AtTransaction {
     /// Its commit LSN, or that of the last one before it.
     pub lsn: Lsn,
     /// Its id, if it is known.
@@ -176,7 +176,7 @@ pub struct Place {
     pub table: Option<String>,
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for AtTransaction {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.xid {
             Some(xid) => write!(f, "at transaction {xid} ({})", self.lsn),
@@ -211,12 +211,12 @@ impl std::fmt::Display for ServerError {
 
 impl Error {
     /// Says where it happened.
-    pub(crate) fn at(self, place: Place) -> Error {
+    pub(crate) fn at(self, place: AtTransaction) -> Error {
         Error::At { place, source: Box::new(self) }
     }
 
     /// Where it happened, if that is known.
-    pub(crate) fn place(&self) -> Option<&Place> {
+    pub(crate) fn place(&self) -> Option<&AtTransaction> {
         match self {
             Error::At { place, .. } => Some(place),
             _ => None,

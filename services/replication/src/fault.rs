@@ -76,7 +76,7 @@ impl ServerError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Place;
+    use crate::error::AtTransaction;
 
     fn server(code: &str) -> Error {
         let source = ServerError { code: code.into(), message: "it failed".into() };
@@ -84,7 +84,7 @@ mod tests {
     }
 
     fn at(lsn: u64, error: Error) -> Error {
-        error.at(Place { lsn: Lsn(lsn), xid: Some(7), table: None })
+        error.at(AtTransaction { lsn: Lsn(lsn), xid: Some(7), table: None })
     }
 
     #[test]

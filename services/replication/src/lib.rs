@@ -63,7 +63,7 @@ pub use crate::error::Error;
 use crate::fault::{Faults, TRIES};
 use crate::lag::Gauges;
 use crate::left_out::Report;
-use crate::session::{Shared, part};
+use crate::session::{SessionContext, part};
 use crate::wal::Source;
 
 /// Name of the service in connections and telemetry.
@@ -121,7 +121,7 @@ pub async fn run(args: Args, shutdown: Shutdown) -> Result<(), Error> {
         nats = nats::connect(&args.nats, SERVICE) => nats?,
     };
     let (slot, publication, gauges) = (args.slot, args.publication, Gauges::register());
-    let shared = Shared {
+    let shared = SessionContext {
         report: Report::register(health.clone()),
         pass_over: AtomicBool::new(false),
         wal_gone: AtomicBool::new(false),

@@ -7,7 +7,7 @@ use millstream_catalog::Table;
 use millstream_runtime::postgres::is_about_content;
 use sqlx::{PgPool, Row};
 
-use crate::assemble::{Filled, Found, Limits, Lookup};
+use crate::assemble::{Filled, Limits, Lookup, ReadValue};
 use crate::error::Error;
 
 /// What reads them.
@@ -94,12 +94,12 @@ impl Lookups {
             Ok(None) => return Ok(Filled::new()),
             // So large that Postgres itself cannot write it as text.
             Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| is_about_content(&code)) => {
-                return Ok(lookup.columns.iter().map(|&column| (column, Found::TooLarge)).collect());
+                return Ok(lookup.columns.iter().map(|&column| (column, ReadValue::TooLarge)).collect());
             }
             Err(source) => return Err(Error::Lookup { source }),
         };
         let found = |index: usize| match row.get(2 * index + 1) {
-            true => Found::TooLarge,
+            true => ReadValue::TooLarge,
             false => row.get::<Option<String>, _>(2 * index).into(),
         };
         Ok(lookup.columns.iter().enumerate().map(|(index, &column)| (column, found(index))).collect())
@@ -131,7 +131,7 @@ impl Lookups {
         // As JSON they are longer, by a little as a rule.
         let is_far_below = lengths.iter().sum::<i64>() < i64::try_from(self.limit / 2).unwrap_or(i64::MAX);
         let found =
-            |(&column, length): (&usize, i64)| (column, Found::Length(usize::try_from(length).unwrap_or_default()));
+            |(&column, length): (&usize, i64)| (column, ReadValue::Length(usize::try_from(length).unwrap_or_default()));
         Ok(is_far_below.then(|| lookup.columns.iter().zip(lengths).map(found).collect()))
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::append::{Appender, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES, mark};
-use crate::error::{Error, Place};
+use crate::error::{AtTransaction, Error};
 use crate::reader::{Queued, Reached};
 
 /// With nothing to publish, the slot is confirmed this long after the WAL moved …
@@ -106,7 +106,8 @@ impl Publisher {
             spans.push((queued.span, queued.room));
         }
         if let Err(error) = self.appender.append(&messages).await {
-            let first = messages.first().map(|first| Place { lsn: first.lsn, xid: Some(first.xid), table: None });
+            let first =
+                messages.first().map(|first| AtTransaction { lsn: first.lsn, xid: Some(first.xid), table: None });
             return Err(match first {
                 Some(place) => error.at(place),
                 None => error,

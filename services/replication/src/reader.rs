@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tracing::Span;
 
-use crate::assemble::{AGAIN_INTERVAL_MICROS, AssembleError, Assembler, Filled, Limits, Outgoing, Step};
+use crate::assemble::{AGAIN_INTERVAL_MICROS, AssembleError, Assembled, Assembler, Filled, Limits, Outgoing};
 use crate::content;
 use crate::error::Error;
 use crate::left_out::{LeftOut, Report};
@@ -193,7 +193,7 @@ impl Reader {
                 self.push(&mut out, step).await?;
             }
             self.out = out;
-            if let Step::Committed { end_lsn } = step {
+            if let Assembled::Committed { end_lsn } = step {
                 self.reach(end_lsn);
             }
         }
@@ -212,9 +212,9 @@ impl Reader {
         });
     }
 
-    async fn push(&mut self, out: &mut Vec<Outgoing>, step: Step) -> Result<(), Error> {
+    async fn push(&mut self, out: &mut Vec<Outgoing>, step: Assembled) -> Result<(), Error> {
         let mut span = None;
-        if let (Step::Committed { .. }, Some(last)) = (step, out.last()) {
+        if let (Assembled::Committed { .. }, Some(last)) = (step, out.last()) {
             let replicate = tracing::info_span!("replicate", wal.lsn = %last.lsn, wal.xid = last.xid, stream.messages = last.index + 1);
             telemetry::set_parent(&replicate, last.traceparent.as_deref());
             if let Some(traceparent) = replicate.in_scope(telemetry::traceparent) {

@@ -47,7 +47,7 @@ pub mod part {
 }
 
 /// What every session needs.
-pub struct Shared {
+pub struct SessionContext {
     /// `millstream.toml`.
     pub config: PathBuf,
     /// The broker.
@@ -96,7 +96,7 @@ impl Start {
 }
 
 /// Runs one session; returns when it has failed. `faults` say what those before it failed at.
-pub async fn run(shared: &Shared, accepted: &HashSet<u64>, faults: &Faults) -> Result<Infallible, Error> {
+pub async fn run(shared: &SessionContext, accepted: &HashSet<u64>, faults: &Faults) -> Result<Infallible, Error> {
     let health = &shared.health;
     let stream = nats::stream(&shared.nats.jetstream, WAL_STREAM).await?;
     let max_payload = shared.nats.client.max_payload();
@@ -269,7 +269,7 @@ async fn read_tables(
     config: &Path,
     publication: &str,
     report: &Report,
-) -> Result<(Catalog, Vec<Shape>, content::Found), Error> {
+) -> Result<(Catalog, Vec<Shape>, content::Contents), Error> {
     let config = Config::read(config).map_err(Error::ConfigFile)?;
     let catalog = Catalog::load(connection, &config, Some(publication)).await.map_err(Error::Catalog)?;
     report.aside(&catalog);
@@ -340,7 +340,7 @@ impl Look {
         content::keep(&mut connection, content, &BTreeSet::new()).await
     }
 
-    async fn look(&self) -> Result<(String, content::Found), Error> {
+    async fn look(&self) -> Result<(String, content::Contents), Error> {
         let mut connection = self.pool.acquire().await.map_err(Error::postgres("connect"))?;
         let (catalog, _, found) = read_tables(&mut connection, &self.config, &self.publication, &self.report).await?;
         Ok((catalog.version, found))

@@ -54,7 +54,7 @@ impl Wait {
                     holder.remedy()
                 );
             }
-            let note: Vec<String> = found.iter().map(Holder::note).collect();
+            let note: Vec<String> = found.iter().map(Blocker::note).collect();
             let note = format!("waits for open transactions: {}", note.join("; "));
             self.health.set_note(NOTE, (!found.is_empty()).then_some(note.as_str()));
             told = Some(found);
@@ -66,7 +66,7 @@ impl Wait {
         self.health.set_note(NOTE, None);
     }
 
-    async fn look(&self, pid: i32) -> Result<Vec<Holder>, sqlx::Error> {
+    async fn look(&self, pid: i32) -> Result<Vec<Blocker>, sqlx::Error> {
         let rows = sqlx::query(
             "SELECT pid, coalesce(application_name, ''), coalesce(user_name, ''), \
              coalesce(to_char(xact_start AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), ''), coalesce(state, '') \
@@ -75,7 +75,7 @@ impl Wait {
         .bind(pid)
         .fetch_all(&self.pool)
         .await?;
-        let holder = |row: &sqlx::postgres::PgRow| Holder {
+        let holder = |row: &sqlx::postgres::PgRow| Blocker {
             pid: row.get(0),
             application: row.get(1),
             user: row.get(2),
@@ -88,7 +88,7 @@ impl Wait {
 
 /// What holds it up.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Holder {
+struct Blocker {
     /// 0 for a prepared transaction.
     pid: i32,
     application: String,
@@ -97,7 +97,7 @@ struct Holder {
     state: String,
 }
 
-impl Holder {
+impl Blocker {
     fn remedy(&self) -> String {
         match self.pid {
             0 => format!("commit it or roll it back ({})", self.application),
@@ -106,7 +106,7 @@ impl Holder {
     }
 
     fn note(&self) -> String {
-        let Holder { pid, application, user, since, .. } = self;
+        let Blocker { pid, application, user, since, .. } = self;
         match pid {
             0 => format!("{application} of {user} since {since}"),
             pid => format!("pid {pid} ({application}) of {user} since {since}"),

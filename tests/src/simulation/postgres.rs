@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 
 use millstream_catalog::{Column, ConflictPolicy, Members, Membership, Table, WriteRules};
-use millstream_changes::for_simulation::{Effect, Known, Settled};
+use millstream_changes::for_simulation::{Effect, LedgerRow, Settled};
 use millstream_edge::for_simulation::Fence;
 use millstream_schemas::clock::MAX_AHEAD_MICROS;
 use millstream_schemas::frame::Confirmed;
@@ -545,7 +545,7 @@ impl Transaction {
 
     /// Stores what the executor's rules say of the batch.
     pub fn settle(&mut self, settled: &Settled) {
-        for Known { client_id, user_id, last_seq, run_id } in &settled.clients {
+        for LedgerRow { client_id, user_id, last_seq, run_id } in &settled.clients {
             let client = self.state.clients.entry(*client_id).or_default();
             (client.user_id, client.last_seq, client.run_id) = (user_id.clone(), *last_seq, *run_id);
         }
@@ -562,14 +562,14 @@ impl Transaction {
         }
     }
 
-    pub fn known(&self, submissions: &[Submission]) -> Vec<Known> {
+    pub fn known(&self, submissions: &[Submission]) -> Vec<LedgerRow> {
         let mut ids: Vec<Uuid> = submissions.iter().map(|submission| submission.client_id).collect();
         ids.sort_unstable();
         ids.dedup();
         let known = |client_id: Uuid| {
             let client = self.state.clients.get(&client_id)?;
             let (user_id, last_seq, run_id) = (client.user_id.clone(), client.last_seq, client.run_id);
-            Some(Known { client_id, user_id, last_seq, run_id })
+            Some(LedgerRow { client_id, user_id, last_seq, run_id })
         };
         ids.into_iter().filter_map(known).collect()
     }

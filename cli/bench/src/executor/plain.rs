@@ -29,7 +29,7 @@ impl Way {
 }
 
 /// Changes of one shape.
-struct Group<'a> {
+struct ShapeGroup<'a> {
     op: Operation,
     columns: &'a [String],
     rows: Vec<&'a Change>,
@@ -37,15 +37,15 @@ struct Group<'a> {
 
 /// Applies a batch.
 pub async fn apply(connection: &mut PgConnection, way: Way, changes: &[Change]) -> Result<(), Error> {
-    let mut groups: BTreeMap<(&str, &[String]), Group<'_>> = BTreeMap::new();
+    let mut groups: BTreeMap<(&str, &[String]), ShapeGroup<'_>> = BTreeMap::new();
     for change in changes {
         groups
             .entry((change.op.as_str(), &change.columns))
-            .or_insert_with(|| Group { op: change.op, columns: &change.columns, rows: Vec::new() })
+            .or_insert_with(|| ShapeGroup { op: change.op, columns: &change.columns, rows: Vec::new() })
             .rows
             .push(change);
     }
-    let groups: Vec<Group<'_>> = groups.into_values().collect();
+    let groups: Vec<ShapeGroup<'_>> = groups.into_values().collect();
     let affected = match way {
         Way::OneStatement => together(connection, &groups).await,
         _ => one_by_one(connection, way, &groups).await,
@@ -56,7 +56,7 @@ pub async fn apply(connection: &mut PgConnection, way: Way, changes: &[Change]) 
     }
 }
 
-async fn one_by_one(connection: &mut PgConnection, way: Way, groups: &[Group<'_>]) -> Result<u64, sqlx::Error> {
+async fn one_by_one(connection: &mut PgConnection, way: Way, groups: &[ShapeGroup<'_>]) -> Result<u64, sqlx::Error> {
     sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
     let mut affected = 0;
     for group in groups {
@@ -83,7 +83,7 @@ async fn one_by_one(connection: &mut PgConnection, way: Way, groups: &[Group<'_>
     Ok(affected)
 }
 
-async fn together(connection: &mut PgConnection, groups: &[Group<'_>]) -> Result<u64, sqlx::Error> {
+async fn together(connection: &mut PgConnection, groups: &[ShapeGroup<'_>]) -> Result<u64, sqlx::Error> {
     let (mut parts, mut counts, mut parameter) = (Vec::new(), Vec::new(), 1);
     for (number, group) in groups.iter().enumerate() {
         let columns = group.input();
@@ -100,7 +100,7 @@ async fn together(connection: &mut PgConnection, groups: &[Group<'_>]) -> Result
     Ok(affected as u64)
 }
 
-impl Group<'_> {
+impl ShapeGroup<'_> {
     /// The columns that a statement needs of each row.
     fn input(&self) -> Vec<&str> {
         let key = (self.op != Operation::Insert).then_some("id");
@@ -150,7 +150,7 @@ fn value<'a>(change: &'a Change, column: &str) -> Option<&'a str> {
 type Bound<'q> = Query<'q, Postgres, PgArguments>;
 
 /// Binds an array a column.
-fn bind<'q>(mut query: Bound<'q>, group: &Group<'_>, columns: &[&str]) -> Result<Bound<'q>, sqlx::Error> {
+fn bind<'q>(mut query: Bound<'q>, group: &ShapeGroup<'_>, columns: &[&str]) -> Result<Bound<'q>, sqlx::Error> {
     fn parsed<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(
         text: Option<&str>,
     ) -> Result<Option<T>, sqlx::Error> {

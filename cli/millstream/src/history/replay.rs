@@ -61,7 +61,7 @@ struct Record {
 }
 
 /// What Postgres says of a replay's client.
-enum Known {
+enum ReplayClient {
     /// Nothing yet.
     Open,
     Settled(Verdict),
@@ -109,15 +109,15 @@ async fn replay(connection: &mut PgConnection, nats: &Nats, id: i64, wait: Durat
     for _ in 0..MAX_CHAIN {
         let client_id = last.replay_client;
         match known(connection, client_id).await? {
-            Known::Rejected { record: rejected, .. } => last = record(connection, rejected).await?,
-            Known::Settled(verdict) => return Ok(Replayed::settled(id, client_id, verdict, true)),
-            Known::Open => {
+            ReplayClient::Rejected { record: rejected, .. } => last = record(connection, rejected).await?,
+            ReplayClient::Settled(verdict) => return Ok(Replayed::settled(id, client_id, verdict, true)),
+            ReplayClient::Open => {
                 submit(nats, last).await?;
                 let deadline = Instant::now() + wait;
                 loop {
                     match known(connection, client_id).await? {
-                        Known::Settled(verdict) => return Ok(Replayed::settled(id, client_id, verdict, false)),
-                        Known::Rejected { record, code, rule, message } => {
+                        ReplayClient::Settled(verdict) => return Ok(Replayed::settled(id, client_id, verdict, false)),
+                        ReplayClient::Rejected { record, code, rule, message } => {
                             return Ok(Replayed {
                                 record: Some(record),
                                 code: Some(code),
@@ -126,13 +126,13 @@ async fn replay(connection: &mut PgConnection, nats: &Nats, id: i64, wait: Durat
                                 ..Replayed::settled(id, client_id, Verdict::Rejected, false)
                             });
                         }
-                        Known::Open if Instant::now() >= deadline => {
+                        ReplayClient::Open if Instant::now() >= deadline => {
                             return Ok(Replayed {
                                 verdict: None,
                                 ..Replayed::settled(id, client_id, Verdict::Applied, false)
                             });
                         }
-                        Known::Open => tokio::time::sleep(POLL).await,
+                        ReplayClient::Open => tokio::time::sleep(POLL).await,
                     }
                 }
             }
@@ -176,7 +176,7 @@ fn replay_client(id: i64, client_id: Uuid, client_seq: i64, at: i64) -> Uuid {
     uuid::Builder::from_custom_bytes(bytes).into_uuid()
 }
 
-async fn known(connection: &mut PgConnection, client_id: Uuid) -> Result<Known, Error> {
+async fn known(connection: &mut PgConnection, client_id: Uuid) -> Result<ReplayClient, Error> {
     let row = sqlx::query(
         "SELECT c.lost::text AS lost, h.id, h.code, h.rule, h.message FROM millstream.clients c \
          LEFT JOIN millstream.changes_history h ON h.client_id = c.client_id AND h.seq = $2 \
@@ -187,9 +187,9 @@ async fn known(connection: &mut PgConnection, client_id: Uuid) -> Result<Known, 
     .fetch_optional(connection)
     .await
     .map_err(Error::Query)?;
-    let Some(row) = row else { return Ok(Known::Open) };
+    let Some(row) = row else { return Ok(ReplayClient::Open) };
     if let Some(record) = row.try_get("id").map_err(Error::Query)? {
-        return Ok(Known::Rejected {
+        return Ok(ReplayClient::Rejected {
             record,
             code: row.try_get("code").map_err(Error::Query)?,
             rule: row.try_get("rule").map_err(Error::Query)?,
@@ -200,7 +200,7 @@ async fn known(connection: &mut PgConnection, client_id: Uuid) -> Result<Known, 
     // What this version cannot read says at least that it was not rejected.
     let lost: Vec<Loss> = serde_json::from_str(&lost).unwrap_or_default();
     let loss = lost.iter().find(|loss| loss.client_seq == SEQ);
-    Ok(Known::Settled(loss.map_or(Verdict::Applied, |loss| loss.verdict)))
+    Ok(ReplayClient::Settled(loss.map_or(Verdict::Applied, |loss| loss.verdict)))
 }
 
 /// Publishes as an edge does, with the author's identity.

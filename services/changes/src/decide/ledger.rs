@@ -25,7 +25,7 @@ pub(crate) enum Decision {
 
 /// A client's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Client {
+pub(crate) struct LedgerEntry {
     /// The user that the client is bound to.
     pub user_id: String,
     /// Which run of the client's store submitted `last`; none where it was taken before runs were known.
@@ -36,23 +36,23 @@ pub(crate) struct Client {
     pub last: u64,
 }
 
-impl Client {
+impl LedgerEntry {
     /// As the database has it.
-    pub fn stored(user_id: String, last_seq: u64, run_id: Option<Uuid>) -> Client {
-        Client { user_id, run_id, stored: Some(last_seq), last: last_seq }
+    pub fn stored(user_id: String, last_seq: u64, run_id: Option<Uuid>) -> LedgerEntry {
+        LedgerEntry { user_id, run_id, stored: Some(last_seq), last: last_seq }
     }
 }
 
 /// The clients of a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    clients: HashMap<Uuid, Client>,
+    clients: HashMap<Uuid, LedgerEntry>,
     spans: Vec<(Uuid, RunSpan)>,
 }
 
 impl Ledger {
     /// Adds what the database knows of a client.
-    pub fn load(&mut self, client_id: Uuid, client: Client) {
+    pub fn load(&mut self, client_id: Uuid, client: LedgerEntry) {
         self.clients.insert(client_id, client);
     }
 
@@ -80,7 +80,7 @@ impl Ledger {
             return Decision::Fork;
         }
         // The user is bound by the first submission that is taken, not by one that is skipped.
-        let client = self.clients.entry(client_id).or_insert_with(|| Client {
+        let client = self.clients.entry(client_id).or_insert_with(|| LedgerEntry {
             user_id: submission.user_id.clone(),
             run_id: None,
             stored: None,
@@ -94,8 +94,8 @@ impl Ledger {
     }
 
     /// What the database knows of the clients once the batch is committed.
-    pub fn stored(self) -> impl Iterator<Item = (Uuid, Client)> {
-        let stored = |client: Client| Client { stored: Some(client.last), ..client };
+    pub fn stored(self) -> impl Iterator<Item = (Uuid, LedgerEntry)> {
+        let stored = |client: LedgerEntry| LedgerEntry { stored: Some(client.last), ..client };
         self.clients.into_iter().map(move |(id, client)| (id, stored(client)))
     }
 
@@ -105,7 +105,7 @@ impl Ledger {
     }
 
     /// The clients whose state changed.
-    pub fn changed(&self) -> impl Iterator<Item = (Uuid, &Client)> {
+    pub fn changed(&self) -> impl Iterator<Item = (Uuid, &LedgerEntry)> {
         self.clients.iter().filter(|(_, client)| client.stored != Some(client.last)).map(|(id, client)| (*id, client))
     }
 }
@@ -133,7 +133,7 @@ mod tests {
     fn check(stored: Option<(&str, u64)>, submissions: &[(&str, u64, Decision)], last: Option<u64>) {
         let mut ledger = Ledger::default();
         if let Some((user, client_seq)) = stored {
-            ledger.load(CLIENT, Client::stored(user.into(), client_seq, None));
+            ledger.load(CLIENT, LedgerEntry::stored(user.into(), client_seq, None));
         }
         for &(user, client_seq, expected) in submissions {
             assert_eq!(ledger.decide(&submission(user, client_seq, 0, None)), expected, "{user} {client_seq}");
@@ -161,7 +161,7 @@ mod tests {
         use Decision::{Duplicate, Fork, Take};
         let check = |stored: Option<u128>, steps: &[(u64, u128, Option<u128>, Decision)], spans: &[(u64, u128)]| {
             let mut ledger = Ledger::default();
-            ledger.load(CLIENT, Client::stored("a".into(), 7, stored.map(Uuid::from_u128)));
+            ledger.load(CLIENT, LedgerEntry::stored("a".into(), 7, stored.map(Uuid::from_u128)));
             for &(client_seq, run_id, previous, expected) in steps {
                 assert_eq!(
                     ledger.decide(&submission("a", client_seq, run_id, previous)),

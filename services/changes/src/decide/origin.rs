@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use millstream_schemas::stream::{Failure, Loss, OriginEntry};
 use uuid::Uuid;
 
-use crate::decide::ledger::{Client, Ledger};
+use crate::decide::ledger::{Ledger, LedgerEntry};
 use crate::decide::plan::Planned;
 
 /// What the batch settles: one entry for each client whose ledger moved, in the order of [`Ledger::changed`].
@@ -17,7 +17,7 @@ pub(crate) fn origin(plan: &[Planned<'_>], ledger: &Ledger) -> Vec<OriginEntry> 
         losses.entry(client_id).or_default().extend(planned.loss());
         failures.entry(client_id).or_default().extend(planned.result().and_then(|result| result.failure));
     }
-    let entry = |(id, client): (Uuid, &Client)| OriginEntry {
+    let entry = |(id, client): (Uuid, &LedgerEntry)| OriginEntry {
         client_id: id,
         first_seq: client.stored.unwrap_or(0) + 1,
         client_seq: client.last,

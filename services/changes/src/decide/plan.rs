@@ -8,7 +8,7 @@ use millstream_schemas::stream::{Failure, Loss, Submission, TransactionResult, V
 use uuid::Uuid;
 
 use crate::decide::ledger::{Decision, Ledger};
-use crate::decide::validator::{self, Rejection, Step};
+use crate::decide::validator::{self, CheckedChange, Rejection};
 use crate::error::Refusal;
 
 /// Rejections that are already certain, by client and `client_seq`: of transactions that failed at COMMIT or kept
@@ -19,7 +19,7 @@ pub(crate) type Condemned = HashMap<(Uuid, u64), Rejection>;
 #[derive(Debug)]
 pub(crate) enum Action<'a> {
     /// Apply these steps.
-    Apply(Vec<Step<'a>>),
+    Apply(Vec<CheckedChange<'a>>),
     /// Take it into account without effects.
     Reject(Rejection),
     /// It was taken before: tell the known verdict.
@@ -52,7 +52,7 @@ impl<'a> Planned<'a> {
     }
 
     /// The steps to apply.
-    pub fn steps(&self) -> &[Step<'a>] {
+    pub fn steps(&self) -> &[CheckedChange<'a>] {
         if let Action::Apply(steps) = &self.action { steps } else { &[] }
     }
 
@@ -230,7 +230,7 @@ mod tests {
     use millstream_schemas::{Change, Operation};
 
     use super::*;
-    use crate::decide::ledger::Client;
+    use crate::decide::ledger::LedgerEntry;
     use crate::decide::validator::tests::{change, only, tasks};
 
     fn submission(client_seq: u64, after: &[u64], title: &str) -> Submission {
@@ -259,7 +259,7 @@ mod tests {
             submission(9, &[4], "x"),
         ];
         let mut ledger = Ledger::default();
-        ledger.load(Uuid::from_u128(1), Client::stored("u".into(), 4, None));
+        ledger.load(Uuid::from_u128(1), LedgerEntry::stored("u".into(), 4, None));
         assert_eq!(
             predecessors(submissions.iter(), &ledger).iter().map(|(_, client_seq)| *client_seq).collect::<Vec<_>>(),
             [3, 4]

@@ -1,7 +1,7 @@
 //! What can be said of a change without asking the database: is it well formed, does it name what exists, may clients
 //! set it at all. What is left (does the row exist, may this user, do constraints hold) the statement itself decides.
 //!
-//! Pure. A checked transaction comes out as [`Step`]s, the only form that statements are made from: its names are the
+//! Pure. A checked transaction comes out as [`CheckedChange`]s, the only form that statements are made from: its names are the
 //! catalog's own, its columns in the catalog's order.
 
 use crate::error::Refusal;
@@ -39,7 +39,7 @@ impl Rejection {
 
 /// A checked change.
 #[derive(Clone, Debug)]
-pub(crate) struct Step<'a> {
+pub(crate) struct CheckedChange<'a> {
     /// Where.
     pub table: &'a Table,
     /// What.
@@ -58,7 +58,7 @@ pub(crate) struct Step<'a> {
     pub stamp: u64,
 }
 
-impl<'a> Step<'a> {
+impl<'a> CheckedChange<'a> {
     /// Every text in it, with its column.
     fn texts(&self) -> impl Iterator<Item = (&'a Column, &'a str)> {
         let (table, key) = (self.table, self.key);
@@ -74,7 +74,7 @@ impl<'a> Step<'a> {
 pub(crate) fn validate<'a>(
     find: impl Fn(&str) -> Option<&'a Table>,
     submission: &'a Submission,
-) -> Result<Vec<Step<'a>>, Rejection> {
+) -> Result<Vec<CheckedChange<'a>>, Rejection> {
     let changes = &submission.changes;
     let refuse =
         |index, (code, message): (Code, String)| Rejection::new(submission, index, Refusal::new(code, message));
@@ -107,7 +107,10 @@ pub(crate) fn validate<'a>(
 }
 
 /// None: the change sets only what is gone.
-fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Result<Option<Step<'a>>, (Code, String)> {
+fn check<'a>(
+    find: impl Fn(&str) -> Option<&'a Table>,
+    change: &'a Change,
+) -> Result<Option<CheckedChange<'a>>, (Code, String)> {
     let Some(table) = find(&change.table) else {
         return Err((Code::UnknownTable, format!("no table {:?} is synced", shown(&change.table))));
     };
@@ -194,7 +197,7 @@ fn check<'a>(find: impl Fn(&str) -> Option<&'a Table>, change: &'a Change) -> Re
         return Err((Code::PermissionDenied, format!("clients may not {} {}", change.op.as_str(), table.name)));
     }
     let (columns, values) = set.into_iter().unzip();
-    Ok(Some(Step {
+    Ok(Some(CheckedChange {
         table,
         op: change.op,
         columns,

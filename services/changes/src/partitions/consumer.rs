@@ -120,7 +120,7 @@ enum Dropped {
 }
 
 /// What became of a cursor that was not at fault.
-enum Step {
+enum CursorOutcome {
     Ended(Ended),
     /// Another set of partitions, or nothing to do.
     Again,
@@ -167,9 +167,9 @@ impl Consumer {
                 step = self.tail() => step,
             };
             let pause = match step {
-                Ok(Step::Ended(ended)) => return ended,
-                Ok(Step::Again) => continue,
-                Ok(Step::Behind { last, position }) => {
+                Ok(CursorOutcome::Ended(ended)) => return ended,
+                Ok(CursorOutcome::Again) => continue,
+                Ok(CursorOutcome::Behind { last, position }) => {
                     tracing::error!(
                         stream.last = last,
                         position,
@@ -217,27 +217,27 @@ impl Consumer {
     }
 
     /// Compares the stream with what is known of it.
-    async fn check(&mut self, position: u64) -> Result<Option<Step>, Dropped> {
+    async fn check(&mut self, position: u64) -> Result<Option<CursorOutcome>, Dropped> {
         let info = self.stream.get_info().await.map_err(Dropped::Info)?;
         if incarnation_of(&info) != self.incarnation {
-            return Ok(Some(Step::Ended(Ended::StreamRecreated)));
+            return Ok(Some(CursorOutcome::Ended(Ended::StreamRecreated)));
         }
         let last = info.state.last_sequence;
         if last < position.max(self.highest) {
-            return Ok(Some(Step::Behind { last, position: position.max(self.highest) }));
+            return Ok(Some(CursorOutcome::Behind { last, position: position.max(self.highest) }));
         }
         self.highest = last;
         Ok(None)
     }
 
     /// One cursor's life.
-    async fn tail(&mut self) -> Result<Step, Dropped> {
+    async fn tail(&mut self) -> Result<CursorOutcome, Dropped> {
         let assignment = self.assign().await?;
         if assignment.owned.is_empty() {
             self.reading.set(self.lane.index, true);
             // An error means that the ownership task is gone, and with it this one soon.
             let _ = self.assignment.changed().await;
-            return Ok(Step::Again);
+            return Ok(CursorOutcome::Again);
         }
         if let Some(step) = self.check(assignment.highest).await? {
             return Ok(step);
@@ -261,7 +261,7 @@ impl Consumer {
     async fn read(
         &mut self,
         consumer: &async_nats::jetstream::consumer::Consumer<pull::Config>,
-    ) -> Result<Step, Dropped> {
+    ) -> Result<CursorOutcome, Dropped> {
         let mut messages = consumer
             .stream()
             .heartbeat(HEARTBEAT)
@@ -278,7 +278,7 @@ impl Consumer {
         loop {
             let message = tokio::select! {
                 message = messages.next() => message.ok_or(Dropped::End)?.map_err(Dropped::Message)?,
-                _ = self.assignment.changed() => return Ok(Step::Again),
+                _ = self.assignment.changed() => return Ok(CursorOutcome::Again),
                 Some(idle) = self.idle.recv() => {
                     self.advance(idle).await?;
                     continue;

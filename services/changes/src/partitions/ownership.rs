@@ -33,7 +33,7 @@ pub(crate) struct Assignment {
 
 /// A row of `millstream.partitions`.
 #[derive(Clone, Debug)]
-struct Found {
+struct PartitionRow {
     partition: u16,
     term: i64,
     position: u64,
@@ -68,7 +68,7 @@ fn score(member: &str, partition: u16) -> u64 {
     hash ^ (hash >> 31)
 }
 
-fn decide(me: &str, live: &BTreeSet<String>, found: &[Found], owned: &BTreeMap<u16, Owned>) -> Decision {
+fn decide(me: &str, live: &BTreeSet<String>, found: &[PartitionRow], owned: &BTreeMap<u16, Owned>) -> Decision {
     let mut decision = Decision::default();
     for row in found {
         let mine = winner(live, row.partition).is_some_and(|winner| winner == me);
@@ -189,7 +189,7 @@ impl Ownership {
         });
     }
 
-    async fn found(&self) -> Result<Vec<Found>, sqlx::Error> {
+    async fn found(&self) -> Result<Vec<PartitionRow>, sqlx::Error> {
         let rows =
             sqlx::query("SELECT partition, epoch, position, owner FROM millstream.partitions WHERE stream_epoch = $1")
                 .bind(&self.incarnation)
@@ -197,7 +197,7 @@ impl Ownership {
                 .await?;
         rows.iter()
             .map(|row| {
-                Ok(Found {
+                Ok(PartitionRow {
                     partition: row.try_get::<i16, _>("partition")? as u16,
                     term: row.try_get("epoch")?,
                     position: row.try_get::<i64, _>("position")? as u64,
@@ -251,7 +251,7 @@ impl Ownership {
     /// What was given up but still stands in our name: the worker could not reach Postgres, say.
     async fn release_overdue(
         &self,
-        found: &[Found],
+        found: &[PartitionRow],
         owned: &BTreeMap<u16, Owned>,
         released: &mut HashMap<u16, Instant>,
     ) -> Result<(), sqlx::Error> {
@@ -319,8 +319,8 @@ mod tests {
         assert_eq!(winner(&members(&[]), 1), None);
     }
 
-    fn found(owner: Option<&str>, term: i64) -> Vec<Found> {
-        vec![Found { partition: 3, term, position: 0, owner: owner.map(str::to_owned) }]
+    fn found(owner: Option<&str>, term: i64) -> Vec<PartitionRow> {
+        vec![PartitionRow { partition: 3, term, position: 0, owner: owner.map(str::to_owned) }]
     }
 
     #[test]
@@ -331,7 +331,7 @@ mod tests {
             "a" => ("a", "b"),
             _ => ("b", "a"),
         };
-        let check = |me: &str, live: &BTreeSet<String>, rows: Vec<Found>, owned: &BTreeMap<u16, Owned>| {
+        let check = |me: &str, live: &BTreeSet<String>, rows: Vec<PartitionRow>, owned: &BTreeMap<u16, Owned>| {
             decide(me, live, &rows, owned)
         };
         let none = BTreeMap::new();

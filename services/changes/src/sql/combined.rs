@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use millstream_schemas::Operation;
 
-use crate::decide::validator::Step;
+use crate::decide::validator::CheckedChange;
 use crate::sql::fenced::FENCED;
 use crate::sql::group::Group;
 use crate::sql::writer::Writer;
@@ -43,14 +43,14 @@ struct Combination {
 }
 
 /// A statement within another one.
-struct Part {
+struct Cte {
     sql: String,
     /// It gives a row for each that it wrote, with `ms_i` and `winner`; others only as many.
     tells: bool,
 }
 
 /// The parts as `millstream_0`, `millstream_1` and so on.
-fn ctes(parts: &[Part]) -> String {
+fn ctes(parts: &[Cte]) -> String {
     parts
         .iter()
         .enumerate()
@@ -67,7 +67,7 @@ impl Combined {
         if groups.len() < 2 {
             return None;
         }
-        let text = |parts: &[Part]| {
+        let text = |parts: &[Cte]| {
             let results = parts.iter().enumerate().map(|(place, part)| {
                 let (ms_i, winner) = if part.tells { ("ms_i", "winner") } else { ("count(*)", "NULL::text") };
                 format!("SELECT {place} AS ms_place, {ms_i} AS ms_i, {winner} AS winner FROM millstream_{place}")
@@ -81,8 +81,8 @@ impl Combined {
     /// One text for a whole batch: see [`crate::transaction::at_once`]. None: it is to go the long way. `groups` are as above, of any
     /// number.
     pub fn at_once(&mut self, groups: &mut [Group<'_>]) -> Option<Arc<str>> {
-        let text = |parts: &[Part]| {
-            let whole = |part: &Part| if part.tells { " FILTER (WHERE winner IS NULL)" } else { "" };
+        let text = |parts: &[Cte]| {
+            let whole = |part: &Cte| if part.tells { " FILTER (WHERE winner IS NULL)" } else { "" };
             let counts = parts.iter().enumerate();
             let counts = counts.map(|(n, part)| format!("(SELECT count(*){} FROM millstream_{n})", whole(part)));
             at_once(&ctes(parts), &counts.collect::<Vec<_>>())
@@ -96,7 +96,7 @@ impl Combined {
         kind: Kind,
         groups: &mut [Group<'_>],
         mut first: usize,
-        text: impl Fn(&[Part]) -> String,
+        text: impl Fn(&[Cte]) -> String,
     ) -> Option<Arc<str>> {
         if !(1..=MAX_TOGETHER).contains(&groups.len()) {
             return None;
@@ -113,11 +113,11 @@ impl Combined {
         }
         if combined.text.is_none() {
             let part = |group: &Group<'_>| {
-                let Step { table, op, columns, adds, .. } = group.rows[0].step;
+                let CheckedChange { table, op, columns, adds, .. } = group.rows[0].step;
                 let writer = Writer { table, op: *op, columns, adds, first, watched: false };
                 first += writer.parameters();
                 let tells = *op != Operation::Insert;
-                Part { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
+                Cte { sql: format!("{}{}", writer.write(), if tells { "" } else { " RETURNING 1" }), tells }
             };
             combined.text = Some(text(&groups.iter().map(part).collect::<Vec<_>>()).into());
         }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use millstream_schemas::spelling::{Spelling, is_one_spelling, spelling};
 use uuid::Uuid;
 
-use crate::decide::validator::Step;
+use crate::decide::validator::CheckedChange;
 use crate::sql::statement::{InputRow, Statement, Statements};
 
 /// A change with its place in the batch.
@@ -44,7 +44,7 @@ impl<'a> Group<'a> {
 }
 
 /// A row, by its table and the canonical form of its key.
-type Key = (u32, String);
+type RowKey = (u32, String);
 
 /// What rows of one group share: the shape, and where it matters the user and client.
 type Kin<'a> = (usize, Option<(&'a str, Uuid)>);
@@ -56,8 +56,8 @@ pub(crate) struct Groups<'a> {
     /// Latest group of a shape, of a user where that matters.
     latest: HashMap<Kin<'a>, usize>,
     /// Latest group that writes a row, and that refers to it.
-    written: HashMap<Key, usize>,
-    referred: HashMap<Key, usize>,
+    written: HashMap<RowKey, usize>,
+    referred: HashMap<RowKey, usize>,
     /// Latest group of a table whose rows cannot be told apart by their keys' texts.
     unknown: HashMap<u32, usize>,
     /// A row of one group has to come after a row of another.
@@ -67,13 +67,13 @@ pub(crate) struct Groups<'a> {
 impl<'a> Groups<'a> {
     /// Adds a change.
     pub fn add(&mut self, statements: &mut Statements, place: Place, row: InputRow<'a>) {
-        let step: &Step<'_> = row.step;
+        let step: &CheckedChange<'_> = row.step;
         let statement = statements.of(step);
         let shape = &statement.shape;
         let table = shape.table();
         let key = key(step).map(|key| (table, key));
         let mut comparable = key.is_some();
-        let mut references: Vec<Key> = Vec::new();
+        let mut references: Vec<RowKey> = Vec::new();
         for parent in &shape.parents {
             let Some((place, sql_type)) = &parent.value else { continue };
             match step.values[*place].map(|value| canonical(value, sql_type)) {
@@ -136,7 +136,7 @@ impl<'a> Groups<'a> {
 }
 
 /// The key of a step's row in a form that is the same for the same key; none if that is not known of its types.
-fn key(step: &Step<'_>) -> Option<String> {
+fn key(step: &CheckedChange<'_>) -> Option<String> {
     let mut text = String::new();
     for (index, value) in step.table.key.iter().zip(step.key) {
         text.push_str(&canonical(value.as_deref()?, &step.table.columns[*index].sql_type)?);

@@ -1,5 +1,5 @@
 //! What a worker knows of the database: the catalog, and the statements made from it. And what tells that they have changed:
-//! the [`Source`] of the configuration, and a [`Watcher`] of both it and the database.
+//! the [`ConfigFile`] of the configuration, and a [`Watcher`] of both it and the database.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -58,7 +58,7 @@ pub(crate) enum ModelError {
 
 /// The configuration file of a process. While what is in it cannot be used, what was there before stays in force.
 #[derive(Debug)]
-pub(crate) struct Source {
+pub(crate) struct ConfigFile {
     path: PathBuf,
     health: Health,
     asides: Asides,
@@ -73,10 +73,10 @@ struct State {
     config: Option<(u64, Arc<Config>)>,
 }
 
-impl Source {
+impl ConfigFile {
     /// Of a file, which is read when it is first needed.
-    pub fn new(path: PathBuf, health: Health) -> Source {
-        Source { path, asides: Asides::new(health.clone()), health, state: Mutex::default() }
+    pub fn new(path: PathBuf, health: Health) -> ConfigFile {
+        ConfigFile { path, asides: Asides::new(health.clone()), health, state: Mutex::default() }
     }
 
     /// The configuration in force, with a number that tells it from those before.
@@ -117,20 +117,20 @@ pub(crate) struct Model {
     pub statements: Statements,
     /// Made from [`Model::statements`].
     pub combined: Combined,
-    pub origin: Origin,
+    pub origin: Fingerprint,
 }
 
 /// What a model was made from.
 #[derive(Debug)]
-pub(crate) struct Origin {
+pub(crate) struct Fingerprint {
     /// Names of the tables.
     tables: Vec<String>,
-    shape: Shape,
+    shape: Observed,
 }
 
 /// What shows that the database or the configuration has changed.
 #[derive(Debug, PartialEq, Eq)]
-struct Shape {
+struct Observed {
     tables: String,
     /// Number of the configuration.
     config: u64,
@@ -148,14 +148,14 @@ impl Model {
     pub async fn renew(
         model: &mut Option<Model>,
         connection: &mut PgConnection,
-        source: &Source,
+        source: &ConfigFile,
     ) -> Result<(), ModelError> {
         let (number, config) = source.look().map_err(ModelError::Config)?;
         let tables: Vec<String> =
             config.tables.keys().map(String::as_str).chain(config.sources()).map(str::to_owned).collect();
         // First, so that a change meanwhile shows.
-        let shape = Shape { tables: shape(connection, &tables).await.map_err(ModelError::Traits)?, config: number };
-        let origin = Origin { tables, shape };
+        let shape = Observed { tables: shape(connection, &tables).await.map_err(ModelError::Traits)?, config: number };
+        let origin = Fingerprint { tables, shape };
         let catalog = match (Catalog::load(connection, &config, None).await, model.as_mut()) {
             (Ok(catalog), _) => catalog,
             (Err(error), Some(model)) if !matches!(error, CatalogError::Query(_)) => {
@@ -175,12 +175,12 @@ impl Model {
     }
 }
 
-impl Origin {
+impl Fingerprint {
     /// Whether it is still so. Then a name that the model lacks does not exist, and a type that it has is the column's;
     /// otherwise the client may know of a column that was added meanwhile.
-    pub async fn is_current(&self, connection: &mut PgConnection, source: &Source) -> Result<bool, sqlx::Error> {
+    pub async fn is_current(&self, connection: &mut PgConnection, source: &ConfigFile) -> Result<bool, sqlx::Error> {
         let config = source.look().map_or(self.shape.config, |(number, _)| number);
-        Ok(Shape { tables: shape(connection, &self.tables).await?, config } == self.shape)
+        Ok(Observed { tables: shape(connection, &self.tables).await?, config } == self.shape)
     }
 }
 
@@ -188,7 +188,7 @@ impl Origin {
 /// refused something.
 pub(crate) struct Watcher {
     pub pool: PgPool,
-    pub source: Arc<Source>,
+    pub source: Arc<ConfigFile>,
     pub changed: watch::Sender<()>,
     pub shutdown: Shutdown,
 }
@@ -221,13 +221,13 @@ impl Watcher {
         }
     }
 
-    async fn look(&self) -> Result<(Option<Shape>, Option<String>), sqlx::Error> {
+    async fn look(&self) -> Result<(Option<Observed>, Option<String>), sqlx::Error> {
         // Without a configuration there are no models yet.
         let Ok((config, declared)) = self.source.look() else { return Ok((None, None)) };
         let tables: Vec<String> =
             declared.tables.keys().map(String::as_str).chain(declared.sources()).map(str::to_owned).collect();
         let mut connection = self.pool.acquire().await?;
-        let shape = Shape { tables: shape(&mut connection, &tables).await?, config };
+        let shape = Observed { tables: shape(&mut connection, &tables).await?, config };
         Ok((Some(shape), sqlx::query_scalar(ATTACHED).fetch_one(&mut *connection).await?))
     }
 }
@@ -242,7 +242,7 @@ mod tests {
     fn a_file_that_cannot_be_used_leaves_the_one_before_in_force() {
         let path = std::env::temp_dir().join(format!("millstream-{}.toml", uuid::Uuid::new_v4().simple()));
         let health = Health::new();
-        let source = Source::new(path.clone(), health.clone());
+        let source = ConfigFile::new(path.clone(), health.clone());
         assert!(source.look().is_err());
         std::fs::write(&path, GOOD).unwrap();
         let (first, _) = source.look().unwrap();

@@ -6,7 +6,7 @@ use millstream_catalog::Table;
 use millstream_schemas::Operation;
 
 use crate::sql::predicate::Mentions;
-use crate::sql::traits::{PrimaryKey, Traits, Written};
+use crate::sql::traits::{PrimaryKey, Traits, WrittenTable};
 
 /// Table, operation and columns of changes, and what they depend on.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ impl Shape {
     ) -> Shape {
         let set = |names: &[String]| columns.iter().any(|index| names.contains(&table.columns[*index].name));
         let own = table.name.rsplit('.').next().unwrap_or(&table.name).to_lowercase();
-        let cascades: &[Written] = if op == Operation::Delete { &traits.cascades } else { &[] };
+        let cascades: &[WrittenTable] = if op == Operation::Delete { &traits.cascades } else { &[] };
         let writes = std::iter::once(traits.root).chain(cascades.iter().map(|written| written.oid)).collect();
         let names = cascades.iter().map(|written| &written.name).chain(&traits.partitions);
         let written = names.cloned().chain([own]).collect();

@@ -17,7 +17,7 @@ use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use uuid::Uuid;
 
-use crate::decide::validator::Step;
+use crate::decide::validator::CheckedChange;
 use crate::sql::predicate::Mentions;
 use crate::sql::shape::Shape;
 use crate::sql::traits::Traits;
@@ -50,7 +50,7 @@ pub(crate) struct Statement {
 /// One row of a statement's parameters.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InputRow<'a> {
-    pub step: &'a Step<'a>,
+    pub step: &'a CheckedChange<'a>,
     pub user_id: &'a str,
     pub client_id: Uuid,
     pub clock: Clock,
@@ -76,7 +76,7 @@ impl Statements {
     }
 
     /// The statement for a change.
-    pub fn of(&mut self, step: &Step<'_>) -> Arc<Statement> {
+    pub fn of(&mut self, step: &CheckedChange<'_>) -> Arc<Statement> {
         let key = (step.table.oid, step.op, step.columns.clone(), step.adds.clone());
         if let Some(statement) = self.cache.get(&key) {
             return statement.clone();

@@ -136,7 +136,7 @@ pub(crate) struct Traits {
     pub primary_keys: Vec<PrimaryKey>,
     pub parents: Vec<Parent>,
     /// Other tables that a delete writes, directly or not.
-    pub cascades: Vec<Written>,
+    pub cascades: Vec<WrittenTable>,
     /// In some of them it sets columns (`SET NULL`, `SET DEFAULT`).
     pub sets: bool,
     /// Tables, perhaps its own, from which a delete takes rows away.
@@ -165,7 +165,7 @@ pub(crate) struct Parent {
 
 /// A table that is written; partitions of one table have its oid, each with its name.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub(crate) struct Written {
+pub(crate) struct WrittenTable {
     pub oid: u32,
     /// Without its schema, in lower case.
     pub name: String,

@@ -16,7 +16,7 @@ use millstream_schemas::{Clock, Code, Merge, Operation};
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use crate::decide::plan::{Action, Planned, Rejected};
-use crate::decide::validator::Step;
+use crate::decide::validator::CheckedChange;
 use crate::error::{Fault, Refusal, classify, is_duplicate, is_out_of_time, may_be_a_value};
 use crate::item::MAX_SAVEPOINTS;
 use crate::sql::combined::Combined;
@@ -65,7 +65,13 @@ impl<'a> Applier<'a> {
         }
     }
 
-    fn row<'b>(&self, planned: &Planned<'_>, user_id: &'b str, index: usize, step: &'b Step<'b>) -> InputRow<'b> {
+    fn row<'b>(
+        &self,
+        planned: &Planned<'_>,
+        user_id: &'b str,
+        index: usize,
+        step: &'b CheckedChange<'b>,
+    ) -> InputRow<'b> {
         let (client_id, client_seq) = (planned.submission.client_id, planned.submission.client_seq);
         // A client whose clock is ahead must not win for as long as it is. What is cut to the bound keeps its order there.
         let bound = self.now + MAX_AHEAD_MICROS;
@@ -307,7 +313,7 @@ impl<'a> Applier<'a> {
 
     /// Whether a delete is refused for a row that is gone with what the same transaction deleted `earlier`, by whichever foreign keys:
     /// clients know some of them.
-    fn was_taken(&mut self, earlier: &[Step<'_>], step: &Step<'_>, refusal: &Refusal) -> bool {
+    fn was_taken(&mut self, earlier: &[CheckedChange<'_>], step: &CheckedChange<'_>, refusal: &Refusal) -> bool {
         if step.op != Operation::Delete || refusal.code != Code::EntityMissing {
             return false;
         }
@@ -321,7 +327,7 @@ impl<'a> Applier<'a> {
         &mut self,
         planned: &Planned<'_>,
         index: usize,
-        step: &Step<'_>,
+        step: &CheckedChange<'_>,
         merges: &mut bool,
     ) -> Result<Option<Outcome>, Failed> {
         let statement = self.statements.of(step);
@@ -359,7 +365,7 @@ impl<'a> Applier<'a> {
             *merges = true;
             return Ok(None);
         }
-        let is_same = |earlier: &Step<'_>| earlier.table.oid == step.table.oid && earlier.key == step.key;
+        let is_same = |earlier: &CheckedChange<'_>| earlier.table.oid == step.table.oid && earlier.key == step.key;
         let undone = planned.steps()[..index].iter().any(|earlier| earlier.op == Operation::Insert && is_same(earlier));
         let refusal = self.refusal(&statement, &row, undone, &error).await?;
         refusal.map(|refusal| Some(Outcome::Refused(refusal))).ok_or_else(|| strike(error))
@@ -386,7 +392,7 @@ impl<'a> Applier<'a> {
         }
         let adds = columns.iter().zip(&values).filter(|(index, value)| value.is_some() && is_sum(**index));
         let adds = adds.map(|(index, _)| *index).collect();
-        let update = Step { op: Operation::Update, columns, values, adds, ..insert.clone() };
+        let update = CheckedChange { op: Operation::Update, columns, values, adds, ..insert.clone() };
         let statement = self.statements.of(&update);
         match self.write(&statement, &[InputRow { step: &update, ..*row }]).await?.pop() {
             Some(Outcome::Refused(Refusal { code: Code::PermissionDenied | Code::EntityMissing, .. })) | None => {

@@ -10,7 +10,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
-use crate::decide::ledger::{Client, Ledger};
+use crate::decide::ledger::{Ledger, LedgerEntry};
 use crate::decide::origin::origin;
 use crate::decide::plan::{Action, Planned, Rejected, plan, predecessors};
 use crate::decide::results::Results;
@@ -86,8 +86,8 @@ impl Transaction<'_> {
         now: u64,
         traceparent: Option<String>,
     ) -> Result<PgRow, Failed> {
-        let clients: Vec<(Uuid, &Client)> = ledger.changed().collect();
-        let number = |value: fn(&Client) -> u64| clients.iter().map(|(_, c)| value(c) as i64).collect::<Vec<_>>();
+        let clients: Vec<(Uuid, &LedgerEntry)> = ledger.changed().collect();
+        let number = |value: fn(&LedgerEntry) -> u64| clients.iter().map(|(_, c)| value(c) as i64).collect::<Vec<_>>();
         let counts = [self.fences.len(), clients.len()].into_iter().chain(groups.iter().map(|group| group.rows.len()));
         let origin = settle::encoded_origin(origin(plan, ledger), traceparent, plan.len())?;
         let mut query = bind_fences(sqlx::query(AssertSqlSafe(sql.clone())), self.incarnation, self.fences)

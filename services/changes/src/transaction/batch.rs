@@ -11,7 +11,7 @@ use crate::decide::results::Results;
 use crate::decide::validator::Rejection;
 use crate::error::{Fault, classify, keeps_connection};
 use crate::item::{Item, Mode, PositionMove};
-use crate::sql::model::{Model, Origin, Source};
+use crate::sql::model::{ConfigFile, Fingerprint, Model};
 use crate::transaction::apply::Applier;
 use crate::transaction::failed::Failed;
 use crate::transaction::memory::Memory;
@@ -25,7 +25,7 @@ const BEGIN_SINGLE_BRIEF: &str = "BEGIN; SET LOCAL lock_timeout = '50ms'; SET LO
 /// A batch and its connection.
 pub(crate) struct Transaction<'a> {
     pub connection: &'a mut PgConnection,
-    pub source: &'a Source,
+    pub source: &'a ConfigFile,
     pub incarnation: &'a str,
     pub items: &'a [Item],
     pub fences: &'a [PositionMove],
@@ -93,7 +93,7 @@ impl<'a> Transaction<'a> {
     }
 
     /// A refusal must not be due to a catalog that is behind the database.
-    async fn ensure_current(&mut self, origin: &Origin) -> Result<(), Failed> {
+    async fn ensure_current(&mut self, origin: &Fingerprint) -> Result<(), Failed> {
         match origin.is_current(self.connection, self.source).await {
             Ok(true) => Ok(()),
             Ok(false) => Err(Failed::Stale),

@@ -17,7 +17,7 @@ use crate::decide::plan::Condemned;
 use crate::decide::results::Results;
 use crate::error::{is_drift, keeps_connection};
 use crate::item::{Item, Mode, Owned, PositionMove};
-use crate::sql::model::{Model, Source};
+use crate::sql::model::{ConfigFile, Model};
 use crate::transaction::batch::Transaction;
 use crate::transaction::failed::Failed;
 use crate::transaction::memory::Memory;
@@ -58,7 +58,7 @@ WHERE stream_epoch = $1 AND partition = $2 AND epoch = $3";
 /// A worker's connection and what it knows.
 pub(crate) struct Executor {
     options: PgConnectOptions,
-    source: Arc<Source>,
+    source: Arc<ConfigFile>,
     /// Tells that the model may be out of date.
     changed: watch::Receiver<()>,
     incarnation: String,
@@ -75,7 +75,7 @@ impl Executor {
     /// Connects when first used.
     pub fn new(
         options: PgConnectOptions,
-        source: Arc<Source>,
+        source: Arc<ConfigFile>,
         changed: watch::Receiver<()>,
         incarnation: String,
     ) -> Self {

@@ -26,7 +26,7 @@ pub(crate) enum Outcome {
 
 /// What the database says of a row that was not written.
 #[derive(Clone, Debug, Default)]
-struct Found {
+struct Unwritten {
     found: bool,
     /// True also of rows of which it does not matter.
     readable: bool,
@@ -56,7 +56,7 @@ pub(crate) async fn outcomes(
     let rows = query.fetch_all(connection).await?;
     rows.iter()
         .map(|row| {
-            let found = Found {
+            let found = Unwritten {
                 found: row.try_get("found")?,
                 readable: row.try_get("readable")?,
                 allowed: row.try_get("allowed")?,
@@ -85,7 +85,7 @@ pub(crate) fn left_out(op: Operation, table: &Table) -> Outcome {
 }
 
 /// In this order: is it there, may they, do the rules hold, is it newer.
-fn outcome(statement: &Statement, table: &Table, found: Found) -> Option<Outcome> {
+fn outcome(statement: &Statement, table: &Table, found: Unwritten) -> Option<Outcome> {
     let op = statement.shape.op;
     if !found.found || !(found.allowed || found.readable) {
         return Some(missing(op, table));
@@ -200,7 +200,7 @@ mod tests {
             on: vec![Operation::Update],
             check: "new.title <> ''".into(),
         }];
-        let check = |table: &Table, op, found: Found, expected: Result<Option<&str>, (Code, Option<&str>)>| {
+        let check = |table: &Table, op, found: Unwritten, expected: Result<Option<&str>, (Code, Option<&str>)>| {
             let set: &[_] = if op == Operation::Delete { &[] } else { &[("title", Some("x"))] };
             let submission = submission(vec![change(op, "1", set)]);
             let steps = validate(only(table), &submission).unwrap();
@@ -215,21 +215,28 @@ mod tests {
                 expected.map(|w| w.map(str::to_owned)).map_err(|(code, rule)| (code, rule.map(str::to_owned)));
             assert_eq!(found, expected);
         };
-        let all =
-            Found { found: true, readable: true, allowed: true, broken: None, wins: true, winner: Some("9".into()) };
-        let missing = Found { found: false, readable: true, allowed: false, broken: None, wins: false, winner: None };
+        let all = Unwritten {
+            found: true,
+            readable: true,
+            allowed: true,
+            broken: None,
+            wins: true,
+            winner: Some("9".into()),
+        };
+        let missing =
+            Unwritten { found: false, readable: true, allowed: false, broken: None, wins: false, winner: None };
         let (update, delete) = (Operation::Update, Operation::Delete);
         check(&table, update, missing.clone(), Err((Code::EntityMissing, None)));
         check(&table, delete, missing.clone(), Err((Code::EntityMissing, None)));
-        let denied = Found { allowed: false, broken: Some(0), wins: false, ..all.clone() };
+        let denied = Unwritten { allowed: false, broken: Some(0), wins: false, ..all.clone() };
         check(&table, update, denied.clone(), Err((Code::PermissionDenied, None)));
-        let hidden = Found { readable: false, ..denied };
+        let hidden = Unwritten { readable: false, ..denied };
         check(&table, update, hidden.clone(), Err((Code::EntityMissing, None)));
         check(&table, delete, hidden.clone(), Err((Code::EntityMissing, None)));
-        check(&table, update, Found { readable: false, ..all.clone() }, Ok(None));
-        let broken = Found { broken: Some(0), wins: false, ..all.clone() };
+        check(&table, update, Unwritten { readable: false, ..all.clone() }, Ok(None));
+        let broken = Unwritten { broken: Some(0), wins: false, ..all.clone() };
         check(&table, update, broken, Err((Code::BusinessRule, Some("title_too_short"))));
-        check(&table, update, Found { wins: false, ..all.clone() }, Ok(Some("9")));
+        check(&table, update, Unwritten { wins: false, ..all.clone() }, Ok(Some("9")));
         check(&table, update, all, Ok(None));
         table.delete_missing_accepted = true;
         check(&table, delete, missing, Ok(Some("won")));

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
-use crate::decide::ledger::{Client, Ledger};
+use crate::decide::ledger::{Ledger, LedgerEntry};
 use crate::item::Item;
 
 /// So many batches go the long way after one of which a row was not written: where some lose, others may.
@@ -17,7 +17,7 @@ const MAX_CLIENTS: usize = 10_000;
 /// the comparison in the statement fails.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
-    clients: HashMap<Uuid, Client>,
+    clients: HashMap<Uuid, LedgerEntry>,
     /// Microseconds since 1970, and when they were read.
     time: Option<(u64, Instant)>,
     /// Batches that are still to go the long way.

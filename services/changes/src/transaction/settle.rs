@@ -4,7 +4,7 @@ use millstream_schemas::stream::{ORIGIN_PREFIX, OriginEntry, OriginRecord};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use crate::decide::ledger::{Client, Ledger};
+use crate::decide::ledger::{Ledger, LedgerEntry};
 use crate::decide::origin::origin;
 use crate::decide::plan::{Action, Planned};
 use crate::item::{Item, PositionMove};
@@ -96,7 +96,7 @@ pub(crate) async fn fence(
             let last: i64 = row.try_get("last_seq").map_err(Failed::Server)?;
             let run_id = row.try_get("instance").map_err(Failed::Server)?;
             let user_id = row.try_get("user_id").map_err(Failed::Server)?;
-            ledger.load(client_id, Client::stored(user_id, last as u64, run_id));
+            ledger.load(client_id, LedgerEntry::stored(user_id, last as u64, run_id));
         }
     }
     Ok((ledger, now))

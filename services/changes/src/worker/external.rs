@@ -24,7 +24,7 @@ use tracing::Instrument;
 
 use crate::decide::validator::Rejection;
 use crate::item::Item;
-use crate::worker::gate::{Answer, Gate, Key};
+use crate::worker::gate::{Answer, Gate, Question};
 
 /// Most questions under way a table, over all workers of the process.
 const MAX_QUESTIONS: usize = 64;
@@ -52,7 +52,7 @@ enum NoAnswer {
 }
 
 /// A table's validators.
-struct Table {
+struct TableValidators {
     on: Vec<Operation>,
     deadline: Duration,
     room: Semaphore,
@@ -64,7 +64,7 @@ pub(crate) struct External {
     /// None: nobody is asked.
     client: Option<async_nats::Client>,
     health: Health,
-    tables: HashMap<String, Table>,
+    tables: HashMap<String, TableValidators>,
 }
 
 impl External {
@@ -78,7 +78,7 @@ impl External {
             if merges && on.contains(&Operation::Update) && !on.contains(&Operation::Insert) {
                 on.push(Operation::Insert);
             }
-            let table = Table {
+            let table = TableValidators {
                 on,
                 deadline: Duration::from_millis(validate.deadline_ms),
                 room: Semaphore::new(MAX_QUESTIONS),
@@ -151,7 +151,7 @@ impl External {
     async fn exchange(
         &self,
         name: &str,
-        table: &Table,
+        table: &TableValidators,
         request: &ValidateRequest,
     ) -> Result<Option<Refusal>, NoAnswer> {
         let payload = serde_json::to_vec(request).map_err(NoAnswer::Encode)?;
@@ -173,7 +173,7 @@ impl External {
     }
 
     /// Tells of a table whose validators give no verdict, but not at every question.
-    fn silent(&self, name: &str, table: &Table, request: &ValidateRequest, why: &NoAnswer) {
+    fn silent(&self, name: &str, table: &TableValidators, request: &ValidateRequest, why: &NoAnswer) {
         self.health.set_note(&format!("validators of {name}"), Some("no verdict"));
         let mut warned = table.warned.lock().unwrap_or_else(PoisonError::into_inner);
         if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
@@ -247,7 +247,7 @@ pub(crate) fn answer(payload: &[u8], request: &ValidateRequest, submission: &Sub
 pub(crate) struct Questions {
     external: Arc<External>,
     pub gate: Gate,
-    under_way: JoinSet<(u16, Key, Option<Answer>)>,
+    under_way: JoinSet<(u16, Question, Option<Answer>)>,
 }
 
 impl Questions {

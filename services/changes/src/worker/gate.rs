@@ -23,17 +23,17 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// Which transaction, in which attempt: client, `client_seq`, attempt, and the run, since two copies of a store may
 /// use the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Key {
+pub(crate) struct Question {
     client_id: Uuid,
     client_seq: u64,
     attempt: u32,
     run_id: Uuid,
 }
 
-impl Key {
-    pub fn of(submission: &Submission) -> Key {
+impl Question {
+    pub fn of(submission: &Submission) -> Question {
         let &Submission { client_id, client_seq, attempt, run_id, .. } = submission;
-        Key { client_id, client_seq, attempt, run_id }
+        Question { client_id, client_seq, attempt, run_id }
     }
 }
 
@@ -44,7 +44,7 @@ pub(crate) type Answer = Option<Rejection>;
 #[derive(Debug)]
 struct Lane {
     /// In stream order; with the key of those that need an answer.
-    items: VecDeque<(Option<Key>, Item)>,
+    items: VecDeque<(Option<Question>, Item)>,
     backoff: Backoff,
     /// Not to be asked about before.
     again: Option<Instant>,
@@ -55,15 +55,15 @@ struct Lane {
 pub(crate) struct Gate {
     lanes: BTreeMap<u16, Lane>,
     /// Questions under way.
-    asked: HashSet<Key>,
+    asked: HashSet<Question>,
     /// Answers, kept until the transaction is settled: a resent copy gets the same one.
-    answers: HashMap<Key, Answer>,
+    answers: HashMap<Question, Answer>,
 }
 
 impl Gate {
     /// Takes an item in; `asks` says whether validators have a say in it. Gives it back if nothing keeps it here.
     pub fn push(&mut self, item: Item, asks: bool) -> Option<Item> {
-        let key = item.submission.as_ref().filter(|_| asks).map(Key::of);
+        let key = item.submission.as_ref().filter(|_| asks).map(Question::of);
         if key.is_none() && !self.lanes.contains_key(&item.partition) {
             return Some(item);
         }
@@ -77,7 +77,7 @@ impl Gate {
     }
 
     /// What is to be asked now. Each is then under way until [`Gate::answered`].
-    pub fn ask(&mut self, now: Instant, mut question: impl FnMut(u16, Key, &Submission)) {
+    pub fn ask(&mut self, now: Instant, mut question: impl FnMut(u16, Question, &Submission)) {
         for (&partition, lane) in &mut self.lanes {
             if lane.again.is_some_and(|again| now < again) {
                 continue;
@@ -93,7 +93,7 @@ impl Gate {
     }
 
     /// A question came back: with an answer, or with none, so that the partition pauses before it is asked again.
-    pub fn answered(&mut self, partition: u16, key: Key, answer: Option<Answer>, now: Instant) {
+    pub fn answered(&mut self, partition: u16, key: Question, answer: Option<Answer>, now: Instant) {
         self.asked.remove(&key);
         match (answer, self.lanes.get_mut(&partition)) {
             (Some(answer), _) => {
@@ -134,7 +134,7 @@ impl Gate {
     /// The transaction is committed.
     pub fn settled(&mut self, submission: &Submission) {
         if !self.answers.is_empty() {
-            self.answers.remove(&Key::of(submission));
+            self.answers.remove(&Question::of(submission));
         }
     }
 
@@ -179,7 +179,7 @@ mod tests {
         Item::of_message(partition, sequence, vec![submission], None).remove(0)
     }
 
-    fn asked(gate: &mut Gate, now: Instant) -> Vec<(u16, Key)> {
+    fn asked(gate: &mut Gate, now: Instant) -> Vec<(u16, Question)> {
         let mut asked = Vec::new();
         gate.ask(now, |partition, key, _| asked.push((partition, key)));
         asked

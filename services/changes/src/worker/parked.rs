@@ -44,13 +44,13 @@ pub(crate) struct Parked(Arc<Mutex<Board>>);
 
 #[derive(Default)]
 struct Board {
-    parked: HashMap<Name, Entry>,
+    parked: HashMap<Name, ParkedTransaction>,
     /// Not yet told to the database.
     gone: Vec<Name>,
     refused: HashMap<Name, String>,
 }
 
-struct Entry {
+struct ParkedTransaction {
     user_id: String,
     table: Option<String>,
     tries: u32,
@@ -70,7 +70,7 @@ impl Parked {
         let clean = |text: &str| text.replace('\0', "\u{fffd}");
         let mut reason = clean(&error.to_string());
         reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
-        let entry = Entry {
+        let entry = ParkedTransaction {
             user_id: clean(&submission.user_id),
             table: submission.changes.first().map(|change| clean(&change.table)),
             tries,
@@ -181,7 +181,7 @@ struct Columns {
 }
 
 impl Columns {
-    fn push(&mut self, (client_id, client_seq): Name, entry: &Entry) {
+    fn push(&mut self, (client_id, client_seq): Name, entry: &ParkedTransaction) {
         self.clients.push(client_id);
         self.seqs.push(client_seq as i64);
         self.users.push(entry.user_id.clone());

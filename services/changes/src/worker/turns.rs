@@ -45,7 +45,7 @@ type Owner = Option<Uuid>;
 
 /// A client of which something waits.
 #[derive(Debug)]
-struct Client {
+struct ClientTurns {
     items: VecDeque<Item>,
     /// Behind them.
     left: VecDeque<Left>,
@@ -69,7 +69,7 @@ struct Client {
 pub(crate) struct Turns {
     /// All items are treated as one client's.
     in_order: bool,
-    clients: HashMap<Owner, Client>,
+    clients: HashMap<Owner, ClientTurns>,
     /// Clients that have an item here and are not parked.
     turns: VecDeque<Owner>,
     /// The same, of which the next item is to be applied aside.
@@ -83,9 +83,9 @@ pub(crate) struct Turns {
     left: usize,
 }
 
-impl Client {
-    fn new() -> Client {
-        Client {
+impl ClientTurns {
+    fn new() -> ClientTurns {
+        ClientTurns {
             items: VecDeque::new(),
             left: VecDeque::new(),
             bytes: 0,
@@ -123,7 +123,7 @@ impl Turns {
     pub fn push(&mut self, item: Item) {
         let id = self.owner_of(&item);
         let share = if self.bytes < CROWDED_BYTES { SHARE_BYTES } else { CROWDED_SHARE_BYTES };
-        let client = self.clients.entry(id).or_insert_with(Client::new);
+        let client = self.clients.entry(id).or_insert_with(ClientTurns::new);
         let is_over = !client.left.is_empty() || client.bytes + item.bytes > share;
         if is_over && !self.in_order && item.submission.is_some() {
             client.left.push_back(item.left());
@@ -287,7 +287,7 @@ impl Turns {
     pub fn put_back(&mut self, items: Vec<Item>) {
         for item in items.into_iter().rev() {
             let id = self.owner_of(&item);
-            let client = self.clients.entry(id).or_insert_with(Client::new);
+            let client = self.clients.entry(id).or_insert_with(ClientTurns::new);
             client.bytes += item.bytes;
             self.bytes += item.bytes;
             client.items.push_front(item);
@@ -309,7 +309,7 @@ impl Turns {
     /// apart from others.
     pub fn park(&mut self, items: Vec<Item>, apart: usize, until: Instant) {
         let Some(id) = items.first().map(|item| self.owner_of(item)) else { return };
-        let client = self.clients.entry(id).or_insert_with(Client::new);
+        let client = self.clients.entry(id).or_insert_with(ClientTurns::new);
         for item in items.into_iter().rev() {
             client.bytes += item.bytes;
             self.bytes += item.bytes;

@@ -15,7 +15,7 @@ use crate::downlink::Out;
 use crate::edge::Edge;
 use crate::fence::Fence;
 use crate::message::Message;
-use crate::moment::{Apart, Part};
+use crate::moment::{Apart, ScopeFrames};
 use crate::resume::{Mark, Seal, Token, moment_of};
 use crate::shares::Turn;
 use crate::snapshot::{Snapshot, SnapshotError, begin_frame};
@@ -29,17 +29,17 @@ struct Joining {
     fence: Arc<Fence>,
     /// Messages that the rows may lack.
     back: Vec<Arc<Message>>,
-    source: Source,
+    source: RowsFrom,
 }
 
 /// Where rows come from.
-enum Source {
+enum RowsFrom {
     /// None are needed.
     Nothing,
     /// A snapshot of the session's own, with its number of rows, and the turn to read it.
     Own(Snapshot, u64, Turn),
     /// What is read for several sessions, and how many rows that is.
-    Shared(Vec<Arc<Part>>, u64),
+    Shared(Vec<Arc<ScopeFrames>>, u64),
 }
 
 impl Session {
@@ -60,24 +60,24 @@ impl Session {
             return Err(End::retry(Code::Unavailable, "memberships moved during a snapshot; connect again"));
         }
         if !new.is_empty() {
-            let apart = matches!(source, Source::Shared(..));
+            let apart = matches!(source, RowsFrom::Shared(..));
             // Only where it is all that the client has: what it held before is not as of this moment.
             let from = self.behind_unseen(&back).filter(|_| held == 0);
             let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
             let token = token.and_then(|token| token.encode(&edge.sealer, &self.user_id, self.client_id));
             let until = self.until(token.is_some());
             match source {
-                Source::Own(snapshot, rows, turn) => {
+                RowsFrom::Own(snapshot, rows, turn) => {
                     self.out.push(Out::Own(begin_frame(&new, rows, token, false)));
                     let seal = edge.sealer.seal(&moment_of(&fence, &self.known.catalog.version));
                     self.send_own(wire, (snapshot, turn), &new, false, None, seal).await?;
                 }
-                Source::Shared(parts, rows) => {
+                RowsFrom::Shared(parts, rows) => {
                     self.out.push(Out::Own(begin_frame(&new, rows, token, false)));
                     self.flush(wire).await?;
                     self.send_shared(wire, &parts, &new, until).await?;
                 }
-                Source::Nothing => {
+                RowsFrom::Nothing => {
                     return Err(End::retry(Code::Unavailable, "memberships moved meanwhile; connect again"));
                 }
             }
@@ -164,20 +164,20 @@ impl Session {
             } else {
                 let new = self.downlink.lacks(&scopes);
                 if new.is_empty() {
-                    return Ok(Joining { scopes, fence, back, source: Source::Nothing });
+                    return Ok(Joining { scopes, fence, back, source: RowsFrom::Nothing });
                 }
                 let shared = snapshot.adopted.as_ref().and_then(|adopted| edge.shared.parts(adopted, &new).ok());
                 // Nobody holds a connection while waiting, else sessions without rows could not open.
                 if let Some(parts) = shared {
                     drop(snapshot);
                     if let Ok(rows) = wire.alive(count(&parts)).await? {
-                        return Ok(Joining { scopes, fence, back, source: Source::Shared(parts, rows) });
+                        return Ok(Joining { scopes, fence, back, source: RowsFrom::Shared(parts, rows) });
                     }
                 } else {
                     let rows = self.count(wire, &mut snapshot, &new).await?;
                     match turn.take().or_else(|| edge.shares.try_turn(&self.place, rows)) {
                         Some(turn) => {
-                            let source = Source::Own(snapshot, rows, turn);
+                            let source = RowsFrom::Own(snapshot, rows, turn);
                             return Ok(Joining { scopes, fence, back, source });
                         }
                         None => {
@@ -237,7 +237,7 @@ impl Session {
     async fn send_shared(
         &mut self,
         wire: &mut Wire,
-        parts: &[Arc<Part>],
+        parts: &[Arc<ScopeFrames>],
         scopes: &[Scope],
         until: Instant,
     ) -> Result<(), End> {
@@ -267,7 +267,7 @@ fn in_time(until: Instant) -> Result<(), End> {
 }
 
 /// How many rows parts have together.
-async fn count(parts: &[Arc<Part>]) -> Result<u64, Apart> {
+async fn count(parts: &[Arc<ScopeFrames>]) -> Result<u64, Apart> {
     let mut rows = 0;
     for part in parts {
         rows += part.rows().await?;

@@ -20,7 +20,7 @@ use super::text;
 use super::unsettled::Unsettled;
 use super::visible::{another_user, settled};
 use super::wire::{Room, Socket, SocketError, Wire};
-use crate::catalogs::Known;
+use crate::catalogs::Loaded;
 use crate::catchup;
 use crate::downlink::Downlink;
 use crate::edge::Edge;
@@ -105,7 +105,7 @@ pub(super) fn downlink_at_head(
     edge: &Edge,
     client_id: Uuid,
     user_id: &str,
-    known: &Known,
+    known: &Loaded,
     authorization: &Arc<Fence>,
 ) -> Result<Downlink, End> {
     let (head, open) = head(edge)?;
@@ -254,7 +254,7 @@ pub(super) async fn open(
 }
 
 /// The client's position, if its rows are of our layout.
-fn position(hello: &Hello, known: &Known) -> Option<Position> {
+fn position(hello: &Hello, known: &Loaded) -> Option<Position> {
     let schema = hello.schema.as_deref()?;
     hello.position.filter(|_| layout(schema) == layout(&known.catalog.version))
 }

@@ -12,11 +12,11 @@ use uuid::Uuid;
 use super::end::End;
 use super::unsettled::Unsettled;
 use super::wire::Wire;
-use crate::catalogs::Known;
+use crate::catalogs::Loaded;
 use crate::downlink::{Downlink, Out};
 use crate::edge::Edge;
 use crate::fence::Fence;
-use crate::hub::Membership;
+use crate::hub::Seat;
 use crate::resume::{Mark, Token};
 use crate::shares::Place;
 use crate::snapshot::Snapshot;
@@ -35,8 +35,8 @@ pub struct Session {
     /// Whether the ledger says that the client is this user's; before its first transaction nobody knows.
     pub is_bound: bool,
     /// The catalog whose schema the client has.
-    pub known: Arc<Known>,
-    pub membership: Membership,
+    pub known: Arc<Loaded>,
+    pub membership: Seat,
     pub downlink: Downlink,
     /// How its rows are brought up to date, until that has begun.
     pub start: Option<Start>,

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::end::{End, RETRY_MS};
 use super::state::Session;
 use super::wire::Wire;
-use crate::lane::Item;
+use crate::lane::Queued;
 
 /// Refused frames after which a client is cut.
 const MAX_REFUSALS: u32 = 100;
@@ -68,7 +68,7 @@ impl Session {
             self.deaf_until = Some(Instant::now() + wait.min(DEAF));
             return self.overloaded(wire, client_seq, wait, "more is submitted than this user's share").await;
         }
-        let item = Item { submission: encoded, client_seq, stored: self.stored.0.clone() };
+        let item = Queued { submission: encoded, client_seq, stored: self.stored.0.clone() };
         if self.edge.lanes.submit(self.client_id, item).is_err() {
             let wait = Duration::from_millis(RETRY_MS);
             return self.overloaded(wire, client_seq, wait, "too many changes wait for the broker").await;

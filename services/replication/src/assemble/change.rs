@@ -8,9 +8,9 @@ use millstream_schemas::{Scope, TableOp};
 
 use super::error::AssembleError;
 use super::limits::Limits;
-use super::lookup::{Filled, Found};
+use super::lookup::{Filled, ReadValue};
 use super::sizes::Sizes;
-use crate::chunks::{Chunk, Chunks, Group, KeyHash, write_row};
+use crate::chunks::{Chunk, Chunks, KeyHash, RowGroup, write_row};
 use crate::left_out::{Again, LeftOut};
 use crate::moves::{Moves, moves};
 use crate::pgoutput::{Old, Tuple};
@@ -117,7 +117,7 @@ impl Change<'_> {
             let known = image.iter().zip(&table.columns).filter(|(cell, _)| cell.is_known());
             known.map(|(_, column)| column.name.as_str()).collect()
         });
-        let group = Group { table: &table.name, op, columns: columns.as_deref() };
+        let group = RowGroup { table: &table.name, op, columns: columns.as_deref() };
         for scope in scopes {
             let moved = self.moves.get(scope).map_or(&[][..], Vec::as_slice);
             self.chunks.add_moving(scope, group, hash, self.row, moved, self.pieces);
@@ -141,7 +141,7 @@ impl Change<'_> {
             // Clients never had it either.
             return self.left_out.push(LeftOut::Key { table: self.table.name.clone() });
         }
-        let group = Group { table: &self.table.name, op: TableOp::Delete, columns: None };
+        let group = RowGroup { table: &self.table.name, op: TableOp::Delete, columns: None };
         let hash = hash(self.table, key);
         for scope in scopes {
             let moved = self.moves.get(scope).map_or(&[][..], Vec::as_slice);
@@ -171,10 +171,10 @@ pub(super) fn images<'a>(
             *cell = old;
         } else if let Some((_, found)) = filled.iter().find(|(index, _)| *index == column) {
             *cell = match found {
-                Found::Null => Cell::Null,
-                Found::Text(text) => Cell::Text(text),
-                Found::TooLarge => Cell::Unsendable,
-                Found::Length(_) => continue,
+                ReadValue::Null => Cell::Null,
+                ReadValue::Text(text) => Cell::Text(text),
+                ReadValue::TooLarge => Cell::Unsendable,
+                ReadValue::Length(_) => continue,
             };
         }
     }

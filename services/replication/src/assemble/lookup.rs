@@ -15,11 +15,11 @@ pub struct Lookup {
 }
 
 /// The answer to a [`Lookup`]: columns and what was found there.
-pub type Filled = Vec<(usize, Found)>;
+pub type Filled = Vec<(usize, ReadValue)>;
 
 /// A value that was read from the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum ReadValue {
     /// Null.
     Null,
     /// Its text.
@@ -30,8 +30,8 @@ pub enum Found {
     Length(usize),
 }
 
-impl From<Option<String>> for Found {
-    fn from(value: Option<String>) -> Found {
-        value.map_or(Found::Null, Found::Text)
+impl From<Option<String>> for ReadValue {
+    fn from(value: Option<String>) -> ReadValue {
+        value.map_or(ReadValue::Null, ReadValue::Text)
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use super::lookup::{Filled, Found};
+use super::lookup::{Filled, ReadValue};
 use crate::chunks::KeyHash;
 use crate::relation::{Cell, Image};
 
@@ -30,7 +30,9 @@ impl Sizes {
     pub fn learn(&mut self, row: KeyHash, filled: &Filled) {
         let lengths: Vec<(usize, usize)> = filled
             .iter()
-            .filter_map(|(column, found)| if let Found::Length(bytes) = found { Some((*column, *bytes)) } else { None })
+            .filter_map(
+                |(column, found)| if let ReadValue::Length(bytes) = found { Some((*column, *bytes)) } else { None },
+            )
             .collect();
         if lengths.is_empty() {
             return;

@@ -235,7 +235,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
     let fixed = vec![(0, Some("t1".to_owned())), (1, Some("p1".to_owned()))];
     assert_eq!(assembler.lookup(&stays).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![2], lengths: true }));
     // A length will do: the message stays as small as the change.
-    assembler.handle(&stays, &vec![(2, Found::Length(2000))], &mut out).unwrap();
+    assembler.handle(&stays, &vec![(2, ReadValue::Length(2000))], &mut out).unwrap();
     assert_eq!(assembler.lookup(&stays).unwrap(), None);
     let complete = update(TASKS, old_full(&["large", "t1", "p1"]), &["…", "t1", "p2"]);
     assert_eq!(assembler.lookup(&complete).unwrap(), None);
@@ -248,7 +248,7 @@ fn unchanged_large_values_are_read_for_new_readers() {
         assert_eq!(assembler.lookup(&moves).unwrap(), Some(expected));
     }
     let moves = update(TASKS, old_key(&["∅", "t1", "p1"]), &["…", "t1", "p2"]);
-    assembler.handle(&moves, &vec![(2, Found::Text("large".into()))], &mut out).unwrap();
+    assembler.handle(&moves, &vec![(2, ReadValue::Text("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
     let texts = texts(&out);
@@ -263,7 +263,7 @@ fn rows_cross_the_limit_with_values_that_are_not_told() {
     let mut assembler = Assembler::new(Arc::new([two]), Lsn::ZERO, HashSet::new());
     let large: &'static str = Box::leak("x".repeat(MAX_ROW_BYTES * 2 / 3).into_boxed_str());
     let mut lsn = 100;
-    let mut check = |change: Message<'static>, found: Option<Found>, expected: &str| {
+    let mut check = |change: Message<'static>, found: Option<ReadValue>, expected: &str| {
         lsn += 100;
         let mut out = Vec::new();
         for message in [
@@ -283,13 +283,13 @@ fn rows_cross_the_limit_with_values_that_are_not_told() {
     };
     let small = |id| update(TASKS, None, &[id, "small", "…"]);
     // Not seen before: it may have been too large until now.
-    check(small("1"), Some(Found::Text(large.into())), "upsert ");
+    check(small("1"), Some(ReadValue::Text(large.into())), "upsert ");
     check(small("1"), None, "update id a");
     check(update(TASKS, None, &["1", large, "…"]), None, "delete ");
-    check(small("1"), Some(Found::Text(large.into())), "upsert ");
+    check(small("1"), Some(ReadValue::Text(large.into())), "upsert ");
     // Too large with what is in the table.
-    check(update(TASKS, None, &["2", large, "…"]), Some(Found::Text(large.into())), "delete ");
-    check(update(TASKS, None, &["2", "…", "small"]), Some(Found::Text(large.into())), "upsert ");
+    check(update(TASKS, None, &["2", large, "…"]), Some(ReadValue::Text(large.into())), "delete ");
+    check(update(TASKS, None, &["2", "…", "small"]), Some(ReadValue::Text(large.into())), "upsert ");
     check(update(TASKS, None, &["2", "…", "other"]), None, "update id b");
     check(insert(TASKS, &["3", large, "small"]), None, "upsert ");
     check(update(TASKS, None, &["3", "…", large]), None, "delete ");
@@ -311,7 +311,7 @@ fn unchanged_large_values_are_read_for_those_who_were_told_to_delete() {
     let fixed = [Some("t1"), Some("p1"), None];
     let fixed = fixed.into_iter().enumerate().map(|(column, value)| (column, value.map(str::to_owned))).collect();
     assert_eq!(assembler.lookup(&leaves).unwrap(), Some(Lookup { table: 0, fixed, columns: vec![3], lengths: false }));
-    assembler.handle(&leaves, &vec![(3, Found::Text("large".into()))], &mut out).unwrap();
+    assembler.handle(&leaves, &vec![(3, ReadValue::Text("large".into()))], &mut out).unwrap();
     let commit = Message::Commit { lsn: Lsn(100), end_lsn: Lsn(108), at: 5 };
     assembler.handle(&commit, &nothing, &mut out).unwrap();
     assert_eq!(texts(&out), ["ms.wal.project.p2 delete tasks[t1]", "ms.wal.project.p1 upsert tasks[t1,p1,∅,large]"]);
@@ -394,10 +394,10 @@ fn withdrawn_rows_are_read_once_they_fit() {
     let lookup = assembler.lookup(&again).unwrap().unwrap();
     assert_eq!(lookup.columns, [2]);
     // Still too large.
-    assembler.handle(&again, &vec![(2, Found::TooLarge)], &mut out).unwrap();
+    assembler.handle(&again, &vec![(2, ReadValue::TooLarge)], &mut out).unwrap();
     assert!(assembler.lookup(&again).unwrap().is_some());
     let fits = "f".repeat(200);
-    assembler.handle(&again, &vec![(2, Found::Text(fits.clone()))], &mut out).unwrap();
+    assembler.handle(&again, &vec![(2, ReadValue::Text(fits.clone()))], &mut out).unwrap();
     assert_eq!(assembler.lookup(&again).unwrap(), None);
     let commit = Message::Commit { lsn: Lsn(200), end_lsn: Lsn(208), at: 5 };
     assembler.handle(&commit, &Filled::new(), &mut out).unwrap();

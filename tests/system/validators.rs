@@ -1,5 +1,5 @@
-//! External validators: what they refuse is rejected, and while they give no verdict changes wait, in order, and only
-//! they.
+//! External validators: what they refuse is rejected, and while they give no verdict the
+//! changes of that partition wait, in order, and no others.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

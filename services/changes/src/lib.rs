@@ -38,7 +38,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::item::WORKER_KIB;
-use crate::partitions::consumer::{Consumer, Ended, Lane, Reading, WORKER_COMMANDS};
+use crate::partitions::consumer::{Consumer, Ended, Reading, WORKER_COMMANDS, WorkerLink};
 use crate::partitions::janitor::Janitor;
 use crate::partitions::ownership::{Assignment, Ownership};
 use crate::partitions::retention::Retention;
@@ -166,11 +166,11 @@ impl Service {
                 worker.run().await;
                 "worker"
             });
-            let lane = Lane { index, workers, commands, room: Arc::new(Semaphore::new(WORKER_KIB)) };
+            let link = WorkerLink { index, workers, commands, room: Arc::new(Semaphore::new(WORKER_KIB)) };
             let (idle_sender, idle) = mpsc::channel(NOTICES);
             idle_senders.push(idle_sender);
             let (stream, incarnation, assignment) = (stream.clone(), incarnation.clone(), assignment.clone());
-            let consumer = Consumer::new(stream, incarnation, lane, assignment, idle, reading.clone(), stop.clone());
+            let consumer = Consumer::new(stream, incarnation, link, assignment, idle, reading.clone(), stop.clone());
             consumers.spawn(consumer.run());
         }
         let (parked, pool, shutdown) = (shared.parked.clone(), self.pool.clone(), stop.clone());

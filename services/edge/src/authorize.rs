@@ -1,4 +1,4 @@
-//! Who may read what: the only place that decides it. What a client says of its scopes is a claim, and deliveries, catch-ups and
+//! Which scopes a user may read: the edge decides it here alone. What a client says of its scopes is a claim, and deliveries, catch-ups and
 //! snapshots follow what is read here.
 
 use std::collections::BTreeSet;

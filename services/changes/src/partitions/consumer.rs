@@ -45,7 +45,7 @@ pub(crate) fn worker_of(partition: u16, workers: usize) -> usize {
 
 /// A worker, as its cursor sees it.
 #[derive(Debug)]
-pub(crate) struct Lane {
+pub(crate) struct WorkerLink {
     /// Which one it is, of how many.
     pub index: usize,
     pub workers: usize,
@@ -134,7 +134,7 @@ enum CursorOutcome {
 pub(crate) struct Consumer {
     stream: Stream,
     incarnation: String,
-    lane: Lane,
+    link: WorkerLink,
     assignment: watch::Receiver<Assignment>,
     idle: mpsc::Receiver<Idle>,
     reading: Reading,
@@ -149,13 +149,13 @@ impl Consumer {
     pub fn new(
         stream: Stream,
         incarnation: String,
-        lane: Lane,
+        link: WorkerLink,
         assignment: watch::Receiver<Assignment>,
         idle: mpsc::Receiver<Idle>,
         reading: Reading,
         shutdown: Shutdown,
     ) -> Self {
-        Consumer { stream, incarnation, lane, assignment, idle, reading, shutdown, handed: BTreeMap::new(), highest: 0 }
+        Consumer { stream, incarnation, link, assignment, idle, reading, shutdown, handed: BTreeMap::new(), highest: 0 }
     }
 
     /// Runs until shutdown or until the stream turns out to be another one.
@@ -184,7 +184,7 @@ impl Consumer {
                     PAUSE
                 }
             };
-            self.reading.set(self.lane.index, false);
+            self.reading.set(self.link.index, false);
             tokio::select! {
                 () = shutdown.requested() => return Ended::Shutdown,
                 () = tokio::time::sleep(pause) => {}
@@ -195,7 +195,7 @@ impl Consumer {
     /// Tells the worker what it owns now. It had been told of the same partitions before, so only changes are sent.
     async fn assign(&mut self) -> Result<Assignment, Dropped> {
         let mut assignment = self.assignment.borrow_and_update().clone();
-        let (index, workers) = (self.lane.index, self.lane.workers);
+        let (index, workers) = (self.link.index, self.link.workers);
         assignment.owned.retain(|partition, _| worker_of(*partition, workers) == index);
         let gone: Vec<u16> =
             self.handed.keys().copied().filter(|partition| !assignment.owned.contains_key(partition)).collect();
@@ -213,7 +213,7 @@ impl Consumer {
     }
 
     async fn send(&self, command: Command) -> Result<(), Dropped> {
-        self.lane.commands.send(command).await.map_err(|_| Dropped::WorkerGone)
+        self.link.commands.send(command).await.map_err(|_| Dropped::WorkerGone)
     }
 
     /// Compares the stream with what is known of it.
@@ -234,7 +234,7 @@ impl Consumer {
     async fn tail(&mut self) -> Result<CursorOutcome, Dropped> {
         let assignment = self.assign().await?;
         if assignment.owned.is_empty() {
-            self.reading.set(self.lane.index, true);
+            self.reading.set(self.link.index, true);
             // An error means that the ownership task is gone, and with it this one soon.
             let _ = self.assignment.changed().await;
             return Ok(CursorOutcome::Again);
@@ -271,7 +271,7 @@ impl Consumer {
             .messages()
             .await
             .map_err(Dropped::Pull)?;
-        self.reading.set(self.lane.index, true);
+        self.reading.set(self.link.index, true);
         let mut expected = 1;
         let mut check = tokio::time::interval_at(tokio::time::Instant::now() + CHECK, CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -316,7 +316,7 @@ impl Consumer {
             return Ok(());
         }
         let kib = (payload.len() / 1024 + 1).min(WORKER_KIB) as u32;
-        let room = self.lane.room.clone().acquire_many_owned(kib).await.map_err(|_| Dropped::WorkerGone)?;
+        let room = self.link.room.clone().acquire_many_owned(kib).await.map_err(|_| Dropped::WorkerGone)?;
         self.send(Command::Message { partition, sequence, payload, room }).await
     }
 

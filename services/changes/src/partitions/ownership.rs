@@ -25,7 +25,7 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(15);
 /// The partitions that are ours, as the consumer needs to know them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Assignment {
-    /// Epoch and position at the time they were taken.
+    /// Term and position at the time they were taken.
     pub owned: BTreeMap<u16, Owned>,
     /// Highest position of any partition, whoever owns it.
     pub highest: u64,

@@ -95,7 +95,9 @@ impl<'a> Groups<'a> {
                 && references
                     .iter()
                     .all(|parent| behind(self.written.get(parent), group) && behind(self.unknown.get(&parent.0), group))
-                && !self.groups[group + 1..].iter().any(|later| statements.conflict(&later.statement.shape, shape))
+                && !self.groups[group + 1..]
+                    .iter()
+                    .any(|later| statements.depend_on_order(&later.statement.shape, shape))
         });
         let group = joins.unwrap_or(self.groups.len());
         let elsewhere = |found: Option<&usize>| found.is_some_and(|found| *found != group);
@@ -126,7 +128,7 @@ impl<'a> Groups<'a> {
     pub fn are_independent(&self, statements: &mut Statements) -> bool {
         let mut pairs =
             self.groups.iter().enumerate().flat_map(|(n, a)| self.groups[n + 1..].iter().map(move |b| (a, b)));
-        !self.bound && !pairs.any(|(a, b)| statements.conflict(&a.statement.shape, &b.statement.shape))
+        !self.bound && !pairs.any(|(a, b)| statements.depend_on_order(&a.statement.shape, &b.statement.shape))
     }
 
     /// The groups, in the order of execution.

@@ -131,7 +131,7 @@ impl Shape {
     }
 
     /// Whether changes of these shapes, of rows with different keys, may depend on their order.
-    pub fn conflicts(&self, other: &Shape) -> bool {
+    pub fn depends_on_order(&self, other: &Shape) -> bool {
         let one_way = |a: &Shape, b: &Shape| {
             a.barrier
                 || !a.written.is_disjoint(&b.reads)

@@ -65,7 +65,7 @@ pub(crate) struct Statements {
     traits: HashMap<u32, Traits>,
     views: Vec<String>,
     cache: HashMap<Name, Arc<Statement>>,
-    conflicts: HashMap<(usize, usize), bool>,
+    ordered: HashMap<(usize, usize), bool>,
     made: usize,
 }
 
@@ -83,7 +83,7 @@ impl Statements {
         }
         if self.cache.len() >= MAX_CACHED {
             self.cache.clear();
-            self.conflicts.clear();
+            self.ordered.clear();
         }
         self.made += 1;
         let (table, op, columns) = (step.table, step.op, step.columns.as_slice());
@@ -121,9 +121,9 @@ impl Statements {
     }
 
     /// Whether changes of two shapes may depend on their order, even if of different rows.
-    pub fn conflict(&mut self, a: &Shape, b: &Shape) -> bool {
+    pub fn depend_on_order(&mut self, a: &Shape, b: &Shape) -> bool {
         let pair = (a.id.min(b.id), a.id.max(b.id));
-        *self.conflicts.entry(pair).or_insert_with(|| a.conflicts(b))
+        *self.ordered.entry(pair).or_insert_with(|| a.depends_on_order(b))
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) type Answer = Option<Rejection>;
 
 /// A partition of which something waits.
 #[derive(Debug)]
-struct Lane {
+struct Held {
     /// In stream order; with the key of those that need an answer.
     items: VecDeque<(Option<Question>, Item)>,
     backoff: Backoff,
@@ -53,7 +53,7 @@ struct Lane {
 /// The items before the queue.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    lanes: BTreeMap<u16, Lane>,
+    partitions: BTreeMap<u16, Held>,
     /// Questions under way.
     asked: HashSet<Question>,
     /// Answers, kept until the transaction is settled: a resent copy gets the same one.
@@ -64,26 +64,26 @@ impl Gate {
     /// Takes an item in; `asks` says whether validators have a say in it. Gives it back if nothing keeps it here.
     pub fn push(&mut self, item: Item, asks: bool) -> Option<Item> {
         let key = item.submission.as_ref().filter(|_| asks).map(Question::of);
-        if key.is_none() && !self.lanes.contains_key(&item.partition) {
+        if key.is_none() && !self.partitions.contains_key(&item.partition) {
             return Some(item);
         }
-        let lane = self.lanes.entry(item.partition).or_insert_with(|| Lane {
+        let held = self.partitions.entry(item.partition).or_insert_with(|| Held {
             items: VecDeque::new(),
             backoff: Backoff::new(PAUSES.0, PAUSES.1),
             again: None,
         });
-        lane.items.push_back((key, item));
+        held.items.push_back((key, item));
         None
     }
 
     /// What is to be asked now. Each is then under way until [`Gate::answered`].
     pub fn ask(&mut self, now: Instant, mut question: impl FnMut(u16, Question, &Submission)) {
-        for (&partition, lane) in &mut self.lanes {
-            if lane.again.is_some_and(|again| now < again) {
+        for (&partition, held) in &mut self.partitions {
+            if held.again.is_some_and(|again| now < again) {
                 continue;
             }
-            lane.again = None;
-            let waiting = lane.items.iter().filter_map(|(key, item)| Some(((*key)?, item.submission.as_ref()?)));
+            held.again = None;
+            let waiting = held.items.iter().filter_map(|(key, item)| Some(((*key)?, item.submission.as_ref()?)));
             for (key, submission) in waiting.take(ASK_AHEAD) {
                 if !self.answers.contains_key(&key) && self.asked.insert(key) {
                     question(partition, key, submission);
@@ -95,30 +95,30 @@ impl Gate {
     /// A question came back: with an answer, or with none, so that the partition pauses before it is asked again.
     pub fn answered(&mut self, partition: u16, key: Question, answer: Option<Answer>, now: Instant) {
         self.asked.remove(&key);
-        match (answer, self.lanes.get_mut(&partition)) {
+        match (answer, self.partitions.get_mut(&partition)) {
             (Some(answer), _) => {
                 self.answers.insert(key, answer);
             }
-            (None, Some(lane)) if lane.again.is_none() => lane.again = Some(now + lane.backoff.next()),
+            (None, Some(held)) if held.again.is_none() => held.again = Some(now + held.backoff.next()),
             (None, _) => {}
         }
     }
 
     /// Hands on, in each partition's order, what waits no more.
     pub fn release(&mut self, mut out: impl FnMut(Item, Answer)) {
-        self.lanes.retain(|_, lane| {
-            while let Some((key, _)) = lane.items.front() {
+        self.partitions.retain(|_, held| {
+            while let Some((key, _)) = held.items.front() {
                 let answer = match key {
                     None => None,
                     Some(key) => match self.answers.get(key) {
                         None => return true,
                         Some(answer) => {
-                            lane.backoff.reset();
+                            held.backoff.reset();
                             answer.clone()
                         }
                     },
                 };
-                if let Some((_, item)) = lane.items.pop_front() {
+                if let Some((_, item)) = held.items.pop_front() {
                     out(item, answer);
                 }
             }
@@ -128,7 +128,7 @@ impl Gate {
 
     /// When a partition's pause ends, if one pauses.
     pub fn next(&self) -> Option<Instant> {
-        self.lanes.values().filter_map(|lane| lane.again).min()
+        self.partitions.values().filter_map(|held| held.again).min()
     }
 
     /// The transaction is committed.
@@ -140,16 +140,16 @@ impl Gate {
 
     /// Drops what the positions say is done, and what belongs to partitions that are not owned any more.
     pub fn retain(&mut self, owned: &BTreeMap<u16, Owned>) {
-        self.lanes.retain(|partition, lane| {
+        self.partitions.retain(|partition, held| {
             let position = owned.get(partition).map(|state| state.position);
-            lane.items.retain(|(_, item)| position.is_some_and(|position| item.sequence > position));
-            !lane.items.is_empty()
+            held.items.retain(|(_, item)| position.is_some_and(|position| item.sequence > position));
+            !held.items.is_empty()
         });
     }
 
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.lanes.is_empty()
+        self.partitions.is_empty()
     }
 
     /// Forgets the answers; to be called when nothing waits here nor in the queue.

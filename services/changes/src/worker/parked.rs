@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::error::Refusal;
 
-/// Most transactions that a process names; the metrics count all.
+/// Most transactions that a process names; the note in `/readyz` counts all.
 const MAX_NAMED: usize = 1_000;
 /// Time between rounds: a refusal is heard of within it.
 const PERIOD: Duration = Duration::from_secs(1);

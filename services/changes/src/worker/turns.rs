@@ -291,7 +291,7 @@ impl Turns {
             client.bytes += item.bytes;
             self.bytes += item.bytes;
             client.items.push_front(item);
-            // Another item is the next one: it may be for the other lane.
+            // Another item is the next one: it may be for the other connection.
             self.take_turn(id);
             self.give_turn(id);
         }

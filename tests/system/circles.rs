@@ -1,7 +1,8 @@
 //! No file needs another that needs it back, in any crate: a file can be read once what it uses has been read.
 //!
 //! An arrow is a path in a file (`crate::…`, `super::…`, a child's name) to an item that another file of the crate defines. A
-//! façade's `pub use` is none: it leads on to the file that it names. Nor is what a `mod` block within a file uses, which is tests.
+//! façade's `pub use` is none: it leads on to the file that it names. Nor is anything in a `mod tests` within a file. A call of a
+//! method names no file, so methods of one type that lie in several files may call each other unseen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

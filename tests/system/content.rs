@@ -257,6 +257,26 @@ async fn values_are_read_once_their_transaction_is_visible() -> Result<()> {
     scene.board.explain(outcome)
 }
 
+/// Where the server takes Millstream's own connection for a synchronous standby, a commit waits for replication, which must not wait
+/// for the commit: it reads too early, says so, and sends the table again once the commit is visible.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_waits_for_replication_itself_goes_on() -> Result<()> {
+    let mut scene = scene(|builder| builder).await?;
+    let outcome = async {
+        scene.sql("ALTER TABLE blobs ALTER COLUMN a SET STORAGE EXTERNAL").await?;
+        scene.sql("INSERT INTO blobs (id, note, a) VALUES (1, 'n', repeat('x', 10000))").await?;
+        scene.canary().await?;
+        scene.sql("ALTER SYSTEM SET synchronous_standby_names = '*'").await?;
+        scene.sql("SELECT pg_reload_conf()").await?;
+        scene.canary().await?;
+        scene.sql("UPDATE blobs SET id = 11 WHERE id = 1").await?;
+        scene.canary().await?;
+        scene.shows("SELECT id FROM blobs WHERE id = 11 AND a LIKE 'x%' AND length(a) = 10000", 1).await
+    }
+    .await;
+    scene.board.explain(outcome)
+}
+
 /// Origin records of any size, also of a writer that is not ours: who is not told by the stream is told by the ledger.
 #[tokio::test(flavor = "multi_thread")]
 async fn origin_records_of_any_size_stop_nobody() -> Result<()> {

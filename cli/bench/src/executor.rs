@@ -354,7 +354,7 @@ fn print(report: &ExecutorReport) {
     println!("ratio      {}", report.ratio);
     println!(
         "{} % bad    {} changes/s, {} of the floor, {} of clean batches",
-        bad.share * 100.0,
+        round(bad.share * 100.0),
         bad.changes_per_s,
         bad.ratio,
         bad.of_clean

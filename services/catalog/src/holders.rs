@@ -1,5 +1,5 @@
-//! What the database says of synced tables beyond the catalog and the change stream: which tables hold their rows, what old
-//! rows tell of them, and whether keys may change hands within a transaction.
+//! How the rows of synced tables are held and replicated: which tables hold them, which columns of old rows are told, and
+//! whether keys may change hands within a transaction.
 
 use std::collections::BTreeSet;
 
@@ -23,7 +23,7 @@ impl Unanswered {
     }
 }
 
-/// One synced table, as far as the assembler asks.
+/// How one synced table is replicated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
     /// Of a partitioned table: for each column of the catalog, whether the replica identities of all partitions cover it.

@@ -1,4 +1,5 @@
-//! What is to be done: one submission of a message of the stream, with its place there. And the limits of what is done at a time.
+//! What the rooms hand to each other: one submission of a message of the stream with its place there, how it is to be applied,
+//! positions, and the limits of what is done at a time.
 
 use millstream_schemas::stream::{ChangesMessage, Submission};
 use tokio::sync::OwnedSemaphorePermit;

@@ -2,11 +2,11 @@
 //!
 //! The rooms, in the order of a change's way; each uses only those below it:
 //!
-//! - [`partitions`]: which partitions of the stream are this process's, and the cursor that reads them.
-//! - [`worker`]: what waits for its turn, in each client's order; what is tried next after a failure.
-//! - [`transaction`]: a batch in one Postgres transaction, guarded by the partitions' positions and the clients' ledger.
-//! - [`sql`]: the texts that changes become, made from the catalog.
-//! - [`decide`]: the rules that need no database.
+//! - `partitions`: which partitions of the stream are this process's, and the cursor that reads them.
+//! - `worker`: what waits for its turn, in each client's order; what is tried next after a failure.
+//! - `transaction`: a batch in one Postgres transaction, guarded by the partitions' positions and the clients' ledger.
+//! - `sql`: the texts that changes become, made from the catalog.
+//! - `decide`: the rules that need no database.
 //!
 //! `error` tells verdicts from faults of the server, `item` is what is to be done. `direct` runs a worker without a broker.
 

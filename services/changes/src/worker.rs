@@ -20,8 +20,8 @@ use bytes::Bytes;
 use millstream_runtime::backoff::Backoff;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
-use millstream_schemas::Code;
 use millstream_schemas::stream::Submission;
+use millstream_schemas::{Code, subject};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -553,7 +553,22 @@ impl Worker {
         let Some(nats) = &self.shared.nats else { return };
         // While the broker is away its connection's queue may be full: results are hints, work is not.
         const PATIENCE: Duration = Duration::from_millis(200);
-        let _ = tokio::time::timeout(PATIENCE, results.publish(nats)).await;
+        let publish = async {
+            for (client_id, message) in results.messages() {
+                let payload = match serde_json::to_vec(&message) {
+                    Ok(payload) => payload,
+                    Err(error) => {
+                        tracing::error!(%error, "cannot encode results");
+                        continue;
+                    }
+                };
+                if let Err(error) = nats.publish(subject::results(client_id), payload.into()).await {
+                    tracing::debug!(%error, "a result was not published; the outbound stream will tell it");
+                    return;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(PATIENCE, publish).await;
     }
 
     /// A transaction failed in a way that nobody understands. Its client waits, others do not.

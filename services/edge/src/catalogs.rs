@@ -24,10 +24,10 @@ const PAUSE: Duration = Duration::from_millis(500);
 #[non_exhaustive]
 pub enum LoadError {
     /// See [`ConfigError`].
-    #[error(transparent)]
+    #[error("cannot read the configuration")]
     Config(#[from] ConfigError),
     /// See [`CatalogError`].
-    #[error(transparent)]
+    #[error("cannot read the catalog")]
     Catalog(#[from] CatalogError),
 }
 

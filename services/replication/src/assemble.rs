@@ -422,7 +422,7 @@ impl Assembler {
         let mut grants = false;
         for (&index, &why) in &transaction.again {
             let table = &self.tables[index];
-            let late = self.sent_again.is_late(index, why, transaction.at);
+            let late = self.sent_again.must_wait(index, why, transaction.at);
             self.left_out.push(LeftOut::Again { table: table.name.clone(), why, late });
             if late {
                 continue;

@@ -1,7 +1,12 @@
 //! `millstream client` as a person meets it: what it says of a write that does not go through, and of the way out.
 
+use std::process::Stdio;
+
 use anyhow::{Context, Result, ensure};
 use millstream_tests::board::{Board, PATIENCE};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use uuid::Uuid;
 
 /// Runs it with alice's store; gives the exit code and everything that it says.
@@ -64,7 +69,6 @@ async fn what_does_not_go_through_says_why_and_the_way_out() -> Result<()> {
     board.explain(result)
 }
 
-/// What waits in a store that is damaged is saved, and recorded again by what the message says.
 /// Whatever gives rows shows them, however it begins.
 #[tokio::test(flavor = "multi_thread")]
 async fn statements_that_give_rows_show_them() -> Result<()> {
@@ -186,6 +190,49 @@ async fn a_token_that_is_refused_says_what_to_do_and_loses_nothing() -> Result<(
             }
         }
         Ok(())
+    }
+    .await;
+    board.explain(result)
+}
+
+/// A watched query is shown at once and at each change, of a table by its name too, until Ctrl-C. The token comes from a file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watched_query_is_shown_at_each_change() -> Result<()> {
+    let board = crate::board().await?;
+    let result = async {
+        let token = board.store("alice.token");
+        std::fs::write(&token, board.stack.token("alice"))?;
+        let mut process = tokio::process::Command::new(crate::PROGRAM)
+            .args(["client", "--edge", &board.stack.edge_url(), "--store"])
+            .arg(board.store("watching"))
+            .arg("--token-file")
+            .arg(token)
+            .args(["--output", "json", "watch", "projects"])
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut lines = BufReader::new(process.stdout.take().context("its output")?).lines();
+        let mut shown = async |name: &str| -> Result<()> {
+            let found = async {
+                while let Some(line) = lines.next_line().await? {
+                    let rows: serde_json::Value = serde_json::from_str(&line).with_context(|| line.clone())?;
+                    if rows[0]["name"] == name {
+                        return Ok(());
+                    }
+                }
+                anyhow::bail!("it ended")
+            };
+            tokio::time::timeout(PATIENCE, found).await.with_context(|| format!("{name} is not shown"))?
+        };
+        let made = format!("INSERT INTO projects (id, name) VALUES ('{}', 'first')", Uuid::now_v7());
+        says(&board, &["sql", &made], 0, &["applied"]).await?;
+        shown("first").await?;
+        says(&board, &["sql", "UPDATE projects SET name = 'second'"], 0, &["applied"]).await?;
+        shown("second").await?;
+        kill(Pid::from_raw(process.id().context("it runs")? as i32), Signal::SIGINT)?;
+        let ended = tokio::time::timeout(PATIENCE, process.wait()).await.context("it does not end")??;
+        ensure!(ended.code() == Some(0), "{ended}");
+        says(&board, &["watch", "--times", "1", "SELECT name FROM projects"], 0, &["second", "(1 row)"]).await
     }
     .await;
     board.explain(result)

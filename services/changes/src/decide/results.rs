@@ -1,7 +1,6 @@
-//! Verdicts on their way back: a hint on the broker, that may be lost. Only the origin in the WAL settles a change.
+//! The verdicts of a batch, for the hint that goes back by the broker. It may be lost: only the origin in the WAL settles a change.
 
 use millstream_schemas::stream::{ResultsMessage, TransactionResult};
-use millstream_schemas::subject;
 use uuid::Uuid;
 
 use crate::decide::plan::Planned;
@@ -28,22 +27,13 @@ impl Results {
         }
     }
 
-    /// Publishes one message a client, without waiting for anything but room in the connection's own queue.
-    pub async fn publish(mut self, client: &async_nats::Client) {
-        for (client_id, results) in self.0.drain(..) {
-            let mut message = ResultsMessage { results };
-            message.results.sort_by_key(|result| result.client_seq);
-            message.results.dedup_by_key(|result| result.client_seq);
-            match serde_json::to_vec(&message) {
-                Ok(payload) => {
-                    if let Err(error) = client.publish(subject::results(client_id), payload.into()).await {
-                        tracing::debug!(%error, "a result was not published; the outbound stream will tell it");
-                        return;
-                    }
-                }
-                Err(error) => tracing::error!(%error, "cannot encode results"),
-            }
-        }
+    /// One message a client.
+    pub fn messages(self) -> impl Iterator<Item = (Uuid, ResultsMessage)> {
+        self.0.into_iter().map(|(client_id, mut results)| {
+            results.sort_by_key(|result| result.client_seq);
+            results.dedup_by_key(|result| result.client_seq);
+            (client_id, ResultsMessage { results })
+        })
     }
 }
 

@@ -19,7 +19,7 @@ const MAX_ORIGIN_BYTES: usize = 40 * 1024;
 /// Newest runs kept a client.
 const MAX_RUNS: i64 = 1_000;
 
-/// PositionMove of all partitions, and the ledger of all clients, in one round trip. The two read the same snapshot: had
+/// Moves the positions of all partitions and reads the ledger of all clients, in one round trip. The two read the same snapshot: had
 /// another owner changed the ledger meanwhile, it would have moved the position or the term too, and the fence fails.
 const FENCE: &str = concat!(
     "WITH ",

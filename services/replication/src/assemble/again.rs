@@ -1,5 +1,4 @@
-//! When tables were sent again because their changes could not be routed: what goes on and on must not keep clients at it all
-//! the time. Pure.
+//! When tables were sent again: changes that go on and on and cannot be routed must not keep clients at it all the time. Pure.
 
 use std::collections::HashMap;
 
@@ -16,8 +15,8 @@ const MAX_AGAIN_INTERVAL_MICROS: i64 = 600_000_000;
 pub(super) struct SentAgain(HashMap<usize, (i64, i64)>);
 
 impl SentAgain {
-    /// Whether a table was sent again a moment ago, so that it has to wait. Otherwise it counts as sent now.
-    pub fn is_late(&mut self, table: usize, why: Again, at: i64) -> bool {
+    /// Counts a table as sent again now, unless that was done a moment ago: true, it has to wait.
+    pub fn must_wait(&mut self, table: usize, why: Again, at: i64) -> bool {
         let (last, interval) = self.0.get(&table).copied().unwrap_or((i64::MIN, AGAIN_INTERVAL_MICROS));
         let since = at.saturating_sub(last);
         let is_unroutable = why == Again::Unroutable;

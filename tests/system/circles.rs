@@ -90,7 +90,7 @@ fn read(folder: &Path, above: &mut Module, files: &mut BTreeMap<Module, TokenStr
         let text = std::fs::read_to_string(&path)?;
         let tokens = TokenStream::from_str(&text).map_err(|error| anyhow!("{}: {error}", path.display()))?;
         // A program's root and its library's are one here.
-        files.entry(module).or_insert_with(TokenStream::new).extend(tokens);
+        files.entry(module).or_default().extend(tokens);
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use crate::worker::progress::Progress;
 use crate::worker::turns::Turns;
 
 /// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
-const WARY: usize = 50;
+const WARY: usize = 10;
 /// After one that took longer, so many quick ones have to follow before there are more at once again.
 const PATIENCE: usize = 10;
 

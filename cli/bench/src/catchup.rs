@@ -44,7 +44,7 @@ pub struct CatchupArgs {
     pub dir: Option<PathBuf>,
 }
 
-/// What is printed.
+/// The figures that the bench prints.
 #[derive(Debug, Serialize)]
 struct CatchupReport {
     /// Messages.

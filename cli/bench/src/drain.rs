@@ -40,7 +40,7 @@ pub struct DrainArgs {
     pub dir: Option<std::path::PathBuf>,
 }
 
-/// What is printed.
+/// The figures that the bench prints.
 #[derive(Debug, Serialize)]
 struct DrainReport {
     changes: u64,

@@ -24,7 +24,7 @@ pub enum Error {
     /// Postgres.
     #[error("Postgres: {action}")]
     Postgres {
-        /// What was done.
+        /// The operation that failed.
         action: &'static str,
         /// Why it failed.
         source: sqlx::Error,
@@ -32,7 +32,7 @@ pub enum Error {
     /// JetStream.
     #[error("JetStream: {action}")]
     JetStream {
-        /// What was done.
+        /// The operation that failed.
         action: &'static str,
         /// Why it failed.
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -40,7 +40,7 @@ pub enum Error {
     /// A client.
     #[error("client: {action}")]
     Client {
-        /// What was done.
+        /// The operation that failed.
         action: &'static str,
         /// Why it failed.
         source: Box<millstream_client::Error>,

@@ -59,7 +59,7 @@ pub struct ExecutorArgs {
     pub dir: Option<std::path::PathBuf>,
 }
 
-/// What is printed.
+/// The figures that the bench prints.
 #[derive(Debug, Serialize)]
 struct ExecutorReport {
     changes_per_s: f64,

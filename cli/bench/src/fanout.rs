@@ -51,7 +51,7 @@ pub struct FanoutArgs {
     pub dir: Option<PathBuf>,
 }
 
-/// What is printed.
+/// The figures that the bench prints.
 #[derive(Debug, Serialize)]
 struct FanoutReport {
     writes_per_s: u32,

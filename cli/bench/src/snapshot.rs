@@ -40,7 +40,7 @@ pub struct SnapshotArgs {
     pub dir: Option<PathBuf>,
 }
 
-/// What is printed.
+/// The figures that the bench prints.
 #[derive(Debug, Serialize)]
 struct SnapshotReport {
     rows: u64,

@@ -11,7 +11,7 @@ use crate::load::LoopArgs;
 use crate::rig::{CONFIG, finish, folder, start};
 use crate::{cpu, floor, load, verify};
 
-/// What is printed.
+/// The figures that the bench prints.
 #[derive(Debug, Serialize)]
 struct LoopReport {
     latency_ms: Percentiles,

@@ -83,7 +83,7 @@ pub enum Error {
     /// The application's database.
     #[error("Postgres: {action}")]
     Database {
-        /// What was done.
+        /// The operation that failed.
         action: String,
         /// Why it failed.
         source: sqlx::Error,

@@ -68,7 +68,7 @@ pub enum Command {
     Watch {
         /// Name of a table, or a SELECT
         query: String,
-        /// End after so many times
+        /// End once the rows have been shown this often
         #[arg(long)]
         times: Option<u64>,
     },
@@ -89,7 +89,7 @@ pub enum Queue {
 held (waits for an earlier transaction on the same rows)."
     )]
     List {
-        /// At most so many
+        /// Most entries to list
         #[arg(long, default_value_t = 50)]
         limit: usize,
         /// Only those that failed or are held back

@@ -30,7 +30,7 @@ pub enum Error {
     /// The store or a statement.
     #[error("{action}")]
     Client {
-        /// What was done.
+        /// The operation that failed.
         action: &'static str,
         /// Why it failed.
         source: Box<SdkError>,

@@ -37,7 +37,7 @@ pub enum Error {
         /// `client_seq`.
         client_seq: i64,
     },
-    /// What was recorded is not a transaction of this version.
+    /// The recorded transaction is not of this version.
     #[error("the record {id} cannot be replayed by this version")]
     Payload {
         /// Which.

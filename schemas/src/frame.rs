@@ -13,7 +13,12 @@
 //! came; at `snapshot_apply` the named scopes' rows are replaced by the snapshot's. (What the snapshot has seen comes
 //! before it, what it has not seen comes after, so that a row which moved between scopes ends where it belongs.)
 //!
+//! **Credit.** A client that cannot stop reading its socket says in `hello` how far the edge may send ahead of it, and with `taken`
+//! how far it is.
+//!
 //! **The first load** of a session is complete with `caught_up`, which comes once, always, and outside of brackets.
+
+use std::num::NonZeroU32;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -53,6 +58,14 @@ pub enum ClientFrame {
     },
     /// One local transaction.
     Submit(Submit),
+    /// Of all frames that the edge has sent in this session, from its first one on, the client has taken this much. For clients that
+    /// gave a `credit`.
+    Taken {
+        /// UTF-8 bytes of the frames, in all.
+        bytes: u64,
+    },
+    /// Asks for a `pong`: for clients that cannot see WebSocket pings, such as browsers.
+    Ping {},
 }
 
 /// Who the client is and where it stands.
@@ -82,6 +95,10 @@ pub struct Hello {
     /// Where a snapshot was cut whose rows the client still has staged: the server may go on behind them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotMark>,
+    /// While the edge has sent this many bytes more than the client has `taken`, it sends no rows. Absent: it sends what the socket
+    /// takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credit: Option<NonZeroU32>,
 }
 
 /// A set of scopes, told by a digest. Where the user may read exactly these scopes, nobody has to name them.
@@ -226,6 +243,8 @@ pub enum ServerFrame {
         /// The lost scope.
         scope: Scope,
     },
+    /// Answer to `ping`, or to several.
+    Pong {},
     /// Something was refused.
     Error(ErrorFrame),
 }

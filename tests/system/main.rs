@@ -7,6 +7,7 @@ mod bulk;
 mod caught_up;
 mod circles;
 mod content;
+mod credit;
 mod domains;
 mod epochs;
 mod exchanges;

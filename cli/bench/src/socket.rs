@@ -38,6 +38,7 @@ impl Socket {
             scopes_digest: None,
             confirmed_seq: 0,
             snapshot: None,
+            credit: None,
         });
         socket.send(serde_json::to_string(&hello).unwrap_or_default()).await?;
         Ok(socket)

@@ -114,6 +114,8 @@ impl SyncWorker {
             scopes_digest: (!many.is_empty()).then(|| ScopesDigest::of(&many)),
             confirmed_seq: info.confirmed_seq,
             snapshot: info.snapshot.as_ref().map(|(mark, _)| mark.clone()),
+            // The socket is not read while more waits than the store takes.
+            credit: None,
         });
         let text = serde_json::to_string(&hello).map_err(End::socket)?;
         let mut frame = exchange(socket, Some(text)).await?;

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use millstream_catalog::Config;
 use millstream_runtime::backoff::Backoff;
+use millstream_runtime::error::chain;
 use millstream_runtime::health::{self, Health};
 use millstream_runtime::nats::{self, Nats};
 use millstream_runtime::postgres;
@@ -232,7 +233,10 @@ impl Service {
         match tokio::time::timeout(Duration::from_secs(2), ownership::leave(&self.pool, &member)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::warn!(%error, "partitions are not released; others wait for the heartbeat to grow old")
+                tracing::warn!(
+                    error = chain(&error),
+                    "partitions are not released; others wait for the heartbeat to grow old"
+                )
             }
             Err(_) => tracing::warn!("partitions are not released in time; others wait for the heartbeat to grow old"),
         }
@@ -249,7 +253,7 @@ impl Service {
                     return Some(stream);
                 }
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot use the stream of changes yet");
+                    tracing::warn!(error = chain(&error), "cannot use the stream of changes yet");
                     self.health.set_ready("nats", false);
                 }
             }

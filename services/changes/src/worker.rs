@@ -18,6 +18,7 @@ use std::time::Duration;
 use async_nats::jetstream::stream::Stream;
 use bytes::Bytes;
 use millstream_runtime::backoff::Backoff;
+use millstream_runtime::error::chain;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::stream::Submission;
@@ -270,7 +271,7 @@ impl Worker {
                 self.retain();
                 if let Err(error) = self.executor.release(partition, state.term).await {
                     // Others see it as ours until the ownership task releases it a little later.
-                    tracing::warn!(%error, partition, "cannot release a partition");
+                    tracing::warn!(error = chain(&error), partition, "cannot release a partition");
                 }
             }
             Command::Message { partition, sequence, payload, room } => {
@@ -391,11 +392,7 @@ impl Worker {
             }
             Err(Failed::Isolate { .. } | Failed::Stale) => return self.queue.return_aside(item, None),
             Err(Failed::Model(error)) => {
-                tracing::error!(
-                    worker = self.index,
-                    error = &error as &dyn std::error::Error,
-                    "cannot read the catalog"
-                );
+                tracing::error!(worker = self.index, error = chain(&error), "cannot read the catalog");
                 self.shared.health.set_ready("postgres", false);
                 let until = now + self.parked_for((client_id, client_seq));
                 return self.queue.return_aside(item, Some(until));
@@ -409,7 +406,7 @@ impl Worker {
             None
         } else {
             if !is_strike {
-                tracing::warn!(client.id = %client_id, client.seq = client_seq, %error, "a transaction cannot be applied now; it is kept and tried again");
+                tracing::warn!(client.id = %client_id, client.seq = client_seq, error = chain(&error), "a transaction cannot be applied now; it is kept and tried again");
             }
             let pause = self.parked_for((client_id, client_seq));
             self.note(item.submission.as_ref(), &error);
@@ -465,12 +462,12 @@ impl Worker {
                 if warm {
                     self.queue.took(count, took, Instant::now());
                 }
-                self.committed(count, mode, took, &fences);
+                self.committed(count, mode, took, &fences, results.met_error);
                 return Some(results);
             }
             Err(Failed::Isolate { why, at }) => {
                 tracing::debug!(worker = self.index, transactions = count, ?mode, why, at, "a batch is taken apart");
-                self.queue.failed(count, mode, at);
+                self.queue.failed(count, mode, at, took);
             }
             Err(Failed::Stale) => {
                 tracing::debug!(worker = self.index, "reading the catalog again before refusing names")
@@ -486,7 +483,11 @@ impl Worker {
                 self.pause().await;
             }
             Err(Failed::Unsure(results, error)) => {
-                tracing::warn!(worker = self.index, %error, "the outcome of a batch is unknown; reading the positions");
+                tracing::warn!(
+                    worker = self.index,
+                    error = chain(&error),
+                    "the outcome of a batch is unknown; reading the positions"
+                );
                 // Where no position moves (the middle of a large message, or one before it waits) the ledger will tell what
                 // was done.
                 let single = self.queue.items().first().filter(|_| mode == Mode::Single).and_then(Item::name);
@@ -502,28 +503,32 @@ impl Worker {
                 match (mode, single) {
                     (_, Some((client_id, client_seq))) => self.strike(client_id, client_seq, &error).await,
                     (Mode::Fast | Mode::Careful, _) => self.queue.isolate(count),
-                    (Mode::Savepoints | Mode::Single, _) => self.queue.failed(count, mode, None),
+                    (Mode::Savepoints | Mode::Single, _) => self.queue.failed(count, mode, None, took),
                 }
             }
             Err(Failed::Strike(client_id, client_seq, error)) => self.strike(client_id, client_seq, &error).await,
             Err(Failed::Busy(error)) => self.busy(count, mode, &error).await,
             Err(Failed::Gone(error)) => {
-                tracing::warn!(worker = self.index, %error, "the connection was lost while a batch was applied");
+                tracing::warn!(
+                    worker = self.index,
+                    error = chain(&error),
+                    "the connection was lost while a batch was applied"
+                );
                 self.recover().await;
                 self.queue.isolate(count);
             }
             Err(Failed::Server(error)) => {
-                tracing::warn!(worker = self.index, %error, "Postgres cannot take the batch now; it is kept and tried again");
+                tracing::warn!(
+                    worker = self.index,
+                    error = chain(&error),
+                    "Postgres cannot take the batch now; it is kept and tried again"
+                );
                 self.shared.health.set_ready("postgres", false);
                 self.pause().await;
                 self.recover().await;
             }
             Err(Failed::Model(error)) => {
-                tracing::error!(
-                    worker = self.index,
-                    error = &error as &dyn std::error::Error,
-                    "cannot read the catalog"
-                );
+                tracing::error!(worker = self.index, error = chain(&error), "cannot read the catalog");
                 self.shared.health.set_ready("postgres", false);
                 self.pause().await;
             }
@@ -532,11 +537,11 @@ impl Worker {
     }
 
     /// The first items of the batch are done with.
-    fn committed(&mut self, count: usize, mode: Mode, took: Duration, fences: &[PositionMove]) {
+    fn committed(&mut self, count: usize, mode: Mode, took: Duration, fences: &[PositionMove], met_error: bool) {
         if self.queue.items()[..count].iter().any(|item| item.submission.is_some()) {
             self.worked = Some(Instant::now());
         }
-        for item in self.queue.done(count, mode, took) {
+        for item in self.queue.done(count, mode, took, met_error) {
             self.settled(&item);
         }
         for fence in fences {
@@ -558,12 +563,15 @@ impl Worker {
                 let payload = match serde_json::to_vec(&message) {
                     Ok(payload) => payload,
                     Err(error) => {
-                        tracing::error!(%error, "cannot encode results");
+                        tracing::error!(error = chain(&error), "cannot encode results");
                         continue;
                     }
                 };
                 if let Err(error) = nats.publish(subject::results(client_id), payload.into()).await {
-                    tracing::debug!(%error, "a result was not published; the outbound stream will tell it");
+                    tracing::debug!(
+                        error = chain(&error),
+                        "a result was not published; the outbound stream will tell it"
+                    );
                     return;
                 }
             }
@@ -596,11 +604,11 @@ impl Worker {
         let trouble = self.troubles.entry(name).or_default();
         trouble.strikes += 1;
         let strikes = trouble.strikes;
-        tracing::warn!(client.id = %client_id, client.seq = client_seq, strikes, %error, "a transaction failed in an unknown way");
+        tracing::warn!(client.id = %client_id, client.seq = client_seq, strikes, error = chain(&error), "a transaction failed in an unknown way");
         if strikes < MAX_STRIKES {
             return false;
         }
-        tracing::error!(client.id = %client_id, client.seq = client_seq, %error, "rejected as internal; see changes_history");
+        tracing::error!(client.id = %client_id, client.seq = client_seq, error = chain(&error), "rejected as internal; see changes_history");
         let message = format!("the server failed on it {MAX_STRIKES} times");
         if let Some(submission) = submission {
             let rejection = Rejection::new(submission, 0, Refusal::new(Code::Internal, message));
@@ -613,13 +621,17 @@ impl Worker {
     /// that does not help, the client waits, for as long as it takes.
     async fn busy(&mut self, count: usize, mode: Mode, error: &sqlx::Error) {
         if mode != Mode::Single {
-            tracing::debug!(worker = self.index, %error, "the transactions of a batch are tried one by one");
+            tracing::debug!(
+                worker = self.index,
+                error = chain(&error),
+                "the transactions of a batch are tried one by one"
+            );
             return self.queue.set_apart(count);
         }
         let Some((client_id, client_seq)) = self.queue.items().first().and_then(Item::name) else {
             return self.pause().await;
         };
-        tracing::warn!(client.id = %client_id, client.seq = client_seq, %error, "a transaction cannot be applied now; it is kept and tried again");
+        tracing::warn!(client.id = %client_id, client.seq = client_seq, error = chain(&error), "a transaction cannot be applied now; it is kept and tried again");
         self.park(0, error);
         // Locks and deadlocks are between transactions; everything else may be the server's state.
         let state = error.as_database_error().and_then(|error| error.code());
@@ -676,7 +688,7 @@ impl Worker {
             match self.executor.positions(&partitions).await {
                 Ok(stored) => break stored,
                 Err(error) => {
-                    tracing::warn!(worker = self.index, %error, "cannot read positions");
+                    tracing::warn!(worker = self.index, error = chain(&error), "cannot read positions");
                     self.shared.health.set_ready("postgres", false);
                     self.pause().await;
                 }

@@ -1,11 +1,12 @@
 //! One WebSocket: the shell around the downlink and the lanes. The files below it know one another in this order:
-//! `state`, `visible`, `join`, `feed`, `open`, `behind`; none of them knows this one.
+//! `state`, `visible`, `uplink`, `send`, `join`, `feed`, `open`, `behind`; none of them knows this one.
 
 mod behind;
 mod end;
 mod feed;
 mod join;
 mod open;
+mod send;
 mod state;
 pub mod text;
 mod unsettled;
@@ -17,13 +18,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millstream_schemas::Code;
-use millstream_schemas::frame::{Hello, MAX_FRAME_BYTES, ServerFrame};
+use millstream_schemas::frame::{Hello, ServerFrame};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use self::end::End;
-use self::open::HEARTBEAT;
 use self::state::{PUMP, Session};
-use self::wire::{Socket, SocketError, Wire};
+use self::uplink::deaf;
+use self::wire::{PING_INTERVAL, Wire};
 pub use self::wire::{UNSENT_KIB, upgrade};
 use crate::downlink::Out;
 use crate::edge::Edge;
@@ -31,8 +32,6 @@ use crate::hub::FellBehind;
 use crate::shares::Admission;
 use crate::snapshot::Snapshot;
 
-/// Pings to the client, and checks of its heartbeat.
-const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// Such batches handled before the socket is looked at again.
 const PUMP_BATCHES: usize = 16;
 /// How long a client may take for the last words of a session.
@@ -88,7 +87,7 @@ pub async fn serve(edge: Arc<Edge>, mut wire: Wire, admission: Admission) {
 async fn session(edge: &Arc<Edge>, wire: &mut Wire, hello: Hello, user_id: String) -> End {
     let place = match edge.shares.enter(&user_id) {
         Ok(place) => {
-            wire.trust(place.unsent.clone());
+            wire.trust(place.unsent.clone(), hello.credit);
             place
         }
         Err(wait) => return End::overloaded(wait, "this user has too many sessions, or opens them too often"),
@@ -164,7 +163,10 @@ impl Session {
             }
         });
         loop {
-            self.pump(wire).await?;
+            wire.answer().await?;
+            if wire.has_credit() {
+                self.pump(wire).await?;
+            }
             if self.downlink.waits() || self.start.is_some() {
                 waiting.get_or_insert_with(|| self.edge.watermarks.wait());
             } else {
@@ -203,40 +205,9 @@ impl Session {
                         self.downlink.watermark(watermark);
                     }
                 }
-                _ = ticks.tick() => {
-                    if wire.heard.elapsed() > HEARTBEAT {
-                        return Err(End::retry(Code::HeartbeatTimeout, "nothing was heard from the client for 45 s"));
-                    }
-                    wire.ping().await?;
-                }
+                _ = ticks.tick() => wire.beat().await?,
                 end = &mut ended => return Err(end),
             }
         }
-    }
-
-    async fn heard(&mut self, wire: &mut Wire, frame: Option<Result<Socket, SocketError>>) -> Result<(), End> {
-        let text = match frame {
-            Some(Ok(Socket::Text(text))) => text,
-            Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => return Ok(()),
-            Some(Ok(Socket::Binary(_))) => {
-                return self.refuse(wire, Code::BadFrame, "frames are JSON texts".to_owned(), None).await;
-            }
-            Some(Err(SocketError::Capacity(_))) => {
-                return Err(End::fatal(Code::TooLarge, format!("a frame is far over {MAX_FRAME_BYTES} bytes")));
-            }
-            Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
-        };
-        match text::submit(&text) {
-            Ok(submit) => self.submit(wire, submit).await,
-            Err(refused) if refused.code == Code::OutOfOrder => Err(End::fatal(refused.code, refused.message)),
-            Err(refused) => self.refuse(wire, refused.code, refused.message, refused.client_seq).await,
-        }
-    }
-}
-
-async fn deaf(until: Option<Instant>) {
-    match until {
-        Some(until) => tokio::time::sleep_until(until.into()).await,
-        None => std::future::pending().await,
     }
 }

@@ -12,6 +12,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpSocket};
 
+use crate::error::chain;
 use crate::shutdown::Shutdown;
 
 /// A connection must have sent its request's headers within this time.
@@ -168,7 +169,7 @@ async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown) {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Out of file descriptors, most likely: others may close meanwhile.
-                    tracing::warn!(%error, "cannot accept a connection");
+                    tracing::warn!(error = chain(&error), "cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -182,7 +183,7 @@ async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown) {
         let connection = server.serve_connection(TokioIo::new(stream), service).with_upgrades();
         tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
+                tracing::debug!(error = chain(&error), "connection ended");
             }
         });
     }

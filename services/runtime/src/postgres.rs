@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::error::chain;
 use rustls::CertificateError;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, PgConnection, Row as _};
@@ -156,7 +157,7 @@ pub fn pool(args: &Args, service: &str, max_connections: u32) -> Result<PgPool, 
         if let Err(error) = first.acquire().await
             && let Some(advice) = advice(&error)
         {
-            tracing::error!(%error, "cannot connect to Postgres: {advice}");
+            tracing::error!(error = chain(&error), "cannot connect to Postgres: {advice}");
         }
     });
     Ok(pool)

@@ -333,6 +333,7 @@ impl World {
             scopes_digest: None,
             confirmed_seq: info.confirmed_seq,
             snapshot: None,
+            credit: None,
         };
         trace!(self, "client {index} connects at {:?}, confirmed {}", known.map(|p| p.stream_seq), info.confirmed_seq);
         let session = self.connected(index, hello);

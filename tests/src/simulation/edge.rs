@@ -381,6 +381,7 @@ impl World {
         match serde_json::from_str(text).expect("a client's frame") {
             ClientFrame::Submit(submit) => self.submit(session, edge, submit),
             ClientFrame::Hello(_) | ClientFrame::Scopes { .. } => unreachable!("hello is not sent as text here"),
+            ClientFrame::Taken { .. } | ClientFrame::Ping {} => unreachable!("the SDK does not send these"),
         }
     }
 

@@ -7,14 +7,18 @@ use crate::decide::plan::Planned;
 
 /// Verdicts by client, each client's in the order in which they were reached.
 #[derive(Debug, Default)]
-pub(crate) struct Results(Vec<(Uuid, Vec<TransactionResult>)>);
+pub(crate) struct Results {
+    verdicts: Vec<(Uuid, Vec<TransactionResult>)>,
+    /// Postgres raised an error on the way, which was undone.
+    pub met_error: bool,
+}
 
 impl Results {
     /// Adds a verdict.
     pub fn push(&mut self, client_id: Uuid, result: TransactionResult) {
-        match self.0.iter_mut().rev().find(|(id, _)| *id == client_id) {
+        match self.verdicts.iter_mut().rev().find(|(id, _)| *id == client_id) {
             Some((_, results)) => results.push(result),
-            None => self.0.push((client_id, vec![result])),
+            None => self.verdicts.push((client_id, vec![result])),
         }
     }
 
@@ -29,7 +33,7 @@ impl Results {
 
     /// One message a client.
     pub fn messages(self) -> impl Iterator<Item = (Uuid, ResultsMessage)> {
-        self.0.into_iter().map(|(client_id, mut results)| {
+        self.verdicts.into_iter().map(|(client_id, mut results)| {
             results.sort_by_key(|result| result.client_seq);
             results.dedup_by_key(|result| result.client_seq);
             (client_id, ResultsMessage { results })
@@ -42,6 +46,8 @@ impl IntoIterator for Results {
     type IntoIter = Box<dyn Iterator<Item = Self::Item> + Send>;
 
     fn into_iter(self) -> Self::IntoIter {
-        Box::new(self.0.into_iter().flat_map(|(id, results)| results.into_iter().map(move |result| (id, result))))
+        Box::new(
+            self.verdicts.into_iter().flat_map(|(id, results)| results.into_iter().map(move |result| (id, result))),
+        )
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::stream::Stream;
 use futures_util::StreamExt;
+use millstream_runtime::error::chain;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::subject::{CHANGES_SUBJECTS, PARTITIONS, changes};
@@ -180,7 +181,7 @@ impl Consumer {
                     CHECK
                 }
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "another cursor is made");
+                    tracing::warn!(error = chain(&error), "another cursor is made");
                     PAUSE
                 }
             };

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream};
+use millstream_runtime::error::chain;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::subject::{PARTITIONS, changes};
 use sqlx::{PgPool, Row};
@@ -60,7 +61,7 @@ impl Janitor {
             tokio::select! {
                 () = self.shutdown.requested() => return,
                 outcome = self.round() => if let Err(error) = outcome {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "housekeeping is put off");
+                    tracing::warn!(error = chain(&error), "housekeeping is put off");
                 },
             }
         }

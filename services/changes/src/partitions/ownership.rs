@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
+use millstream_runtime::error::chain;
 use millstream_runtime::health::Health;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::subject::PARTITIONS;
@@ -123,7 +124,7 @@ impl Ownership {
             match self.tick(&mut owned, &mut released).await {
                 Ok(()) => self.health.set_ready("ownership", true),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot look after partitions");
+                    tracing::warn!(error = chain(&error), "cannot look after partitions");
                     self.health.set_ready("ownership", false);
                 }
             }

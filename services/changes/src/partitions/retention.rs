@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use millstream_runtime::error::chain;
 use sqlx::PgPool;
 use tokio::time::Instant;
 
@@ -67,7 +68,7 @@ impl Retention {
         match forgotten {
             Ok((0, 0)) => {}
             Ok((failures, spans)) => tracing::info!(failures, spans, "forgot what is older than the retention"),
-            Err(error) => tracing::warn!(%error, "forgetting is put off"),
+            Err(error) => tracing::warn!(error = chain(&error), "forgetting is put off"),
         }
     }
 

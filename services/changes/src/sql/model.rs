@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use millstream_catalog::{Catalog, CatalogError, Config, ConfigError};
+use millstream_runtime::error::chain;
 use millstream_runtime::health::{Asides, Health};
 use millstream_runtime::shutdown::Shutdown;
 use sqlx::{PgConnection, PgPool};
@@ -100,7 +101,7 @@ impl ConfigFile {
             }
             (Err(error), Some(config)) => {
                 let config = config.clone();
-                tracing::error!(error = &error as &dyn std::error::Error, "{FILE_NOTE}: {OLD_NOTE}");
+                tracing::error!(error = chain(&error), "{FILE_NOTE}: {OLD_NOTE}");
                 self.health.set_note(FILE_NOTE, Some(OLD_NOTE));
                 state.text = text;
                 Ok(config)
@@ -159,7 +160,7 @@ impl Model {
         let catalog = match (Catalog::load(connection, &config, None).await, model.as_mut()) {
             (Ok(catalog), _) => catalog,
             (Err(error), Some(model)) if !matches!(error, CatalogError::Query(_)) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "{CATALOG_NOTE}: {OLD_NOTE}");
+                tracing::error!(error = chain(&error), "{CATALOG_NOTE}: {OLD_NOTE}");
                 source.health.set_note(CATALOG_NOTE, Some(OLD_NOTE));
                 model.origin = origin;
                 return Ok(());
@@ -216,7 +217,7 @@ impl Watcher {
                     }
                     self.changed.send_replace(());
                 }
-                Err(error) => tracing::debug!(%error, "cannot look whether the database has changed"),
+                Err(error) => tracing::debug!(error = chain(&error), "cannot look whether the database has changed"),
             }
         }
     }

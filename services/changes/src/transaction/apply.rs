@@ -44,6 +44,7 @@ pub(crate) struct Applier<'a> {
     user: Option<String>,
     clock: Option<String>,
     savepoints: usize,
+    met_error: bool,
 }
 
 impl<'a> Applier<'a> {
@@ -62,7 +63,13 @@ impl<'a> Applier<'a> {
             user: None,
             clock: Some(String::new()),
             savepoints: 0,
+            met_error: false,
         }
+    }
+
+    /// Whether a statement for several rows has failed and was undone.
+    pub fn met_error(&self) -> bool {
+        self.met_error
     }
 
     fn row<'b>(
@@ -171,6 +178,7 @@ impl<'a> Applier<'a> {
             if ends_batch(&error) {
                 return Err(Failed::of(error));
             }
+            self.met_error = true;
             self.raw("ROLLBACK TO SAVEPOINT statement").await?;
             let before = apart.len();
             for group in groups.iter_mut().filter(|group| group.statement.shape.is_unordered()) {
@@ -219,6 +227,7 @@ impl<'a> Applier<'a> {
                     if ends_batch(&error) {
                         return Err(Failed::of(error));
                     }
+                    self.met_error = true;
                     self.raw("ROLLBACK TO SAVEPOINT statement").await?;
                     self.forget();
                     match rows {

@@ -69,6 +69,7 @@ impl<'a> Transaction<'a> {
             }
             Mode::Savepoints | Mode::Single => applier.one_by_one(&mut plan, &mut rejected).await?,
         }
+        let met_error = applier.met_error();
         if !current && depends_on_catalog(&plan) {
             self.ensure_current(origin).await?;
         }
@@ -79,6 +80,7 @@ impl<'a> Transaction<'a> {
             .map(|planned| (planned.submission.client_id, planned.submission.client_seq))
             .collect();
         results.extend(&plan);
+        results.met_error = met_error;
         if !repeated.is_empty() {
             let known = history::known(self.connection, &repeated).await.map_err(Failed::Server)?;
             // Results of this batch come first, so a repetition within it does not hide its rejection.

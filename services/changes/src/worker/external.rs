@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use async_nats::RequestErrorKind;
 use millstream_catalog::{Config, InsertExisting};
+use millstream_runtime::error::chain;
 use millstream_runtime::health::Health;
 use millstream_runtime::telemetry;
 use millstream_schemas::stream::{
@@ -182,7 +183,7 @@ impl External {
                 table = name,
                 client.id = %request.client_id,
                 client.seq = request.client_seq,
-                error = why as &dyn std::error::Error,
+                error = chain(why),
                 "validators give no verdict; changes wait, in their order, and are asked about again"
             );
         }

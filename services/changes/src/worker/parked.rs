@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use millstream_runtime::error::chain;
 use millstream_runtime::shutdown::Shutdown;
 use millstream_schemas::Code;
 use millstream_schemas::stream::Submission;
@@ -114,7 +115,7 @@ impl Parked {
             tokio::select! {
                 () = shutdown.requested() => return,
                 done = self.round(&pool) => if let Err(error) = done {
-                    tracing::warn!(%error, "what is parked cannot be told now");
+                    tracing::warn!(error = chain(&error), "what is parked cannot be told now");
                 }
             }
         }

@@ -11,15 +11,17 @@ use crate::worker::pace::Pace;
 use crate::worker::progress::Progress;
 use crate::worker::turns::Turns;
 
-/// How many batches are applied carefully after one that failed; where many are bad, trying without is a waste.
-const WARY: usize = 10;
+/// So many careful batches without an error in a row, and the next one is tried without care: where many changes are bad, trying
+/// without is a waste.
+const WARY: usize = 2;
 /// After one that took longer, so many quick ones have to follow before there are more at once again.
 const PATIENCE: usize = 10;
 
 /// The worker's queue: a batch, how many of its first items are to be applied how, and behind it what waits for its turn.
 ///
-/// A fast batch that fails is tried again with care, and little by little: careful batches begin with one transaction, and grow
-/// while they are quick, so that whoever waits behind a client with bad changes waits for few of them. Where one transaction is
+/// A fast batch that fails is tried again with care, and little by little: careful batches begin with few transactions, with one if
+/// the failure took long, and grow while they are quick, so that whoever waits behind a client with bad changes waits for few of
+/// them. Where one transaction is
 /// known not to go with the others, those before it come first, then it alone. While something is known of its items, nothing
 /// is added to a batch.
 #[derive(Debug, Default)]
@@ -30,8 +32,10 @@ pub(crate) struct Queue {
     pace: Pace,
     /// Everything is applied alone.
     one_by_one: bool,
-    /// Batches still to be careful with, and how many transactions they may have.
+    /// Transactions still to be careful with, since a batch with so many failed; and after them, batches.
+    again: usize,
     wary: usize,
+    /// How many transactions a careful batch may have.
     at_once: usize,
     /// Quick batches before there are more at once.
     slow: usize,
@@ -79,7 +83,7 @@ impl Queue {
 
     /// Makes up the next batch: how many of the first [`Queue::items`], and how to apply them.
     pub fn batch(&mut self) -> (usize, Mode) {
-        let (set_wise, most) = match self.wary {
+        let (set_wise, most) = match self.again + self.wary {
             0 => (Mode::Fast, MAX_TRANSACTIONS),
             _ => (Mode::Careful, self.at_once),
         };
@@ -110,16 +114,21 @@ impl Queue {
         &self.batch
     }
 
-    /// The first `count` items are committed, in `mode`; that took so long. Gives them.
-    pub fn done(&mut self, count: usize, mode: Mode, took: Duration) -> Vec<Item> {
+    /// The first `count` items are committed, in `mode`; that took so long, and an error was met and undone, or not. Gives them.
+    pub fn done(&mut self, count: usize, mode: Mode, took: Duration, met_error: bool) -> Vec<Item> {
         let done: Vec<Item> = self.batch.drain(..count).collect();
         done.iter().for_each(|item| self.progress.done(item.partition, item.sequence));
         self.single = self.single.saturating_sub(count);
         let ahead = self.ahead.min(count);
         self.ahead -= ahead;
         self.isolated = self.isolated.saturating_sub(count - ahead);
+        self.again = self.again.saturating_sub(count);
         if mode == Mode::Careful {
-            self.wary = self.wary.saturating_sub(1);
+            match met_error {
+                true => self.wary = WARY,
+                false if self.again == 0 => self.wary = self.wary.saturating_sub(1),
+                false => {}
+            }
             if took > self.pace.careful() {
                 (self.at_once, self.slow) = ((self.at_once / 2).max(1), PATIENCE);
             } else if self.slow > 0 {
@@ -131,13 +140,16 @@ impl Queue {
         done
     }
 
-    /// The first `count` items failed in `mode`: be more careful with them. `at` is the item that does not go with the
+    /// The first `count` items failed in `mode`, after so long: be more careful with them. `at` is the item that does not go with the
     /// others, if that is known.
-    pub fn failed(&mut self, count: usize, mode: Mode, at: Option<usize>) {
+    pub fn failed(&mut self, count: usize, mode: Mode, at: Option<usize>, took: Duration) {
         match (mode, at) {
             (Mode::Fast | Mode::Careful, Some(at)) => (self.ahead, self.isolated) = (at, 1),
             (Mode::Fast, None) => {
-                (self.wary, self.at_once, self.ahead, self.isolated) = (WARY, 1, 0, 0);
+                // Where failing is quick, not far from where it was left.
+                let kept = if took > self.pace.careful() { 1 } else { (self.at_once / 4).max(1) };
+                (self.again, self.wary, self.at_once) = (count, WARY, kept);
+                (self.ahead, self.isolated) = (0, 0);
                 // Whoever else waits has a turn before the rest.
                 self.turns.put_back(self.batch.split_off(1));
             }
@@ -340,47 +352,61 @@ pub(crate) mod tests {
         let mut queue = queue(vec![message(1, 1, &[1; 300])]);
         // Something fails: once more, with care and little by little, and then for a while.
         assert_eq!(queue.batch(), (100, Fast));
-        queue.failed(100, Fast, None);
+        queue.failed(100, Fast, None, Duration::ZERO);
         for count in [1, 2, 4, 8, 16, 32, 64] {
             assert_eq!(queue.batch(), (count, Careful));
-            queue.done(count, Careful, Duration::ZERO);
+            queue.done(count, Careful, Duration::ZERO, false);
         }
         assert_eq!(queue.batch(), (100, Careful));
-        queue.failed(100, Careful, Some(70));
+        queue.failed(100, Careful, Some(70), Duration::ZERO);
         for (count, mode) in [(70, Careful), (1, Savepoints)] {
             assert_eq!(queue.batch(), (count, mode));
-            queue.done(count, mode, Duration::ZERO);
+            // While errors are met, there is no end of it.
+            queue.done(count, mode, Duration::ZERO, mode == Careful);
         }
         // The first one of a batch.
         assert_eq!(queue.batch(), (100, Careful));
-        queue.failed(100, Careful, Some(0));
+        queue.failed(100, Careful, Some(0), Duration::ZERO);
         assert_eq!(queue.batch(), (1, Savepoints));
-        queue.done(1, Savepoints, Duration::ZERO);
+        queue.done(1, Savepoints, Duration::ZERO, false);
         // What takes long comes in smaller parts.
-        queue.wary = WARY;
+        queue.wary = 3;
         for count in [100, 50, 25] {
             queue.extend(message(1, 2, &[1; 100]));
             assert_eq!(queue.batch(), (count, Careful));
-            queue.done(count, Careful, 3 * CAREFUL);
+            queue.done(count, Careful, 3 * CAREFUL, false);
         }
         // After so many batches it is tried without.
-        queue.wary = 2 * WARY;
+        queue.wary = 2 * PATIENCE;
         for _ in 0..=PATIENCE {
             queue.extend(message(1, 2, &[1; 100]));
             assert_eq!(queue.batch(), (12, Careful));
-            queue.done(12, Careful, Duration::ZERO);
+            queue.done(12, Careful, Duration::ZERO, false);
         }
         assert_eq!(queue.batch(), (24, Careful));
         while queue.wary > 0 {
             queue.extend(message(1, 3, &[1; 100]));
             let (count, mode) = queue.batch();
             assert_eq!(mode, Careful);
-            queue.done(count, mode, Duration::ZERO);
+            queue.done(count, mode, Duration::ZERO, false);
         }
-        assert_eq!(queue.batch().1, Fast);
+        // Where failing is quick, careful batches do not begin with one again.
+        let (count, mode) = queue.batch();
+        assert_eq!((mode, queue.at_once), (Fast, MAX_TRANSACTIONS));
+        queue.failed(count, Fast, None, Duration::ZERO);
+        assert_eq!(queue.batch(), (25, Careful));
+        queue.done(25, Careful, Duration::ZERO, true);
+        (queue.again, queue.wary) = (0, 0);
+        let (count, mode) = queue.batch();
+        assert_eq!(mode, Fast);
+        queue.failed(count, Fast, None, 3 * CAREFUL);
+        assert_eq!(queue.batch(), (1, Careful));
+        queue.done(1, Careful, Duration::ZERO, false);
         // Only COMMIT says no.
-        queue.wary = 1;
-        queue.failed(100, Careful, None);
+        (queue.again, queue.wary, queue.at_once) = (0, 1, MAX_TRANSACTIONS);
+        queue.extend(message(1, 4, &[1; 100]));
+        assert_eq!(queue.batch(), (100, Careful));
+        queue.failed(100, Careful, None, Duration::ZERO);
         assert_eq!(queue.batch(), (MAX_SAVEPOINTS, Savepoints));
     }
 
@@ -391,12 +417,12 @@ pub(crate) mod tests {
         queue.isolate(90);
         queue.extend(message(1, 2, &[1; 50]));
         assert_eq!(queue.batch(), (MAX_SAVEPOINTS, Mode::Savepoints));
-        queue.done(MAX_SAVEPOINTS, Mode::Savepoints, Duration::ZERO);
+        queue.done(MAX_SAVEPOINTS, Mode::Savepoints, Duration::ZERO, false);
         assert_eq!(queue.batch(), (30, Mode::Savepoints));
-        queue.failed(30, Mode::Savepoints, None);
+        queue.failed(30, Mode::Savepoints, None, Duration::ZERO);
         for _ in 0..30 {
             assert_eq!(queue.batch(), (1, Mode::Single));
-            queue.done(1, Mode::Single, Duration::ZERO);
+            queue.done(1, Mode::Single, Duration::ZERO, false);
         }
         assert_eq!(queue.batch(), (50, Mode::Fast));
     }
@@ -421,14 +447,14 @@ pub(crate) mod tests {
         let mut queue = clients(&[(1, 1, &[1, 1]), (2, 2, &[1, 1]), (3, 3, &[1])]);
         assert_eq!(queue.batch(), (5, Mode::Fast));
         assert_eq!(whose(&queue), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]);
-        queue.failed(5, Mode::Savepoints, None);
-        queue.done(1, Mode::Single, Duration::ZERO);
+        queue.failed(5, Mode::Savepoints, None, Duration::ZERO);
+        queue.done(1, Mode::Single, Duration::ZERO, false);
         let until = Instant::now() + Duration::from_secs(1);
         queue.park(0, until);
         assert_eq!((whose(&queue), queue.parked()), (vec![(3, 1), (1, 2)], 1));
         for _ in 0..2 {
             assert_eq!(queue.batch(), (1, Mode::Single));
-            queue.done(1, Mode::Single, Duration::ZERO);
+            queue.done(1, Mode::Single, Duration::ZERO, false);
         }
         assert!(!queue.is_ready() && !queue.is_empty());
         assert_eq!(queue.wakes(), Some(until));
@@ -439,7 +465,7 @@ pub(crate) mod tests {
         assert_eq!(queue.batch(), (1, Mode::Single));
         assert_eq!(whose(&queue), [(2, 1)]);
         assert_eq!(queue.fences(1, &owned)[0].new, 1);
-        queue.done(1, Mode::Single, Duration::ZERO);
+        queue.done(1, Mode::Single, Duration::ZERO, false);
     }
 
     /// Random messages, failures, parking and reading again: each transaction is done once, each client's in order, and no
@@ -525,8 +551,8 @@ pub(crate) mod tests {
                 assert!((1..=MAX_TRANSACTIONS).contains(&count), "{seed}: {count}");
                 let at = random(count as u64) as usize;
                 match random(10) {
-                    0 => queue.failed(count, mode, None),
-                    1 => queue.failed(count, mode, Some(at)),
+                    0 => queue.failed(count, mode, None, Duration::ZERO),
+                    1 => queue.failed(count, mode, Some(at), Duration::ZERO),
                     2 => queue.set_apart(count),
                     3 => queue.isolate(count),
                     4 | 5 => queue.park(at, now + Duration::from_millis(random(500))),
@@ -537,7 +563,7 @@ pub(crate) mod tests {
                             *position = fence.new;
                         }
                         queue
-                            .done(count, mode, Duration::ZERO)
+                            .done(count, mode, Duration::ZERO, random(3) == 0)
                             .iter()
                             .for_each(|item| committed(&mut done, &mut open, item));
                         for (n, open) in open.iter().enumerate().filter(|(_, open)| **open > 0) {

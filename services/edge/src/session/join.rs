@@ -219,6 +219,7 @@ impl Session {
         loop {
             let frame = wire.alive(reader.next()).await?;
             let Some(frame) = frame.map_err(|error| End::unavailable(&error))? else { break };
+            self.credit(wire).await?;
             self.still_holds(scopes).await?;
             wire.send(&[Out::Shared(frame.into())]).await?;
         }
@@ -248,6 +249,7 @@ impl Session {
                 let frame =
                     frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
                 let Some(frame) = frame else { break };
+                self.credit(wire).await?;
                 in_time(until)?;
                 self.still_holds(scopes).await?;
                 wire.send(&[Out::Shared(frame)]).await?;

@@ -19,7 +19,7 @@ use super::state::{Cut, Session, Start};
 use super::text;
 use super::unsettled::Unsettled;
 use super::visible::{another_user, settled};
-use super::wire::{Room, Socket, SocketError, Wire};
+use super::wire::{HEARTBEAT, Room, Socket, SocketError, Wire};
 use crate::catalogs::Loaded;
 use crate::catchup;
 use crate::downlink::Downlink;
@@ -29,8 +29,6 @@ use crate::resume;
 use crate::shares::Place;
 use crate::token::Identity;
 
-/// The client must be heard within this time.
-pub const HEARTBEAT: Duration = Duration::from_secs(45);
 /// Acknowledgements of lanes between two looks at them.
 const STORED_QUEUE: usize = 4 * SUBMIT_WINDOW as usize;
 /// How long the tail may lag behind a client that came from a faster edge.

@@ -11,7 +11,6 @@ use uuid::Uuid;
 
 use super::end::End;
 use super::unsettled::Unsettled;
-use super::wire::Wire;
 use crate::catalogs::Loaded;
 use crate::downlink::{Downlink, Out};
 use crate::edge::Edge;
@@ -82,22 +81,5 @@ impl Session {
     pub(super) async fn scopes_in(&self, snapshot: &mut Snapshot) -> Result<BTreeSet<Scope>, End> {
         let scopes = snapshot.scopes(&self.known.catalog, &self.user_id).await;
         scopes.map_err(|error| End::unavailable(&error))
-    }
-
-    pub(super) async fn flush(&mut self, wire: &mut Wire) -> Result<(), End> {
-        if self.out.is_empty() {
-            return Ok(());
-        }
-        let sent = wire.send(&self.out).await;
-        self.out.clear();
-        sent
-    }
-
-    /// The same for what the ring holds: that is the edge's memory, not what is kept for this client.
-    pub(super) async fn flush_live(&mut self, wire: &mut Wire) -> Result<(), End> {
-        wire.is_live = true;
-        let sent = self.flush(wire).await;
-        wire.is_live = false;
-        sent
     }
 }

@@ -84,6 +84,11 @@ pub fn submit(text: &str) -> Result<Submit, Refused> {
         Ok(ClientFrame::Scopes { .. }) => {
             return Err(refused(Code::OutOfOrder, "scopes are named where they are asked for, before welcome"));
         }
+        // What holds of the session was taken note of when the frame came.
+        Ok(ClientFrame::Taken { .. }) => {
+            return Err(refused(Code::BadFrame, "more bytes are said to be taken than were sent"));
+        }
+        Ok(ClientFrame::Ping {}) => return Err(refused(Code::BadFrame, "a ping has less than 128 bytes")),
         Err(error) => {
             let message = format!("not a frame of this protocol: {error}");
             return Err(Refused { code: Code::BadFrame, message, client_seq: number(text) });

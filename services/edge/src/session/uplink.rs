@@ -10,7 +10,8 @@ use uuid::Uuid;
 
 use super::end::{End, RETRY_MS};
 use super::state::Session;
-use super::wire::Wire;
+use super::text;
+use super::wire::{Socket, SocketError, Wire};
 use crate::lane::Queued;
 
 /// Refused frames after which a client is cut.
@@ -19,7 +20,31 @@ const MAX_REFUSALS: u32 = 100;
 const DEAF: Duration = Duration::from_secs(1);
 
 impl Session {
-    pub(super) async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
+    /// Takes what the client says.
+    pub(super) async fn heard(
+        &mut self,
+        wire: &mut Wire,
+        frame: Option<Result<Socket, SocketError>>,
+    ) -> Result<(), End> {
+        let text = match frame {
+            Some(Ok(Socket::Text(text))) => text,
+            Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => return Ok(()),
+            Some(Ok(Socket::Binary(_))) => {
+                return self.refuse(wire, Code::BadFrame, "frames are JSON texts".to_owned(), None).await;
+            }
+            Some(Err(SocketError::Capacity(_))) => {
+                return Err(End::fatal(Code::TooLarge, format!("a frame is far over {MAX_FRAME_BYTES} bytes")));
+            }
+            Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
+        };
+        match text::submit(&text) {
+            Ok(submit) => self.submit(wire, submit).await,
+            Err(refused) if refused.code == Code::OutOfOrder => Err(End::fatal(refused.code, refused.message)),
+            Err(refused) => self.refuse(wire, refused.code, refused.message, refused.client_seq).await,
+        }
+    }
+
+    async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {
         let client_seq = submit.client_seq;
         // What was confirmed meanwhile came by another session; the client goes on behind it.
         if self.downlink.confirmed() >= self.expected {
@@ -115,6 +140,14 @@ impl Session {
             return Some(Duration::from_millis(RETRY_MS));
         }
         self.place.submit(changes, bytes).err()
+    }
+}
+
+/// Resolves when the client is read again; never, if it is read.
+pub(super) async fn deaf(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,9 +1,11 @@
 //! The socket of a session. Long texts go out in fragments (RFC 6455, 5.4), so that the buffer that a socket keeps for its
 //! life stays small whatever has passed through it. While the client does not take what is sent, the socket is still read:
-//! pings are answered, and what the client says waits in a bounded inbox.
+//! pings are answered, and what the client says waits in a bounded inbox. What a client says about the socket itself (`taken`,
+//! `ping`) never waits there.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +21,7 @@ use futures_util::{SinkExt, StreamExt};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use millstream_schemas::Code;
-use millstream_schemas::frame::{MAX_FRAME_BYTES, MAX_HELLO_BYTES, ServerFrame};
+use millstream_schemas::frame::{ClientFrame, MAX_FRAME_BYTES, MAX_HELLO_BYTES, ServerFrame};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_tungstenite::WebSocketStream;
@@ -50,6 +52,12 @@ pub const UNSENT_KIB: usize = 96 * 1024;
 /// What may wait for any client, in KiB.
 const ALLOWANCE_KIB: usize = 256;
 
+/// Longer texts are not about the socket.
+const ASIDE_BYTES: usize = 128;
+/// The client must be heard within this time.
+pub const HEARTBEAT: Duration = Duration::from_secs(45);
+/// Pings to the client, and checks of its heartbeat.
+pub const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// While the client waits for us, it hears from us this often.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
 /// A client that takes not one frame in this time is cut.
@@ -149,6 +157,12 @@ pub struct Wire {
     pub is_live: bool,
     /// The last fragment of a text has not been sent.
     is_within_text: bool,
+    /// How far rows may be ahead of what the client has taken, in bytes; what was sent in texts, and what it has taken of that.
+    credit: Option<NonZeroU32>,
+    sent: u64,
+    taken: u64,
+    /// The client has asked for a `pong`.
+    is_asked: bool,
 }
 
 impl Wire {
@@ -165,13 +179,24 @@ impl Wire {
             own: None,
             is_live: false,
             is_within_text: false,
+            credit: None,
+            sent: 0,
+            taken: 0,
+            is_asked: false,
         }
     }
 
-    /// Its client has shown who it is; `own` is the room for what waits for all clients of this user, in KiB.
-    pub fn trust(&mut self, own: Arc<Semaphore>) {
+    /// Its client has shown who it is; `own` is the room for what waits for all clients of this user, in KiB, and `credit` how far rows
+    /// may be ahead of what the client has taken.
+    pub fn trust(&mut self, own: Arc<Semaphore>, credit: Option<NonZeroU32>) {
         self.left.store(usize::MAX, Ordering::Relaxed);
         self.own = Some(own);
+        self.credit = credit;
+    }
+
+    /// Whether the client's credit allows for more rows.
+    pub fn has_credit(&self) -> bool {
+        self.credit.is_none_or(|credit| self.sent - self.taken < u64::from(credit.get()))
     }
 
     /// Whether another frame can be sent: not so if sending one was given up half-way.
@@ -187,7 +212,24 @@ impl Wire {
         }
         let message = self.stream.next().await;
         self.heard = Instant::now();
-        message
+        match message {
+            // A sign of life like those that WebSockets have.
+            Some(Ok(Socket::Text(text))) if self.is_aside(&text) => Some(Ok(Socket::Pong(Bytes::new()))),
+            other => other,
+        }
+    }
+
+    /// Takes note of what is about the socket itself. False: it is something else, or says that more was taken than sent.
+    fn is_aside(&mut self, text: &str) -> bool {
+        if self.own.is_none() || text.len() > ASIDE_BYTES {
+            return false;
+        }
+        match serde_json::from_str(text) {
+            Ok(ClientFrame::Taken { bytes }) if bytes <= self.sent => self.taken = self.taken.max(bytes),
+            Ok(ClientFrame::Ping {}) => self.is_asked = true,
+            _ => return false,
+        }
+        true
     }
 
     /// Reads what the client says into the inbox, as long as there is room.
@@ -196,6 +238,7 @@ impl Wire {
             match self.stream.poll_next_unpin(cx) {
                 Poll::Pending => return Ok(()),
                 Poll::Ready(Some(Ok(Socket::Ping(_) | Socket::Pong(_)))) => self.heard = Instant::now(),
+                Poll::Ready(Some(Ok(Socket::Text(text)))) if self.is_aside(&text) => self.heard = Instant::now(),
                 Poll::Ready(Some(Ok(message @ (Socket::Text(_) | Socket::Binary(_))))) => {
                     self.heard = Instant::now();
                     self.inbox_bytes += message.len();
@@ -210,6 +253,7 @@ impl Wire {
     /// Sends frames in order.
     pub async fn send(&mut self, out: &[Out]) -> Result<(), End> {
         let mut room = None;
+        self.pong().await?;
         for (index, frame) in out.iter().enumerate() {
             let text = match frame {
                 Out::Shared(text) => text.clone().into(),
@@ -221,7 +265,35 @@ impl Wire {
         self.wait(|sink, cx| sink.poll_flush_unpin(cx)).await
     }
 
+    /// Sends what the client's credit allows for, at least one frame; gives how many those are.
+    pub async fn send_some(&mut self, out: &[Out]) -> Result<usize, End> {
+        let Some(credit) = self.credit else { return self.send(out).await.map(|()| out.len()) };
+        let mut ahead = self.sent - self.taken;
+        let fits = |frame: &&Out| {
+            let before = ahead;
+            ahead += weight(frame) as u64;
+            before < u64::from(credit.get())
+        };
+        let count = out.iter().take_while(fits).count().max(1);
+        self.send(&out[..count]).await.map(|()| count)
+    }
+
+    /// Answers a `ping`, if there was one.
+    pub async fn answer(&mut self) -> Result<(), End> {
+        if self.is_asked { self.send(&[]).await } else { Ok(()) }
+    }
+
+    /// The answer to a `ping`, between other texts.
+    async fn pong(&mut self) -> Result<(), End> {
+        if !std::mem::take(&mut self.is_asked) {
+            return Ok(());
+        }
+        let text = serde_json::to_vec(&ServerFrame::Pong {}).unwrap_or_default();
+        self.text(text.into(), &[], &mut None).await
+    }
+
     async fn text(&mut self, text: Bytes, rest: &[Out], room: &mut Option<Room>) -> Result<(), End> {
+        self.sent += text.len() as u64;
         let mut left = text;
         let mut data = Data::Text;
         loop {
@@ -246,11 +318,7 @@ impl Wire {
     }
 
     /// Room for frames that the client does not take yet.
-    fn room(&self, frames: &[Out]) -> Result<Room, End> {
-        let weight = |frame: &Out| match frame {
-            Out::Shared(text) => text.len(),
-            Out::Own(_) => 0,
-        };
+    pub fn room(&self, frames: &[Out]) -> Result<Room, End> {
         self.room_for(frames.iter().map(weight).sum::<usize>().div_ceil(1024).saturating_sub(ALLOWANCE_KIB))
     }
 
@@ -285,21 +353,31 @@ impl Wire {
         let mut waited = std::pin::pin!(waited);
         loop {
             let either = poll_fn(|cx| match waited.as_mut().poll(cx) {
-                Poll::Ready(done) => Poll::Ready(Ok(done)),
+                Poll::Ready(done) => Poll::Ready(Ok(Some(done))),
                 Poll::Pending => match self.listen(cx) {
+                    Ok(()) if self.is_asked => Poll::Ready(Ok(None)),
                     Ok(()) => Poll::Pending,
                     Err(end) => Poll::Ready(Err(end)),
                 },
             });
             match tokio::time::timeout(SIGN_OF_LIFE, either).await {
-                Ok(done) => return done,
+                Ok(Ok(Some(done))) => return Ok(done),
+                Ok(Ok(None)) => self.answer().await?,
+                Ok(Err(end)) => return Err(end),
                 Err(_) => self.ping().await?,
             }
         }
     }
 
-    /// Asks for a sign of life.
-    pub async fn ping(&mut self) -> Result<(), End> {
+    /// Asks for a sign of life, unless the last one is too long ago.
+    pub async fn beat(&mut self) -> Result<(), End> {
+        if self.heard.elapsed() > HEARTBEAT {
+            return Err(End::retry(Code::HeartbeatTimeout, "nothing was heard from the client for 45 s"));
+        }
+        self.ping().await
+    }
+
+    async fn ping(&mut self) -> Result<(), End> {
         self.control(Socket::Ping(Bytes::new())).await
     }
 
@@ -317,5 +395,13 @@ impl Wire {
     /// Says goodbye.
     pub async fn close(&mut self, code: CloseCode, reason: &str) -> Result<(), End> {
         self.control(Socket::Close(Some(CloseFrame { code, reason: reason.into() }))).await
+    }
+}
+
+/// What a frame takes in memory beyond its session's own.
+fn weight(frame: &Out) -> usize {
+    match frame {
+        Out::Shared(text) => text.len(),
+        Out::Own(_) => 0,
     }
 }

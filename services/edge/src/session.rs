@@ -159,7 +159,7 @@ impl Session {
         let mut ended = std::pin::pin!(async {
             tokio::select! {
                 Ok(()) = catalogs.changed() => End::schema_changed(),
-                () = shutdown.requested() => End::retry(Code::ShuttingDown, "this edge is shutting down; connect again"),
+                () = shutdown.requested() => End::shutting_down(),
             }
         });
         loop {

@@ -1,22 +1,19 @@
 //! A session whose client is behind: what it claims to have is checked, and what the ring no longer holds is fetched.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use millstream_schemas::stream::Watermark;
 use millstream_schemas::{Code, Lsn, Scope};
 
 use super::end::End;
 use super::open::downlink_at_head;
-use super::state::{PUMP, Session};
+use super::state::{Holds, PUMP, Session};
 use super::wire::Wire;
 use crate::catchup::Merge;
 use crate::fence::Fence;
 use crate::history::Past;
 use crate::hub::READ_BYTES;
 use crate::snapshot::Snapshot;
-
-/// How long a catch-up may take what others wait for.
-const CATCH_UP_TURN: Duration = Duration::from_secs(10);
 
 impl Session {
     /// Whether the ring no longer holds what comes next.
@@ -32,7 +29,7 @@ impl Session {
         let _turn = wire.alive(self.place.catch_up()).await?;
         let room = edge.catch_ups.room(self.downlink.followed().len());
         let _room = wire.alive(room).await?;
-        let begun = Instant::now();
+        self.holds = Holds::CatchUp(Instant::now());
         self.downlink.mute();
         while let Some(oldest) = edge.hub.oldest()
             && self.downlink.cursor() + 1 < oldest.stream_seq
@@ -50,10 +47,7 @@ impl Session {
                     bytes = 0;
                     self.flush(wire).await?;
                     self.still_holds(&[]).await?;
-                    if begun.elapsed() > CATCH_UP_TURN && edge.catch_ups.is_wanted() {
-                        let what = "others wait to catch up, too; connect again to go on";
-                        return Err(End::retry(Code::SlowConsumer, what));
-                    }
+                    self.lets_go()?;
                 }
             }
             wire.alive(merge.complete()).await?.map_err(End::too_far)?;
@@ -62,6 +56,7 @@ impl Session {
             self.downlink.skip_to(oldest.stream_seq - 1);
             self.flush(wire).await?;
         }
+        self.holds = Holds::Nothing;
         self.read_ledger(self.downlink.cursor()).await
     }
 

@@ -44,6 +44,10 @@ impl End {
         End::retry(Code::SchemaChanged, "the synced tables have changed; connect again for the new schema")
     }
 
+    pub fn shutting_down() -> End {
+        End::retry(Code::ShuttingDown, "this edge is shutting down; connect again")
+    }
+
     /// The client drops its position when it is told so, and gets a snapshot.
     pub fn too_far(error: CatchUpError) -> End {
         match error {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use millstream_schemas::{Code, Position, Scope};
 
 use super::end::End;
-use super::state::{Cut, Session};
+use super::state::{Cut, Holds, Session};
 use super::visible::{VISIBLE_LONGEST_PAUSE, VISIBLE_PAUSE, VISIBLE_WAIT};
 use super::wire::Wire;
 use crate::downlink::Out;
@@ -242,6 +242,7 @@ impl Session {
         scopes: &[Scope],
         until: Instant,
     ) -> Result<(), End> {
+        self.holds = Holds::Rows(until);
         for part in parts {
             let mut index = 0;
             loop {
@@ -250,22 +251,15 @@ impl Session {
                     frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
                 let Some(frame) = frame else { break };
                 self.credit(wire).await?;
-                in_time(until)?;
+                self.lets_go()?;
                 self.still_holds(scopes).await?;
                 wire.send(&[Out::Shared(frame)]).await?;
                 index += 1;
             }
         }
+        self.holds = Holds::Nothing;
         Ok(())
     }
-}
-
-/// Cuts a client that takes too long for rows: others wait for what holds them.
-fn in_time(until: Instant) -> Result<(), End> {
-    if Instant::now() < until {
-        return Ok(());
-    }
-    Err(End::retry(Code::SlowConsumer, "the snapshot takes too long at a stretch; connect again to go on with it"))
 }
 
 /// How many rows parts have together.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::end::End;
-use super::state::{Cut, Session, Start};
+use super::state::{Cut, Holds, Session, Start};
 use super::text;
 use super::unsettled::Unsettled;
 use super::visible::{another_user, settled};
@@ -76,7 +76,10 @@ async fn name_scopes(wire: &mut Wire) -> Result<(Vec<Scope>, Vec<Room>), End> {
         loop {
             let text = match wire.next().await {
                 Some(Ok(Socket::Text(text))) => text,
-                Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => continue,
+                Some(Ok(Socket::Ping(_) | Socket::Pong(_))) => {
+                    wire.answer().await?;
+                    continue;
+                }
                 Some(Ok(Socket::Binary(_))) => return Err(End::fatal(Code::BadFrame, "frames are JSON texts")),
                 Some(Ok(Socket::Close(_) | Socket::Frame(_)) | Err(_)) | None => return Err(End::Gone),
             };
@@ -237,6 +240,7 @@ pub(super) async fn open(
         unsettled: Unsettled::default(),
         passed_over: None,
         refusals: 0,
+        holds: Holds::Nothing,
         deaf_until: None,
         out,
     };

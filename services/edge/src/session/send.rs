@@ -1,12 +1,20 @@
 //! What a session sends, as far as the client's credit goes. While that is used up the client is heard: a client that is slow to
-//! take rows still gets its changes through.
+//! take rows still gets its changes through. What others wait for is not held for as long as it likes.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use millstream_schemas::Code;
 
 use super::end::End;
-use super::state::Session;
+use super::state::{Holds, Session};
 use super::uplink::deaf;
 use super::wire::{PING_INTERVAL, Wire};
+
+/// How long a catch-up may take what others wait for.
+const CATCH_UP_TURN: Duration = Duration::from_secs(10);
+/// How often a session without credit looks whether it has to let go of what others wait for.
+const LOOK: Duration = Duration::from_secs(1);
 
 impl Session {
     /// Sends what is ready.
@@ -35,8 +43,8 @@ impl Session {
 
     /// Waits until the client's credit allows for more rows.
     pub(super) async fn credit(&mut self, wire: &mut Wire) -> Result<(), End> {
-        let mut ticks = tokio::time::interval(PING_INTERVAL);
-        ticks.tick().await;
+        let (mut looks, mut pings) = (tokio::time::interval(LOOK), tokio::time::interval(PING_INTERVAL));
+        pings.tick().await;
         while !wire.has_credit() {
             wire.answer().await?;
             tokio::select! {
@@ -45,9 +53,30 @@ impl Session {
                     self.deaf_until = None;
                     wire.heard = Instant::now();
                 }
-                _ = ticks.tick() => wire.beat().await?,
+                _ = looks.tick() => self.lets_go()?,
+                _ = pings.tick() => wire.beat().await?,
             }
         }
         Ok(())
+    }
+
+    /// Ends a session that takes too long over what others wait for, or that may not go on.
+    pub(super) fn lets_go(&self) -> Result<(), End> {
+        if self.edge.shutdown.is_requested() {
+            return Err(End::shutting_down());
+        }
+        if !Arc::ptr_eq(&self.edge.catalogs.subscribe().borrow(), &self.known) {
+            return Err(End::schema_changed());
+        }
+        match self.holds {
+            Holds::CatchUp(since) if since.elapsed() > CATCH_UP_TURN && self.edge.catch_ups.is_wanted() => {
+                Err(End::retry(Code::SlowConsumer, "others wait to catch up, too; connect again to go on"))
+            }
+            Holds::Rows(until) if Instant::now() > until => Err(End::retry(
+                Code::SlowConsumer,
+                "the snapshot takes too long at a stretch; connect again to go on with it",
+            )),
+            _ => Ok(()),
+        }
     }
 }

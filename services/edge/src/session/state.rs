@@ -54,9 +54,21 @@ pub struct Session {
     /// The last submission that was not taken because of an overload or a gap, since one was taken.
     pub passed_over: Option<u64>,
     pub refusals: u32,
+    /// What others wait for.
+    pub holds: Holds,
     /// The client is not read before.
     pub deaf_until: Option<Instant>,
     pub out: Vec<Out>,
+}
+
+/// What a session holds that others wait for.
+pub enum Holds {
+    /// Nothing.
+    Nothing,
+    /// Room to catch up, since then.
+    CatchUp(Instant),
+    /// Rows that are kept in memory for it, until then.
+    Rows(Instant),
 }
 
 /// What a client claims to have, as of a position, is looked at once everything is in the stream that was visible when its

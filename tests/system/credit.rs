@@ -46,10 +46,10 @@ struct Careful {
 }
 
 impl Careful {
-    async fn start(board: &Board, user: &str) -> Result<Careful> {
+    async fn start(board: &Board, user: &str, credit: usize) -> Result<Careful> {
         let mut raw = Raw::connect(&board.stack.edge_url()).await?;
         let mut hello = hello(Uuid::now_v7(), &board.stack.token(user));
-        hello["credit"] = json!(CREDIT);
+        hello["credit"] = json!(credit);
         raw.frame(hello).await?;
         Ok(Careful { raw, bytes: 0, notes: BTreeSet::new(), is_caught_up: false })
     }
@@ -138,7 +138,7 @@ async fn a_client_gets_no_more_than_it_has_credit_for() -> Result<()> {
     let (board, _folder) = board().await?;
     let outcome = async {
         let mut postgres = board.postgres().await?;
-        let mut alice = Careful::start(&board, "alice").await?;
+        let mut alice = Careful::start(&board, "alice", CREDIT).await?;
 
         // Within a snapshot: it does not take, and is heard.
         alice.used_up().await?;
@@ -181,23 +181,26 @@ async fn what_waits_for_credit_ends_with_its_right() -> Result<()> {
     let (board, _folder) = board().await?;
     let outcome = async {
         let mut postgres = board.postgres().await?;
-        let mut bob = Careful::start(&board, "bob").await?;
-        bob.used_up().await?;
-        let before = bob.notes.len();
-        postgres.execute("DELETE FROM members WHERE user_id = 'bob'").await?;
-        // Somebody who is told shows that the edge knows by now.
-        let alice = board.client("alice", "alice").await?;
-        drop(alice);
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        bob.take().await?;
-        loop {
-            match bob.next(PATIENCE).await?.context("nothing comes")? {
-                ServerFrame::Error(error) => {
-                    ensure!(error.fatal && error.code.as_str() == "unavailable", "{error:?}");
-                    break;
+        // Among its rows, and before the first of them.
+        for credit in [CREDIT, 1] {
+            let mut bob = Careful::start(&board, "bob", credit).await?;
+            while bob.next(Duration::from_secs(2)).await?.is_some() {}
+            let before = bob.notes.len();
+            ensure!((before > 0) == (credit == CREDIT) && before < 2000, "{before} notes with a credit of {credit}");
+            postgres.execute("DELETE FROM members WHERE user_id = 'bob'").await?;
+            // It need not take anything to be told.
+            let revoked = Instant::now();
+            loop {
+                match bob.next(PATIENCE).await?.context("nothing comes")? {
+                    ServerFrame::Error(error) => {
+                        ensure!(error.fatal && error.code.as_str() == "unavailable", "{error:?}");
+                        break;
+                    }
+                    _ => ensure!(bob.notes.len() == before, "rows of a scope that was lost"),
                 }
-                _ => ensure!(bob.notes.len() == before, "rows of a scope that was lost"),
             }
+            ensure!(revoked.elapsed() < Duration::from_secs(5), "told after {:?}", revoked.elapsed());
+            postgres.execute("INSERT INTO members VALUES ('red', 'bob')").await?;
         }
         Ok(())
     }

@@ -30,7 +30,6 @@ use crate::downlink::Out;
 use crate::edge::Edge;
 use crate::hub::FellBehind;
 use crate::shares::Admission;
-use crate::snapshot::Snapshot;
 
 /// Such batches handled before the socket is looked at again.
 const PUMP_BATCHES: usize = 16;
@@ -130,7 +129,7 @@ impl Session {
                 return Ok(());
             }
             if self.edge.hub.newest_move() > self.looked.max(self.downlink.cursor()) {
-                Box::pin(self.still_holds(&[])).await?;
+                Box::pin(self.still_holds()).await?;
             }
         }
         // The socket gets its turn; then on.
@@ -164,9 +163,10 @@ impl Session {
         });
         loop {
             wire.answer().await?;
-            if wire.has_credit() {
-                self.pump(wire).await?;
+            if !wire.has_credit() {
+                Box::pin(self.credit(wire)).await?;
             }
+            self.pump(wire).await?;
             if self.downlink.waits() || self.start.is_some() {
                 waiting.get_or_insert_with(|| self.edge.watermarks.wait());
             } else {
@@ -179,27 +179,8 @@ impl Session {
                     self.deaf_until = None;
                     wire.heard = Instant::now();
                 }
-                Some(client_seq) = self.stored.1.recv() => {
-                    let mut highest = client_seq;
-                    while let Ok(client_seq) = self.stored.1.try_recv() {
-                        highest = highest.max(client_seq);
-                    }
-                    self.accepted = self.accepted.max(highest);
-                    wire.own(ServerFrame::Accepted { client_seq: highest }).await?;
-                }
-                Some(result) = self.results.recv() => {
-                    let mut results = vec![result];
-                    while let Ok(result) = self.results.try_recv() {
-                        results.push(result);
-                    }
-                    if !self.is_bound {
-                        let now = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
-                        Box::pin(self.bind(now)).await?;
-                    }
-                    if self.is_bound {
-                        wire.own(ServerFrame::Results { results }).await?;
-                    }
-                }
+                Some(client_seq) = self.stored.1.recv() => self.stored(wire, client_seq).await?,
+                Some(result) = self.results.recv() => self.told(wire, result).await?,
                 Ok(()) = watermarks.changed(), if waiting.is_some() => {
                     if let Some(watermark) = *watermarks.borrow_and_update() {
                         self.downlink.watermark(watermark);

@@ -133,7 +133,7 @@ impl Queue {
                 (self.at_once, self.slow) = ((self.at_once / 2).max(1), PATIENCE);
             } else if self.slow > 0 {
                 self.slow -= 1;
-            } else {
+            } else if count >= self.at_once {
                 self.at_once = (self.at_once * 2).min(MAX_TRANSACTIONS);
             }
         }
@@ -144,7 +144,8 @@ impl Queue {
     /// others, if that is known.
     pub fn failed(&mut self, count: usize, mode: Mode, at: Option<usize>, took: Duration) {
         match (mode, at) {
-            (Mode::Fast | Mode::Careful, Some(at)) => (self.ahead, self.isolated) = (at, 1),
+            (Mode::Fast, Some(at)) => (self.ahead, self.isolated) = (at, 1),
+            (Mode::Careful, Some(at)) => (self.wary, self.ahead, self.isolated) = (WARY, at, 1),
             (Mode::Fast, None) => {
                 // Where failing is quick, not far from where it was left.
                 let kept = if took > self.pace.careful() { 1 } else { (self.at_once / 4).max(1) };
@@ -153,7 +154,7 @@ impl Queue {
                 // Whoever else waits has a turn before the rest.
                 self.turns.put_back(self.batch.split_off(1));
             }
-            (Mode::Careful, None) => (self.ahead, self.isolated) = (0, count),
+            (Mode::Careful, None) => (self.wary, self.ahead, self.isolated) = (WARY, 0, count),
             (Mode::Savepoints | Mode::Single, _) => self.set_apart(count),
         }
     }
@@ -296,6 +297,7 @@ impl Queue {
         self.progress.retain(&keep);
         // How many of the first were to be isolated is not known any more: the next failure will tell.
         (self.ahead, self.isolated, self.single) = (0, 0, 0);
+        self.again = self.again.min(self.batch.len());
     }
 }
 

@@ -1,6 +1,6 @@
 //! A session whose client is behind: what it claims to have is checked, and what the ring no longer holds is fetched.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millstream_schemas::stream::Watermark;
 use millstream_schemas::{Code, Lsn, Scope};
@@ -46,8 +46,8 @@ impl Session {
                 if self.out.len() >= PUMP || bytes > READ_BYTES {
                     bytes = 0;
                     self.flush(wire).await?;
-                    self.still_holds(&[]).await?;
-                    self.lets_go()?;
+                    self.still_holds().await?;
+                    self.lets_go(Duration::ZERO)?;
                 }
             }
             wire.alive(merge.complete()).await?.map_err(End::too_far)?;
@@ -68,6 +68,8 @@ impl Session {
             self.start = Some(start);
             return Ok(false);
         }
+        // Nothing is held for the client while it is told what it lost.
+        self.flush(wire).await?;
         self.downlink.listen(&start.scopes);
         let past = {
             let _turn = wire.alive(self.place.catch_up()).await?;

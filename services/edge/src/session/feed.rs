@@ -37,6 +37,8 @@ impl Session {
 
     /// Reads memberships again, as they are from a transaction on.
     pub(super) async fn reauthorize(&mut self, wire: &mut Wire, xid: u32, commit: Lsn) -> Result<(), End> {
+        // Nobody holds a connection while a client takes its time.
+        self.flush(wire).await?;
         let mut snapshot = self.snapshot_that_sees(xid, commit).await?;
         let scopes = self.scopes_in(&mut snapshot).await?;
         self.join(wire, snapshot, scopes).await

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millstream_schemas::{Code, Position, Scope};
 
@@ -51,7 +51,6 @@ impl Session {
         scopes: BTreeSet<Scope>,
     ) -> Result<(), End> {
         let edge = self.edge.clone();
-        self.flush(wire).await?;
         let Joining { scopes, fence, back, source } = self.joining(&edge, wire, snapshot, scopes).await?;
         let (in_bracket, held) = (self.downlink.in_bracket(), self.downlink.scopes().count());
         let new = self.downlink.authorized(&scopes, fence.clone(), &mut self.out);
@@ -66,21 +65,22 @@ impl Session {
             let token = from.map(|from| Token::new(from, &fence, &self.known.catalog.version, &new, apart));
             let token = token.and_then(|token| token.encode(&edge.sealer, &self.user_id, self.client_id));
             let until = self.until(token.is_some());
+            self.sending.clone_from(&new);
             match source {
                 RowsFrom::Own(snapshot, rows, turn) => {
                     self.out.push(Out::Own(begin_frame(&new, rows, token, false)));
                     let seal = edge.sealer.seal(&moment_of(&fence, &self.known.catalog.version));
-                    self.send_own(wire, (snapshot, turn), &new, false, None, seal).await?;
+                    self.send_own(wire, (snapshot, turn), false, None, seal).await?;
                 }
                 RowsFrom::Shared(parts, rows) => {
                     self.out.push(Out::Own(begin_frame(&new, rows, token, false)));
-                    self.flush(wire).await?;
-                    self.send_shared(wire, &parts, &new, until).await?;
+                    self.send_shared(wire, &parts, until).await?;
                 }
                 RowsFrom::Nothing => {
                     return Err(End::retry(Code::Unavailable, "memberships moved meanwhile; connect again"));
                 }
             }
+            self.sending.clear();
             self.downlink.joined(new, &fence, &back);
         }
         self.membership.set_scopes(self.downlink.scopes());
@@ -123,7 +123,9 @@ impl Session {
         let token = cut.token.encode(&edge.sealer, &self.user_id, self.client_id);
         self.out.push(Out::Own(begin_frame(&scopes, rows, token, true)));
         let seal = edge.sealer.seal(&cut.token.moment());
-        self.send_own(wire, (snapshot, turn), &scopes, cut.token.apart, Some(cut.mark), seal).await?;
+        self.sending.clone_from(&scopes);
+        self.send_own(wire, (snapshot, turn), cut.token.apart, Some(cut.mark), seal).await?;
+        self.sending.clear();
         self.downlink.resumed(scopes, &cut.fence, until.lsn, &mut self.out);
         self.membership.set_scopes(self.downlink.scopes());
         Ok(())
@@ -202,27 +204,28 @@ impl Session {
         &mut self,
         wire: &mut Wire,
         (snapshot, turn): (Snapshot, Turn),
-        scopes: &[Scope],
         apart: bool,
         behind: Option<Mark>,
         seal: Seal,
     ) -> Result<(), End> {
         let (mut writer, mut reader) = self.edge.spool.open(self.place.spool.clone());
-        let (known, wanted) = (self.known.clone(), scopes.to_vec());
+        let (known, wanted) = (self.known.clone(), self.sending.clone());
         let framing = self.edge.shared.framing(seal);
         let reading = tokio::spawn(async move {
             let read = snapshot.rows(&known.catalog, &wanted, apart, behind, &framing, &mut writer).await;
             drop(turn);
             read
         });
+        let held = std::mem::replace(&mut self.holds, Holds::Spooled);
         self.flush(wire).await?;
         loop {
+            self.credit(wire).await?;
             let frame = wire.alive(reader.next()).await?;
             let Some(frame) = frame.map_err(|error| End::unavailable(&error))? else { break };
-            self.credit(wire).await?;
-            self.still_holds(scopes).await?;
+            self.still_holds().await?;
             wire.send(&[Out::Shared(frame.into())]).await?;
         }
+        self.holds = held;
         match reading.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(SnapshotError::Gone)) => Err(End::retry(
@@ -234,15 +237,10 @@ impl Session {
         }
     }
 
-    /// Sends rows that are read for others too.
-    async fn send_shared(
-        &mut self,
-        wire: &mut Wire,
-        parts: &[Arc<ScopeFrames>],
-        scopes: &[Scope],
-        until: Instant,
-    ) -> Result<(), End> {
-        self.holds = Holds::Rows(until);
+    /// Sends what waits, then rows that are read for others too.
+    async fn send_shared(&mut self, wire: &mut Wire, parts: &[Arc<ScopeFrames>], until: Instant) -> Result<(), End> {
+        let held = std::mem::replace(&mut self.holds, Holds::Rows(until));
+        self.flush(wire).await?;
         for part in parts {
             let mut index = 0;
             loop {
@@ -251,13 +249,13 @@ impl Session {
                     frame.map_err(|Apart| End::retry(Code::Unavailable, "a snapshot was cut; connect again"))?;
                 let Some(frame) = frame else { break };
                 self.credit(wire).await?;
-                self.lets_go()?;
-                self.still_holds(scopes).await?;
+                self.lets_go(Duration::ZERO)?;
+                self.still_holds().await?;
                 wire.send(&[Out::Shared(frame)]).await?;
                 index += 1;
             }
         }
-        self.holds = Holds::Nothing;
+        self.holds = held;
         Ok(())
     }
 }

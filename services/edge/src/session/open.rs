@@ -241,13 +241,15 @@ pub(super) async fn open(
         passed_over: None,
         refusals: 0,
         holds: Holds::Nothing,
+        sending: Vec::new(),
         deaf_until: None,
         out,
     };
     if kept.is_some() || cut.is_some() {
         session.start = Some(Start { fence, scopes, cut });
     } else {
-        // It needs rows: those that others need too.
+        // It needs rows: those that others need too. Nothing is held for it while it is told what it lost.
+        session.flush(wire).await?;
         let mut snapshot = edge.shared.begin(&session.known).await.map_err(unavailable)?;
         let scopes = session.scopes_in(&mut snapshot).await?;
         session.join(wire, snapshot, scopes).await?;

@@ -22,10 +22,11 @@ impl Session {
         let mut sent = 0;
         while sent < self.out.len() {
             if !wire.has_credit() {
+                // By then the ring may have moved on.
+                let is_live = std::mem::take(&mut wire.is_live);
                 let _room = wire.room(&self.out[sent..])?;
                 Box::pin(self.credit(wire)).await?;
-                // That may have been long ago.
-                Box::pin(self.still_holds(&[])).await?;
+                wire.is_live = is_live;
             }
             sent += wire.send_some(&self.out[sent..]).await?;
         }
@@ -41,10 +42,14 @@ impl Session {
         sent
     }
 
-    /// Waits until the client's credit allows for more rows.
+    /// Waits until the client's credit allows for more rows. Meanwhile all but rows goes on as usual.
     pub(super) async fn credit(&mut self, wire: &mut Wire) -> Result<(), End> {
+        if wire.has_credit() {
+            return Ok(());
+        }
         let (mut looks, mut pings) = (tokio::time::interval(LOOK), tokio::time::interval(PING_INTERVAL));
         pings.tick().await;
+        let since = Instant::now();
         while !wire.has_credit() {
             wire.answer().await?;
             tokio::select! {
@@ -53,30 +58,42 @@ impl Session {
                     self.deaf_until = None;
                     wire.heard = Instant::now();
                 }
-                _ = looks.tick() => self.lets_go()?,
+                Some(client_seq) = self.stored.1.recv() => self.stored(wire, client_seq).await?,
+                Some(result) = self.results.recv() => self.told(wire, result).await?,
+                _ = looks.tick() => {
+                    self.lets_go(since.elapsed())?;
+                    self.still_holds().await?;
+                }
                 _ = pings.tick() => wire.beat().await?,
             }
         }
-        Ok(())
+        // A right that was lost since the last look.
+        self.still_holds().await
     }
 
-    /// Ends a session that takes too long over what others wait for, or that may not go on.
-    pub(super) fn lets_go(&self) -> Result<(), End> {
+    /// Ends a session that takes too long over what others wait for, or that may not go on; `waited`: for how long it has waited for
+    /// its client's credit.
+    pub(super) fn lets_go(&self, waited: Duration) -> Result<(), End> {
         if self.edge.shutdown.is_requested() {
             return Err(End::shutting_down());
         }
         if !Arc::ptr_eq(&self.edge.catalogs.subscribe().borrow(), &self.known) {
             return Err(End::schema_changed());
         }
-        match self.holds {
-            Holds::CatchUp(since) if since.elapsed() > CATCH_UP_TURN && self.edge.catch_ups.is_wanted() => {
-                Err(End::retry(Code::SlowConsumer, "others wait to catch up, too; connect again to go on"))
+        let what = match self.holds {
+            Holds::CatchUp(since)
+                if waited > CATCH_UP_TURN || since.elapsed() > CATCH_UP_TURN && self.edge.catch_ups.is_wanted() =>
+            {
+                "others wait to catch up, too; connect again to go on"
             }
-            Holds::Rows(until) if Instant::now() > until => Err(End::retry(
-                Code::SlowConsumer,
-                "the snapshot takes too long at a stretch; connect again to go on with it",
-            )),
-            _ => Ok(()),
-        }
+            Holds::Rows(until) if Instant::now() > until => {
+                "the snapshot takes too long at a stretch; connect again to go on with it"
+            }
+            Holds::Spooled if waited > self.edge.snapshot_time => {
+                "nothing of the snapshot is taken; connect again to go on with it"
+            }
+            _ => return Ok(()),
+        };
+        Err(End::retry(Code::SlowConsumer, what))
     }
 }

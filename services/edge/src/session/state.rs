@@ -56,6 +56,8 @@ pub struct Session {
     pub refusals: u32,
     /// What others wait for.
     pub holds: Holds,
+    /// The scopes of the snapshot that is being sent.
+    pub sending: Vec<Scope>,
     /// The client is not read before.
     pub deaf_until: Option<Instant>,
     pub out: Vec<Out>,
@@ -69,6 +71,8 @@ pub enum Holds {
     CatchUp(Instant),
     /// Rows that are kept in memory for it, until then.
     Rows(Instant),
+    /// Rows that are kept in a file.
+    Spooled,
 }
 
 /// What a client claims to have, as of a position, is looked at once everything is in the stream that was visible when its

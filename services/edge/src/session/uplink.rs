@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use millstream_runtime::telemetry;
 use millstream_schemas::Code;
 use millstream_schemas::frame::{ErrorFrame, MAX_FRAME_BYTES, SUBMIT_WINDOW, ServerFrame, Submit};
-use millstream_schemas::stream::Submission;
+use millstream_schemas::stream::{Submission, TransactionResult};
 use uuid::Uuid;
 
 use super::end::{End, RETRY_MS};
@@ -13,6 +13,7 @@ use super::state::Session;
 use super::text;
 use super::wire::{Socket, SocketError, Wire};
 use crate::lane::Queued;
+use crate::snapshot::Snapshot;
 
 /// Refused frames after which a client is cut.
 const MAX_REFUSALS: u32 = 100;
@@ -42,6 +43,29 @@ impl Session {
             Err(refused) if refused.code == Code::OutOfOrder => Err(End::fatal(refused.code, refused.message)),
             Err(refused) => self.refuse(wire, refused.code, refused.message, refused.client_seq).await,
         }
+    }
+
+    /// The broker has what was forwarded up to this number, or further.
+    pub(super) async fn stored(&mut self, wire: &mut Wire, client_seq: u64) -> Result<(), End> {
+        let mut highest = client_seq;
+        while let Ok(client_seq) = self.stored.1.try_recv() {
+            highest = highest.max(client_seq);
+        }
+        self.accepted = self.accepted.max(highest);
+        wire.own(ServerFrame::Accepted { client_seq: highest }).await
+    }
+
+    /// Verdicts that the executor has published.
+    pub(super) async fn told(&mut self, wire: &mut Wire, first: TransactionResult) -> Result<(), End> {
+        let mut results = vec![first];
+        while let Ok(result) = self.results.try_recv() {
+            results.push(result);
+        }
+        if !self.is_bound {
+            let now = Snapshot::begin(&self.edge.pool).await.map_err(|error| End::unavailable(&error))?;
+            Box::pin(self.bind(now)).await?;
+        }
+        if self.is_bound { wire.own(ServerFrame::Results { results }).await } else { Ok(()) }
     }
 
     async fn submit(&mut self, wire: &mut Wire, submit: Submit) -> Result<(), End> {

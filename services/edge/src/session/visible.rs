@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use millstream_schemas::{Code, Lsn, Scope};
+use millstream_schemas::{Code, Lsn};
 use uuid::Uuid;
 
 use super::end::End;
@@ -94,18 +94,18 @@ impl Session {
     }
 
     /// Ends the session if the user has lost a scope that it holds, or one of those that it is being sent, though the stream has
-    /// not come so far: nothing more is sent of it, however slowly its client reads.
-    pub(super) async fn still_holds(&mut self, sending: &[Scope]) -> Result<(), End> {
+    /// not come so far: nothing more is sent of it, however slowly its client reads. To be asked while the move is in the ring.
+    pub(super) async fn still_holds(&mut self) -> Result<(), End> {
         let (newest, behind) = (self.edge.hub.newest_move(), self.looked.max(self.downlink.cursor()));
         if newest <= behind {
             return Ok(());
         }
-        let (moves, _) = self.edge.hub.moves_behind(behind, |message| self.downlink.may_lose(message, sending));
+        let (moves, _) = self.edge.hub.moves_behind(behind, |message| self.downlink.may_lose(message, &self.sending));
         self.looked = newest;
         let Some(last) = moves.last() else { return Ok(()) };
         let mut snapshot = Box::pin(self.snapshot_that_sees(last.xid, last.lsn())).await?;
         let scopes = self.scopes_in(&mut snapshot).await?;
-        if sending.iter().chain(self.downlink.scopes()).all(|scope| scopes.contains(scope)) {
+        if self.sending.iter().chain(self.downlink.scopes()).all(|scope| scopes.contains(scope)) {
             return Ok(());
         }
         Err(End::retry(Code::Unavailable, "memberships moved meanwhile; connect again"))

@@ -261,6 +261,7 @@ impl Wire {
                 Out::Own(frame) => serde_json::to_vec(frame).unwrap_or_default().into(),
             };
             self.text(text, &out[index..], &mut room).await?;
+            self.pong().await?;
         }
         self.wait(|sink, cx| sink.poll_flush_unpin(cx)).await
     }
@@ -355,15 +356,21 @@ impl Wire {
             let either = poll_fn(|cx| match waited.as_mut().poll(cx) {
                 Poll::Ready(done) => Poll::Ready(Ok(Some(done))),
                 Poll::Pending => match self.listen(cx) {
-                    Ok(()) if self.is_asked => Poll::Ready(Ok(None)),
+                    // Not to wait for the client instead.
+                    Ok(()) if self.is_asked && self.sink.poll_ready_unpin(cx).is_ready() => Poll::Ready(Ok(None)),
                     Ok(()) => Poll::Pending,
                     Err(end) => Poll::Ready(Err(end)),
                 },
             });
             match tokio::time::timeout(SIGN_OF_LIFE, either).await {
                 Ok(Ok(Some(done))) => return Ok(done),
-                Ok(Ok(None)) => self.answer().await?,
+                Ok(Ok(None)) => {
+                    self.pong().await?;
+                    poll_fn(|cx| Poll::Ready(self.sink.poll_flush_unpin(cx).is_ready())).await;
+                }
                 Ok(Err(end)) => return Err(end),
+                // One that does not see pings may have asked behind a full inbox.
+                Err(_) if self.credit.is_some() => self.is_asked = true,
                 Err(_) => self.ping().await?,
             }
         }

@@ -54,7 +54,7 @@ impl Staging {
                 }
                 Work::Apply(batch) => self.apply(batch),
                 Work::Stage(changes) => {
-                    self.work.pop_if(|work| matches!(work, Work::Mark(_)));
+                    self.work.pop_if(|work| matches!(work, Work::Mark(..)));
                     match self.work.last_mut() {
                         Some(Work::Stage(earlier)) => earlier.extend(changes),
                         _ => self.work.push(Work::Stage(changes)),

@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt as _;
 use millstream_client::{
-    Client, Edit, EntryState, Error as SdkError, ImportOutcome, Outcome, QueueEntry, Saved, State, Status, Write,
+    Client, Download, Edit, EntryState, Error as SdkError, ImportOutcome, Outcome, QueueEntry, Saved, State, Status,
+    Write,
 };
 use millstream_provision::exit::Exit;
 use millstream_provision::token::{DEFAULT_LIFE, mint};
@@ -115,8 +116,8 @@ impl OpenStore<'_> {
     }
 
     async fn read(&self, statement: &str) -> Result<Exit, Error> {
-        self.tables().await?;
-        self.caught_up().await;
+        let deadline = self.tables().await?;
+        self.caught_up(deadline).await;
         match self.client.query(statement, ()).await {
             Ok(rows) => {
                 output::rows(&rows, self.args.output);
@@ -229,7 +230,7 @@ impl OpenStore<'_> {
     }
 
     async fn status(&self) -> Result<Exit, Error> {
-        self.caught_up().await;
+        self.caught_up(self.deadline).await;
         let failed = self.client.failed().await.map_err(Error::client("cannot read the queue"))?;
         let status = self.client.status().borrow().clone();
         output::status(&status, &failed, MAX_FAILED_SHOWN, self.args.output);
@@ -288,8 +289,8 @@ impl OpenStore<'_> {
         for transaction in &mut saved.transactions {
             transaction.complete |= incomplete;
         }
-        self.tables().await?;
-        self.caught_up().await;
+        let deadline = self.tables().await?;
+        self.caught_up(deadline).await;
         let imported = self.client.import(saved).await.map_err(Error::client(action))?;
         tokio::select! {
             biased;
@@ -302,34 +303,62 @@ impl OpenStore<'_> {
         Ok(if kept { Exit::Failed } else { Exit::Ok })
     }
 
-    /// A new store has no tables before its first connection.
-    async fn tables(&self) -> Result<(), Error> {
-        if self.client.status().borrow().schema.is_some() {
-            return Ok(());
+    /// A new store has no tables before its first connection, and not all rows before its first snapshot is complete. Gives the end of
+    /// the time for what else has to come first.
+    async fn tables(&self) -> Result<Instant, Error> {
+        let status = self.client.status();
+        let (mut deadline, mut before) = (self.deadline, None);
+        let why_not = loop {
+            let now = status.borrow().clone();
+            if now.schema.is_some() && (now.has_synced || self.args.offline) {
+                return Ok(deadline);
+            }
+            if self.args.offline {
+                break "--offline".to_owned();
+            }
+            tokio::select! {
+                biased;
+                ready = timeout_at(deadline, self.client.ready()) => {
+                    if let Ok(ready) = ready {
+                        ready.map_err(Error::client("the first snapshot failed"))?;
+                        return Ok(deadline.max(Instant::now() + QUIET));
+                    }
+                }
+                () = self.unreachable() => break why(&status.borrow()),
+            }
+            let now = status.borrow().clone();
+            if now.state != State::Connected {
+                break why(&now);
+            }
+            // Waiting is of use while it moves.
+            let moved = before.replace((now.downloading, now.download)) != Some((now.downloading, now.download));
+            let so_far = match now.download {
+                Some(Download { rows, total }) => format!("{rows} of {total} rows"),
+                None if now.downloading => "its rows have not begun to come".into(),
+                None => "its rows are being written".into(),
+            };
+            if !moved {
+                return Err(Error::Arriving { edge: self.args.edge.clone(), so_far });
+            }
+            eprintln!("the first snapshot is arriving: {so_far}");
+            deadline = Instant::now() + self.wait;
+        };
+        if status.borrow().schema.is_none() {
+            return Err(Error::Empty { edge: self.args.edge.clone(), reason: why_not });
         }
-        let empty = |reason: String| Error::Empty { edge: self.args.edge.clone(), reason };
-        if self.args.offline {
-            return Err(empty("--offline".into()));
-        }
-        tokio::select! {
-            biased;
-            ready = timeout_at(self.deadline, self.client.ready()) => match ready {
-                Ok(ready) => ready.map_err(Error::client("the first snapshot failed")),
-                Err(_) => Err(empty(why(&self.client.status().borrow()))),
-            },
-            () = self.unreachable() => Err(empty(why(&self.client.status().borrow()))),
-        }
+        eprintln!("the first snapshot is not complete ({why_not}): rows may be missing");
+        Ok(deadline)
     }
 
     /// Waits until the edge's news are in, or until that is of no use.
-    async fn caught_up(&self) {
+    async fn caught_up(&self, deadline: Instant) {
         let mut status = self.client.status();
         let settled = |status: &Status| status.caught_up || unreachable(status);
-        if self.args.offline || !matches!(timeout_at(self.deadline, status.wait_for(settled)).await, Ok(Ok(_))) {
+        if self.args.offline || !matches!(timeout_at(deadline, status.wait_for(settled)).await, Ok(Ok(_))) {
             return;
         }
         // What is queued goes out right after the welcome.
-        while status.borrow_and_update().state == State::Connected && Instant::now() < self.deadline {
+        while status.borrow_and_update().state == State::Connected && Instant::now() < deadline {
             if timeout(QUIET, status.changed()).await.is_err() {
                 return;
             }

@@ -2,7 +2,7 @@
 
 /// Version of [`STORE_TABLES`], kept in `millstream_meta` as `format`. Versions up to 2 were kept in `PRAGMA user_version`, which is the
 /// app's by SQLite's own documentation.
-pub const STORE_VERSION: i64 = 5;
+pub const STORE_VERSION: i64 = 6;
 
 /// Brings the tables of a store of version 0, where a transaction was known by its `client_seq` alone, up to version 1.
 pub const UPGRADE_FROM_0: &str = "
@@ -41,6 +41,11 @@ pub const UPGRADE_FROM_3: &str =
 /// Brings the tables of a store of version 4, whose triggers recorded values as they were written, up to version 5.
 pub const UPGRADE_FROM_4: &str = "";
 
+/// Brings the tables of a store of version 5, which staged every row of a snapshot whole, up to version 6. A snapshot that was cut begins
+/// again.
+pub const UPGRADE_FROM_5: &str =
+    "DROP TABLE IF EXISTS millstream_snapshot; DELETE FROM millstream_meta WHERE key = 'snapshot';";
+
 /// Tables of the store itself.
 ///
 /// `millstream_aside` keeps what the app added and had to give way. (Version 4 has it, and nothing else that version 3 has not.)
@@ -49,6 +54,10 @@ pub const UPGRADE_FROM_4: &str = "";
 /// sent and again when it is sent anew after a rejection, and `instance` is the run of the store that gave it. `predecessors`
 /// are the numbers of those that it has to come after, as a JSON array on the transaction's first entry, if there are any. `adds` names
 /// the columns whose value is an amount to add, as a JSON array; null: none. `gone` is 1 of a delete whose row an earlier one took along.
+///
+/// `millstream_snapshot` is the difference between the confirmed rows and a snapshot that is arriving. `row` is the row that the snapshot
+/// has, as a JSON array of all its values; null where the confirmed row is that row already; and the JSON `null` where the snapshot has
+/// no such row, which then leaves unless another scope holds it.
 pub const STORE_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS local_changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -85,7 +94,8 @@ CREATE TABLE IF NOT EXISTS millstream_meta (key TEXT PRIMARY KEY, value) WITHOUT
 CREATE TABLE IF NOT EXISTS millstream_scopes (kind TEXT NOT NULL, id TEXT NOT NULL, replaced INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (kind, id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_aside (kind TEXT NOT NULL, name TEXT NOT NULL COLLATE NOCASE, tbl TEXT, reason TEXT NOT NULL, sql TEXT, moved_to TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS millstream_spill (n INTEGER PRIMARY KEY, part INTEGER NOT NULL, changes TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS millstream_snapshot (tbl TEXT NOT NULL, key TEXT NOT NULL, row TEXT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS millstream_snapshot_differs ON millstream_snapshot (tbl, key) WHERE row IS NOT NULL;
 ";
 
 /// Name of the queue's table.

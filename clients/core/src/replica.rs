@@ -17,8 +17,8 @@ pub enum Work {
     ClearStage,
     /// Put rows of a snapshot into the staging area.
     Stage(Vec<TableChanges>),
-    /// After a cut the snapshot may go on behind what is staged by now.
-    Mark(SnapshotMark),
+    /// After a cut the snapshot may go on behind what is staged by now, this many rows.
+    Mark(SnapshotMark, u64),
     /// Forget what was kept aside by earlier sessions.
     ClearSpill,
     /// Keep rows aside, behind what there is under this number.
@@ -153,7 +153,7 @@ impl Replica {
         }
     }
 
-    /// The staging area holds so many rows of a snapshot that was cut.
+    /// The staging area holds this many rows of a snapshot that was cut.
     #[must_use]
     pub fn behind_cut(self, rows: u64) -> Self {
         Replica { cut: rows, ..self }
@@ -238,13 +238,13 @@ impl Replica {
                 }
                 self.work_bytes += bytes;
                 self.download.rows += changes.iter().map(|change| change.rows.len() as u64).sum::<u64>();
-                self.work.pop_if(|work| matches!(work, Work::Mark(_)));
+                self.work.pop_if(|work| matches!(work, Work::Mark(..)));
                 match self.work.last_mut() {
                     Some(Work::Stage(earlier)) => earlier.extend(changes),
                     _ => self.work.push(Work::Stage(changes)),
                 }
                 let mark = self.token.clone().zip(mark).map(|(token, mark)| SnapshotMark { token, mark });
-                self.work.extend(mark.map(Work::Mark));
+                self.work.extend(mark.map(|mark| Work::Mark(mark, self.download.rows)));
             }
             ServerFrame::SnapshotApply {} => {
                 let scopes = self.snapshot.clone().ok_or(ProtocolError("snapshot_apply outside a snapshot"))?;

@@ -54,7 +54,7 @@ fn check_with(mut replica: Replica, frames: Vec<ServerFrame>, expected: &[&str])
         .map(|work| match work {
             Work::ClearStage => "clear".into(),
             Work::Stage(changes) => format!("stage {}", names(changes)),
-            Work::Mark(mark) => format!("mark {} {}", mark.token, mark.mark),
+            Work::Mark(mark, rows) => format!("mark {} {} {rows}", mark.token, mark.mark),
             Work::ClearSpill => "clear spill".into(),
             Work::Spill(part, changes) => format!("spill {part} {}", names(changes)),
             Work::Unspill(part) => format!("unspill {part}"),

@@ -78,7 +78,7 @@ pub struct Status {
     pub reason: Option<String>,
     /// Next attempt to connect: milliseconds since 1970.
     pub retry_at: Option<u64>,
-    /// Whether the store holds the rows of a first snapshot.
+    /// Whether the store holds the rows of a first snapshot, all of them.
     pub has_synced: bool,
     /// Whether the store has everything that was committed before this connection began: its first load is complete. False while
     /// there is no connection, and where another process does the syncing.

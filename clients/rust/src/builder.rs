@@ -24,7 +24,7 @@ use crate::spans::{ApplySpan, Traceparent};
 use crate::sync::{Auth, SyncWorker};
 use crate::token::{self, Tokens};
 use crate::watch::Readers;
-use crate::writer::Writer;
+use crate::writer::{Order, Writer};
 use crate::{BoxError, Error, Result};
 
 /// How long settled entries stay in the queue, unless the app says otherwise. If the server is restored to an earlier
@@ -310,6 +310,7 @@ impl Builder {
             polls: 0,
             readers: Arc::clone(&readers),
             lost: None,
+            order: Order::default(),
         };
         std::thread::Builder::new()
             .name("millstream-writer".into())

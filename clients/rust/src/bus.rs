@@ -22,7 +22,7 @@ use std::sync::atomic::AtomicU64;
 use millstream_client_core::outbox::Entry;
 use millstream_client_core::replica::Work;
 use millstream_client_store::{
-    Applied, Edit, FailedWrite, Imported, Info, Meeting, Outcome, QueueEntry, Recorded, Saved, Store, StoreError,
+    Edit, FailedWrite, Imported, Info, Meeting, Outcome, QueueEntry, Recorded, Saved, Store, StoreError,
 };
 use millstream_schemas::Schema;
 use millstream_schemas::stream::{Loss, RunSpan};
@@ -131,7 +131,7 @@ pub(crate) enum WriterCommand {
     /// The installed schema.
     Schema(Reply<Option<Schema>>),
     /// Apply what the edge sent.
-    Perform(Vec<Work>, Reply<Applied>),
+    Perform(Vec<Work>, Reply<()>),
     /// Install the edge's schema; true: a snapshot is needed.
     Install(Box<Schema>, Reply<bool>),
     /// Compare the server's ledger with the store.
@@ -152,6 +152,35 @@ pub(crate) enum WriterCommand {
     Poll,
     /// Stop.
     Close(oneshot::Sender<()>),
+}
+
+impl WriterCommand {
+    /// It comes from a session, and so after all that sessions brought before: it waits until that is done.
+    pub fn is_of_a_session(&self) -> bool {
+        match self {
+            WriterCommand::Perform(..)
+            | WriterCommand::Install(..)
+            | WriterCommand::Meet { .. }
+            | WriterCommand::Claim(..)
+            | WriterCommand::Info(_)
+            | WriterCommand::ForgetPosition(_) => true,
+            WriterCommand::Write(_)
+            | WriterCommand::Settled(..)
+            | WriterCommand::AllSettled(_)
+            | WriterCommand::Failed(_)
+            | WriterCommand::Queue(..)
+            | WriterCommand::QueueEntries(..)
+            | WriterCommand::Retry(..)
+            | WriterCommand::Discard(..)
+            | WriterCommand::Load { .. }
+            | WriterCommand::Schema(_)
+            | WriterCommand::Import(..)
+            | WriterCommand::Damaged(..)
+            | WriterCommand::Checked
+            | WriterCommand::Poll
+            | WriterCommand::Close(_) => false,
+        }
+    }
 }
 
 /// Events to the changes worker.

@@ -46,7 +46,7 @@ impl Drop for Inner {
 
 impl Client {
     /// Waits until the tables exist and hold the rows of a first snapshot; at once if they ever did. Waits on while the client is
-    /// offline.
+    /// offline. Queries before that see the rows that have come by then.
     ///
     /// ```no_run
     /// # use millstream_client::{Client, Result};

@@ -18,7 +18,10 @@
 //! ```
 //!
 //! The store is one SQLite file, of one user and for one installation of the app. [`Client::ready`] waits for the first snapshot; a
-//! store that has ever had one is ready at once, offline too. A [`Client`] is cheap to clone. Its calls run on a
+//! store that has ever had one is ready at once, offline too. Before that, queries and watches see only the rows that have
+//! come so far: [`Status::download`] tells how many, and [`Status::has_synced`] when the first snapshot is complete. From then on
+//! every change of the server shows as a whole; [`Status::caught_up`] tells when everything is there that was committed before this
+//! connection began. A [`Client`] is cheap to clone. Its calls run on a
 //! [tokio](https://docs.rs/tokio) runtime; SQLite runs on threads of its own.
 //!
 //! Several processes may open the same store. One of them does the syncing ([`Status::role`]), and all read and write.

@@ -6,7 +6,7 @@ use futures_util::{FutureExt, SinkExt, StreamExt};
 use millstream_client_core::backoff::RETRY_AFTER_CAP_MS;
 use millstream_client_core::replica::{Replica, Work};
 use millstream_client_core::status::{LastError, State};
-use millstream_client_store::{Applied, Meeting, StoreError};
+use millstream_client_store::{Meeting, StoreError};
 use millstream_schemas::PROTOCOL_VERSION;
 use millstream_schemas::frame::{ClientFrame, Hello, MAX_SCOPES_BYTES, ScopesDigest, ServerFrame, Welcome};
 use tokio::sync::oneshot;
@@ -377,9 +377,9 @@ fn failed(error: &Error) -> End {
 }
 
 /// What the session does about a batch that the writer applied, or did not.
-fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
+fn outcome(applied: Option<Result<()>>) -> Result<(), End> {
     match applied {
-        Some(Ok(_)) => Ok(()),
+        Some(Ok(())) => Ok(()),
         // The next welcome tells which transactions were the copy's.
         Some(Err(Error::Store(error @ StoreError::Copied))) => Err(End::new(Then::Again, "copied", error.to_string())),
         // Nothing of the batch was applied, nor its position taken: the next session starts before it. Where the batch
@@ -394,13 +394,13 @@ fn outcome(applied: Option<Result<Applied>>) -> Result<(), End> {
 
 /// A batch at the writer, with the spans that last until it is applied.
 struct Performing {
-    answer: oneshot::Receiver<Result<Applied>>,
+    answer: oneshot::Receiver<Result<()>>,
     /// With it, the store has everything that was committed before the session began.
     caught_up: bool,
     _spans: Vec<tracing::Span>,
 }
 
-async fn performed(performing: &mut Option<Performing>) -> Option<Result<Applied>> {
+async fn performed(performing: &mut Option<Performing>) -> Option<Result<()>> {
     match performing {
         Some(performing) => (&mut performing.answer).await.ok(),
         None => std::future::pending().await,

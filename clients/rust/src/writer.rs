@@ -1,13 +1,12 @@
 //! The writer: the thread that owns the store.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use millstream_client_core::replica::Work;
 use millstream_client_core::status::{State, Status};
-use millstream_client_store::{Applied, Host, Meeting, Outcome, Recorded, Settled, Store, StoreError, Verdict};
+use millstream_client_store::{Host, Meeting, Outcome, Performing, Recorded, Settled, Store, StoreError, Verdict};
 use millstream_schemas::stream::Failure;
 use tokio::sync::{broadcast, mpsc, watch};
 
@@ -19,6 +18,11 @@ use crate::{Error, Result};
 
 /// Most writes that share a commit.
 const GROUP: usize = 64;
+/// Most calls between two slices of what the edge sent.
+const CALLS: usize = 64;
+/// Most commands of sessions that wait for the end of what the edge sent. A session waits for each of its own, so that more come only
+/// of sessions that were cut off.
+const BEHIND: usize = 16;
 /// Polls between looks for due retries.
 const RETRY_POLLS: u64 = 5;
 /// Polls between writes of the entries' states.
@@ -43,16 +47,29 @@ pub(crate) struct Writer {
     pub readers: Arc<Readers>,
     /// Why the store is of no use any more: the answer to everything.
     pub lost: Option<StoreError>,
+    pub order: Order,
+}
+
+/// Which command comes next.
+#[derive(Default)]
+pub(crate) struct Order {
+    /// What the edge sent, in slices, so that calls of the app need not wait for the end of it.
+    performing: Option<(Performing, Reply<()>)>,
+    /// What waits for that end.
+    behind: VecDeque<WriterCommand>,
+    /// The command that ended a group of writes.
+    next: Option<WriterCommand>,
+    /// Calls since the last slice.
+    calls: usize,
 }
 
 impl Writer {
     /// Runs until the client is closed or gone.
     pub fn run(mut self) {
         self.refresh_or_report();
-        let mut next = None;
-        while let Some(command) = next.take().or_else(|| self.commands.blocking_recv()) {
+        while let Some(command) = self.next() {
             match command {
-                WriterCommand::Write(job) => next = self.write(job),
+                WriterCommand::Write(job) => self.order.next = self.write(job),
                 WriterCommand::Close(reply) => {
                     let _ = self.store.flush_marks();
                     for reply in std::mem::take(&mut self.waiting).into_values().flatten() {
@@ -68,6 +85,38 @@ impl Writer {
                 }
                 other => self.other(other),
             }
+        }
+    }
+
+    /// Waits for the next command. While there is something of the edge's to do, that is done instead of waiting.
+    fn next(&mut self) -> Option<WriterCommand> {
+        loop {
+            if self.order.performing.is_none() {
+                let behind = self.order.behind.pop_front();
+                return behind.or_else(|| self.order.next.take()).or_else(|| self.commands.blocking_recv());
+            }
+            let mut call = None;
+            if self.order.calls < CALLS && self.order.behind.len() < BEHIND {
+                call = self.order.next.take().or_else(|| self.commands.try_recv().ok());
+            }
+            match call {
+                Some(command) if command.is_of_a_session() => self.order.behind.push_back(command),
+                Some(command) => {
+                    self.order.calls += 1;
+                    return Some(command);
+                }
+                None => self.slice(),
+            }
+        }
+    }
+
+    /// Does a part of what the edge sent, and answers once all of it is done.
+    fn slice(&mut self) {
+        self.order.calls = 0;
+        let Some((mut performing, reply)) = self.order.performing.take() else { return };
+        match self.perform(&mut performing) {
+            Ok(()) if !performing.is_done() => self.order.performing = Some((performing, reply)),
+            result => self.answer(reply, result),
         }
     }
 
@@ -113,8 +162,8 @@ impl Writer {
                 self.answer(reply, entries);
             }
             WriterCommand::Perform(works, reply) => {
-                let result = self.perform(&works);
-                self.answer(reply, result);
+                self.order.performing = Some((Performing::new(works), reply));
+                self.slice();
             }
             WriterCommand::Install(schema, reply) => {
                 let result = self.store.install(&schema);
@@ -236,11 +285,15 @@ impl Writer {
         });
     }
 
-    fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
+    fn perform(&mut self, performing: &mut Performing) -> Result<(), StoreError> {
         let (sent, accepted) =
             (self.progress.sent.load(Ordering::Relaxed), self.progress.accepted.load(Ordering::Relaxed));
         self.store.mark(sent, accepted);
-        let applied = self.store.perform(works)?;
+        let applied = self.store.perform_slice(performing)?;
+        if applied.is_none() && !performing.is_done() {
+            return Ok(());
+        }
+        let applied = applied.unwrap_or_default();
         self.publish();
         self.settle(&applied.settled);
         if applied.released {
@@ -252,7 +305,7 @@ impl Writer {
             status.last_synced_at = Some(SystemHost.now_micros() / 1_000);
             status.applied_transactions += applied.transactions;
         });
-        Ok(applied)
+        Ok(())
     }
 
     /// Something of the queue was retried, discarded or released.

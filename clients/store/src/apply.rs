@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use millstream_client_core::backoff;
 use millstream_client_core::rebase::{self, Image, Pending};
-use millstream_client_core::replica::{Batch, Step, Work};
+use millstream_client_core::replica::{Batch, Step};
 use millstream_client_core::sql::quote;
 use millstream_schemas::frame::Confirmed;
 use millstream_schemas::stream::Failure;
@@ -46,63 +46,36 @@ pub struct Settled {
 }
 
 impl Store {
-    /// Does what a session's staging found ready, in order. Each [`Work::Apply`] is one local transaction, whole or not
-    /// at all; it is durable with the app's next write at the latest.
-    ///
-    /// # Errors
-    /// [`StoreError::UnknownTable`], [`StoreError::RowShape`]: a row does not fit the schema. Otherwise SQLite failed. The step that
-    /// failed is not applied, nor its position taken; those before it stand.
-    pub fn perform(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
-        let applied = self.relaxed(|store| store.perform_all(works))?;
-        if applied.released {
-            // Numbers that are about to be sent have to be on the disk: this commit waits for it, and so for those before it.
-            self.transact(|store| store.keep_stamp())?;
-        }
-        Ok(applied)
-    }
-
-    fn perform_all(&mut self, works: &[Work]) -> Result<Applied, StoreError> {
-        let mut all =
-            Applied { confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?, ..Applied::default() };
-        for work in works {
-            match work {
-                Work::ClearStage => self.clear_stage()?,
-                Work::Stage(changes) => self.stage(changes)?,
-                Work::Mark(mark) => self.set_meta_json("snapshot", mark)?,
-                Work::ClearSpill => self.clear_spill(None)?,
-                Work::Spill(part, changes) => self.spill(*part, changes)?,
-                Work::Unspill(part) => self.clear_spill(Some(*part))?,
-                Work::Apply(batch) => {
-                    let applied = self.apply(batch)?;
-                    all.confirmed_seq = applied.confirmed_seq;
-                    all.settled.extend(applied.settled);
-                    all.position = applied.position.or(all.position);
-                    all.transactions += applied.transactions;
-                    all.released |= applied.released;
-                }
-            }
-        }
-        Ok(all)
-    }
-
     /// Applies a batch and its position in one local transaction.
     ///
     /// # Errors
     /// [`StoreError::UnknownTable`], [`StoreError::RowShape`]: a row does not fit the schema. Otherwise SQLite failed. Nothing of the
     /// batch is applied then.
     pub fn apply(&mut self, batch: &Batch) -> Result<Applied, StoreError> {
+        self.apply_batch(batch, false)
+    }
+
+    /// `swept`: the rows that the first snapshot in it lacks have been looked for.
+    pub(crate) fn apply_batch(&mut self, batch: &Batch, swept: bool) -> Result<Applied, StoreError> {
         self.put_in_order()?;
         let marks = self.marks.take();
         let result = self.unhindered(|store| {
             let mut applier = Applier::new(store)?;
-            let mut settled = Vec::new();
+            let (mut settled, mut swept) = (Vec::new(), swept);
+            let is_whole = batch.steps.iter().any(|step| matches!(step, Step::Snapshot { full: true, .. }));
+            if batch.position.is_some() && !is_whole && store.is_unclaimed()? {
+                // What came of a first snapshot that was cut is no state of the server's, and this position does not make it one.
+                store.tables.values().try_for_each(|table| applier.truncate(table))?;
+            }
             for step in &batch.steps {
                 match step {
                     Step::Rows(changes) => applier.rows(changes, false)?,
                     Step::Spilled(part) => applier.spilled(*part)?,
                     Step::Confirmed(confirmed) => applier.confirm(confirmed, &mut settled)?,
                     Step::ScopeRemoved(scope) => applier.remove_scope(scope)?,
-                    Step::Snapshot { scopes, full } => applier.snapshot(scopes, *full)?,
+                    Step::Snapshot { scopes, full } => {
+                        applier.snapshot(scopes, *full, std::mem::take(&mut swept))?;
+                    }
                 }
             }
             applier.finish()?;
@@ -138,6 +111,8 @@ pub(crate) struct Applier<'a> {
     pub store: &'a Store,
     /// Whether any row has changes under way; if none has, no row is looked up.
     pub based: bool,
+    /// Whether a snapshot is being staged, as a difference to the confirmed rows.
+    pub staging: bool,
     /// Whether held transactions were numbered.
     pub released: bool,
     /// Rows, by table and key, whose visible form is to be made anew.
@@ -151,7 +126,7 @@ impl<'a> Applier<'a> {
             .prepare_cached("SELECT EXISTS (SELECT 1 FROM millstream_base)")
             .and_then(|mut statement| statement.query_row([], |row| row.get(0)))
             .during("looking for changes under way")?;
-        Ok(Applier { store, based, released: false, dirty: BTreeSet::new() })
+        Ok(Applier { store, based, staging: store.is_staging()?, released: false, dirty: BTreeSet::new() })
     }
 
     /// Applies row changes. `diff`: rows that are equal already are not written.
@@ -167,7 +142,7 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    fn set(&mut self, table: &TableSql, change: &TableChanges, diff: bool) -> Result<(), StoreError> {
+    pub fn set(&mut self, table: &TableSql, change: &TableChanges, diff: bool) -> Result<(), StoreError> {
         let columns = table.columns(change.columns.as_deref())?;
         let places = table.key_places(&columns)?;
         let partial = change.op == TableOp::Update;
@@ -185,8 +160,9 @@ impl<'a> Applier<'a> {
             if row.len() != columns.len() {
                 return Err(table.shape("another number of values than columns"));
             }
-            if self.based {
+            if self.based || self.staging {
                 let key = table.key_json(row, &places);
+                self.differ(table, &key)?;
                 if let Some(base) = self.base(table.name(), &key)? {
                     if base.is_some() || !partial {
                         let mut image = base.unwrap_or_default();
@@ -220,8 +196,9 @@ impl<'a> Applier<'a> {
             if row.len() != columns.len() {
                 return Err(table.shape("another number of values than columns"));
             }
-            if self.based {
+            if self.based || self.staging {
                 let key = table.key_json(row, &places);
+                self.differ(table, &key)?;
                 if self.base(table.name(), &key)?.is_some() {
                     self.set_base(table.name(), key, None)?;
                     continue;
@@ -237,6 +214,7 @@ impl<'a> Applier<'a> {
     }
 
     fn truncate(&mut self, table: &TableSql) -> Result<(), StoreError> {
+        self.differ_all(table)?;
         for (key, _) in self.bases_of(table.name())? {
             self.set_base(table.name(), key, None)?;
         }
@@ -353,6 +331,10 @@ impl<'a> Applier<'a> {
             let pending = self.pending(&name, &key)?;
             let Some(base) = self.base(&name, &key)? else { continue };
             let settled = pending.is_empty();
+            if settled {
+                // It shows again, perhaps behind the look for rows that a snapshot lacks.
+                self.differ(table, &key)?;
+            }
             self.show(table, &key, rebase::overlay(base, &pending, &table.table))?;
             if settled {
                 self.store

@@ -23,7 +23,7 @@ pub struct Info {
     pub position: Option<Position>,
     /// The position is of no use to the server any more: a snapshot is needed. The rows stay until it comes.
     pub resync: bool,
-    /// How far a snapshot is that was cut, and how many rows of it are staged.
+    /// How far a snapshot is that was cut, and how many rows of it had arrived by then.
     pub snapshot: Option<(SnapshotMark, u64)>,
     /// Scopes whose rows the store holds.
     pub scopes: Vec<Scope>,
@@ -82,7 +82,8 @@ impl Store {
 
     /// Nothing was ever recorded or received.
     fn is_pristine(&self) -> Result<bool, StoreError> {
-        Ok(self.last_tx()? == 0 && self.scopes()?.is_empty() && !self.has_meta("position")?)
+        // Rows come before the position does.
+        Ok(self.last_tx()? == 0 && self.is_unclaimed()? && !self.has_rows()?)
     }
 
     /// The newest stamp that a process of this store has given out or seen. (Stamps rise with the transactions, and an edit
@@ -131,7 +132,7 @@ impl Store {
             schema: self.schema.as_ref().map(|schema| schema.version.clone()),
             position: self.meta_json("position")?,
             resync: self.meta("resync")?.is_some_and(|flag| flag != Value::Null),
-            snapshot: self.cut_snapshot()?,
+            snapshot: self.meta_json("snapshot")?,
             scopes: self.scopes()?,
             confirmed_seq: self.confirmed_seq().during("reading confirmed_seq")?,
             last_seq: self.last_seq().during("reading the last number")?,
@@ -140,13 +141,6 @@ impl Store {
             oldest_pending: oldest.map(|at| at as u64),
             set_aside: self.set_aside()?,
         })
-    }
-
-    fn cut_snapshot(&self) -> Result<Option<(SnapshotMark, u64)>, StoreError> {
-        let Some(mark) = self.meta_json("snapshot")? else { return Ok(None) };
-        let staged =
-            self.connection.query_row("SELECT count(*) FROM millstream_snapshot", [], |row| row.get::<_, i64>(0));
-        Ok(Some((mark, staged.during("counting staged rows")? as u64)))
     }
 
     /// Gives the position up: the next session brings a snapshot of everything. Rows and queue stay.

@@ -10,6 +10,7 @@ use millstream_client_core::trigger;
 use millstream_client_core::types::Kind;
 use millstream_schemas::{ColumnSchema, Schema, TableSchema};
 
+use crate::apply::Applier;
 use crate::error::During;
 use crate::statements::{TableSql, Tables, indexed};
 use crate::{Store, StoreError};
@@ -82,6 +83,11 @@ impl Store {
             // What is not the store's yet is not concerned: it gets another name.
             before(name).is_some_and(|before| schema.table(name).is_none_or(|table| !same(before, table)))
         };
+        let applier = Applier::new(self)?;
+        for table in old_tables.iter().filter(|before| changes(&before.name)) {
+            // Columns may lose what they hold, and a snapshot that was cut may go on nevertheless.
+            applier.differ_all(&TableSql::new(table.clone()))?;
+        }
         for table in
             old_tables.iter().filter(|before| schema.table(&before.name).is_none_or(|now| !has_key_of(now, before)))
         {

@@ -22,11 +22,13 @@ pub(crate) struct TableSql {
     pub table: TableSchema,
     pub kinds: Vec<Kind>,
     /// Names of the key columns, quoted.
-    key: Vec<String>,
+    pub key: Vec<String>,
     /// Whole rows: insert or replace.
     pub upsert: String,
     /// As `upsert`, but rows that are equal already are left alone.
     pub upsert_changed: String,
+    /// Whether there is a row of exactly these values.
+    pub equal: String,
     /// By key.
     pub delete: String,
     /// The row as a JSON object, by key.
@@ -43,6 +45,7 @@ impl TableSql {
             kinds,
             upsert: String::new(),
             upsert_changed: String::new(),
+            equal: String::new(),
             delete: format!("{OWN} DELETE FROM {} WHERE {}", quote(&table.name), by_key(&key, 1)),
             select_row: format!(
                 "SELECT {} FROM {} WHERE {}",
@@ -64,6 +67,12 @@ impl TableSql {
         } else {
             format!("{} WHERE {}", sql.upsert, joined(&changed, "OR"))
         };
+        let values = sql.table.columns.iter().enumerate().map(|(index, column)| {
+            let operator = if sql.table.key.contains(&index) { "=" } else { "IS" };
+            format!("{} {operator} ?{}", quote(&column.name), index + 1)
+        });
+        let values: Vec<String> = values.collect();
+        sql.equal = format!("SELECT EXISTS (SELECT 1 FROM {name} WHERE {})", joined(&values, "AND"));
         sql
     }
 

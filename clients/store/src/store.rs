@@ -257,6 +257,7 @@ fn create_tables(connection: &Connection) -> Result<bool, StoreError> {
             format::UPGRADE_FROM_2,
             format::UPGRADE_FROM_3,
             format::UPGRADE_FROM_4,
+            format::UPGRADE_FROM_5,
         ];
         for (version, upgrade) in (0..).zip(upgrades) {
             if found.is_some_and(|found| found <= version) {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use millstream_client_core::outbox::{Input, Output};
 use millstream_client_core::replica::{Replica, Step, Work};
-use millstream_client_store::{Edit, Meeting, Recorded, Store, StoreError, Tx};
+use millstream_client_store::{Applied, Edit, Meeting, Performing, Recorded, Store, StoreError, Tx};
 use millstream_schemas::Code;
 use millstream_schemas::frame::{Hello, ServerFrame};
 use rand::rngs::StdRng;
@@ -432,32 +432,44 @@ impl World {
                 return self.crash_applying(index, &works);
             }
         }
-        match self.clients[index].store().perform(&works) {
-            Ok(applied) => {
-                trace!(
-                    self,
-                    "client {index} applies up to {:?}: {:?}",
-                    applied.position.map(|p| p.stream_seq),
-                    applied
-                        .settled
-                        .iter()
-                        .map(|s| (s.tx, s.result.as_ref().map_err(|f| f.code.as_str())))
-                        .collect::<Vec<_>>()
-                );
-                if applied.released {
-                    let client = &mut self.clients[index];
-                    client.synced = length(&client.path);
+        let (run, size) = (self.clients[index].run, self.rng.random_range(1..=8));
+        let mut performing = Performing::new(works).in_slices_of(size);
+        while !performing.is_done() && self.clients[index].run == run {
+            match self.clients[index].store().perform_slice(&mut performing) {
+                Ok(None) => {}
+                Ok(Some(applied)) => self.performed(index, &applied),
+                Err(StoreError::Copied) => {
+                    trace!(self, "client {index} meets its copy");
+                    return self.hang_up(index, 1_000);
                 }
-                self.applied(index, applied.position);
-                self.check(index, "applied");
-                self.pulse(index);
+                Err(error) => panic!("the store: {error:?}"),
             }
-            Err(StoreError::Copied) => {
-                trace!(self, "client {index} meets its copy");
-                self.hang_up(index, 1_000);
+            // What the app does comes in between, and the end may.
+            if self.trouble && !performing.is_done() {
+                if self.crashes_at(49) {
+                    return self.crash(index);
+                }
+                if self.rng.random_bool(0.1) {
+                    self.app(index);
+                }
             }
-            Err(error) => panic!("the store: {error:?}"),
         }
+    }
+
+    fn performed(&mut self, index: usize, applied: &Applied) {
+        trace!(
+            self,
+            "client {index} applies up to {:?}: {:?}",
+            applied.position.map(|p| p.stream_seq),
+            applied.settled.iter().map(|s| (s.tx, s.result.as_ref().map_err(|f| f.code.as_str()))).collect::<Vec<_>>()
+        );
+        if applied.released {
+            let client = &mut self.clients[index];
+            client.synced = length(&client.path);
+        }
+        self.applied(index, applied.position);
+        self.check(index, "applied");
+        self.pulse(index);
     }
 
     /// The process dies after it applied, before the commit.

@@ -44,7 +44,7 @@ pub struct Args {
     /// Data folder of dev mode, for --user
     #[arg(long, env = "MILLSTREAM_DEV_DATA", default_value = DEV_DATA)]
     pub data: PathBuf,
-    /// Seconds to wait for the connection, and for the verdict on a write
+    /// Seconds to wait for the connection, for more of a first snapshot, and for the verdict on a write
     #[arg(long, default_value_t = 5.0)]
     pub wait: f64,
     /// How to print data

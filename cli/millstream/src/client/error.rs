@@ -46,6 +46,16 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// It is about to have them.
+    #[error(
+        "the first snapshot is arriving from {edge}: {so_far}. Give --wait more seconds, or try again: it goes on from there"
+    )]
+    Arriving {
+        /// From where.
+        edge: String,
+        /// How far it is.
+        so_far: String,
+    },
 }
 
 impl Error {
@@ -59,7 +69,7 @@ impl HasExit for Error {
         match self {
             Error::NoUser | Error::TokenFile { .. } | Error::Token(_) | Error::Flag(_) => Exit::Config,
             Error::Client { .. } | Error::NoTransaction(_) => Exit::Failed,
-            Error::Empty { .. } => Exit::Dependency,
+            Error::Empty { .. } | Error::Arriving { .. } => Exit::Dependency,
         }
     }
 }

@@ -157,6 +157,27 @@ async fn a_damaged_store_says_where_everything_is_and_goes_on() -> Result<()> {
     board.explain(result)
 }
 
+/// A new store whose rows take longer to come than one waits for: that they come is worth waiting for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_read_waits_while_its_rows_arrive() -> Result<()> {
+    let board = crate::board().await?;
+    let result = async {
+        let (mut postgres, project) = (board.postgres().await?, Uuid::now_v7());
+        sqlx::query("INSERT INTO projects (id, name) VALUES ($1, 'p')").bind(project).execute(&mut postgres).await?;
+        sqlx::query("INSERT INTO members VALUES ($1, 'alice', 'owner')").bind(project).execute(&mut postgres).await?;
+        sqlx::query(
+            "INSERT INTO tasks (id, project_id, title) SELECT gen_random_uuid(), $1, repeat('x', 200) FROM generate_series(1, 100000)",
+        )
+        .bind(project)
+        .execute(&mut postgres)
+        .await?;
+        let count = ["--wait", "1", "sql", "SELECT count(*) FROM tasks"];
+        says(&board, &count, 0, &["the first snapshot is arriving", "100000"]).await
+    }
+    .await;
+    board.explain(result)
+}
+
 /// The edge does not take the token: the change is kept, and the way out is named.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_is_refused_says_what_to_do_and_loses_nothing() -> Result<()> {

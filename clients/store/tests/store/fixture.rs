@@ -123,7 +123,14 @@ impl Fixture {
     }
 
     /// Applies steps; confirmations without a run get that of the queue's entry.
-    pub fn try_apply(&mut self, mut steps: Vec<Step>) -> Result<Applied, StoreError> {
+    pub fn try_apply(&mut self, steps: Vec<Step>) -> Result<Applied, StoreError> {
+        let position = Position { epoch: Uuid::nil(), stream_seq: 1, lsn: Lsn(1) };
+        let batch = Batch { steps: self.with_runs(steps), position: Some(position), ..Batch::default() };
+        self.store.perform(&[Work::Apply(batch)])
+    }
+
+    /// Gives confirmations without a run that of the queue's entry.
+    pub fn with_runs(&self, mut steps: Vec<Step>) -> Vec<Step> {
         for step in &mut steps {
             if let Step::Confirmed(confirmed) = step
                 && confirmed.run_id.is_nil()
@@ -132,9 +139,7 @@ impl Fixture {
                 confirmed.run_id = self.read(&sql).lines().next().unwrap().parse().unwrap();
             }
         }
-        let position = Position { epoch: Uuid::nil(), stream_seq: 1, lsn: Lsn(1) };
-        let batch = Batch { steps, position: Some(position), ..Batch::default() };
-        self.store.perform(&[Work::Apply(batch)])
+        steps
     }
 
     pub fn read(&self, sql: &str) -> String {

@@ -10,6 +10,7 @@ mod identity;
 mod order;
 mod parents;
 mod recorded;
+mod snapshots;
 mod spelling;
 mod territory;
 mod types;

@@ -4,7 +4,9 @@
 //! them.
 
 use std::borrow::Cow;
+use std::fmt::{Display, LowerExp};
 use std::net::IpAddr;
+use std::str::FromStr;
 
 /// What Millstream knows about the way in which Postgres would write a text back.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,13 +49,17 @@ pub fn spelling<'a>(sql_type: &str, text: &'a str) -> Spelling<'a> {
         "uuid" => known(uuid(text), "00000000-0000-0000-0000-000000000000"),
         "smallint" | "integer" | "bigint" => known(text.trim().parse::<i64>().ok().map(|n| n.to_string()), "42"),
         "boolean" => known(boolean(text).map(str::to_owned), "true or false"),
-        "numeric" if modifiers.get(1).is_some_and(|scale| *scale < 0) => Spelling::Any,
         "numeric" => known(decimal(text, modifiers.get(1).copied().or(modifiers.first().map(|_| 0))), "12.50"),
+        "real" => known(real(text, |number: f32| float(number, 6)), "12.5"),
+        "double precision" => known(real(text, |number: f64| float(number, 15)), "12.5"),
         "date" => known(date(text), "2026-11-29"),
         "timestamp without time zone" => known(timestamp(text, digits(&modifiers), false), "2026-11-29 08:30:00"),
         "timestamp with time zone" => known(timestamp(text, digits(&modifiers), true), "2026-11-29 08:30:00+00"),
-        "time without time zone" if text == "24:00:00" => Spelling::Known(Cow::Borrowed(text)),
-        "time without time zone" => known(time(text, digits(&modifiers)), "08:30:00"),
+        "time without time zone" => known(time(text, digits(&modifiers)).map(|(time, _)| time), "08:30:00"),
+        "time with time zone" => {
+            let zoned = |(time, ahead): (String, Option<i64>)| time + &zone_text(ahead.unwrap_or_default());
+            known(time(text, digits(&modifiers)).map(zoned), "08:30:00+00")
+        }
         // Postgres writes the last four bytes of some of these as of an IPv4 address.
         "inet" if text.trim_start().starts_with("::") => Spelling::Any,
         "inet" => known(inet(text), "192.0.2.1 or 2001:db8::1"),
@@ -95,7 +101,8 @@ pub fn is_spelt(sql_type: &str) -> bool {
 
 /// Whether equal values of a type are spelt alike, so that texts can be compared for them.
 pub fn is_one_spelling(sql_type: &str) -> bool {
-    !matches!(sql_type, "numeric" | "citext") && !matches!(spelling(sql_type, "?"), Spelling::Any)
+    !matches!(sql_type, "numeric" | "citext" | "real" | "double precision")
+        && !matches!(spelling(sql_type, "?"), Spelling::Any)
 }
 
 /// Days before the year 1 or after 9999 are rare enough to be left to Postgres.
@@ -156,16 +163,18 @@ fn boolean(text: &str) -> Option<&'static str> {
     }
 }
 
-/// A number in decimal digits; with `scale` if the type has one. What would have to be rounded is none.
+/// A number in decimal digits, rounded to the `scale` that the type has, away from zero in the middle.
 fn decimal(text: &str, scale: Option<i64>) -> Option<String> {
     let text = text.trim();
-    if ["NaN", "Infinity", "-Infinity"].contains(&text) {
-        return Some(text.to_owned());
-    }
     let (negative, unsigned) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, text.strip_prefix('+').unwrap_or(text)),
     };
+    match unsigned.to_ascii_lowercase().as_str() {
+        "nan" if unsigned == text => return Some("NaN".to_owned()),
+        "inf" | "infinity" => return Some(if negative { "-Infinity" } else { "Infinity" }.to_owned()),
+        _ => {}
+    }
     let (mantissa, exponent) = match unsigned.split_once(['e', 'E']) {
         Some((mantissa, exponent)) => (mantissa, exponent.parse::<i32>().ok().filter(|e| e.abs() <= 1_000)?),
         None => (unsigned, 0),
@@ -177,28 +186,73 @@ fn decimal(text: &str, scale: Option<i64>) -> Option<String> {
     }
     // Number of digits in front of the decimal point.
     let point = whole.len() as i64 + i64::from(exponent);
-    let padded = format!(
-        "{}{all}{}",
-        "0".repeat((-point).max(0) as usize),
-        "0".repeat((point - all.len() as i64).max(0) as usize)
-    );
-    let (whole, fraction) = padded.split_at(point.max(0) as usize);
-    let whole = whole.trim_start_matches('0');
-    let fraction = match scale {
-        None => fraction.to_owned(),
-        Some(scale) => {
-            let scale = usize::try_from(scale).ok()?;
-            let kept = &fraction[..fraction.len().min(scale)];
-            if fraction[kept.len()..].bytes().any(|b| b != b'0') {
-                return None;
-            }
-            format!("{kept:0<scale$}")
+    // One more zero in front, for a carry.
+    let front = (-point).max(0) as usize + 1;
+    let mut digits = format!("{:0<front$}{all}", "").into_bytes();
+    let point = point.max(0) as usize + 1;
+    if let Some(scale) = scale {
+        let cut = (point as i64 + scale).max(0) as usize;
+        let up = digits.get(cut).is_some_and(|digit| *digit >= b'5');
+        digits.truncate(cut);
+        if let Some(last) = digits.iter().rposition(|digit| *digit != b'9').filter(|_| up) {
+            digits[last] += 1;
+            digits[last + 1..].fill(b'0');
         }
-    };
-    let zero = whole.is_empty() && fraction.bytes().all(|b| b == b'0');
-    let sign = if negative && !zero { "-" } else { "" };
-    let whole = if whole.is_empty() { "0" } else { whole };
+        digits.resize(cut, b'0');
+    }
+    digits.resize(digits.len().max(point), b'0');
+    let sign = if negative && digits.iter().any(|digit| *digit != b'0') { "-" } else { "" };
+    let digits = String::from_utf8(digits).ok()?;
+    let (whole, fraction) = digits.split_at(point);
+    let whole = Some(whole.trim_start_matches('0')).filter(|whole| !whole.is_empty()).unwrap_or("0");
     Some(if fraction.is_empty() { format!("{sign}{whole}") } else { format!("{sign}{whole}.{fraction}") })
+}
+
+/// A floating-point number. What is too large for the type, or rounded to nothing, is none.
+fn real<F: FromStr + Into<f64> + Copy>(text: &str, spelt: impl Fn(F) -> String) -> Option<String> {
+    let text = text.trim();
+    let number: F = text.parse().ok()?;
+    let is_number = text.contains(|c: char| c.is_ascii_digit());
+    let mantissa = text.split(['e', 'E']).next().unwrap_or(text);
+    let is_zero = !mantissa.contains(|c: char| ('1'..='9').contains(&c));
+    let fits = !is_number || number.into().is_finite() && (number.into() == 0.0) == is_zero;
+    fits.then(|| spelt(number))
+}
+
+/// A `double precision` as Postgres writes it.
+pub fn double(number: f64) -> String {
+    float(number, 15)
+}
+
+/// The shortest digits that give the number back; with an exponent below 1e-4 and from `10^digits` on.
+///
+/// Source: PostgreSQL, `d2s.c` and `f2s.c`, which are Ryu with `STRICTLY_SHORTEST` 0: digits half-way between two numbers,
+/// where readers would have to round to the even one, do not count.
+fn float<F: FromStr + LowerExp + Display + PartialEq + Copy>(number: F, digits: i32) -> String {
+    let shortest = format!("{number:e}");
+    let Some((mantissa, exponent)) = shortest.split_once('e') else {
+        return shortest.replace("inf", "Infinity");
+    };
+    if exponent.parse().is_ok_and(|exponent: i32| (-4..digits).contains(&exponent)) {
+        return number.to_string();
+    }
+    let gives_back = |text: String| text.parse::<F>().is_ok_and(|read| read == number);
+    // A little less and a little more are the same number.
+    let is_inside = |(mantissa, exponent): &(String, i32)| {
+        let (before, last) = mantissa.split_at(mantissa.len() - 1);
+        let point = if mantissa.contains('.') { "" } else { "." };
+        let less = last.parse::<u8>().ok().and_then(|digit| digit.checked_sub(1));
+        less.is_some_and(|less| gives_back(format!("{before}{less}{point}{}e{exponent}", "9".repeat(30))))
+            && gives_back(format!("{mantissa}{point}{:030}1e{exponent}", 0))
+    };
+    let split = |text: &str| {
+        let (mantissa, exponent) = text.split_once('e')?;
+        Some((mantissa.to_owned(), exponent.parse().ok()?))
+    };
+    let places = mantissa.split_once('.').map_or(0, |(_, places)| places.len());
+    let longer = (places + 1..20).filter_map(|places| split(&format!("{number:.places$e}")));
+    let found = split(&shortest).into_iter().chain(longer).find(is_inside);
+    found.map_or(shortest, |(mantissa, exponent)| format!("{mantissa}e{exponent:+03}"))
 }
 
 /// Microseconds of a second, and of a day.
@@ -289,7 +343,9 @@ fn clock_time(text: &str) -> Option<(i64, &str)> {
     // By way of a floating-point number, as Postgres reads it.
     let fraction = format!("0.{fraction}0").parse::<f64>().ok()? * SECOND as f64;
     let micros = (hours * 3_600 + minutes * 60 + seconds) * SECOND + fraction.round_ties_even() as i64;
-    (hours < 24 && minutes < 60 && seconds < 60).then_some((micros, rest))
+    // With the leap second, and 24:00.
+    let is_time = (hours < 24 || hours == 24 && micros == DAY) && minutes < 60 && seconds <= 60;
+    is_time.then_some((micros, rest))
 }
 
 /// Seconds that a zone is ahead of UTC.
@@ -302,21 +358,38 @@ fn zone(text: &str) -> Option<i64> {
         ("-", rest) => (-1, rest),
         _ => return None,
     };
-    let (hours, rest) = number(rest, 2)?;
-    let (minutes, rest) = match rest.strip_prefix(':').unwrap_or(rest) {
-        "" => (0, ""),
-        rest => number(rest, 2)?,
+    let (hours, rest) = number(rest, 4)?;
+    // 130 is 1:30.
+    let (hours, minutes, seconds, rest) = match rest.strip_prefix(':') {
+        None if text.len() > 3 => (hours / 100, hours % 100, 0, rest),
+        None => (hours, 0, 0, rest),
+        Some(rest) => {
+            let (minutes, rest) = number(rest, 2)?;
+            let (seconds, rest) = rest.strip_prefix(':').map_or(Some((0, rest)), |rest| number(rest, 2))?;
+            (hours, minutes, seconds, rest)
+        }
     };
-    (rest.is_empty() && hours < 16 && minutes < 60).then_some(sign * (hours * 3_600 + minutes * 60))
+    let is_zone = rest.is_empty() && hours < 16 && minutes < 60 && seconds < 60;
+    is_zone.then_some(sign * (hours * 3_600 + minutes * 60 + seconds))
 }
 
-/// A time of the day; Postgres ignores a zone, and a day before it.
-fn time(text: &str, digits: usize) -> Option<String> {
+/// A zone as Postgres writes it.
+fn zone_text(ahead: i64) -> String {
+    let (sign, ahead) = (if ahead < 0 { '-' } else { '+' }, ahead.abs());
+    match (ahead / 60 % 60, ahead % 60) {
+        (0, 0) => format!("{sign}{:02}", ahead / 3_600),
+        (minutes, 0) => format!("{sign}{:02}:{minutes:02}", ahead / 3_600),
+        (minutes, seconds) => format!("{sign}{:02}:{minutes:02}:{seconds:02}", ahead / 3_600),
+    }
+}
+
+/// A time of the day, with its zone if there is one; Postgres ignores a day before it.
+fn time(text: &str, digits: usize) -> Option<(String, Option<i64>)> {
     let text = text.trim();
     let behind_day = day(text).and_then(|(_, rest)| rest.strip_prefix(' '));
     let (micros, rest) = clock_time(behind_day.map_or(text, str::trim_start))?;
-    let is_whole = rest.is_empty() || zone(rest.trim_start()).is_some();
-    is_whole.then(|| time_text(rounded(micros, digits)))
+    let ahead = if rest.is_empty() { None } else { Some(zone(rest.trim_start())?) };
+    (micros <= DAY).then(|| (time_text(rounded(micros, digits)), ahead))
 }
 
 /// A day, the microseconds since its midnight, and the seconds that the zone is ahead of UTC.
@@ -374,7 +447,6 @@ mod tests {
             ("uuid", "{a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
             ("integer", "7.0"),
             ("integer", "seven"),
-            ("numeric(4,1)", "1.25"),
             ("numeric", "1e9999"),
             ("numeric", "1.5 apples"),
             ("numeric", "."),
@@ -386,12 +458,17 @@ mod tests {
             ("timestamp with time zone", "9999-12-31 23:00-02"),
             ("date", "2026-11-29 25:00"),
             ("time without time zone", "noon"),
+            ("time with time zone", "08:00 Europe/Berlin"),
+            ("double precision", "1e400"),
+            ("double precision", "1e-400"),
+            ("real", "1e40"),
+            ("real", "0x1p3"),
             ("inet", "10.1"),
             ("boolean", "perhaps"),
         ] {
             assert!(matches!(spelling(sql_type, text), Spelling::Other(_)), "{text} as {sql_type}");
         }
-        for sql_type in ["double precision", "point", "jsonb", "integer[]", "my.type"] {
+        for sql_type in ["interval", "point", "jsonb", "integer[]", "my.type"] {
             assert_eq!(spelling(sql_type, "x"), Spelling::Any, "{sql_type}");
         }
     }

@@ -22,6 +22,7 @@ CREATE TABLE goods (
 );
 ALTER TABLE goods REPLICA IDENTITY FULL;
 CREATE TABLE parts (id int PRIMARY KEY, of handle NOT NULL REFERENCES goods ON DELETE CASCADE);
+CREATE TABLE boxes (id int PRIMARY KEY, width positive DEFAULT 1, height positive, lid counted);
 ";
 const CONFIG: &str = r#"
 [tables.goods]
@@ -34,6 +35,10 @@ write = { insert = "new.owner = auth.user_id", update = "true", delete = "true" 
 scope = { kind = "global" }
 writable = ["id", "of"]
 write = { insert = "true", delete = "true" }
+[tables.boxes]
+scope = { kind = "global" }
+writable = ["id", "width", "height", "lid"]
+write = { insert = "true", update = "true" }
 "#;
 const A: &str = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11";
 const ALL: &str = "SELECT id, n, typeof(n), size, cost, typeof(cost), code, done, typeof(done), at, mood, list, weight, typeof(weight), total FROM goods";
@@ -107,7 +112,8 @@ async fn run(board: &Board) -> Result<()> {
         ("n = 1000", "business_rule", "counted_check"),
         ("size = -1", "business_rule", "positive_check"),
         ("size = 1000", "business_rule", "counted_check"),
-        ("size = NULL", "business_rule", "domain positive does not allow null values"),
+        ("size = NULL", "business_rule", "column \"size\" must not be null"),
+        ("size = NULL, code = NULL, at = NULL", "business_rule", "column \"size\" must not be null"),
         ("mood = 'sad'", "business_rule", "not_sad"),
         ("mood = 'odd'", "invalid_value", "mood"),
         ("list = '{1,2,3}'", "business_rule", "numbers_check"),
@@ -123,6 +129,18 @@ async fn run(board: &Board) -> Result<()> {
             }
             other => anyhow::bail!("{set}: {other:?}"),
         }
+        alice.discard(tx).await?;
+    }
+    // One that is null since it was left out, also where another column of the domain has a default.
+    for (insert, column) in [
+        ("INSERT INTO boxes (id) VALUES (1)", "height"),
+        ("INSERT INTO boxes (id, width, height) VALUES (1, NULL, 2)", "width"),
+        ("INSERT INTO boxes (id, width, lid) VALUES (1, 2, NULL)", "height"),
+    ] {
+        let write = alice.execute(insert, ()).await?;
+        let tx = write.tx().context("nothing is queued")?;
+        let refused = confirmed(write).await?.err().context(insert)?.to_string();
+        ensure!(refused.contains(&format!("column \"{column}\" must not be null")), "{insert}: {refused}");
         alice.discard(tx).await?;
     }
     // Before it is queued, where that is known.

@@ -6,8 +6,10 @@
 //!
 //! The triggers are silent while the store itself writes: `millstream_tx()` is null then. They call these functions of
 //! the store's connection: `millstream_tx()`, `millstream_seq()`, `millstream_instance()`, `millstream_uuid()`,
-//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`, `millstream_spelt(name, type, text)`, which refuses
-//! what Postgres would give back in another spelling, and `millstream_spelling(type, value)`, which gives that spelling, or null where it is not known or no other.
+//! `millstream_stamp(clocks)`, `millstream_now()`, `millstream_traceparent()`, `millstream_spelt(name, type, text)`, which
+//! refuses what Postgres would give back in another spelling, `millstream_spelling(type, text)`, which gives that spelling, or
+//! null where it is not known or no other, `millstream_real(type, value)`, the same for values of `REAL` columns, and
+//! `millstream_double(value)`, a number as Postgres writes it.
 //!
 //! Keys are refused in another spelling, since rows are known by them. Of other columns the spelling is recorded, and two more triggers
 //! bring it to the row, so that values compare the same before and after their confirmation. That is no change: the trigger that records
@@ -152,7 +154,8 @@ pub fn create_triggers(table: &TableSchema, tables: &[TableSchema], defaults: &[
 /// Whether Postgres' spelling of a column's values is known, and its values can be brought to it.
 fn is_respelt(table: &TableSchema, index: usize) -> bool {
     let column = &table.columns[index];
-    column.writable && !table.key.contains(&index) && Kind::of(column) == Kind::Text && is_spelt(&column.r#type)
+    let by_its_kind = !matches!(Kind::of(column), Kind::Integer | Kind::Units { .. });
+    column.writable && !table.key.contains(&index) && by_its_kind && is_spelt(&column.r#type)
 }
 
 /// SQL that gives a value in Postgres' spelling.
@@ -160,9 +163,23 @@ fn spelling_of(table: &TableSchema, index: usize, value: &str) -> String {
     format!("coalesce({}, {value})", other_spelling(table, index, value))
 }
 
-/// SQL that gives the spelling of a value that has another one than Postgres gives it, else null.
+/// SQL that gives what becomes of a value that Postgres would give back as another one, else null.
 fn other_spelling(table: &TableSchema, index: usize, value: &str) -> String {
-    format!("millstream_spelling({}, {value})", literal(&table.columns[index].r#type))
+    let sql_type = &table.columns[index].r#type;
+    let named = literal(sql_type);
+    match Kind::of(&table.columns[index]) {
+        Kind::Bool => format!(
+            "CASE WHEN typeof({value}) = 'text' THEN \
+             CASE coalesce(millstream_spelling({named}, {value}), {value}) WHEN 't' THEN 1 WHEN 'f' THEN 0 END END"
+        ),
+        Kind::Bytes => format!("iif(typeof({value}) <> 'blob', CAST({value} AS BLOB), NULL)"),
+        // Of these every number of SQLite's is one.
+        Kind::Real if matches!(sql_type.as_str(), "double precision" | "numeric") => {
+            format!("iif(typeof({value}) = 'text', millstream_real({named}, {value}), NULL)")
+        }
+        Kind::Real => format!("millstream_real({named}, {value})"),
+        Kind::Integer | Kind::Units { .. } | Kind::Text => format!("millstream_spelling({named}, {value})"),
+    }
 }
 
 /// SQL that gives the text that is recorded for a column.
@@ -171,8 +188,16 @@ fn recorded_text(table: &TableSchema, index: usize, prefix: &str) -> String {
     if !is_respelt(table, index) {
         return text;
     }
-    let value = format!("{prefix}{}", quote(&table.columns[index].name));
-    format!("coalesce({}, {text})", other_spelling(table, index, &value))
+    let column = &table.columns[index];
+    match Kind::of(column) {
+        Kind::Text => {
+            format!("coalesce({}, {text})", other_spelling(table, index, &format!("{prefix}{}", quote(&column.name))))
+        }
+        Kind::Bool | Kind::Real => {
+            format!("coalesce(millstream_spelling({}, {text}), {text})", literal(&column.r#type))
+        }
+        Kind::Integer | Kind::Units { .. } | Kind::Bytes => text,
+    }
 }
 
 /// SQL that says whether an update changes a column.
@@ -244,14 +269,13 @@ fn insert_trigger(table: &TableSchema, defaults: &[Option<String>]) -> String {
         if is_key {
             let message = format!("key column \"{}\" of \"{}\" is null", column.name, table.name);
             body += &refuse(&message, &format!("{} IS NULL", new(index)));
-            if is_spelt(&column.r#type) {
+            if Kind::of(column) == Kind::Bytes {
+                let message =
+                    format!("key column \"{}\" of \"{}\" takes a blob, such as x'00ff'", column.name, table.name);
+                body += &refuse(&message, &format!("typeof({}) NOT IN ('blob', 'null')", new(index)));
+            } else if is_spelt(&column.r#type) {
                 let name = literal(&format!("key column \"{}\" of \"{}\"", column.name, table.name));
                 let (sql_type, text) = (literal(&column.r#type), column_text(table, index, "NEW."));
-                // A text is not the bytes that come back for it.
-                let text = match Kind::of(column) {
-                    Kind::Bytes => format!("iif(typeof({0}) = 'blob', {text}, {0})", new(index)),
-                    _ => text,
-                };
                 body += &format!("  SELECT millstream_spelt({name}, {sql_type}, {text});\n");
             }
         } else if !column.writable {

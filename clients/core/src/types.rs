@@ -84,7 +84,7 @@ pub fn units(text: &str, scale: u32) -> Option<i64> {
     format!("{whole}{fraction:0<width$}", width = scale as usize).parse().ok()
 }
 
-/// SQL that gives the Postgres text form of a stored value.
+/// SQL that gives the Postgres text form of a stored value. Of [`Kind::Real`] it calls `millstream_double`.
 ///
 /// `|| ''` takes from a value what it has besides its bytes: what a JSON function gave (`json_set`, `->`) carries a subtype to
 /// wherever it goes within the statement, also through CAST, and `json_quote` would take it for JSON instead of quoting it
@@ -109,26 +109,26 @@ pub fn text_expr(kind: Kind, value: &str) -> String {
                  || '.' || substr({digits}, -{scale}) ELSE {text} END"
             )
         }
-        // SQLite's cast keeps 15 digits: 17 where that is not exact, and whole numbers as Postgres writes them.
-        Kind::Real => format!(
-            "CASE WHEN typeof({value}) <> 'real' THEN {text} \
-             WHEN abs({value}) < 1e15 AND {value} = CAST({value} AS INTEGER) THEN CAST(CAST({value} AS INTEGER) AS TEXT) \
-             WHEN CAST(CAST({value} AS TEXT) AS REAL) = {value} THEN CAST({value} AS TEXT) \
-             ELSE printf('%!.17g', {value}) END"
-        ),
+        // SQLite prints other digits than Postgres.
+        Kind::Real => format!("iif(typeof({value}) = 'real', millstream_double({value}), {text})"),
         Kind::Bytes => format!("CASE WHEN {value} IS NULL THEN NULL ELSE '\\x' || lower(hex({value})) END"),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use millstream_schemas::spelling::double;
     use rusqlite::Connection;
+    use rusqlite::functions::FunctionFlags;
 
     use super::*;
 
     #[track_caller]
     fn check(kind: Kind, stored: &str, expected: Option<&str>) {
         let connection = Connection::open_in_memory().unwrap();
+        connection
+            .create_scalar_function("millstream_double", 1, FunctionFlags::empty(), |of| Ok(double(of.get(0)?)))
+            .unwrap();
         let sql = format!("SELECT {} FROM (SELECT {stored} AS v)", text_expr(kind, "v"));
         let text: Option<String> = connection.query_row(&sql, [], |row| row.get(0)).unwrap();
         assert_eq!(text.as_deref(), expected, "{stored}");
@@ -148,7 +148,10 @@ mod tests {
         check(Kind::Real, "3.0", Some("3"));
         check(Kind::Real, "-2.5", Some("-2.5"));
         check(Kind::Real, "'NaN'", Some("NaN"));
-        check(Kind::Real, "9e999", Some("Inf"));
+        check(Kind::Real, "1e308", Some("1e+308"));
+        check(Kind::Real, "1e23", Some("9.999999999999999e+22"));
+        check(Kind::Real, "0.00001", Some("1e-05"));
+        check(Kind::Real, "9e999", Some("Infinity"));
         check(Kind::Bytes, "x'00FFab'", Some("\\x00ffab"));
         check(Kind::Bytes, "x''", Some("\\x"));
         check(Kind::Text, "'1.50'", Some("1.50"));

@@ -6,14 +6,17 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use millstream_client_core::format::is_reserved;
+use millstream_client_core::types::Kind;
 use millstream_schemas::Clocks;
-use millstream_schemas::spelling::{Spelling, respelt, spelling};
+use millstream_schemas::spelling::{Spelling, double, respelt, spelling};
 use rusqlite::Connection;
 use rusqlite::functions::FunctionFlags;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
+use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
 use crate::error::{During, StoreError};
+use crate::value::bound;
 
 /// What the store asks of its surroundings.
 pub trait Host: Send + Sync {
@@ -281,6 +284,26 @@ pub(crate) fn register(
                 // Null, a blob, or no UTF-8.
                 _ => None,
             })
+        })
+        .during(operation)?;
+    connection
+        .create_scalar_function("millstream_real", 2, flags | FunctionFlags::SQLITE_DETERMINISTIC, |context| {
+            let Ok(sql_type) = context.get_raw(0).as_str() else { return Ok(None) };
+            let given = context.get_raw(1);
+            let text = match given {
+                ValueRef::Real(number) => Cow::Owned(double(number)),
+                _ => match given.as_str() {
+                    Ok(text) => Cow::Borrowed(text),
+                    Err(_) => return Ok(None),
+                },
+            };
+            let spelt = bound(Kind::Real, &respelt(sql_type, &text))?;
+            Ok(Some(spelt).filter(|spelt| ValueRef::from(spelt) != given))
+        })
+        .during(operation)?;
+    connection
+        .create_scalar_function("millstream_double", 1, flags | FunctionFlags::SQLITE_DETERMINISTIC, |context| {
+            Ok(context.get::<Option<f64>>(0)?.map(double))
         })
         .during(operation)?;
     let s = Arc::clone(session);

@@ -34,7 +34,7 @@ pub(crate) fn constant(expression: &str, sql_type: &str) -> Option<String> {
     }
     match spelling(sql_type, &value) {
         Spelling::Known(known) => Some(known.into_owned()),
-        // To be rounded, say.
+        // A word that Postgres knows, say.
         Spelling::Other(_) => None,
         Spelling::Any => Some(value),
     }
@@ -94,7 +94,7 @@ mod tests {
             ("'5'::integer + 1", "integer", None),
             ("E'a\\\\b'::text", "text", None),
             ("current_setting('millstream.user_id'::text, true)", "text", None),
-            ("1.555", "numeric(6,2)", None),
+            ("1.555", "numeric(6,2)", Some("1.56")),
             ("'unfinished", "text", None),
         ] {
             assert_eq!(constant(expression, sql_type).as_deref(), expected, "{expression}");

@@ -132,7 +132,7 @@ pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
         // 44 of views WITH CHECK OPTION.
         (_, _, Site::Raised) | ("P0" | "44", _, _) => verdict(Code::BusinessRule, error.message),
         (_, "23502", _) => match error.column {
-            Some(column) => verdict(Code::BusinessRule, &format!("column \"{column}\" must not be null")),
+            Some(column) => verdict(Code::BusinessRule, &must_not_be_null(column)),
             None => verdict(Code::BusinessRule, error.message),
         },
         ("23", state, _) => {
@@ -169,6 +169,11 @@ pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
     }
 }
 
+/// What is said of a null where there may be none.
+pub(crate) fn must_not_be_null(column: &str) -> String {
+    format!("column \"{column}\" must not be null")
+}
+
 /// Whether it is that a row with one of these keys is there already.
 pub(crate) fn is_duplicate(error: &sqlx::Error, keys: &[PrimaryKey]) -> bool {
     let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
@@ -195,6 +200,13 @@ pub(crate) fn may_be_a_value(error: &sqlx::Error) -> bool {
         let about_the_row = ["23", "44", "P0"].iter().any(|class| error.code().starts_with(class));
         !about_the_row && error.code() != "42501" && Site::of(error) != Site::Raised
     })
+}
+
+/// Schema and name of the domain that a null was refused by. Which column it was meant for, Postgres does not tell.
+pub(crate) fn null_of_domain(error: &sqlx::Error) -> Option<(&str, &str)> {
+    let error = error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?;
+    let is_it = error.code() == "23502" && error.column().is_none() && Site::of(error) == Site::Statement;
+    error.schema().zip(error.data_type()).filter(|_| is_it)
 }
 
 /// Whether the statement was stopped by its time limit.

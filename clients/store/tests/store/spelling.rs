@@ -8,7 +8,7 @@ use super::fixture::column;
 use super::wide::with_schema;
 
 /// Types, with a value as SQL that is refused, what its message names, and one that is taken.
-const CASES: [(&str, &str, &str, &str); 12] = [
+const CASES: [(&str, &str, &str, &str); 18] = [
     (
         "uuid",
         "'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11'",
@@ -23,7 +23,14 @@ const CASES: [(&str, &str, &str, &str); 12] = [
     ("numeric(6,2)", "1.5", "'1.50'", "'1.50'"),
     ("numeric", "'007'", "'7'", "7"),
     ("integer", "'seven'", "write it like '42'", "'7'"),
-    ("bytea", "'\\x00FF'", "'\\x00ff'", "x'00ff'"),
+    // A text is not the bytes that come back for it, however it is written.
+    ("bytea", "'\\x00FF'", "x'00ff'", "x'00ff'"),
+    ("bytea", "'\\x00ff'", "x'00ff'", "x'00ff'"),
+    ("numeric(6,2)", "'1.005'", "'1.01'", "'1.01'"),
+    ("numeric(3,-2)", "'1250'", "'1300'", "'1300'"),
+    ("time with time zone", "'8:00Z'", "'08:00:00+00'", "'08:00:00+00'"),
+    ("time(0) with time zone", "'08:00:00.5+01'", "'08:00:01+01'", "'08:00:01+01'"),
+    ("timestamp(0) without time zone", "'2026-11-29 08:00:00.5'", "'2026-11-29 08:00:01'", "'2026-11-29 08:00:01'"),
     ("inet", "'192.0.2.1/32'", "'192.0.2.1'", "'192.0.2.1'"),
     ("text", "NULL", "is null", "'Any, as it is'"),
 ];

@@ -17,7 +17,7 @@ use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use crate::decide::plan::{Action, Planned, Rejected};
 use crate::decide::validator::CheckedChange;
-use crate::error::{Fault, Refusal, classify, is_duplicate, is_out_of_time, may_be_a_value};
+use crate::error::{Fault, Refusal, classify, is_duplicate, is_out_of_time, may_be_a_value, null_of_domain};
 use crate::item::MAX_SAVEPOINTS;
 use crate::sql::combined::Combined;
 use crate::sql::group::{Group, Groups, Place};
@@ -424,6 +424,10 @@ impl<'a> Applier<'a> {
             Fault::Verdict(refusal) => Some(refusal),
             Fault::Server | Fault::Gone | Fault::Unknown => None,
         };
+        if let Some((schema, domain)) = null_of_domain(error) {
+            let found = explain::null_at_fault(self.connection, row.step, schema, domain).await;
+            return Ok(found.map_err(Failed::Server)?.or(known));
+        }
         if !may_be_a_value(error) {
             return Ok(known);
         }

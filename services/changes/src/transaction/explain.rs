@@ -1,12 +1,13 @@
 //! Why a change was not written: the words of a refusal, and which value is at fault.
 
-use millstream_catalog::Table;
+use millstream_catalog::{Column, Table};
 use millstream_schemas::{Code, Operation};
 use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
-use crate::error::{Fault, Refusal, classify, may_be_a_value};
+use crate::decide::validator::CheckedChange;
+use crate::error::{Fault, Refusal, classify, may_be_a_value, must_not_be_null};
 use crate::sql::statement::{InputRow, Statement, bind};
 
 /// What became of a change.
@@ -139,6 +140,31 @@ pub(crate) async fn value_at_fault(
         }
     }
     misfit_among(connection, step.table, &values).await
+}
+
+/// The column of this domain, which is never null, that a change leaves null. None: a trigger has, perhaps.
+pub(crate) async fn null_at_fault(
+    connection: &mut PgConnection,
+    step: &CheckedChange<'_>,
+    schema: &str,
+    domain: &str,
+) -> Result<Option<Refusal>, sqlx::Error> {
+    let found = sqlx::query_scalar::<_, i64>(
+        "SELECT t.oid::int8 FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace WHERE nspname = $1 AND typname = $2",
+    );
+    let oid = found.bind(schema).bind(domain).fetch_optional(connection).await?;
+    let of_domain = |column: &Column| Some(i64::from(column.type_oid)) == oid;
+    let null = step.columns.iter().zip(&step.values).filter(|(_, value)| value.is_none());
+    let mut null = null.map(|(index, _)| &step.table.columns[*index]);
+    let mut columns = step.table.columns.iter().enumerate();
+    let left_out = || {
+        let is_left_out = |(index, column): &(usize, &Column)| {
+            step.op == Operation::Insert && column.default.is_none() && !step.columns.contains(index)
+        };
+        columns.find(|found| is_left_out(found) && of_domain(found.1)).map(|(_, column)| column)
+    };
+    let column = null.find(|column| of_domain(column)).or_else(left_out);
+    Ok(column.map(|column| Refusal::new(Code::BusinessRule, must_not_be_null(&column.name))))
 }
 
 /// The first of the values, by indexes of columns, that Postgres cannot take. The message names no value.

@@ -12,7 +12,7 @@ use millstream_stack::{Service, healthcheck};
 use millstream_tests::board::PATIENCE;
 use sqlx::Connection as _;
 
-use crate::tables::{Scene, scene};
+use crate::tables::{ORGS, Scene, scene};
 
 const SCHEMA: &str = "CREATE TABLE tasks (id int PRIMARY KEY, v text);
     CREATE TABLE notes (id int PRIMARY KEY, org text NOT NULL, v text); ALTER TABLE notes REPLICA IDENTITY FULL;
@@ -101,7 +101,21 @@ async fn a_dropped_table_stops_no_other() -> Result<()> {
         scene.equal("notes", "id, v", true).await?;
         let health = scene.health(Service::Replication).await?;
         ensure!(!health.contains("notes"), "{health}");
-        Ok(())
+
+        // All of them at once, restored from a dump: other tables by the same names.
+        let dump = format!("{ORGS}{SCHEMA}").replace("before", "restored").replace("a note", "another note");
+        let told = |log: String| log.matches("run `millstream setup`").count();
+        let before = told(scene.log()?);
+        scene.sql(&format!("DROP SCHEMA public CASCADE; CREATE SCHEMA public; {dump}")).await?;
+        let start = Instant::now();
+        while told(scene.log()?) == before {
+            ensure!(start.elapsed() < PATIENCE, "{}", scene.log()?);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        scene.deploy().await?;
+        scene.equal("tasks", "id, v", false).await?;
+        scene.equal("notes", "id, v", true).await?;
+        scene.others_go_on("restored").await
     }
     .await;
     scene.board.explain(outcome)

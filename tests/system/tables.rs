@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use millstream_client::{Client, SqlValue};
-use millstream_stack::Service;
+use millstream_stack::{Builder, Service};
 use millstream_tests::board::{Board, PATIENCE};
 use sqlx::{AssertSqlSafe, PgConnection};
 
@@ -16,16 +16,23 @@ pub(super) struct Scene {
     pub(super) folder: tempfile::TempDir,
 }
 
+pub(super) const ORGS: &str =
+    "CREATE TABLE orgs (org text NOT NULL, user_id text NOT NULL, PRIMARY KEY (org, user_id));
+    INSERT INTO orgs VALUES ('acme', 'alice'), ('bolt', 'bob'), ('acme', 'eve'), ('bolt', 'eve');";
+
 /// Clients of alice, who is of acme, of bob, who is of bolt, and of eve, who is of both.
 pub(super) async fn scene(schema: &str, config: &str) -> Result<Scene> {
+    scene_with(schema, config, |builder| builder).await
+}
+
+/// The same, with changes to how everything is started.
+pub(super) async fn scene_with(schema: &str, config: &str, change: impl FnOnce(Builder) -> Builder) -> Result<Scene> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("millstream.toml");
-    let orgs = "CREATE TABLE orgs (org text NOT NULL, user_id text NOT NULL, PRIMARY KEY (org, user_id));
-        INSERT INTO orgs VALUES ('acme', 'alice'), ('bolt', 'bob'), ('acme', 'eve'), ('bolt', 'eve');";
     let scopes = "[scopes.org]\nmembership = { table = \"orgs\", user = \"user_id\", scope = \"org\" }\n\
         [tables.orgs]\nscope = { kind = \"org\", column = \"org\" }\n";
     std::fs::write(&file, format!("{scopes}{config}"))?;
-    let board = Board::with(|builder| builder.app_schema(format!("{orgs}{schema}")).config(&file)).await?;
+    let board = Board::with(|builder| change(builder.app_schema(format!("{ORGS}{schema}")).config(&file))).await?;
     let mut clients = Vec::new();
     for user in ["alice", "bob", "eve"] {
         clients.push((user, board.client(user, user).await?));
@@ -54,6 +61,11 @@ impl Scene {
 
     /// Waits until every client shows those rows of a table that its user may read, by `org` where the table has it.
     pub(super) async fn equal(&mut self, table: &str, columns: &str, by_org: bool) -> Result<Duration> {
+        self.equal_as(table, table, columns, by_org).await
+    }
+
+    /// The same, of a table that clients have under another name.
+    pub(super) async fn equal_as(&mut self, table: &str, local: &str, columns: &str, by_org: bool) -> Result<Duration> {
         let start = Instant::now();
         let fields: Vec<String> = columns.split(", ").map(|name| format!("coalesce({name}::text, '∅')")).collect();
         for (user, client) in &self.clients {
@@ -65,7 +77,7 @@ impl Scene {
             loop {
                 let mut wanted: Vec<String> =
                     sqlx::query_scalar(AssertSqlSafe(sql.clone())).fetch_all(&mut self.postgres).await?;
-                let shown = client.query(&format!("SELECT {columns} FROM {table}"), ()).await;
+                let shown = client.query(&format!("SELECT {columns} FROM {local}"), ()).await;
                 let mut shown: Vec<String> = match shown {
                     Ok(shown) => {
                         shown.rows.iter().map(|row| row.iter().map(text).collect::<Vec<_>>().join("|")).collect()
@@ -85,7 +97,7 @@ impl Scene {
     }
 
     /// Waits until everything that was written before has come, and then some.
-    async fn settle(&mut self) -> Result<()> {
+    pub(super) async fn settle(&mut self) -> Result<()> {
         self.sql("INSERT INTO orgs VALUES ('acme', 'settled'), ('bolt', 'settled')").await?;
         self.equal("orgs", "org, user_id", true).await?;
         self.sql("DELETE FROM orgs WHERE user_id = 'settled'").await?;

@@ -35,6 +35,8 @@ pub fn unreadable(text: &str, error: &toml::de::Error) -> Problem {
 /// The database cannot be asked.
 pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -> Result<Findings, Error> {
     let mut problems: Vec<Problem> = config.problems().iter().map(|text| Problem::sectioned(text)).collect();
+    // As the executor reads predicates.
+    config.session.set_search_path(connection).await.map_err(Error::Postgres)?;
     let (catalog, misfits) = Catalog::collect(connection, config).await.map_err(|error| match error {
         CatalogError::Query(source) => Error::Postgres(source),
         other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
@@ -44,7 +46,9 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
     let mut warnings = database::unindexed(connection, &catalog).await?;
     warnings.extend(database::stand_in_keys(connection, &catalog).await?);
     warnings.extend(database::emitters(connection).await?);
+    warnings.extend(database::server_keys(connection, &catalog).await?);
     warnings.extend(numeric::undeclared(&catalog));
+    problems.extend(predicate::settings(connection, &config.session).await.map_err(Error::Postgres)?);
     for table in &catalog.tables {
         problems.extend(predicate::check(connection, table).await.map_err(Error::Postgres)?);
         warnings.extend(predicate::unguarded(connection, table).await.map_err(Error::Postgres)?);

@@ -1,8 +1,10 @@
 //! What was rejected goes on: it is queued again, by itself or by hand, edited, or discarded.
 
+use std::collections::BTreeMap;
+
 use millstream_client_core::outbox::Entry;
 use millstream_schemas::spelling::respelt;
-use millstream_schemas::{Clocks, Operation, Value};
+use millstream_schemas::{Change, Clocks, Operation, Reference, Value};
 use rusqlite::params;
 use uuid::Uuid;
 
@@ -17,7 +19,8 @@ use crate::store::Store;
 pub struct Edit {
     /// The change; none: the one that failed.
     pub change_id: Option<Uuid>,
-    /// The column, which clients may set; of the key only those of an insert stay as they are.
+    /// The column, which clients may set. With the key of an insert, what follows the insert changes too: of the same row, and of
+    /// others that refer to it.
     pub column: String,
     /// The value, as Postgres writes it; of a column whose changes are added ([`Change::adds`](millstream_schemas::Change::adds)), the
     /// amount.
@@ -83,17 +86,25 @@ impl Store {
         let raw = raws.into_iter().find(|raw| Some(raw.entry.change.change_id) == wanted);
         let mut change = raw.map(|raw| raw.entry.change).ok_or_else(|| refuse("it has no such change".into()))?;
         let table = self.table(&change.table)?;
+        let before = change.key.clone();
         let known = table.table.column(&edit.column);
         let (name, column) =
             (&edit.column, known.ok_or_else(|| refuse(format!("there is no column {}", edit.column)))?);
         if change.op == Operation::Delete {
             return Err(refuse("a delete sets no column".into()));
         }
-        if !table.table.columns[column].writable || table.table.key.contains(&column) {
+        let part = table.table.key.iter().position(|&part| part == column);
+        if !table.table.columns[column].writable || (part.is_some() && change.op != Operation::Insert) {
             return Err(refuse(format!("the column {name} cannot be changed")));
         }
         let sql_type = &table.table.columns[column].r#type;
         let value = edit.value.as_ref().map(|text| respelt(sql_type, text).into_owned());
+        if let Some(part) = part {
+            if value.is_none() {
+                return Err(refuse(format!("the column {name} is part of the key and cannot be null")));
+            }
+            change.key[part].clone_from(&value);
+        }
         match change.columns.iter().position(|column| column == name) {
             Some(place) => change.values[place] = value,
             None => {
@@ -101,13 +112,79 @@ impl Store {
                 change.values.push(value);
             }
         }
+        if change.key == before {
+            return self.put_back(&change);
+        }
+        let key = encode(&change.key);
+        let taken = "SELECT EXISTS (SELECT 1 FROM local_changes INDEXED BY local_changes_live WHERE tbl = ?1 AND key = ?2 AND state <> 'confirmed')";
+        let taken: bool = self
+            .connection
+            .prepare_cached(taken)
+            .and_then(|mut statement| statement.query_row([&change.table, &key], |row| row.get(0)))
+            .during("looking for a row")?;
+        if taken || Applier::new(self)?.visible(&table, &key)?.is_some() {
+            return Err(refuse(format!("there is a row with this {name} already")));
+        }
+        self.rename(change, before)
+    }
+
+    fn put_back(&self, change: &Change) -> Result<i64, StoreError> {
+        let Change { change_id, key, columns, values, .. } = change;
         self.connection
-            .prepare_cached("UPDATE local_changes SET columns = ?2, vals = ?3 WHERE change_id = ?1 RETURNING id")
+            .prepare_cached(
+                "UPDATE local_changes SET key = ?2, columns = ?3, vals = ?4 WHERE change_id = ?1 RETURNING id",
+            )
             .and_then(|mut statement| {
-                let id = change.change_id.to_string();
-                statement.query_row(params![id, encode(&change.columns), encode(&change.values)], |row| row.get(0))
+                let id = change_id.to_string();
+                statement.query_row(params![id, encode(key), encode(columns), encode(values)], |row| row.get(0))
             })
             .during("editing a change")
+    }
+
+    /// Gives the row of an insert, which had the key `before`, the key that it has by now in everything that follows: its own
+    /// changes, and those that refer to it, of whose keys it may be a part.
+    fn rename(&self, insert: Change, before: Vec<Value>) -> Result<i64, StoreError> {
+        let mut applier = Applier::new(self)?;
+        let id = self.put_back(&insert)?;
+        let mut renamed = BTreeMap::from([((insert.table, before), insert.key)]);
+        for raw in self.select("WHERE id >= ?1 AND state <> 'confirmed' ORDER BY id", [id])? {
+            let recorded = raw.entry.change;
+            let mut change = recorded.clone();
+            let Some(table) = self.tables.get(&change.table) else { continue };
+            let place =
+                |column: &usize| change.columns.iter().position(|name| *name == table.table.columns[*column].name);
+            for Reference { columns, table: parent, .. } in &table.table.references {
+                let places: Option<Vec<usize>> = columns.iter().map(place).collect();
+                let (Some(places), Some(parent)) = (places, self.tables.get(parent)) else { continue };
+                let types = parent.table.key.iter().map(|&part| &parent.table.columns[part].r#type);
+                let spelt = |(&place, sql_type): (&usize, &String)| {
+                    Some(respelt(sql_type, change.values[place].as_ref()?).into_owned())
+                };
+                let key: Vec<Value> = places.iter().zip(types).map(spelt).collect();
+                if let Some(new) = renamed.get(&(parent.name().to_owned(), key)) {
+                    places.into_iter().zip(new).for_each(|(place, value)| change.values[place].clone_from(value));
+                }
+            }
+            if change.op == Operation::Insert {
+                let places: Vec<Option<usize>> = table.table.key.iter().map(place).collect();
+                for (part, place) in places.into_iter().enumerate() {
+                    change.key[part] = place.map_or(change.key[part].take(), |place| change.values[place].clone());
+                }
+                if change.key != recorded.key {
+                    renamed.insert((change.table.clone(), recorded.key.clone()), change.key.clone());
+                }
+            } else if let Some(new) = renamed.get(&(change.table.clone(), change.key.clone())) {
+                change.key.clone_from(new);
+            }
+            if change != recorded {
+                for key in [&recorded.key, &change.key] {
+                    applier.keep_base(&change.table, &encode(key))?;
+                }
+                self.put_back(&change)?;
+            }
+        }
+        applier.finish()?;
+        Ok(id)
     }
 
     /// An edit is made now; what was recorded later on the same row, in its transaction too, stays later.

@@ -10,6 +10,7 @@ use millstream_schemas::{Merge, Numeric, Operation};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use sqlx::PgConnection;
 
 /// Longest deadline of external validators, in milliseconds: a change must not be held for longer before others are seen to.
 const MAX_DEADLINE_MS: u64 = 30_000;
@@ -21,12 +22,53 @@ const RESERVED: &str = "millstream_";
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// What the executor's sessions have.
+    #[serde(default)]
+    pub session: SessionConfig,
     /// Declared kinds of scopes.
     #[serde(default)]
     pub scopes: BTreeMap<String, ScopeConfig>,
     /// Synced tables: `name` in the schema `public`, or `schema.name`.
     #[serde(default)]
     pub tables: BTreeMap<String, TableConfig>,
+}
+
+/// What the application's triggers, policies and predicates find around them when a client's change is applied.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SessionConfig {
+    /// Where names without a schema are looked for. Absent: as the database has it for everybody.
+    pub search_path: Option<String>,
+    /// Settings of the application's own, each by an SQL expression over `auth.user_id`.
+    pub settings: BTreeMap<String, String>,
+}
+
+impl SessionConfig {
+    /// Has a session look for names without a schema as the application does.
+    ///
+    /// # Errors
+    /// Postgres cannot be asked, or takes the path for none.
+    pub async fn set_search_path(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::query(
+            "SELECT set_config('search_path', coalesce($1, ( \
+               SELECT substr(setting, length('search_path=') + 1) FROM pg_db_role_setting, unnest(setconfig) AS setting \
+               WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+               AND starts_with(setting, 'search_path=')), 'public'), false)",
+        )
+        .bind(&self.search_path)
+        .execute(connection)
+        .await
+        .map(drop)
+    }
+
+    /// SQL that makes the settings for the author `$1` in the transaction at hand; none if there are none.
+    pub fn settings_sql(&self) -> Option<String> {
+        let set =
+            |(name, sql): (&String, &String)| format!("set_config('{name}', coalesce((\n{sql}\n)::text, ''), true)");
+        let all: Vec<String> = self.settings.iter().map(set).collect();
+        (!all.is_empty())
+            .then(|| format!("SELECT {} FROM (SELECT $1::text AS user_id OFFSET 0) AS auth", all.join(", ")))
+    }
 }
 
 /// A kind of scope.
@@ -330,6 +372,17 @@ impl Config {
         let mut problems = Vec::new();
         if self.tables.is_empty() {
             problems.push("no [tables.NAME] is declared, so there is nothing to sync".to_owned());
+        }
+        for name in self.session.settings.keys() {
+            let is_part = |part: &str| {
+                part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+                    && part.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+            };
+            if !name.contains('.') || !name.split('.').all(is_part) || name.to_lowercase().starts_with("millstream.") {
+                problems.push(format!(
+                    "[session.settings]: `{name}`: only settings of the application's own can be set, such as `app.tenant`"
+                ));
+            }
         }
         for (kind, scope) in &self.scopes {
             if kind == USER_KIND || kind == GLOBAL_KIND {

@@ -17,7 +17,7 @@ mod replication;
 
 pub use config::{
     ClockNames, Config, ConfigError, Conflict, DeleteMissing, InsertExisting, MembershipConfig, OneOrMany, RolesConfig,
-    RuleConfig, ScopeConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
+    RuleConfig, ScopeConfig, SessionConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
 pub use growth::Growth;
 pub use holders::{Holder, Holders, Shape, Unanswered};

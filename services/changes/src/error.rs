@@ -214,12 +214,15 @@ pub(crate) fn is_out_of_time(error: &sqlx::Error) -> bool {
     error.as_database_error().and_then(|error| error.code()).is_some_and(|state| state == "57014")
 }
 
-/// Whether the connection can still be used after this error and a `ROLLBACK`.
+/// Whether the connection can still be used after this error and a `ROLLBACK`. Not one that may not write: whether it may was decided
+/// when it began.
 pub(crate) fn keeps_connection(error: &sqlx::Error) -> bool {
     let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
     error.is_some_and(|error| match error.severity() {
         // An author may raise any SQLSTATE; the server ends connections by more than an error.
-        PgSeverity::Error => Site::of(error) == Site::Raised || !error.code().starts_with("08"),
+        PgSeverity::Error => {
+            Site::of(error) == Site::Raised || !(error.code().starts_with("08") || error.code() == "25006")
+        }
         _ => false,
     })
 }

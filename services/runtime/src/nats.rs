@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_nats::ServerAddr;
 use async_nats::connection::State;
+use async_nats::jetstream::context::CreateStreamErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{self, Context, ErrorCode};
 use millstream_schemas::subject;
@@ -94,6 +95,17 @@ pub enum Error {
         name: &'static str,
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The broker has not the room that the stream may take.
+    #[error(
+        "stream {name} may take {bytes} bytes, and the broker has not as many left: raise max_file_store of its JetStream, or give \
+         the streams less by MILLSTREAM_CHANGES_MAX_BYTES (1 GiB for a new one) and MILLSTREAM_WAL_MAX_BYTES (4 GiB)"
+    )]
+    NoRoom {
+        /// Its name.
+        name: &'static str,
+        /// What it would take at most.
+        bytes: i64,
     },
     /// The stream is not as it must be for the guarantees to hold.
     #[error("stream {name} has {what}; `millstream setup` puts it right where NATS allows that")]
@@ -268,7 +280,15 @@ pub async fn declare_streams(jetstream: &Context, args: &StreamArgs) -> Result<(
             }
             Err(error) if is_missing(&error) => {
                 let config = configuration(name, args, None);
-                jetstream.create_stream(config).await.map_err(|error| declare(error.into()))?;
+                let bytes = config.max_bytes;
+                jetstream.create_stream(config).await.map_err(|error| match error.kind() {
+                    CreateStreamErrorKind::JetStream(why)
+                        if why.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
+                    {
+                        Error::NoRoom { name, bytes }
+                    }
+                    _ => declare(error.into()),
+                })?;
             }
             // Not taken for one that is missing: it would be made with other limits than it has.
             Err(source) => return Err(Error::Stream { name, source }),

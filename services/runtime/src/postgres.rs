@@ -28,12 +28,16 @@ impl std::fmt::Debug for Args {
 }
 
 /// The settings under which values are written as text; the same list pins the replication connection.
-pub const TEXT_SETTINGS: [(&str, &str); 5] = [
+pub const TEXT_SETTINGS: [(&str, &str); 7] = [
     ("DateStyle", "ISO"),
     ("TimeZone", "UTC"),
     ("IntervalStyle", "iso_8601"),
     ("extra_float_digits", "1"),
     ("bytea_output", "hex"),
+    // How names are written, those of types too, which tell whether the layout of rows has changed; and where the application's
+    // tables and types are looked for by names without a schema.
+    ("search_path", "public"),
+    ("quote_all_identifiers", "off"),
 ];
 
 /// Idle transactions hold back vacuum and locks: the server ends them after this time.
@@ -56,12 +60,9 @@ pub fn options(args: &Args, service: &str) -> Result<PgConnectOptions, sqlx::Err
         // Its own value would win over ours.
         .extra_float_digits(None)
         .options(TEXT_SETTINGS)
-        .options([SEARCH_PATH, ("idle_in_transaction_session_timeout", idle.as_str())])
+        .options([("idle_in_transaction_session_timeout", idle.as_str())])
         .statement_cache_capacity(STATEMENT_CACHE))
 }
-
-/// Where values of the application are looked for by names without a schema.
-const SEARCH_PATH: (&str, &str) = ("search_path", "public");
 
 /// A setting that the connection asked for and does not have.
 #[derive(Debug, thiserror::Error)]
@@ -87,12 +88,11 @@ pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::E
 
 /// Reads the settings back: one that is not there would write values in another form than the change stream has them.
 async fn verify(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let settings = TEXT_SETTINGS.into_iter().chain([SEARCH_PATH]);
-    let all: Vec<String> = settings.clone().map(|(name, _)| format!("current_setting('{name}')")).collect();
+    let all = TEXT_SETTINGS.map(|(name, _)| format!("current_setting('{name}')"));
     // Not prepared: a pooler may have that statement of another session.
     let sql = AssertSqlSafe(format!("SELECT {}", all.join(", ")));
     let row = connection.fetch_one(sqlx::raw_sql(sql)).await?;
-    for (index, (name, wanted)) in settings.enumerate() {
+    for (index, (name, wanted)) in TEXT_SETTINGS.into_iter().enumerate() {
         let found: String = row.try_get(index)?;
         // DateStyle also names the order in which dates are read.
         if found != wanted && !(name == "DateStyle" && found.starts_with("ISO,")) {

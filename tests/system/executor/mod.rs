@@ -175,6 +175,44 @@ async fn refusals_name_what_refused() {
     database.stack.stop().await;
 }
 
+/// Times that plain SQL, or a database from before, has set, however far away: a client's change wins all the same.
+#[tokio::test]
+async fn no_time_of_plain_sql_pins_a_row() {
+    let schema = "
+        CREATE TABLE whole (id int PRIMARY KEY, v text, updated_at timestamptz NOT NULL DEFAULT now(), client_id uuid);
+        CREATE TABLE parts (id int PRIMARY KEY, v text, field_clocks jsonb NOT NULL DEFAULT '{}',
+            updated_at timestamptz NOT NULL DEFAULT now(), client_id uuid);
+        INSERT INTO whole VALUES (1, 'old', 'infinity'), (2, 'old', '9999-12-31'), (3, 'old', '-infinity'), (4, 'old', now()), (5, 'old', now());
+        INSERT INTO parts SELECT id, v, '{}', updated_at FROM whole;";
+    let config: String = [("whole", "row"), ("parts", "column")]
+        .map(|(table, conflict)| {
+            format!(
+                "[tables.{table}]\nscope = {{ kind = \"global\" }}\nconflict = \"{conflict}\"\nwritable = [\"v\"]\nwrite.update = \"true\"\n"
+            )
+        })
+        .concat();
+    let mut database = Database::with(schema, &config).await;
+    let set = |table: &str| {
+        format!(
+            "UPDATE {table} SET updated_at = 'infinity' WHERE id = 4; UPDATE {table} SET updated_at = '9999-12-31', v = 'x' WHERE id = 5"
+        )
+    };
+    let mut ann = Client::new(1, "ann");
+    for table in ["whole", "parts"] {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(set(table))).execute(&mut database.sql).await.unwrap();
+        for id in ["1", "2", "3", "4", "5"] {
+            for v in ["mine", "mine again"] {
+                let change = change(table, Update, &[("id", id)], &[("v", Some(v))], micros());
+                let results = database.each(vec![ann.submit(vec![change])]).await;
+                assert_eq!(results[0].1.verdict, Verdict::Applied, "{table} {id} {v}: {results:?}");
+            }
+        }
+    }
+    let rows = "SELECT string_agg(DISTINCT v, ',') FROM (SELECT v FROM whole UNION ALL SELECT v FROM parts) AS rows";
+    assert_eq!(database.json(rows).await, "mine again");
+    database.stack.stop().await;
+}
+
 #[tokio::test]
 async fn newer_changes_win() {
     let mut database = Database::start().await;

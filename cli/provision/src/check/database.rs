@@ -91,6 +91,33 @@ pub async fn stand_in_keys(connection: &mut PgConnection, catalog: &Catalog) -> 
     Ok(warnings)
 }
 
+/// Keys that the database makes, of tables into which clients insert: a client names the key itself, and the sequence does not move.
+pub async fn server_keys(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
+    let mut warnings = Vec::new();
+    for table in catalog.tables.iter().filter(|table| table.write.insert.is_some()) {
+        let key: Vec<&str> = table.key.iter().map(|&column| table.columns[column].name.as_str()).collect();
+        let made: Option<String> = sqlx::query_scalar(
+            "SELECT a.attname::text FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
+             WHERE a.attrelid = $1::int8::oid AND a.attname = ANY ($2) \
+             AND (a.attidentity = 'd' OR pg_get_expr(d.adbin, d.adrelid) LIKE '%nextval(%') ORDER BY a.attnum LIMIT 1",
+        )
+        .bind(i64::from(table.oid))
+        .bind(&key)
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(Error::Postgres)?;
+        if let Some(name) = made {
+            let message = format!(
+                "clients may insert, and name the key themselves, while the database makes `{name}` of its key by a sequence, which \
+                 does not move with that: an insert of the application, or of another client, will meet a key that is taken"
+            );
+            let fix = "give the table a key that nobody has to ask for, such as uuid (docs/tables.md, Keys), or no `write.insert`";
+            warnings.push(Problem::table(&table.name, message).fix(fix));
+        }
+    }
+    Ok(warnings)
+}
+
 /// Forged origin records: a role that may write messages into the write-ahead log can claim that clients' changes took effect.
 pub async fn emitters(connection: &mut PgConnection) -> Result<Vec<Problem>, Error> {
     let functions: Vec<String> = sqlx::query_scalar(

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use millstream_catalog::{Members, Table};
+use millstream_catalog::{Members, SessionConfig, Table};
 use millstream_schemas::Operation;
 use sqlx::postgres::{PgDatabaseError, PgErrorPosition};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -118,6 +118,28 @@ async fn compile(
     without: Option<usize>,
 ) -> Result<Option<Problem>, sqlx::Error> {
     let (before, after) = shape(table, op, without);
+    plan(connection, &before, predicate, &after).await
+}
+
+/// What is wrong with the settings that the executor makes for an author.
+pub async fn settings(connection: &mut PgConnection, session: &SessionConfig) -> Result<Vec<Problem>, sqlx::Error> {
+    let mut problems = Vec::new();
+    for (name, sql) in &session.settings {
+        let after = "\n)::text FROM (SELECT NULL::text AS user_id OFFSET 0) AS auth";
+        if let Some(problem) = plan(connection, "EXPLAIN SELECT (\n", sql, after).await? {
+            let message = format!("`{name}`: {}", problem.message);
+            problems.push(Problem { place: Some("[session.settings]".to_owned()), message, ..problem });
+        }
+    }
+    Ok(problems)
+}
+
+async fn plan(
+    connection: &mut PgConnection,
+    before: &str,
+    predicate: &str,
+    after: &str,
+) -> Result<Option<Problem>, sqlx::Error> {
     let mut transaction = connection.begin().await?;
     // Predicates run with the executor's rights. Who may not take its role checks with his own.
     let mut attempt = transaction.begin().await?;

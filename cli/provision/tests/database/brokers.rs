@@ -1,5 +1,6 @@
 //! NATS as a cluster: a list of servers of which some are away, and streams that keep their copies at every deployment.
 
+use std::error::Error as _;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -62,6 +63,29 @@ impl Cluster {
     async fn declare(&self, streams: StreamArgs) -> Result<(), setup::Error> {
         setup::streams(&self.args(), &streams, PATIENCE).await
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_with_too_little_room_is_told_of_with_the_settings() {
+    let dir = tempfile::tempdir().expect("it works");
+    let (program, ports) =
+        (binaries::nats_server(&mut |line| eprintln!("{line}")).expect("it is there"), free_ports(1));
+    let jetstream = format!(
+        "jetstream {{ store_dir: \"{}\", max_file_store: 2GB, max_memory_store: 256MB }}",
+        dir.path().display()
+    );
+    let conf = dir.path().join("nats.conf");
+    std::fs::write(&conf, format!("listen: 127.0.0.1:{}\nmax_payload: 8MB\n{jetstream}\n", ports[0]))
+        .expect("it works");
+    let server = Command::new(&program).arg("-c").arg(conf).stderr(Stdio::null()).spawn().expect("it works");
+    let broker = Cluster { servers: vec![server], ports };
+    let refused = broker.declare(StreamArgs::default()).await.expect_err("the stream of 4 GiB does not fit");
+    let said = format!("{:?}", refused.source().map(ToString::to_string));
+    for part in ["MS_WAL may take 4294967296 bytes", "max_file_store", "MILLSTREAM_WAL_MAX_BYTES"] {
+        assert!(said.contains(part), "{said}");
+    }
+    let less = StreamArgs { wal_max_bytes: Some(256 << 20), ..StreamArgs::default() };
+    broker.declare(less).await.expect("it fits");
 }
 
 /// The copies of the three streams.

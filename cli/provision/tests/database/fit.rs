@@ -11,7 +11,7 @@ use sqlx::{Connection as _, PgConnection};
 use crate::{database, deploy, run};
 
 /// Tables by themselves, what is said of each, and a part of the remedy; an SQL remedy is run, and has to help.
-const CASES: [(&str, &str, &str, &str); 12] = [
+const CASES: [(&str, &str, &str, &str); 14] = [
     ("CREATE TABLE t (id int PRIMARY KEY DEFERRABLE, v text)", "is deferrable", "REPLICA IDENTITY FULL", ""),
     (
         "CREATE TABLE t (id int PRIMARY KEY, v text); ALTER TABLE t REPLICA IDENTITY NOTHING",
@@ -37,6 +37,13 @@ const CASES: [(&str, &str, &str, &str); 12] = [
         "",
     ),
     ("CREATE TABLE t (id double precision PRIMARY KEY)", "double precision", "TYPE numeric", ""),
+    ("CREATE TABLE t (id int, r real, PRIMARY KEY (id, r))", "`r` of its key is real", "TYPE numeric", ""),
+    (
+        "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w; CREATE FOREIGN TABLE t (id int) SERVER s",
+        "it is a foreign table",
+        "",
+        "",
+    ),
     ("CREATE TABLE t (id int PRIMARY KEY, name text, \"Name\" text)", "differ in case only", "hidden", ""),
     ("CREATE TABLE local_changes (id int PRIMARY KEY)", "reserved", "RENAME", ""),
     (
@@ -116,6 +123,11 @@ async fn wide_tables_types_of_other_schemas_and_indexes() {
     assert_eq!(findings(&mut pg, &format!("{wide}hidden = [\"c1\"]\n")).await.problems, []);
     let gone = findings(&mut pg, &format!("{wide}hidden = [\"c1\", \"gone\"]\n")).await.problems;
     assert!(gone.len() == 1 && gone[0].message.contains("`hidden` names `gone`"), "{gone:?}");
+
+    run(&mut pg, "CREATE TABLE pair (id int PRIMARY KEY); CREATE TABLE \"Pair\" (id int PRIMARY KEY)").await;
+    let pair = "[tables.pair]\nscope = { kind = \"global\" }\n[tables.Pair]\nscope = { kind = \"global\" }\n";
+    let alike = findings(&mut pg, pair).await.problems;
+    assert!(alike.len() == 1 && alike[0].message.contains("differ in case only"), "{alike:?}");
 
     run(
         &mut pg,

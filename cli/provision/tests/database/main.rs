@@ -4,6 +4,7 @@ mod attach;
 mod brokers;
 mod check;
 mod fit;
+mod owner;
 mod poolers;
 mod row_security;
 

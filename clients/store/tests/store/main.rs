@@ -7,6 +7,7 @@ mod damage;
 mod fixture;
 mod guard;
 mod identity;
+mod leaving;
 mod order;
 mod parents;
 mod recorded;

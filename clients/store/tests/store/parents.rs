@@ -218,3 +218,64 @@ fn deletes_of_what_an_earlier_delete_took_along_say_so() {
         submits(&f).iter().flat_map(|submit| submit.changes.iter().map(|change| change.gone)).collect();
     assert_eq!(sent.iter().filter(|gone| **gone).count(), 2);
 }
+
+/// A row that was made here and refused, since its key is taken, gets another one, with all that follows and refers to it.
+#[test]
+fn the_key_of_a_refused_insert_can_be_edited() {
+    let mut f = family();
+    // Another client's, which this one had not seen.
+    f.write(&["INSERT INTO tasks VALUES ('7', NULL, 'mine')", "INSERT INTO days VALUES ('7', 1)"]).unwrap();
+    f.write(&["INSERT INTO notes VALUES ('n', 1, '7')"]).unwrap();
+    f.write(&["UPDATE tasks SET title = 'mine, too' WHERE id = '7'"]).unwrap();
+    f.write(&["INSERT INTO days VALUES ('7', 2)"]).unwrap();
+    f.write(&["DELETE FROM days WHERE task = '7' AND day = 2"]).unwrap();
+    f.write(&["INSERT INTO tasks VALUES ('8', NULL, 'another')"]).unwrap();
+    f.write(&["INSERT INTO notes VALUES ('other', 1, 'x')"]).unwrap();
+    let theirs = vec![Some("7".to_owned()), None, Some("theirs".to_owned())];
+    let codes = [2, 3, 4, 5].map(|client_seq| refused(client_seq, Code::PredecessorFailed)).to_vec();
+    f.apply(vec![
+        Step::Rows(vec![changes("tasks", TableOp::Upsert, vec![theirs])]),
+        told(5, [vec![refused(1, Code::BusinessRule)], codes].concat()),
+    ]);
+    let edit = |column: &str, value: Option<&str>| millstream_client_store::Edit {
+        change_id: None,
+        column: column.into(),
+        value: value.map(str::to_owned),
+    };
+    for (wrong, says) in [(Some("8"), "there is a row"), (None, "cannot be null")] {
+        let error = f.store.edit(1, &[edit("title", Some("lost")), edit("id", wrong)]).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    f.store.edit(1, &[edit("id", Some("9"))]).unwrap();
+    let shown = "SELECT group_concat(id || title, ' ' ORDER BY id) FROM tasks UNION ALL \
+        SELECT group_concat(task || '/' || day, ' ') FROM days UNION ALL SELECT group_concat(id || task, ' ' ORDER BY id) FROM notes";
+    assert_eq!(f.read(shown), "7theirs 8another 9mine, too\n9/1\nn9 otherx");
+    let sent: Vec<String> = submits(&f)
+        .into_iter()
+        .flat_map(|submit| submit.changes)
+        .map(|change| {
+            format!("{} {} {:?} {:?}", change.op.as_str(), change.table, change.key, change.values).replace("Some", "")
+        })
+        .collect();
+    let expected = [
+        r#"insert tasks [("8")] [("8"), None, ("another")]"#,
+        r#"insert notes [("other")] [("other"), ("1"), ("x")]"#,
+        r#"insert tasks [("9")] [("9"), None, ("mine")]"#,
+        r#"insert days [("9"), ("1")] [("9"), ("1")]"#,
+        r#"insert notes [("n")] [("n"), ("1"), ("9")]"#,
+        r#"update tasks [("9")] [("mine, too")]"#,
+        r#"insert days [("9"), ("2")] [("9"), ("2")]"#,
+        r#"delete days [("9"), ("2")] []"#,
+    ];
+    assert_eq!(sent, expected);
+    let last = submits(&f).last().unwrap().client_seq;
+    f.apply(vec![told(last, Vec::new())]);
+    assert_eq!(f.bases(), "");
+    // Of a row that is there, the key stays.
+    f.write(&["UPDATE tasks SET title = 'x' WHERE id = '7'"]).unwrap();
+    let last = submits(&f).last().unwrap().client_seq;
+    f.apply(vec![told(last, vec![refused(last, Code::PermissionDenied)])]);
+    let tx = f.store.failed().unwrap()[0].tx;
+    let error = f.store.edit(tx, &[edit("id", Some("10"))]).unwrap_err().to_string();
+    assert!(error.contains("cannot be changed"), "{error}");
+}

@@ -126,6 +126,10 @@ impl Ownership {
                 Err(error) => {
                     tracing::warn!(error = chain(&error), "cannot look after partitions");
                     self.health.set_ready("ownership", false);
+                    // It may be the connection's fault, which keeps the settings that it began with, such as read-only transactions.
+                    if let Some(connection) = self.pool.try_acquire() {
+                        let _closed = connection.close().await;
+                    }
                 }
             }
         }

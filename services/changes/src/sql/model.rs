@@ -152,6 +152,8 @@ impl Model {
         source: &ConfigFile,
     ) -> Result<(), ModelError> {
         let (number, config) = source.look().map_err(ModelError::Config)?;
+        // First, since types are named by it.
+        config.session.set_search_path(connection).await.map_err(ModelError::Traits)?;
         let tables: Vec<String> =
             config.tables.keys().map(String::as_str).chain(config.sources()).map(str::to_owned).collect();
         // First, so that a change meanwhile shows.
@@ -170,8 +172,9 @@ impl Model {
         let (traits, views) = traits::load(connection, &catalog.tables).await.map_err(ModelError::Traits)?;
         source.health.set_note(CATALOG_NOTE, None);
         source.asides.tell(catalog.aside.iter().map(|aside| (aside.table.as_str(), aside.why.as_str())));
-        *model =
-            Some(Model { catalog, statements: Statements::new(traits, views), combined: Combined::default(), origin });
+        let mut statements = Statements::new(traits, views);
+        statements.settings_sql = config.session.settings_sql().map(Into::into);
+        *model = Some(Model { catalog, statements, combined: Combined::default(), origin });
         Ok(())
     }
 }

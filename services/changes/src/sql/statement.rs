@@ -62,6 +62,8 @@ type Name = (u32, Operation, Vec<usize>, Vec<usize>);
 /// The texts made so far.
 #[derive(Debug, Default)]
 pub(crate) struct Statements {
+    /// Sets the application's settings for an author; none if none are declared.
+    pub settings_sql: Option<Arc<str>>,
     traits: HashMap<u32, Traits>,
     views: Vec<String>,
     cache: HashMap<Name, Arc<Statement>>,

@@ -474,6 +474,10 @@ impl<'a> Applier<'a> {
         let mut set = Vec::new();
         if statement.shape.personal && self.user.as_deref() != Some(first.user_id) {
             set.push(("millstream.user_id", first.user_id));
+            if let Some(sql) = &self.statements.settings_sql {
+                let sql = AssertSqlSafe(sql.clone());
+                sqlx::query(sql).bind(first.user_id).execute(&mut *self.connection).await?;
+            }
         }
         if self.clock.as_deref() != Some(clock.as_str()) {
             set.push(("millstream.clock", clock.as_str()));

@@ -123,7 +123,11 @@ impl Executor {
     async fn take_connection(&mut self) -> Result<PgConnection, sqlx::Error> {
         match self.connection.take() {
             Some(connection) => Ok(connection),
-            None => postgres::connect(&self.options).await,
+            None => {
+                // It looks for names elsewhere until the model is made on it.
+                self.stale = true;
+                postgres::connect(&self.options).await
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-use super::schema::{Identity, Key, Kind, Parts, SERIAL, Schema, Table, object};
+use super::schema::{Identity, Key, Kind, ODD, Parts, SERIAL, Schema, Table, object};
 
 impl Kind {
     /// `ALTER … USING` this gives every value another one of the same type.
@@ -41,6 +41,10 @@ impl Schema {
         let table = self.tables.choose(rng).unwrap_or(&self.tables[0]);
         match rng.random_range(0..12) {
             0..2 => identity(table, rng),
+            2 | 3 if self.odd => vec![format!(
+                "DO $$ BEGIN IF (SELECT atttypid FROM pg_attribute WHERE attrelid = '{ODD}'::regclass AND attname = 'id') = 'numeric'::regtype
+                   THEN ALTER TABLE {ODD} ALTER id TYPE double precision; ELSE ALTER TABLE {ODD} ALTER id TYPE numeric; END IF; END $$"
+            )],
             _ => vec![self.one_step(table, extra, rng)],
         }
     }

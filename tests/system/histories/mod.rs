@@ -11,6 +11,7 @@ mod migrations;
 mod schema;
 mod truth;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use millstream_stack::Service;
 use millstream_tests::board::{Board, PATIENCE};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use schema::{Columns, Kind, MEMBERSHIPS, Pool, SERIAL, Schema};
+use schema::{Columns, Kind, MEMBERSHIPS, ODD, Pool, SERIAL, Schema};
 use sqlx::error::DatabaseError;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::watch;
@@ -302,6 +303,32 @@ async fn migrate(postgres: &mut PgConnection, sql: &str) -> Result<()> {
     }
 }
 
+/// Waits until a client has [`ODD`] as Postgres has it, or not at all while it cannot be synced.
+async fn odd_ends(client: &Client, postgres: &mut PgConnection) -> Result<()> {
+    let rows = format!("SELECT coalesce(jsonb_object_agg(id::text, v), '{{}}')::text FROM {ODD}");
+    let rows: String = sqlx::query_scalar(AssertSqlSafe(rows)).fetch_one(&mut *postgres).await?;
+    let fits = format!("SELECT pg_typeof(id)::text = 'numeric' FROM (SELECT (NULL::{ODD}).id) AS of");
+    let fits: bool = sqlx::query_scalar(AssertSqlSafe(fits)).fetch_one(postgres).await?;
+    let wanted: BTreeMap<String, String> = serde_json::from_str(&rows)?;
+    let start = Instant::now();
+    loop {
+        let shown = match client.query(&format!("SELECT id, v FROM {ODD}"), ()).await {
+            Ok(shown) => Some(shown.rows),
+            Err(_) => None,
+        };
+        let shown = shown.map(|rows| {
+            let text =
+                |value: &SqlValue| if let SqlValue::Text(text) = value { text.clone() } else { format!("{value:?}") };
+            rows.iter().map(|row| (text(&row[0]), text(&row[1]))).collect::<BTreeMap<_, _>>()
+        });
+        if shown.as_ref() == fits.then_some(&wanted) {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "{ODD}, which fits: {fits}: {shown:?} instead of {wanted:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
     let uuids = |rng: &mut StdRng, count: usize| -> Vec<String> {
@@ -368,6 +395,9 @@ async fn history(board: &mut Board, schema: &Schema, seed: u64) -> Result<()> {
         }
         let ends = truth.ends(&user, &shown);
         ends.with_context(|| format!("a writer: {:?}", *client.status().borrow()))?;
+        if schema.odd {
+            odd_ends(&client, &mut postgres).await?;
+        }
         client.close().await?;
     }
     for (user, shown) in watchers.join_all().await {

@@ -452,7 +452,14 @@ pub struct Schema {
     pub tables: Vec<Table>,
     /// Whether clients have [`MEMBERSHIPS`] too.
     pub memberships_synced: bool,
+    /// Whether there is [`ODD`].
+    pub odd: bool,
 }
+
+/// A table whose key's type becomes one that cannot be synced, and fits again.
+pub const ODD: &str = "odd";
+const ODD_DDL: &str = "CREATE TABLE odd (id numeric PRIMARY KEY, v text);\n";
+const ODD_CONFIG: &str = "[tables.odd]\nscope = { kind = \"global\" }\n";
 
 /// The tables that grant memberships, which come first, with their columns: users of projects and of teams, unless they are
 /// guests, and teams of projects.
@@ -548,7 +555,7 @@ impl Schema {
                 child: parts.is_none() && rng.random_bool(0.2),
             });
         }
-        Schema { tables, memberships_synced: rng.random_bool(0.75) }
+        Schema { tables, memberships_synced: rng.random_bool(0.75), odd: rng.random_bool(0.3) }
     }
 
     /// The app's tables, and a log of what was committed, in the order of commits: whoever writes waits for his turn first.
@@ -586,7 +593,7 @@ impl Schema {
         for table in &self.tables {
             sql += &table.ddl(&self.tables);
         }
-        sql
+        if self.odd { sql + ODD_DDL } else { sql }
     }
 
     pub fn config(&self) -> String {
@@ -597,7 +604,7 @@ impl Schema {
         for table in &self.tables {
             text += &table.config();
         }
-        text
+        if self.odd { text + ODD_CONFIG } else { text }
     }
 
     /// The compared columns of each table, [`MEMBERSHIPS`] first.
@@ -717,6 +724,15 @@ impl Schema {
                     table if table.child => table.of_child(id, rng),
                     table if table.heir => table.by_base(id, rng),
                     _ => self.statement(pool, true, rng),
+                }
+            }
+            70..73 if self.odd => {
+                let id = ["0.1", "1e300", "'-0'", "7", "1e15", "1e-5", "1.50"].choose(rng).unwrap_or(&"0");
+                match rng.random_range(0..3) {
+                    0 => format!("DELETE FROM {ODD} WHERE id = {id}"),
+                    _ => format!(
+                        "INSERT INTO {ODD} VALUES ({id}, md5(random()::text)) ON CONFLICT (id) DO UPDATE SET v = excluded.v"
+                    ),
                 }
             }
             _ => self.statement(pool, true, rng),

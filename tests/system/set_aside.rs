@@ -145,6 +145,13 @@ async fn a_table_that_a_migration_breaks_stops_no_other() -> Result<()> {
                 "ALTER TABLE notes ADD PRIMARY KEY (id)",
             ),
             (
+                "a key with a point",
+                "ALTER TABLE notes ALTER id TYPE double precision",
+                "spelled in one way by Postgres",
+                "ALTER TABLE notes ALTER id TYPE int",
+            ),
+            ("names alike", "ALTER TABLE notes ADD \"V\" text", "differ in case only", "ALTER TABLE notes DROP \"V\""),
+            (
                 "view",
                 "ALTER TABLE notes RENAME TO memos; CREATE VIEW notes AS SELECT * FROM memos",
                 "not views",

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use millstream_client::{Client, SqlValue};
+use millstream_client::{Client, Code, SqlValue};
 use millstream_stack::{Builder, Service};
 use millstream_tests::board::{Board, PATIENCE};
 use sqlx::{AssertSqlSafe, PgConnection};
@@ -385,7 +385,8 @@ async fn a_slot_of_another_database_is_left_alone() -> Result<()> {
 async fn children_by_inheritance_are_no_rows_of_their_parent() -> Result<()> {
     let mut scene = scene(
         "CREATE TABLE notes (id int PRIMARY KEY, v text); INSERT INTO notes VALUES (1, 'own');",
-        "[tables.notes]\nscope = { kind = \"global\" }\n",
+        "[tables.notes]\nscope = { kind = \"global\" }\nwritable = [\"v\"]\nwrite.update = \"true\"\nwrite.delete = \"true\"\n\
+         delete_missing = \"accept\"\n",
     )
     .await?;
     let outcome = async {
@@ -400,6 +401,22 @@ async fn children_by_inheritance_are_no_rows_of_their_parent() -> Result<()> {
         let late = scene.board.client("late", "alice").await?;
         let rows = late.query("SELECT id FROM notes ORDER BY id", ()).await?.rows;
         ensure!(rows.len() == 2, "{rows:?}");
+        // Nor do clients write them: one with the key of a row that they have, and one that was such a row a moment ago.
+        scene.sql("INSERT INTO notes_2025 VALUES (1, 'of the child')").await?;
+        late.execute("UPDATE notes SET v = 'edited' WHERE id = 1", ()).await?.confirmed().await?;
+        late.pause();
+        late.execute("UPDATE notes SET v = 'edited' WHERE id = 4", ()).await?;
+        scene.sql("WITH gone AS (DELETE FROM ONLY notes WHERE id = 4 RETURNING *) INSERT INTO notes_2025 SELECT * FROM gone").await?;
+        late.resume();
+        let mut status = late.status();
+        tokio::time::timeout(PATIENCE, status.wait_for(|status| status.failed == 1)).await??;
+        let failed = late.failed().await?;
+        ensure!(failed[0].code == Some(Code::EntityMissing), "{failed:?}");
+        late.execute("DELETE FROM notes WHERE id = 1", ()).await?.confirmed().await?;
+        let of_child: Vec<String> = sqlx::query_scalar("SELECT id || ' ' || v FROM notes_2025 ORDER BY id")
+            .fetch_all(&mut scene.postgres)
+            .await?;
+        ensure!(of_child == ["1 of the child", "2 of the child", "4 own, too"], "{of_child:?}");
         let start = Instant::now();
         while !scene.log()?.contains("notes_2025 inherits from it") {
             ensure!(start.elapsed() < PATIENCE, "{}", scene.log()?);

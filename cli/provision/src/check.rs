@@ -3,12 +3,11 @@
 
 mod database;
 mod locate;
-mod names;
 mod numeric;
 mod predicate;
 mod problem;
 
-use millstream_catalog::{Catalog, CatalogError, Config};
+use millstream_catalog::{Catalog, CatalogError, Config, store_misfits};
 use sqlx::PgConnection;
 
 pub use self::database::slot;
@@ -42,7 +41,7 @@ pub async fn check(connection: &mut PgConnection, config: &Config, text: &str) -
         other => Error::Postgres(sqlx::Error::Protocol(other.to_string())),
     })?;
     problems.extend(misfits.iter().map(|error| Problem::sectioned(&error.to_string())));
-    problems.extend(names::check(&catalog));
+    problems.extend(store_misfits(&catalog.tables).into_iter().map(Problem::misfit));
     let mut warnings = database::unindexed(connection, &catalog).await?;
     warnings.extend(database::stand_in_keys(connection, &catalog).await?);
     warnings.extend(database::emitters(connection).await?);
@@ -74,7 +73,7 @@ pub async fn before_setup(connection: &mut PgConnection, config: &Config) -> Res
         |misfit: &&CatalogError| !matches!(misfit, CatalogError::Writable { .. } | CatalogError::Numeric { .. });
     let misfits = misfits.iter().filter(stops);
     let mut problems: Vec<Problem> = misfits.map(|error| Problem::sectioned(&error.to_string())).collect();
-    problems.extend(names::check(&catalog));
+    problems.extend(store_misfits(&catalog.tables).into_iter().map(Problem::misfit));
     problems.extend(database::unroutable(connection, &catalog).await?);
     Ok(problems)
 }

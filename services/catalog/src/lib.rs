@@ -5,6 +5,7 @@
 //! - [`Catalog`]: the file resolved against the database, with types, keys and column order
 //! - [`Holders`]: which tables hold the rows of a synced table, and what old rows tell
 //! - [`identity_problems`], [`publication_problems`]: what keeps rows from being replicated as they should be
+//! - [`store_misfits`]: what clients' stores cannot take
 
 mod config;
 mod defaults;
@@ -14,6 +15,7 @@ mod load;
 mod model;
 mod readable;
 mod replication;
+mod stores;
 
 pub use config::{
     ClockNames, Config, ConfigError, Conflict, DeleteMissing, InsertExisting, MembershipConfig, OneOrMany, RolesConfig,
@@ -27,3 +29,4 @@ pub use model::{
     literal,
 };
 pub use replication::{Misfit, identity_problems, misfits, publication_problems};
+pub use stores::store_misfits;

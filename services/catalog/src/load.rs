@@ -13,6 +13,7 @@ use crate::config::{ClockNames, Config, Conflict, DeleteMissing, InsertExisting,
 use crate::model::{
     Aside, Catalog, Column, ConflictPolicy, Members, Membership, Rule, ScopeColumn, Table, Validate, WriteRules,
 };
+use crate::stores::store_misfits;
 use crate::{defaults, growth};
 
 /// Why the configuration does not fit the database.
@@ -52,8 +53,9 @@ pub enum CatalogError {
 
 impl Catalog {
     /// Finds every declared table, its columns, types and key in the database. A table that is not there, that `publication`
-    /// lacks, or that does not fit what is declared of it is set aside ([`Catalog::aside`]): a migration on one table stops no
-    /// other. `writable` columns that are not there, and declarations of numbers that do not fit, are passed over.
+    /// lacks, that clients' stores cannot take, or that does not fit what is declared of it is set aside ([`Catalog::aside`]):
+    /// a migration on one table stops no other. `writable` columns that are not there, and declarations of numbers that do not
+    /// fit, are passed over.
     ///
     /// # Errors
     /// No table fits (the first reason), or the database cannot be asked.
@@ -69,6 +71,8 @@ impl Catalog {
         if let Some(publication) = publication {
             problems.extend(unpublished(connection, &tables, publication).await?);
         }
+        let misfits = store_misfits(&tables).into_iter();
+        problems.extend(misfits.map(|misfit| CatalogError::Table { table: misfit.table, what: misfit.message }));
         let mut aside: Vec<Aside> = problems
             .iter()
             .filter_map(|problem| match problem {

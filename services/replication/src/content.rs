@@ -48,7 +48,7 @@ struct HolderContent {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Type {
-    /// Of an enum: its labels, by object id.
+    /// Of an enum: its labels, by object id, and when they were written: one may have had another name for a moment.
     labels: Option<BTreeMap<String, String>>,
     /// Of a composite: numbers and types of its attributes.
     attributes: Option<Vec<(i16, i64)>>,
@@ -84,7 +84,7 @@ pub async fn read(connection: &mut PgConnection, catalog: &Catalog, shapes: &[Sh
                  'partition', h.relispartition AND h.oid <> $1::int8::oid)) \
                  FROM holder h WHERE h.relkind = 'r'), \
                'types', (SELECT json_object_agg(t.oid::text, json_build_object( \
-                 'labels', (SELECT json_object_agg(e.oid::text, e.enumlabel) FROM pg_enum e WHERE e.enumtypid = t.oid), \
+                 'labels', (SELECT json_object_agg(e.oid::text, e.enumlabel || ' ' || e.xmin::text) FROM pg_enum e WHERE e.enumtypid = t.oid), \
                  'attributes', (SELECT json_agg(json_build_array(a.attnum, a.atttypid::int8) ORDER BY a.attnum) FROM pg_attribute a \
                    WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped))) \
                  FROM used JOIN pg_type t USING (oid) WHERE t.typtype IN ('e', 'c')))::text, \

@@ -64,7 +64,7 @@ pub async fn check(connection: &mut PgConnection, config: &Config, catalog: &Cat
 /// Tables, or what holds their rows, that cannot be replicated as they are.
 pub async fn unroutable(connection: &mut PgConnection, catalog: &Catalog) -> Result<Vec<Problem>, Error> {
     let found = identity_problems(connection, catalog).await.map_err(replication)?;
-    Ok(found.into_iter().map(|found| Problem::table(&found.table, found.message).fix(found.fix)).collect())
+    Ok(found.into_iter().map(Problem::misfit).collect())
 }
 
 /// What a table without a primary key has for a key.

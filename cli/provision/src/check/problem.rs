@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use millstream_catalog::Misfit;
 use serde::Serialize;
 
 use crate::exit::{Exit, HasExit};
@@ -69,6 +70,10 @@ impl Problem {
             }
             _ => Problem::new(text),
         }
+    }
+
+    pub(crate) fn misfit(found: Misfit) -> Problem {
+        Problem::table(&found.table, found.message).fix(found.fix)
     }
 
     pub(crate) fn fix(self, fix: impl Into<String>) -> Problem {

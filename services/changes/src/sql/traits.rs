@@ -17,8 +17,6 @@ SELECT jsonb_build_object(
     'row_security', c.relrowsecurity,
     'rules', c.relhasrules,
     'triggers', c.relhasrules
-        OR EXISTS (
-            SELECT FROM pg_inherits i JOIN pg_class k ON k.oid = i.inhrelid WHERE i.inhparent = c.oid AND NOT k.relispartition)
         OR EXISTS (SELECT FROM foreign_triggers t WHERE t.tgrelid = ANY (tree.oids)),
     'functions', EXISTS (
             SELECT FROM pg_attrdef d JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
@@ -122,7 +120,7 @@ pub(crate) struct Traits {
     pub row_security: bool,
     /// It has rewrite rules.
     pub rules: bool,
-    /// It has triggers of the application, rewrite rules, or tables that inherit from it (a key may have two rows there).
+    /// It has triggers of the application, or rewrite rules.
     pub triggers: bool,
     /// Defaults or checks call functions of the application.
     pub functions: bool,

@@ -283,7 +283,7 @@ impl<'a> Writer<'a> {
     }
 
     pub fn write(&self) -> String {
-        let (name, guard) = (&self.table.sql_name, self.guard());
+        let (name, rows, guard) = (&self.table.sql_name, self.table.sql_rows(), self.guard());
         let from = format!("{}, {AUTH}", self.input());
         let sql = match self.op {
             Operation::Insert => {
@@ -324,14 +324,14 @@ impl<'a> Writer<'a> {
                     }
                 };
                 format!(
-                    "UPDATE {name} AS old SET {}\nFROM {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, {winner} AS winner",
+                    "UPDATE {rows} AS old SET {}\nFROM {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, {winner} AS winner",
                     self.columns.iter().map(set).chain(kept).collect::<Vec<_>>().join(", "),
                     self.key(),
                     self.wins(),
                 )
             }
             Operation::Delete => format!(
-                "DELETE FROM {name} AS old USING {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, NULL::text AS winner",
+                "DELETE FROM {rows} AS old USING {from}\nWHERE {} AND {guard} AND {}\nRETURNING millstream_input.ms_i, NULL::text AS winner",
                 self.key(),
                 self.wins(),
             ),
@@ -348,7 +348,7 @@ impl<'a> Writer<'a> {
              FROM millstream_before AS b LEFT JOIN millstream_written AS w ON w.ms_i = b.ms_i",
             self.mark(),
             self.input(),
-            self.table.sql_name,
+            self.table.sql_rows(),
             self.key(),
             self.write(),
         )
@@ -372,7 +372,7 @@ impl<'a> Writer<'a> {
         format!(
             "/* millstream readable */ SELECT EXISTS (SELECT FROM {} CROSS JOIN {AUTH} JOIN {} AS old ON {} WHERE {})",
             self.input(),
-            self.table.sql_name,
+            self.table.sql_rows(),
             self.key(),
             self.table.readable,
         )
@@ -383,7 +383,7 @@ impl<'a> Writer<'a> {
         let (join, found) = match self.op {
             Operation::Insert => (format!("CROSS JOIN {}", self.inserted()), "true".to_owned()),
             Operation::Update | Operation::Delete => (
-                format!("LEFT JOIN {} AS old ON {}", self.table.sql_name, self.key()),
+                format!("LEFT JOIN {} AS old ON {}", self.table.sql_rows(), self.key()),
                 // No part of a key is null.
                 format!("old.{} IS NOT NULL", self.column(self.table.key[0])),
             ),
@@ -503,13 +503,16 @@ mod tests {
         check(
             &update,
             &[
-                "UPDATE \"public\".\"tasks\" AS old SET \"done\" = millstream_input.ms_v0::boolean",
+                "UPDATE ONLY \"public\".\"tasks\" AS old SET \"done\" = millstream_input.ms_v0::boolean",
                 "old.\"id\" = millstream_input.ms_k0::uuid",
                 "EXISTS (SELECT FROM members m",
             ],
         );
         // No rule: nobody may.
-        check(&sql(&table, Operation::Delete, &[]), &["DELETE FROM \"public\".\"tasks\" AS old USING", "(\nfalse\n)"]);
+        check(
+            &sql(&table, Operation::Delete, &[]),
+            &["DELETE FROM ONLY \"public\".\"tasks\" AS old USING", "(\nfalse\n)"],
+        );
         let explain =
             Writer { table: &table, op: Operation::Insert, columns: &[0, 1], adds: &[], first: 1, watched: false }
                 .explain(false);

@@ -411,7 +411,7 @@ async fn postgres_spells_values_as_foreseen() -> Result<()> {
                 let again = spelling(full, given);
                 ensure!(
                     [Spelling::Any, Spelling::Known(given.into())].contains(&again),
-                    "seed {seed}: {full} '{given}' is taken for {again:?}"
+                    "seed {seed}: {full} '{given}', of '{text}', is taken for {again:?}"
                 );
             }
             match (spelling(full, &text), given) {

@@ -56,12 +56,8 @@ fn cut_off(changes: &mut Vec<TableChanges>, most: usize) -> Vec<TableChanges> {
         bytes += row.iter().flatten().map(String::len).sum::<usize>();
         fits
     };
-    let mut whole = 0;
-    for change in changes.iter_mut() {
-        let Some(first) = change.rows.iter().position(|row| !fits(row)) else {
-            whole += 1;
-            continue;
-        };
+    for (whole, change) in changes.iter_mut().enumerate() {
+        let Some(first) = change.rows.iter().position(|row| !fits(row)) else { continue };
         let rest = change.rows.split_off(first);
         let rows = std::mem::replace(&mut change.rows, rest);
         let part = TableChanges { table: change.table.clone(), op: change.op, columns: change.columns.clone(), rows };
@@ -114,11 +110,8 @@ impl Store {
         let mut applied = None;
         match works.front_mut() {
             None => {}
-            Some(Work::ClearStage) => {
-                if !self.clear_stage(CLEARED_IN_PLACE_OF_ONE * *rows)? {
-                    return Ok(None);
-                }
-            }
+            Some(Work::ClearStage) if !self.clear_stage(CLEARED_IN_PLACE_OF_ONE * *rows)? => return Ok(None),
+            Some(Work::ClearStage) => {}
             Some(Work::Stage(changes)) => {
                 self.stage(&cut_off(changes, *rows))?;
                 if !changes.is_empty() {

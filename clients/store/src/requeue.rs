@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::apply::Applier;
 use crate::error::{During, StoreError, encode};
 use crate::queue::failed_change;
-use crate::states::{FAILED, TROUBLED};
+use crate::states::{FAILED, OPEN, TROUBLED};
 use crate::store::Store;
 
 /// A new value for a column that a rejected change sets.
@@ -141,13 +141,16 @@ impl Store {
             .during("editing a change")
     }
 
-    /// Gives the row of an insert, which had the key `before`, the key that it has by now in everything that follows: its own
-    /// changes, and those that refer to it, of whose keys it may be a part.
+    /// Gives the row of an insert, which had the key `before`, the key that it has by now in everything that waits behind it: its own
+    /// changes, and those that refer to it, of whose keys it may be a part. What has a number is about the row that the server has by
+    /// the old key, and may be on its way.
     fn rename(&self, insert: Change, before: Vec<Value>) -> Result<i64, StoreError> {
         let mut applier = Applier::new(self)?;
         let id = self.put_back(&insert)?;
         let mut renamed = BTreeMap::from([((insert.table, before), insert.key)]);
-        for raw in self.select("WHERE id >= ?1 AND state <> 'confirmed' ORDER BY id", [id])? {
+        for raw in
+            self.select(&format!("WHERE id >= ?1 AND state <> 'confirmed' AND NOT ({OPEN}) ORDER BY id"), [id])?
+        {
             let recorded = raw.entry.change;
             let mut change = recorded.clone();
             let Some(table) = self.tables.get(&change.table) else { continue };

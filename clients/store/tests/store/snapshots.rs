@@ -238,7 +238,7 @@ fn key_of(table: &'static str, row: &[Option<String>]) -> Key {
 fn scopes_of(table: &str, row: &[Option<String>]) -> Vec<Scope> {
     let part = |index: usize| row[index].clone().unwrap();
     match table {
-        "members" => vec![project(&part(0)), Scope::user(&part(1))],
+        "members" => vec![project(&part(0)), Scope::user(part(1))],
         _ => vec![project(&part(1))],
     }
 }

@@ -213,10 +213,14 @@ impl<'a> Writer<'a> {
         )
     }
 
-    /// Whether it is as new as the row, by time and client.
+    /// Whether it is as new as the row, by time and client. A time farther ahead than any that we write says nothing: somebody else's
+    /// SQL has set it.
     fn newer(&self, updated_at: usize, client_id: usize) -> String {
         let (updated_at, client_id) = (self.column(updated_at), self.column(client_id));
-        format!("({AT}, millstream_input.ms_client) >= (old.{updated_at}, coalesce(old.{client_id}, {NOBODY}))")
+        format!(
+            "(({AT}, millstream_input.ms_client) >= (old.{updated_at}, coalesce(old.{client_id}, {NOBODY})) \
+             OR old.{updated_at} > now() + interval '61 seconds')"
+        )
     }
 
     /// The row's time and client, as text.

@@ -1,6 +1,6 @@
 //! Random schemas: memberships of projects, of teams, and of projects through teams; and two to five tables of rows that
 //! belong to projects, users, both, or to everybody, as databases have them: with keys and replica identities of all kinds,
-//! deferrable keys, partitions, inheritance, composites, numbers with a point, hidden columns, sums, triggers that change or leave out
+//! deferrable keys, partitions, hidden columns, sums, triggers that change or leave out
 //! rows, memberships that clients have or do not have as rows, and migrations meanwhile.
 
 use std::fmt::Write;
@@ -12,9 +12,11 @@ use uuid::Uuid;
 
 /// The lock that makes the order of transactions the order of their first writes; see [`Schema::ddl`].
 pub const SERIAL: i64 = 4711;
+/// Columns that only Millstream writes: what clients have of them is not compared.
+const KEPT: [&str; 3] = ["field_clocks", "updated_at", "client_id"];
 
-/// Names of columns, and what is in them.
-pub type Columns = Vec<(String, Kind)>;
+/// Names of columns; true: a boolean.
+pub type Columns = Vec<(String, bool)>;
 
 /// Type of a value column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,11 +26,7 @@ pub enum Kind {
     Boolean,
     Numeric,
     Jsonb,
-    /// `mood`, whose labels get other names.
     Enum,
-    /// `spot`, which gets and loses an attribute.
-    Composite,
-    Float,
     /// A `bigint` of which every change counts.
     Sum,
     /// A `bigint` of which the greatest value stays.
@@ -36,20 +34,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 10] = [
-        Kind::Text,
-        Kind::Bigint,
-        Kind::Boolean,
-        Kind::Numeric,
-        Kind::Jsonb,
-        Kind::Enum,
-        Kind::Composite,
-        Kind::Float,
-        Kind::Sum,
-        Kind::Max,
-    ];
+    const ALL: [Kind; 8] =
+        [Kind::Text, Kind::Bigint, Kind::Boolean, Kind::Numeric, Kind::Jsonb, Kind::Enum, Kind::Sum, Kind::Max];
 
-    pub fn sql(self) -> &'static str {
+    fn sql(self) -> &'static str {
         match self {
             Kind::Text => "text",
             Kind::Bigint | Kind::Sum | Kind::Max => "bigint",
@@ -57,26 +45,6 @@ impl Kind {
             Kind::Numeric => "numeric",
             Kind::Jsonb => "jsonb",
             Kind::Enum => "mood",
-            Kind::Composite => "spot",
-            Kind::Float => "double precision",
-        }
-    }
-
-    /// What of a value is compared while types change under clients: a text may be read by what its type was, or will be.
-    pub fn loosely(self, text: &str) -> String {
-        match self {
-            Kind::Enum => text.to_lowercase(),
-            // Without attributes behind the text.
-            Kind::Composite => text.rfind('"').map_or(text, |end| &text[..=end]).to_owned(),
-            _ => text.to_owned(),
-        }
-    }
-
-    /// A value's text, as it is compared: SQLite keeps 15 digits of a number at least, and no sign of zero.
-    pub fn compared(self, text: String) -> String {
-        match self {
-            Kind::Float => text.parse::<f64>().map_or(text, |number| format!("{:.13e}", number + 0.0)),
-            _ => text,
         }
     }
 
@@ -109,16 +77,7 @@ impl Kind {
             Kind::Boolean => if n.is_multiple_of(2) { "true" } else { "false" }.to_owned(),
             Kind::Numeric => format!("'{n}.{:03}0'", n % 7),
             Kind::Jsonb => format!("'{{\"n\": {n}, \"list\": [1, null, \"x\"]}}'"),
-            // As it is named now, or not.
-            Kind::Enum => (*["'sad'", "'Sad'", "'so so'", "'Happy'"].choose(rng).unwrap_or(&"NULL")).to_owned(),
-            Kind::Composite if n < 200 => format!("'({n},\"a ü{n}\",{n})'"),
-            Kind::Composite => format!("'({n},\"a ü{n}\")'"),
-            Kind::Float => match n % 10 {
-                0 => (*["1e300", "-1e-300", "'-0'", "1e15", "1e-5", "'NaN'", "'Infinity'"].choose(rng).unwrap_or(&"0"))
-                    .to_owned(),
-                1..4 => n.to_string(),
-                _ => format!("{}", f64::from(n) / 10.0),
-            },
+            Kind::Enum => (*["'sad'", "'so so'", "'Happy'"].choose(rng).unwrap_or(&"NULL")).to_owned(),
             Kind::Sum | Kind::Max => n.to_string(),
         }
     }
@@ -164,7 +123,7 @@ impl Key {
 
 /// How a partitioned table is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parts {
+enum Parts {
     /// By `part`: 0, and the rest.
     List,
     /// By `id`: below the middle, and the rest.
@@ -177,7 +136,7 @@ pub enum Parts {
 
 /// `REPLICA IDENTITY`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Identity {
+enum Identity {
     Full,
     /// An index over scopes and key.
     Index,
@@ -203,19 +162,15 @@ pub struct Table {
     pair: bool,
     /// A table that rows refer to, and what its delete does to them.
     parent: Option<(usize, &'static str)>,
-    pub values: Vec<Kind>,
+    values: Vec<Kind>,
     clocks: bool,
-    pub identity: Identity,
-    pub deferrable: bool,
-    pub parts: Option<Parts>,
+    identity: Identity,
+    deferrable: bool,
+    parts: Option<Parts>,
     /// Has a column that clients never get.
     hidden: bool,
     /// Has a trigger that changes texts and leaves out rows.
     gate: bool,
-    /// Inherits from a table that is not synced, by which its rows are written too.
-    pub heir: bool,
-    /// Gets a child by inheritance, whose rows belong to nobody.
-    child: bool,
 }
 
 impl Table {
@@ -232,32 +187,6 @@ impl Table {
         self.identity == Identity::Default && self.project()
     }
 
-    /// Whether the key covers all that names scopes.
-    pub fn key_covers(&self) -> bool {
-        self.belongs == Belongs::Everybody || self.keyed()
-    }
-
-    /// What names a row among those of [`Self::columns`].
-    pub fn key_columns(&self) -> impl Iterator<Item = usize> {
-        let named = move |name: &str| match name {
-            "part" => self.pair,
-            "project" => self.keyed(),
-            _ => name == "id",
-        };
-        self.columns().into_iter().enumerate().filter(move |(_, (name, _))| named(name)).map(|(n, _)| n)
-    }
-
-    /// Itself and its partitions.
-    pub fn holders(&self) -> Vec<String> {
-        let parts = self.partitions().into_iter().map(|(part, ..)| part);
-        std::iter::once(self.name.clone()).chain(parts).collect()
-    }
-
-    /// What to read its rows from.
-    pub fn own_rows(&self) -> String {
-        if self.parts.is_some() { self.name.clone() } else { format!("ONLY {}", self.name) }
-    }
-
     /// Whether `id` alone is the key, at once.
     fn may_be_parent(&self) -> bool {
         !self.pair && !self.keyed() && !self.deferrable && self.parts.is_none()
@@ -265,11 +194,11 @@ impl Table {
 
     /// All columns that are compared, in order.
     pub fn columns(&self) -> Columns {
-        let mut columns = vec![("id".to_owned(), Kind::Text)];
+        let mut columns = vec![("id".to_owned(), false)];
         let flags = [("part", self.pair), ("project", self.project()), ("owner", self.owner())];
-        columns.extend(flags.iter().filter(|(_, has)| *has).map(|(name, _)| ((*name).to_owned(), Kind::Text)));
-        columns.extend(self.parent.map(|_| ("parent".to_owned(), Kind::Text)));
-        columns.extend(self.values.iter().enumerate().map(|(n, kind)| (format!("v{n}"), *kind)));
+        columns.extend(flags.iter().filter(|(_, has)| *has).map(|(name, _)| ((*name).to_owned(), false)));
+        columns.extend(self.parent.map(|_| ("parent".to_owned(), false)));
+        columns.extend(self.values.iter().enumerate().map(|(n, kind)| (format!("v{n}"), *kind == Kind::Boolean)));
         columns
     }
 
@@ -301,17 +230,13 @@ impl Table {
             Some(Parts::Range) => " PARTITION BY RANGE (id)",
             Some(Parts::Hash) => " PARTITION BY HASH (id)",
         };
-        let (id, v0) = (self.key.sql(), self.values[0].sql());
-        let base = if self.heir { format!("CREATE TABLE {name}_base (id {id}, v0 {v0});\n") } else { String::new() };
-        let from = if self.heir { format!(" INHERITS ({name}_base)") } else { String::new() };
-        let columns = columns.join(", ");
-        let mut sql = format!("{base}CREATE TABLE {name} ({columns}, PRIMARY KEY ({key}){deferrable}){from}{by};\n");
+        let mut sql = format!("CREATE TABLE {name} ({}, PRIMARY KEY ({key}){deferrable}){by};\n", columns.join(", "));
         for (part, of, values) in self.partitions() {
             let _ = writeln!(sql, "CREATE TABLE {part} PARTITION OF {of} {values};");
         }
         match self.identity {
             Identity::Full => {
-                for table in self.holders() {
+                for table in self.partitions().iter().map(|(part, ..)| part).chain([name]) {
                     let _ = writeln!(sql, "ALTER TABLE {table} REPLICA IDENTITY FULL;");
                 }
             }
@@ -332,7 +257,7 @@ impl Table {
                 "CREATE TRIGGER b_gate BEFORE INSERT OR UPDATE ON {name} FOR EACH ROW EXECUTE FUNCTION gate();"
             );
         }
-        sql + &watched(name, &self.columns())
+        sql + &watched(name)
     }
 
     /// Name, what it is a part of, and which.
@@ -354,41 +279,6 @@ impl Table {
                 of("h0", &format!("{name}_rest"), &hash(0)),
                 of("h1", &format!("{name}_rest"), &hash(1)),
             ],
-        }
-    }
-
-    /// Makes a child by inheritance; takes rows into it and out of it, writes them there, and does away with it.
-    fn of_child(&self, id: &str, rng: &mut StdRng) -> String {
-        let Table { name, .. } = self;
-        let sql = match rng.random_range(0..16) {
-            0..6 => format!(
-                "WITH gone AS (DELETE FROM ONLY {name} WHERE id = '{id}' RETURNING *) INSERT INTO {name}_child SELECT * FROM gone"
-            ),
-            6..9 => format!(
-                "WITH gone AS (DELETE FROM {name}_child WHERE id = '{id}' RETURNING *) INSERT INTO {name} SELECT * FROM gone"
-            ),
-            9..13 => format!("INSERT INTO {name}_child SELECT * FROM ONLY {name} WHERE id = '{id}'"),
-            13..15 => format!("UPDATE {name}_child SET v0 = {} WHERE id = '{id}'", self.values[0].literal(rng)),
-            _ => format!("DROP TABLE {name}_child"),
-        };
-        format!(
-            "DO $$ BEGIN IF to_regclass('{name}_child') IS NOT NULL THEN {sql};
-             ELSE CREATE TABLE {name}_child () INHERITS ({name});
-               CREATE TRIGGER a_child BEFORE INSERT OR UPDATE OR DELETE ON {name}_child
-                 FOR EACH ROW EXECUTE FUNCTION nobodys();
-             END IF; END $$"
-        )
-    }
-
-    /// Writes rows by the table that this one inherits from.
-    fn by_base(&self, id: &str, rng: &mut StdRng) -> String {
-        let Table { name, .. } = self;
-        let value = self.values[0].literal(rng);
-        match rng.random_range(0..10) {
-            0..5 => format!("UPDATE {name}_base SET v0 = {value} WHERE id = '{id}'"),
-            5..7 => format!("INSERT INTO {name}_base VALUES ('{id}', {value})"),
-            7..9 => format!("DELETE FROM {name}_base WHERE id = '{id}'"),
-            _ => format!("TRUNCATE {name}_base CASCADE"),
         }
     }
 
@@ -430,18 +320,11 @@ impl Table {
     }
 }
 
-/// A row `r` as a JSON object of the compared columns' texts.
-pub fn object(columns: &Columns, r: &str) -> String {
-    let texts: Vec<String> = columns.iter().map(|(name, _)| format!("'{name}', {r}.{name}::text")).collect();
-    format!("jsonb_build_object({})", texts.join(", "))
-}
-
 /// Has a table's transactions take their turn, and their effects noted.
-fn watched(name: &str, columns: &Columns) -> String {
-    let object = object(columns, "($1)").replace('\'', "''");
+fn watched(name: &str) -> String {
     format!(
         "CREATE TRIGGER a_turn BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION turn();\n\
-         CREATE TRIGGER z_note AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW EXECUTE FUNCTION note('{name}', 'SELECT {object}');\n\
+         CREATE TRIGGER z_note AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW EXECUTE FUNCTION note('{name}');\n\
          CREATE TRIGGER z_note_truncate AFTER TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION note('{name}');\n"
     )
 }
@@ -452,14 +335,7 @@ pub struct Schema {
     pub tables: Vec<Table>,
     /// Whether clients have [`MEMBERSHIPS`] too.
     pub memberships_synced: bool,
-    /// Whether there is [`ODD`].
-    pub odd: bool,
 }
-
-/// A table whose key's type becomes one that cannot be synced, and fits again.
-pub const ODD: &str = "odd";
-const ODD_DDL: &str = "CREATE TABLE odd (id numeric PRIMARY KEY, v text);\n";
-const ODD_CONFIG: &str = "[tables.odd]\nscope = { kind = \"global\" }\n";
 
 /// The tables that grant memberships, which come first, with their columns: users of projects and of teams, unless they are
 /// guests, and teams of projects.
@@ -551,49 +427,44 @@ impl Schema {
                 deferrable: identity == Identity::Full && rng.random_bool(0.3),
                 parts,
                 hidden: rng.random_bool(0.2),
-                heir: parts.is_none() && rng.random_bool(0.15),
-                child: parts.is_none() && rng.random_bool(0.2),
             });
         }
-        Schema { tables, memberships_synced: rng.random_bool(0.75), odd: rng.random_bool(0.3) }
+        Schema { tables, memberships_synced: rng.random_bool(0.75) }
     }
 
     /// The app's tables, and a log of what was committed, in the order of commits: whoever writes waits for his turn first.
     pub fn ddl(&self) -> String {
+        let kept: Vec<String> = KEPT.iter().map(|name| format!(" - '{name}'")).collect();
         let mut sql = format!(
-            "CREATE TABLE log (n bigserial PRIMARY KEY, xid xid8 NOT NULL DEFAULT pg_current_xact_id(), tbl text NOT NULL, old jsonb, new jsonb, what text);
+            "CREATE TABLE log (n bigserial PRIMARY KEY, xid xid8 NOT NULL DEFAULT pg_current_xact_id(), tbl text NOT NULL, old jsonb, new jsonb);
              CREATE FUNCTION turn() RETURNS trigger LANGUAGE plpgsql AS
              $$ BEGIN PERFORM pg_advisory_xact_lock({SERIAL}); RETURN NULL; END $$;
+             CREATE FUNCTION plain(r jsonb) RETURNS jsonb LANGUAGE sql AS
+             $$ SELECT jsonb_object_agg(key, value) FROM jsonb_each_text(r{}) $$;
              CREATE TYPE mood AS ENUM ('sad', 'so so', 'Happy');
-             CREATE TYPE spot AS (x int, what text);
              CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
                IF NEW.v0 LIKE 'ü99%' THEN RETURN NULL; END IF;
                NEW.v0 := replace(NEW.v0, 'ü1', 'Ü1');
                RETURN NEW;
              END $$;
-             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
-             DECLARE was jsonb; now jsonb; BEGIN
-               IF TG_OP IN ('UPDATE', 'DELETE') THEN EXECUTE TG_ARGV[1] INTO was USING OLD; END IF;
-               IF TG_OP IN ('UPDATE', 'INSERT') THEN EXECUTE TG_ARGV[1] INTO now USING NEW; END IF;
-               INSERT INTO log (tbl, old, new) VALUES (TG_ARGV[0], was, now);
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
+               IF TG_OP = 'TRUNCATE' THEN
+                 INSERT INTO log (tbl) VALUES (TG_ARGV[0]);
+               ELSE
+                 INSERT INTO log (tbl, old, new) VALUES (TG_ARGV[0],
+                   CASE WHEN TG_OP <> 'INSERT' THEN plain(to_jsonb(OLD)) END,
+                   CASE WHEN TG_OP <> 'DELETE' THEN plain(to_jsonb(NEW)) END);
+               END IF;
                RETURN NULL;
              END $$;
-             CREATE FUNCTION nobodys() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
-               IF current_setting('millstream.user_id', true) <> '' THEN
-                 INSERT INTO log (tbl, what) VALUES (TG_TABLE_NAME, 'a client wrote rows that are nobody''s');
-               END IF;
-               IF TG_OP = 'DELETE' THEN RETURN OLD; END IF;
-               RETURN NEW;
-             END $$;
-             {MEMBERSHIPS_DDL}"
+             {MEMBERSHIPS_DDL}",
+            kept.join("")
         );
-        for (name, columns) in self.columns().iter().take(MEMBERSHIPS.len()) {
-            sql += &watched(name, columns);
-        }
+        sql.extend(MEMBERSHIPS.map(|(name, _)| watched(name)));
         for table in &self.tables {
             sql += &table.ddl(&self.tables);
         }
-        if self.odd { sql + ODD_DDL } else { sql }
+        sql
     }
 
     pub fn config(&self) -> String {
@@ -604,12 +475,12 @@ impl Schema {
         for table in &self.tables {
             text += &table.config();
         }
-        if self.odd { text + ODD_CONFIG } else { text }
+        text
     }
 
     /// The compared columns of each table, [`MEMBERSHIPS`] first.
     pub fn columns(&self) -> Vec<(String, Columns)> {
-        let texts = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), Kind::Text)).collect();
+        let texts = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), false)).collect();
         let mut all = MEMBERSHIPS.map(|(name, columns)| (name.to_owned(), texts(columns))).to_vec();
         all.extend(self.tables.iter().map(|table| (table.name.clone(), table.columns())));
         all
@@ -628,7 +499,6 @@ impl Schema {
         let parent = |rng: &mut StdRng| {
             let (parent, _) = table.parent.unwrap_or_default();
             let of = &self.tables[parent].name;
-            let of = if is_postgres { format!("ONLY {of}") } else { of.clone() };
             format!("(SELECT id FROM {of} WHERE id = '{}')", Pool::any(&pool.ids[parent], rng))
         };
         match rng.random_range(0..100) {
@@ -717,25 +587,40 @@ impl Schema {
                 let set = if *hidden { "secret = md5(random()::text)" } else { "v0 = v0" };
                 format!("UPDATE {name} SET {set} WHERE id = '{id}'")
             }
-            66..70 => {
-                let n = rng.random_range(0..self.tables.len());
-                let id = Pool::any(&pool.ids[n], rng);
-                match &self.tables[n] {
-                    table if table.child => table.of_child(id, rng),
-                    table if table.heir => table.by_base(id, rng),
-                    _ => self.statement(pool, true, rng),
-                }
-            }
-            70..73 if self.odd => {
-                let id = ["0.1", "1e300", "'-0'", "7", "1e15", "1e-5", "1.50"].choose(rng).unwrap_or(&"0");
-                match rng.random_range(0..3) {
-                    0 => format!("DELETE FROM {ODD} WHERE id = {id}"),
-                    _ => format!(
-                        "INSERT INTO {ODD} VALUES ({id}, md5(random()::text)) ON CONFLICT (id) DO UPDATE SET v = excluded.v"
-                    ),
-                }
-            }
             _ => self.statement(pool, true, rng),
+        }
+    }
+
+    /// A migration that leaves the values of rows as they are; it may be refused, such as a partition for which there are
+    /// rows elsewhere. `extra` is a number of its own.
+    pub fn migration(&self, extra: u64, rng: &mut StdRng) -> String {
+        let table = self.tables.choose(rng).unwrap_or(&self.tables[0]);
+        let Table { name, key, .. } = table;
+        match rng.random_range(0..6) {
+            0 => format!("ALTER TABLE {name} ADD COLUMN extra_{extra} int"),
+            1 => format!("ALTER TABLE {name} ADD COLUMN extra_{extra} text NOT NULL DEFAULT 'none'"),
+            2 => format!("ALTER TABLE {name} ADD COLUMN gone_{extra} int; ALTER TABLE {name} DROP COLUMN gone_{extra}"),
+            3 => format!("VACUUM FULL {name}"),
+            4 => format!("ALTER TYPE mood ADD VALUE IF NOT EXISTS 'mood {extra}'"),
+            _ => {
+                let values = match table.parts {
+                    Some(Parts::List) => "FOR VALUES IN (1)".to_owned(),
+                    Some(Parts::Range) => {
+                        let (from, to) = match key {
+                            Key::Uuid => {
+                                ("a0000000-0000-0000-0000-000000000000", "c0000000-0000-0000-0000-000000000000")
+                            }
+                            Key::Text => ("M", "P"),
+                            Key::Bigint => ("9000000000000000", "18000000000000000"),
+                        };
+                        format!("FOR VALUES FROM ('{from}') TO ('{to}')")
+                    }
+                    _ => return format!("CREATE INDEX ON {name} (v0)"),
+                };
+                format!(
+                    "CREATE TABLE {name}_new PARTITION OF {name} {values}; ALTER TABLE {name}_new REPLICA IDENTITY FULL"
+                )
+            }
         }
     }
 }

@@ -139,7 +139,7 @@ impl SyncWorker {
         self.claim(welcome.user_id.clone()).await?;
         if let Some(schema) = welcome.schema.take() {
             let stale = self.ask(|reply| WriterCommand::Install(Box::new(schema), reply)).await?;
-            if stale && info.position.is_some() && !info.resync {
+            if stale && (info.position.is_some() && !info.resync || info.snapshot.is_some()) {
                 return Err(End::new(Then::Now, "schema", "the schema changed such that a snapshot is needed"));
             }
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millstream_client_core::status::{State, Status};
 use millstream_client_store::{Host, Meeting, Outcome, Performing, Recorded, Settled, Store, StoreError, Verdict};
@@ -18,8 +18,9 @@ use crate::{Error, Result};
 
 /// Most writes that share a commit.
 const GROUP: usize = 64;
-/// Most calls between two slices of what the edge sent.
+/// Most calls between two slices of what the edge sent, and the longest time: an edge gives a snapshot only so much of it.
 const CALLS: usize = 64;
+const APART: Duration = Duration::from_millis(30);
 /// Most commands of sessions that wait for the end of what the edge sent. A session waits for each of its own, so that more come only
 /// of sessions that were cut off.
 const BEHIND: usize = 16;
@@ -59,8 +60,9 @@ pub(crate) struct Order {
     behind: VecDeque<WriterCommand>,
     /// The command that ended a group of writes.
     next: Option<WriterCommand>,
-    /// Calls since the last slice.
+    /// Calls since the last slice, and when that ended.
     calls: usize,
+    sliced: Option<Instant>,
 }
 
 impl Writer {
@@ -96,7 +98,8 @@ impl Writer {
                 return behind.or_else(|| self.order.next.take()).or_else(|| self.commands.blocking_recv());
             }
             let mut call = None;
-            if self.order.calls < CALLS && self.order.behind.len() < BEHIND {
+            let is_due = self.order.sliced.is_some_and(|sliced| sliced.elapsed() > APART);
+            if !is_due && self.order.calls < CALLS && self.order.behind.len() < BEHIND {
                 call = self.order.next.take().or_else(|| self.commands.try_recv().ok());
             }
             match call {
@@ -118,6 +121,7 @@ impl Writer {
             Ok(()) if !performing.is_done() => self.order.performing = Some((performing, reply)),
             result => self.answer(reply, result),
         }
+        self.order.sliced = Some(Instant::now());
     }
 
     fn other(&mut self, command: WriterCommand) {

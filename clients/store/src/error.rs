@@ -134,6 +134,9 @@ pub enum StoreError {
     /// The server took a transaction of this number from another copy of this store.
     #[error("another copy of this store uses its client id")]
     Copied,
+    /// Another process that shares the store takes the snapshot by now. Nothing is lost.
+    #[error("another process receives for this store by now")]
+    Overtaken,
     /// A newer version of the library wrote the store.
     #[error("the store has format {found}, this version knows up to {known}: upgrade the app")]
     TooNew {
@@ -205,6 +208,9 @@ impl StoreError {
 
     /// Whether the same may succeed later: another process holds the lock, or the disk is full.
     pub fn is_retryable(&self) -> bool {
+        if matches!(self, StoreError::Overtaken) {
+            return true;
+        }
         let (StoreError::Sqlite { source, .. } | StoreError::Statement(source)) = self else { return false };
         use ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull};
         matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked | DiskFull))

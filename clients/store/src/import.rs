@@ -51,8 +51,12 @@ impl Store {
     /// since wins as if they had been sent in time. What an import has taken it does not take again.
     ///
     /// # Errors
-    /// SQLite failed. What was recorded until then stays.
+    /// [`StoreError::Import`]: the store's first snapshot is arriving. Otherwise SQLite failed: what was recorded until then stays.
     pub fn import(&mut self, saved: &Saved) -> Result<Vec<Imported>, StoreError> {
+        // The changes are held against the rows, of which some are missing.
+        if self.is_staging()? && self.is_unclaimed()? {
+            return Err(StoreError::Import("the first snapshot is not complete: import once it is".into()));
+        }
         let mut imported = Vec::with_capacity(saved.transactions.len());
         let source = saved.client_id.map_or_else(|| saved.saved_at.to_string(), |id| id.to_string());
         for transactions in saved.transactions.chunks(GROUP) {

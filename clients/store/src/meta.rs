@@ -71,6 +71,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Foreign`]: it is somebody else's. Nothing is changed.
     pub fn claim(&mut self, user: &str) -> Result<(), StoreError> {
+        // A session begins: what it stages is this process's.
+        self.staging.set(None);
         self.transact(|store| match store.owner()? {
             Some(owner) if owner == user => Ok(()),
             // Perhaps a token that the edge never took: there is nothing of anybody's here.

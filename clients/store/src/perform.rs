@@ -135,8 +135,8 @@ impl Store {
                 let has_snapshot = snapshot.is_some();
                 applied = Some(self.apply_batch(batch, true)?);
                 *sweep = Sweep::default();
-                if has_snapshot {
-                    // What was staged is of no use any more.
+                if has_snapshot || (batch.caught_up && self.is_staging()?) {
+                    // What was staged is of no use any more: of a snapshot that was cut, too, which did not come again.
                     works[0] = Work::ClearStage;
                     return Ok(applied);
                 }

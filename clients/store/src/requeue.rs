@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::apply::Applier;
 use crate::error::{During, StoreError, encode};
 use crate::queue::failed_change;
-use crate::states::{FAILED, OPEN, TROUBLED};
+use crate::states::{FAILED, TROUBLED};
 use crate::store::Store;
 
 /// A new value for a column that a rejected change sets.
@@ -125,7 +125,7 @@ impl Store {
         if taken || Applier::new(self)?.visible(&table, &key)?.is_some() {
             return Err(refuse(format!("there is a row with this {name} already")));
         }
-        self.rename(change, before)
+        self.rename(tx, change, before)
     }
 
     fn put_back(&self, change: &Change) -> Result<i64, StoreError> {
@@ -142,15 +142,14 @@ impl Store {
     }
 
     /// Gives the row of an insert, which had the key `before`, the key that it has by now in everything that waits behind it: its own
-    /// changes, and those that refer to it, of whose keys it may be a part. What has a number is about the row that the server has by
-    /// the old key, and may be on its way.
-    fn rename(&self, insert: Change, before: Vec<Value>) -> Result<i64, StoreError> {
+    /// changes, and those that refer to it, of whose keys it may be a part. Nothing of that may be on its way.
+    fn rename(&self, tx: u64, insert: Change, before: Vec<Value>) -> Result<i64, StoreError> {
         let mut applier = Applier::new(self)?;
         let id = self.put_back(&insert)?;
+        let insert_id = insert.change_id;
         let mut renamed = BTreeMap::from([((insert.table, before), insert.key)]);
-        for raw in
-            self.select(&format!("WHERE id >= ?1 AND state <> 'confirmed' AND NOT ({OPEN}) ORDER BY id"), [id])?
-        {
+        for raw in self.select("WHERE id >= ?1 AND state <> 'confirmed' ORDER BY id", [id])? {
+            let is_open = raw.entry.state.is_open();
             let recorded = raw.entry.change;
             let mut change = recorded.clone();
             let Some(table) = self.tables.get(&change.table) else { continue };
@@ -173,13 +172,24 @@ impl Store {
                 for (part, place) in places.into_iter().enumerate() {
                     change.key[part] = place.map_or(change.key[part].take(), |place| change.values[place].clone());
                 }
+                let name = (change.table.clone(), recorded.key.clone());
                 if change.key != recorded.key {
-                    renamed.insert((change.table.clone(), recorded.key.clone()), change.key.clone());
+                    renamed.insert(name, change.key.clone());
+                } else if change.change_id != insert_id {
+                    // Another row of that key: what comes after it is about this one.
+                    renamed.remove(&name);
                 }
             } else if let Some(new) = renamed.get(&(change.table.clone(), change.key.clone())) {
                 change.key.clone_from(new);
             }
             if change != recorded {
+                if is_open {
+                    let what = format!(
+                        "transaction {} is on its way, and is about the row that it makes: edit the key once that has its verdict",
+                        raw.entry.tx
+                    );
+                    return Err(StoreError::Edit { tx, what });
+                }
                 for key in [&recorded.key, &change.key] {
                     applier.keep_base(&change.table, &encode(key))?;
                 }

@@ -125,6 +125,8 @@ impl Store {
         self.set_meta_json("schema", schema)?;
         if stale {
             self.set_meta("resync", 1)?;
+            // Of rows that are there already only the keys are staged, and what they hold now is not what was sent.
+            self.forget_staged()?;
         }
         Ok(stale)
     }

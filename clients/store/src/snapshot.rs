@@ -35,6 +35,8 @@ const GONE: &str = "null";
 const CLEARING: &str = "clearing the staging area";
 /// The entry of `millstream_meta` that is there while a snapshot is staged: 1 if the tables were empty when it began, else 0.
 const STAGING: &str = "staging";
+/// The entry that names who stages: processes that share a store take turns, and one may still be at work when its turn is over.
+const STAGER: &str = "stager";
 
 /// The look for rows that a snapshot lacks: how far it is.
 #[derive(Debug, Default)]
@@ -49,6 +51,7 @@ impl Store {
     /// Forgets what is staged, and clears some of the staging area. True: there is nothing left in it.
     pub(crate) fn clear_stage(&mut self, rows: usize) -> Result<bool, StoreError> {
         self.transact(|store| {
+            store.own_staging()?;
             store.forget_staged()?;
             let first: Option<(String, String)> = store
                 .connection
@@ -78,10 +81,33 @@ impl Store {
         )
     }
 
+    /// The staging area is this process's, which takes it over with the first work of a session (see [`Store::claim`]).
+    ///
+    /// # Errors
+    /// [`StoreError::Overtaken`]: another process has taken it over since.
+    fn own_staging(&self) -> Result<(), StoreError> {
+        let owner = self.meta_uuid(STAGER)?;
+        if self.staging.get().is_none() || owner.is_none() {
+            let id = self.session.uuid();
+            self.set_meta(STAGER, id.to_string())?;
+            self.staging.set(Some(id));
+        }
+        self.still_owns_staging()
+    }
+
+    /// The same, without taking it over.
+    fn still_owns_staging(&self) -> Result<(), StoreError> {
+        match self.staging.get() {
+            Some(id) if self.meta_uuid(STAGER)? != Some(id) => Err(StoreError::Overtaken),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes rows of a snapshot.
     pub(crate) fn stage(&mut self, changes: &[TableChanges]) -> Result<(), StoreError> {
         self.put_in_order()?;
         self.unhindered(|store| {
+            store.own_staging()?;
             store.begin_staging()?;
             let at_once = store.is_unclaimed()?;
             let mut applier = Applier { staging: false, ..Applier::new(store)? };
@@ -134,6 +160,7 @@ impl Store {
         scopes: &[Scope],
         full: bool,
     ) -> Result<bool, StoreError> {
+        self.still_owns_staging()?;
         self.begin_staging()?;
         if self.meta_integer(STAGING)? == Some(1) {
             // There is nothing that did not come with it, or was told apart since.
@@ -237,6 +264,7 @@ impl Leave {
 impl Applier<'_> {
     /// The staged rows are the rows of these scopes. `swept`: those that the snapshot lacks have been looked for.
     pub fn snapshot(&mut self, scopes: &[Scope], full: bool, swept: bool) -> Result<(), StoreError> {
+        self.store.still_owns_staging()?;
         if !swept {
             let mut sweep = Sweep::default();
             while !self.store.sweep(&mut sweep, STAGE_PAGE, scopes, full)? {}

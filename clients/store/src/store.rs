@@ -1,5 +1,6 @@
 //! The writing connection: how a store is opened, brought up to date and closed.
 
+use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use millstream_client_core::{backoff, format};
 use millstream_schemas::Schema;
 use rusqlite::{Connection, OptionalExtension};
+use uuid::Uuid;
 
 use crate::error::{During, StoreError};
 use crate::functions::{self, ConnectionState, Host};
@@ -41,6 +43,8 @@ pub struct Store {
     pub(crate) place: Option<(PathBuf, FileId)>,
     /// The whole store has not been looked through for a while, or was not closed.
     pub(crate) check_due: bool,
+    /// By what the staging area is this process's, since its session staged something: see `snapshot.rs`.
+    pub(crate) staging: Cell<Option<Uuid>>,
 }
 
 /// What is known of the connection's writes.
@@ -135,6 +139,7 @@ impl Store {
             max_attempts: backoff::MAX_ATTEMPTS,
             place: None,
             check_due: false,
+            staging: Cell::new(None),
         };
         store.prepare_identity()?;
         store.schema = store.meta_json("schema")?;

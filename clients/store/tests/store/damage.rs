@@ -35,7 +35,7 @@ impl Random {
     }
 }
 
-fn host() -> Arc<FakeHost> {
+pub fn host() -> Arc<FakeHost> {
     Arc::new(FakeHost { now: AtomicU64::new(NOW), ids: AtomicU64::new(1 << 40) })
 }
 

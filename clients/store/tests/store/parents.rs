@@ -280,3 +280,16 @@ fn the_key_of_a_refused_insert_can_be_edited() {
     let error = f.store.edit(tx, &[edit("id", Some("10"))]).unwrap_err().to_string();
     assert!(error.contains("cannot be changed"), "{error}");
 }
+
+/// The key was free again, and the app has used it: what it did to that row since stays there.
+#[test]
+fn an_edited_key_leaves_a_later_row_of_the_old_key_alone() {
+    let mut f = family();
+    f.write(&["INSERT INTO tasks VALUES ('7', NULL, 'first')"]).unwrap();
+    f.apply(vec![told(1, vec![refused(1, Code::PermissionDenied)])]);
+    f.write(&["INSERT INTO tasks VALUES ('7', NULL, 'second')"]).unwrap();
+    f.write(&["UPDATE tasks SET title = 'second, too' WHERE id = '7'"]).unwrap();
+    let edit = millstream_client_store::Edit { change_id: None, column: "id".into(), value: Some("9".into()) };
+    f.store.edit(1, &[edit]).unwrap();
+    assert_eq!(f.read("SELECT group_concat(id || title, ' ' ORDER BY id) FROM tasks"), "7second, too 9first");
+}

@@ -56,7 +56,7 @@ pub(crate) struct Writer {
 pub(crate) struct Order {
     /// What the edge sent, in slices, so that calls of the app need not wait for the end of it.
     performing: Option<(Performing, Reply<()>)>,
-    /// What waits for that end.
+    /// Commands that wait until all of it is done.
     behind: VecDeque<WriterCommand>,
     /// The command that ended a group of writes.
     next: Option<WriterCommand>,

@@ -136,7 +136,7 @@ impl Store {
                 applied = Some(self.apply_batch(batch, true)?);
                 *sweep = Sweep::default();
                 if has_snapshot || (batch.caught_up && self.is_staging()?) {
-                    // What was staged is of no use any more: of a snapshot that was cut, too, which did not come again.
+                    // Nothing staged is needed now. With `caught_up`, no bracket is open, so a snapshot that was cut is not coming back.
                     works[0] = Work::ClearStage;
                     return Ok(applied);
                 }

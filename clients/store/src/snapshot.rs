@@ -30,7 +30,7 @@ use crate::{Store, StoreError};
 
 /// Rows taken from the staging area at a time.
 const STAGE_PAGE: usize = 1_000;
-/// What is staged for a row that is to leave.
+/// The staged entry of a row that has to leave.
 const GONE: &str = "null";
 const CLEARING: &str = "clearing the staging area";
 /// The entry of `millstream_meta` that is there while a snapshot is staged: 1 if the tables were empty when it began, else 0.

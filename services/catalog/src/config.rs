@@ -10,7 +10,8 @@ use millstream_schemas::{Merge, Numeric, Operation};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use sqlx::PgConnection;
+
+use crate::session::SessionConfig;
 
 /// Longest deadline of external validators, in milliseconds: a change must not be held for longer before others are seen to.
 const MAX_DEADLINE_MS: u64 = 30_000;
@@ -31,44 +32,6 @@ pub struct Config {
     /// Synced tables: `name` in the schema `public`, or `schema.name`.
     #[serde(default)]
     pub tables: BTreeMap<String, TableConfig>,
-}
-
-/// What the application's triggers, policies and predicates find around them when a client's change is applied.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SessionConfig {
-    /// Where names without a schema are looked for. Absent: as the database has it for everybody.
-    pub search_path: Option<String>,
-    /// Settings of the application's own, each by an SQL expression over `auth.user_id`.
-    pub settings: BTreeMap<String, String>,
-}
-
-impl SessionConfig {
-    /// Has a session look for names without a schema as the application does.
-    ///
-    /// # Errors
-    /// Postgres cannot be asked, or takes the path for none.
-    pub async fn set_search_path(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "SELECT set_config('search_path', coalesce($1, ( \
-               SELECT substr(setting, length('search_path=') + 1) FROM pg_db_role_setting, unnest(setconfig) AS setting \
-               WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-               AND starts_with(setting, 'search_path=')), 'public'), false)",
-        )
-        .bind(&self.search_path)
-        .execute(connection)
-        .await
-        .map(drop)
-    }
-
-    /// SQL that makes the settings for the author `$1` in the transaction at hand; none if there are none.
-    pub fn settings_sql(&self) -> Option<String> {
-        let set =
-            |(name, sql): (&String, &String)| format!("set_config('{name}', coalesce((\n{sql}\n)::text, ''), true)");
-        let all: Vec<String> = self.settings.iter().map(set).collect();
-        (!all.is_empty())
-            .then(|| format!("SELECT {} FROM (SELECT $1::text AS user_id OFFSET 0) AS auth", all.join(", ")))
-    }
 }
 
 /// A kind of scope.

@@ -15,11 +15,12 @@ mod load;
 mod model;
 mod readable;
 mod replication;
+mod session;
 mod stores;
 
 pub use config::{
     ClockNames, Config, ConfigError, Conflict, DeleteMissing, InsertExisting, MembershipConfig, OneOrMany, RolesConfig,
-    RuleConfig, ScopeConfig, SessionConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
+    RuleConfig, ScopeConfig, TableConfig, TableScopeConfig, ValidateConfig, WriteConfig,
 };
 pub use growth::Growth;
 pub use holders::{Holder, Holders, Shape, Unanswered};
@@ -29,4 +30,5 @@ pub use model::{
     literal,
 };
 pub use replication::{Misfit, identity_problems, misfits, publication_problems};
+pub use session::SessionConfig;
 pub use stores::store_misfits;

@@ -169,7 +169,7 @@ pub(crate) fn classify_reported(error: Reported<'_>) -> Fault {
     }
 }
 
-/// What is said of a null where there may be none.
+/// The message to an author who left a column null that must not be.
 pub(crate) fn must_not_be_null(column: &str) -> String {
     format!("column \"{column}\" must not be null")
 }

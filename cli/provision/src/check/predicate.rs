@@ -121,7 +121,7 @@ async fn compile(
     plan(connection, &before, predicate, &after).await
 }
 
-/// What is wrong with the settings that the executor makes for an author.
+/// Problems of the expressions in `[session.settings]`, which the executor evaluates for each author.
 pub async fn settings(connection: &mut PgConnection, session: &SessionConfig) -> Result<Vec<Problem>, sqlx::Error> {
     let mut problems = Vec::new();
     for (name, sql) in &session.settings {

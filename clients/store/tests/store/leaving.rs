@@ -9,7 +9,7 @@ use crate::fixture::*;
 
 const SCOPES: usize = 596;
 const ROWS: usize = 27_000;
-/// What is promised for a revocation, of which this is a part.
+/// A revocation takes effect within this time (G8); leaving the rows is a part of it.
 const LIMIT: Duration = Duration::from_secs(5);
 
 fn scopes(of: &str) -> Vec<Scope> {

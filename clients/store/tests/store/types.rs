@@ -234,8 +234,8 @@ fn floating_point_numbers_leave_as_they_are() {
     }
 }
 
-/// A trigger on a synced table hears of every value that the row takes, whoever gave it: of a respelling once, as an update of the
-/// row, so that what it keeps ends up with the value that stays. It hears of none where there was nothing to respell.
+/// A trigger on a synced table fires once for a respelling, as an update of the row, so that a trigger which keeps `NEW` ends with the
+/// value that stays. It does not fire where there was nothing to respell.
 #[test]
 fn triggers_of_the_app_hear_of_respellings() {
     let mut f = table(vec![
